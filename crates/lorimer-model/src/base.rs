@@ -1,0 +1,101 @@
+//! A base model: configuration, weights, text, in one call.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use crate::config::LlamaConfig;
+use crate::error::{Error, Result};
+use crate::files::{MAX_JSON_BYTES, read_json};
+use crate::gguf::Gguf;
+use crate::llama::Llama;
+use crate::text::TextModel;
+use crate::weights::{LoadDtype, Weights};
+
+/// How a base is opened.
+#[derive(Clone, Debug, Default)]
+pub struct OpenOptions {
+    /// In which type the projections are kept.
+    pub dtype: LoadDtype,
+    /// A `tokenizer.json` that takes the place of the model's own.
+    pub tokenizer: Option<PathBuf>,
+}
+
+/// A loaded base model.
+pub struct Base {
+    /// The frozen model.
+    pub model: Llama,
+    /// Tokenizer and chat template.
+    pub text: TextModel,
+    /// Where it was loaded from: a Hugging Face folder or a GGUF file.
+    pub path: PathBuf,
+    /// Identity of the weights (see [`Weights::fingerprint`]).
+    pub fingerprint: String,
+}
+
+/// Opens weights and configuration without loading the model.
+pub fn open_weights(path: &Path, dtype: LoadDtype) -> Result<(LlamaConfig, Weights)> {
+    if path.is_dir() {
+        if let Some(gguf) = single_gguf(path)? {
+            return open_weights(&gguf, dtype);
+        }
+        let config_path = path.join("config.json");
+        let json: Value = read_json(&config_path, MAX_JSON_BYTES)?;
+        let mut config = LlamaConfig::from_json(&json, &config_path)?;
+        let weights = Weights::from_folder(path, dtype)?;
+        // Older configurations leave `tie_word_embeddings` out where their class defaults to true.
+        config.tied |= !weights.has("lm_head.weight");
+        return Ok((config, weights));
+    }
+    if !path.exists() {
+        return Err(Error::invalid(path, "does not exist"));
+    }
+    if path.extension().is_none_or(|e| e != "gguf") {
+        return Err(Error::invalid(path, "a base model is a Hugging Face folder (config.json, model.safetensors) or a `.gguf` file"));
+    }
+    let file = Gguf::open(path)?;
+    let config = file.config()?;
+    Ok((config.clone(), Weights::from_gguf(file, config, dtype)))
+}
+
+/// The one `.gguf` file of a folder that holds no `config.json`.
+fn single_gguf(folder: &Path) -> Result<Option<PathBuf>> {
+    if folder.join("config.json").exists() {
+        return Ok(None);
+    }
+    let entries = std::fs::read_dir(folder).map_err(Error::io("read", folder))?;
+    let mut found: Vec<PathBuf> =
+        entries.flatten().map(|e| e.path()).filter(|p| p.extension().is_some_and(|e| e == "gguf")).collect();
+    match found.len() {
+        0 => Ok(None),
+        1 => Ok(found.pop()),
+        n => Err(Error::invalid(folder, format!("holds {n} GGUF files; name the one to use"))),
+    }
+}
+
+impl Base {
+    /// Loads a base from a Hugging Face folder or a GGUF file.
+    pub fn open(path: &Path, options: &OpenOptions) -> Result<Self> {
+        let (config, weights) = open_weights(path, options.dtype)?;
+        let text = match (weights.gguf(), &options.tokenizer) {
+            (Some(file), None) => TextModel::from_gguf(file)?,
+            (Some(file), Some(tokenizer)) => TextModel::from_gguf_with_tokenizer(file, tokenizer)?,
+            (None, None) => TextModel::from_folder(path)?,
+            (None, Some(tokenizer)) => TextModel::from_folder(path)?.with_tokenizer_file(tokenizer)?,
+        };
+        if text.vocabulary() > config.vocab_size {
+            return Err(Error::invalid(
+                path,
+                format!(
+                    "the tokenizer knows {} tokens, the model only {}; they do not belong together",
+                    text.vocabulary(),
+                    config.vocab_size
+                ),
+            ));
+        }
+        let fingerprint = weights.fingerprint()?;
+        let model = Llama::load(config, &weights)?;
+        let path = weights.origin().to_path_buf();
+        Ok(Self { model, text, path, fingerprint })
+    }
+}

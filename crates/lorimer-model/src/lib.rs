@@ -1,0 +1,20 @@
+//! The seam ([`Adaptation`]), base models behind it, and how they are loaded and fetched.
+
+pub mod base;
+pub mod chat;
+pub mod config;
+pub mod error;
+pub mod files;
+pub mod gguf;
+pub mod llama;
+pub mod pull;
+pub mod seam;
+pub mod text;
+pub mod weights;
+
+pub use base::{Base, OpenOptions};
+pub use error::{Error, Result};
+pub use llama::{Batch, KvCache, Llama};
+pub use seam::{Adaptation, AttentionCall, Frozen, Point, Projection, Site};
+pub use text::TextModel;
+pub use weights::{LoadDtype, Weights};

@@ -1,0 +1,298 @@
+//! The Llama family: Llama 1–3, SmolLM2, Mistral, Qwen 2, 2.5 and 3, as one frozen function over packed rows.
+//!
+//! A layer is `h += o(attend(rope(q), rope(k), v)); h += down(silu(gate)·up)` on normed inputs; Qwen 2 adds a
+//! bias to q, k, v and Qwen 3 norms each head of q and k. Every projection goes through [`Adaptation::project`].
+
+use candle_core::{DType, Result as TensorResult, Tensor};
+use lorimer_tensor::{FrozenWeight, RotaryTable, Segment, rms_norm, rotary, silu_mul};
+
+use crate::config::LlamaConfig;
+use crate::error::{Error, Result};
+use crate::seam::{Adaptation, AttentionCall, Point, Projection, Site};
+use crate::weights::Weights;
+
+/// A projection with its site.
+struct Linear {
+    site: Site,
+    base: Projection,
+}
+
+impl Linear {
+    fn load(weights: &Weights, path: &str, shape: (usize, usize), bias: bool) -> Result<Self> {
+        let site = Site::new(path, shape);
+        let weight = weights.weight(&site.weight_path(), shape)?;
+        let bias = if bias { Some(weights.vector(&site.bias_path(), shape.0)?) } else { None };
+        Ok(Self { base: Projection { weight, bias }, site })
+    }
+
+    fn forward(&self, x: &Tensor, adaptation: &dyn Adaptation) -> TensorResult<Tensor> {
+        adaptation.project(&self.site, &self.base, x)
+    }
+}
+
+struct Norm {
+    path: String,
+    weight: Tensor,
+    eps: f64,
+}
+
+impl Norm {
+    fn load(weights: &Weights, module: &str, width: usize, eps: f64) -> Result<Self> {
+        let path = format!("{module}.weight");
+        Ok(Self { weight: weights.vector(&path, width)?, path, eps })
+    }
+
+    fn forward(&self, x: &Tensor, adaptation: &dyn Adaptation) -> TensorResult<Tensor> {
+        rms_norm(x, adaptation.parameter(&self.path).unwrap_or(&self.weight), self.eps)
+    }
+}
+
+struct Layer {
+    input_norm: Norm,
+    q: Linear,
+    k: Linear,
+    v: Linear,
+    o: Linear,
+    head_norms: Option<(Norm, Norm)>,
+    post_norm: Norm,
+    gate: Linear,
+    up: Linear,
+    down: Linear,
+}
+
+/// Token rows of one or more sequences, packed without padding.
+#[derive(Clone, Debug, Default)]
+pub struct Batch {
+    /// Token ids, one a row.
+    pub tokens: Vec<u32>,
+    /// Position of each row in its sequence.
+    pub positions: Vec<usize>,
+    /// Which rows belong together.
+    pub segments: Vec<Segment>,
+}
+
+impl Batch {
+    /// Sequences that know nothing of each other, each from position 0.
+    pub fn pack<'a>(sequences: impl IntoIterator<Item = &'a [u32]>) -> Self {
+        let mut batch = Self::default();
+        for tokens in sequences {
+            batch.segments.push(Segment::plain(batch.tokens.len(), tokens.len()));
+            batch.tokens.extend_from_slice(tokens);
+            batch.positions.extend(0..tokens.len());
+        }
+        batch
+    }
+}
+
+/// Keys and values of one sequence, layer by layer.
+#[derive(Clone, Default)]
+pub struct KvCache {
+    layers: Vec<(Tensor, Tensor)>,
+    length: usize,
+}
+
+impl KvCache {
+    /// Number of tokens held.
+    pub fn len(&self) -> usize {
+        self.length
+    }
+
+    /// Whether no token is held.
+    pub fn is_empty(&self) -> bool {
+        self.length == 0
+    }
+}
+
+/// A frozen model of the Llama family.
+pub struct Llama {
+    /// Shape and constants.
+    pub config: LlamaConfig,
+    embedding: FrozenWeight,
+    layers: Vec<Layer>,
+    norm: Norm,
+    head: Linear,
+    frequencies: (Vec<f64>, f64),
+    dtype: DType,
+}
+
+/// On-disk name of the embedding.
+pub const EMBEDDING: &str = "model.embed_tokens.weight";
+
+impl Llama {
+    /// Loads every tensor, checking each shape against the configuration.
+    pub fn load(config: LlamaConfig, weights: &Weights) -> Result<Self> {
+        let c = &config;
+        let (h, q_width, kv_width) = (c.hidden_size, c.heads * c.head_dim, c.kv_heads * c.head_dim);
+        let embedding = weights.weight(EMBEDDING, (c.vocab_size, h))?;
+        let mut layers = Vec::new();
+        for i in 0..c.layers {
+            let at = |name: &str| format!("model.layers.{i}.{name}");
+            let linear = |name: &str, shape, bias| Linear::load(weights, &at(name), shape, bias);
+            let norm = |name: &str, width| Norm::load(weights, &at(name), width, c.rms_norm_eps);
+            layers.push(Layer {
+                input_norm: norm("input_layernorm", h)?,
+                q: linear("self_attn.q_proj", (q_width, h), c.qkv_bias)?,
+                k: linear("self_attn.k_proj", (kv_width, h), c.qkv_bias)?,
+                v: linear("self_attn.v_proj", (kv_width, h), c.qkv_bias)?,
+                o: linear("self_attn.o_proj", (h, q_width), c.output_bias)?,
+                head_norms: match c.qk_norm {
+                    true => Some((norm("self_attn.q_norm", c.head_dim)?, norm("self_attn.k_norm", c.head_dim)?)),
+                    false => None,
+                },
+                post_norm: norm("post_attention_layernorm", h)?,
+                gate: linear("mlp.gate_proj", (c.intermediate_size, h), c.mlp_bias)?,
+                up: linear("mlp.up_proj", (c.intermediate_size, h), c.mlp_bias)?,
+                down: linear("mlp.down_proj", (h, c.intermediate_size), c.mlp_bias)?,
+            });
+        }
+        let head_site = Site::new("lm_head", (c.vocab_size, h));
+        let head_weight = match c.tied {
+            true => embedding.clone(),
+            false => weights.weight(&head_site.weight_path(), (c.vocab_size, h))?,
+        };
+        Ok(Self {
+            embedding,
+            layers,
+            norm: Norm::load(weights, "model.norm", h, c.rms_norm_eps)?,
+            head: Linear { site: head_site, base: Projection { weight: head_weight, bias: None } },
+            frequencies: config.rotary(),
+            dtype: weights.compute_dtype(),
+            config,
+        })
+    }
+
+    /// Every projection with its site, in the order of the forward; the head comes last.
+    pub fn projections(&self) -> Vec<(&Site, &Projection)> {
+        let layers = self.layers.iter().flat_map(|l| [&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down]);
+        layers.chain([&self.head]).map(|linear| (&linear.site, &linear.base)).collect()
+    }
+
+    /// Frozen parameters that are no projection's: embedding and norms, by on-disk name.
+    pub fn parameter(&self, path: &str) -> TensorResult<Option<Tensor>> {
+        if path == EMBEDDING {
+            return self.embedding.dense(self.dtype).map(Some);
+        }
+        let norms = self.layers.iter().flat_map(|l| {
+            let heads = l.head_norms.iter().flat_map(|(q, k)| [q, k]);
+            [&l.input_norm, &l.post_norm].into_iter().chain(heads)
+        });
+        Ok(norms.chain([&self.norm]).find(|n| n.path == path).map(|n| n.weight.clone()))
+    }
+
+    /// On-disk names of the parameters that [`Self::parameter`] knows.
+    pub fn parameter_names(&self) -> Vec<String> {
+        let norms = self.layers.iter().flat_map(|l| {
+            let heads = l.head_norms.iter().flat_map(|(q, k)| [&q.path, &k.path]);
+            [&l.input_norm.path, &l.post_norm.path].into_iter().chain(heads)
+        });
+        std::iter::once(EMBEDDING.to_string()).chain(norms.cloned()).chain([self.norm.path.clone()]).collect()
+    }
+
+    /// The type that activations are computed in.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Bytes that the weights take in memory.
+    pub fn bytes(&self) -> usize {
+        let tied = if self.config.tied { self.head.base.weight.bytes() } else { 0 };
+        let projections: usize = self.projections().iter().map(|(_, p)| p.weight.bytes()).sum();
+        self.embedding.bytes() + projections - tied
+    }
+
+    /// Refuses sequences that the model is not made for.
+    pub fn check_length(&self, length: usize) -> Result<()> {
+        if length > self.config.max_positions {
+            return Err(Error::Unsupported(format!(
+                "a sequence of {length} tokens is longer than the {} the model is made for",
+                self.config.max_positions
+            )));
+        }
+        Ok(())
+    }
+
+    /// Token rows to embeddings (rows, hidden).
+    pub fn embed(&self, tokens: &[u32], adaptation: &dyn Adaptation) -> TensorResult<Tensor> {
+        if let Some(bad) = tokens.iter().find(|&&t| t as usize >= self.config.vocab_size) {
+            candle_core::bail!("token {bad} is outside the vocabulary of {}", self.config.vocab_size);
+        }
+        match adaptation.parameter(EMBEDDING) {
+            Some(table) => table.index_select(&Tensor::from_slice(tokens, tokens.len(), table.device())?, 0),
+            None => self.embedding.rows(tokens, self.dtype),
+        }
+    }
+
+    /// Token rows to hidden states after the final norm (rows, hidden).
+    pub fn hidden(&self, batch: &Batch, adaptation: &dyn Adaptation) -> TensorResult<Tensor> {
+        let h = self.embed(&batch.tokens, adaptation)?;
+        self.hidden_from(h, &batch.positions, &batch.segments, adaptation, None)
+    }
+
+    /// The next tokens of a sequence whose earlier ones are in `cache`, which then holds these too.
+    pub fn hidden_cached(
+        &self,
+        tokens: &[u32],
+        cache: &mut KvCache,
+        adaptation: &dyn Adaptation,
+    ) -> TensorResult<Tensor> {
+        let (past, n) = (cache.length, tokens.len());
+        let positions: Vec<usize> = (past..past + n).collect();
+        let segment = Segment { q_start: 0, q_len: n, k_start: 0, k_len: past + n };
+        let h = self.embed(tokens, adaptation)?;
+        let h = self.hidden_from(h, &positions, &[segment], adaptation, Some(cache))?;
+        cache.length += n;
+        Ok(h)
+    }
+
+    /// Embeddings (rows, hidden) to hidden states after the final norm (rows, hidden).
+    pub fn hidden_from(
+        &self,
+        embedded: Tensor,
+        positions: &[usize],
+        segments: &[Segment],
+        adaptation: &dyn Adaptation,
+        mut cache: Option<&mut KvCache>,
+    ) -> TensorResult<Tensor> {
+        let table = RotaryTable::new(positions, &self.frequencies.0, self.frequencies.1);
+        let mut h = adaptation.hidden(Point::Embedded, embedded)?;
+        for (i, layer) in self.layers.iter().enumerate() {
+            let x = layer.input_norm.forward(&h, adaptation)?;
+            let (mut q, mut k) = (layer.q.forward(&x, adaptation)?, layer.k.forward(&x, adaptation)?);
+            let mut v = layer.v.forward(&x, adaptation)?;
+            if let Some((q_norm, k_norm)) = &layer.head_norms {
+                q = self.norm_heads(q, q_norm, adaptation)?;
+                k = self.norm_heads(k, k_norm, adaptation)?;
+            }
+            (q, k) = (rotary(&q, &table)?, rotary(&k, &table)?);
+            if let Some(cache) = cache.as_deref_mut() {
+                (k, v) = match cache.layers.get(i) {
+                    Some((old_k, old_v)) => (Tensor::cat(&[old_k, &k], 0)?, Tensor::cat(&[old_v, &v], 0)?),
+                    None => (k, v),
+                };
+                match cache.layers.get_mut(i) {
+                    Some(slot) => *slot = (k.clone(), v.clone()),
+                    None => cache.layers.push((k.clone(), v.clone())),
+                }
+            }
+            let head_dim = self.config.head_dim;
+            let call = AttentionCall { q, k, v, segments, head_dim, scale: (head_dim as f64).powf(-0.5) };
+            let attended = adaptation.attend(Point::Layer(i), call)?;
+            h = (h + layer.o.forward(&attended, adaptation)?)?;
+            let x = layer.post_norm.forward(&h, adaptation)?;
+            let gated = silu_mul(&layer.gate.forward(&x, adaptation)?, &layer.up.forward(&x, adaptation)?)?;
+            h = adaptation.hidden(Point::Layer(i), (h + layer.down.forward(&gated, adaptation)?)?)?;
+        }
+        adaptation.hidden(Point::Final, self.norm.forward(&h, adaptation)?)
+    }
+
+    fn norm_heads(&self, x: Tensor, norm: &Norm, adaptation: &dyn Adaptation) -> TensorResult<Tensor> {
+        let (rows, width) = x.dims2()?;
+        let d = self.config.head_dim;
+        norm.forward(&x.reshape((rows * width / d, d))?, adaptation)?.reshape((rows, width))
+    }
+
+    /// Hidden states (rows, hidden) to logits (rows, vocabulary).
+    pub fn logits(&self, hidden: &Tensor, adaptation: &dyn Adaptation) -> TensorResult<Tensor> {
+        self.head.forward(hidden, adaptation)
+    }
+}

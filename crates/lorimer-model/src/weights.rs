@@ -1,0 +1,385 @@
+//! Tensors of a base model by their Hugging Face names, out of safetensors, GGUF or memory.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
+
+use candle_core::quantized::GgmlDType;
+use candle_core::{DType, Device, Tensor};
+use lorimer_tensor::FrozenWeight;
+use lorimer_tensor::mapped::MappedFile;
+use sha2::{Digest, Sha256};
+
+use crate::config::LlamaConfig;
+use crate::error::{Error, Result};
+use crate::files::{MAX_HEADER_BYTES, MAX_JSON_BYTES, is_plain_file_name, read_json};
+use crate::gguf::{Gguf, module_from_gguf, module_to_gguf, reorder_rows};
+
+/// In which type a base's projections are kept in memory. Computation is in f32 whatever it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum LoadDtype {
+    /// 4 bytes a weight; fastest.
+    #[default]
+    F32,
+    /// 2 bytes a weight, 10 bits of mantissa.
+    F16,
+    /// 2 bytes a weight, 7 bits of mantissa.
+    Bf16,
+    /// As the file has it: 16-bit weights stay so, GGUF blocks stay quantised.
+    Stored,
+}
+
+impl LoadDtype {
+    fn of(self, stored: DType) -> DType {
+        match self {
+            Self::F32 => DType::F32,
+            Self::F16 => DType::F16,
+            Self::Bf16 => DType::BF16,
+            Self::Stored => stored,
+        }
+    }
+}
+
+/// One safetensors file, mapped, its header checked.
+pub struct SafetensorsFile {
+    /// Where it is.
+    pub path: PathBuf,
+    /// Names, types, shapes and offsets.
+    pub metadata: safetensors::tensor::Metadata,
+    bytes: MappedFile,
+    data_start: usize,
+}
+
+impl SafetensorsFile {
+    /// Maps a file and checks its header: bounded in size, offsets contiguous, shapes as long as their spans.
+    pub fn open(path: &Path) -> Result<Self> {
+        let bytes = MappedFile::open(path).map_err(Error::io("read", path))?;
+        let length = bytes.first_chunk::<8>().map(|b| u64::from_le_bytes(*b));
+        match length {
+            Some(n) if n <= MAX_HEADER_BYTES => {}
+            Some(n) => {
+                return Err(Error::invalid(path, format!("a header of {n} bytes, at most {MAX_HEADER_BYTES} are read")));
+            }
+            None => return Err(Error::invalid(path, "is too short for a safetensors file")),
+        }
+        let (header, metadata) = safetensors::SafeTensors::read_metadata(&bytes)
+            .map_err(|e| Error::invalid(path, format!("is not a valid safetensors file: {e}")))?;
+        let data_start = header + 8;
+        if metadata.data_len() != bytes.len() - data_start {
+            return Err(Error::invalid(
+                path,
+                format!(
+                    "is not a valid safetensors file: its tensors take {} bytes, the file has {} for them",
+                    metadata.data_len(),
+                    bytes.len() - data_start
+                ),
+            ));
+        }
+        Ok(Self { path: path.to_path_buf(), metadata, bytes, data_start })
+    }
+
+    /// Type, shape and bytes of a tensor.
+    pub fn tensor(&self, name: &str) -> Result<Option<(DType, Vec<usize>, &[u8])>> {
+        let Some(info) = self.metadata.info(name) else { return Ok(None) };
+        let dtype = match info.dtype {
+            safetensors::Dtype::F64 => DType::F64,
+            safetensors::Dtype::F32 => DType::F32,
+            safetensors::Dtype::F16 => DType::F16,
+            safetensors::Dtype::BF16 => DType::BF16,
+            other => {
+                return Err(Error::invalid(
+                    &self.path,
+                    format!("tensor `{name}` has type {other:?}; f64, f32, f16 and bf16 are read"),
+                ));
+            }
+        };
+        let (start, end) = (self.data_start + info.data_offsets.0, self.data_start + info.data_offsets.1);
+        let bytes = self.bytes.get(start..end).ok_or_else(|| Error::invalid(&self.path, format!("tensor `{name}` lies beyond the end of the file")))?;
+        Ok(Some((dtype, info.shape.clone(), bytes)))
+    }
+
+    /// A tensor in its own type.
+    pub fn load(&self, name: &str) -> Result<Option<Tensor>> {
+        Ok(match self.tensor(name)? {
+            Some((dtype, shape, bytes)) => Some(Tensor::from_raw_buffer(bytes, dtype, &shape, &Device::Cpu)?),
+            None => None,
+        })
+    }
+
+    /// Names of all tensors, in order.
+    pub fn names(&self) -> Vec<String> {
+        let mut names: Vec<String> = self.metadata.tensors().into_keys().collect();
+        names.sort();
+        names
+    }
+}
+
+enum Source {
+    Safetensors { files: Vec<SafetensorsFile>, index: BTreeMap<String, usize> },
+    Gguf { file: Box<Gguf>, config: Box<LlamaConfig> },
+    Memory(HashMap<String, Tensor>),
+}
+
+/// A base model's tensors.
+pub struct Weights {
+    source: Source,
+    dtype: LoadDtype,
+    origin: PathBuf,
+}
+
+impl Weights {
+    /// A Hugging Face folder with `model.safetensors`, or `model.safetensors.index.json` and its shards.
+    pub fn from_folder(folder: &Path, dtype: LoadDtype) -> Result<Self> {
+        let index_path = folder.join("model.safetensors.index.json");
+        let names: Vec<String> = if index_path.is_file() {
+            #[derive(serde::Deserialize)]
+            struct Index {
+                weight_map: BTreeMap<String, String>,
+            }
+            let index: Index = read_json(&index_path, MAX_JSON_BYTES)?;
+            let mut names: Vec<String> = index.weight_map.into_values().collect();
+            names.sort();
+            names.dedup();
+            names
+        } else {
+            vec!["model.safetensors".to_string()]
+        };
+        let mut files = Vec::new();
+        let mut index = BTreeMap::new();
+        for name in names {
+            if !is_plain_file_name(&name) {
+                return Err(Error::invalid(&index_path, format!("shard name `{}` leaves the folder", name.escape_debug())));
+            }
+            let path = folder.join(&name);
+            if !path.is_file() {
+                let problem = format!("no weights found here: `{name}` is missing");
+                return Err(Error::invalid(folder, problem));
+            }
+            let file = SafetensorsFile::open(&path)?;
+            for tensor in file.names() {
+                index.insert(tensor, files.len());
+            }
+            files.push(file);
+        }
+        Ok(Self { source: Source::Safetensors { files, index }, dtype, origin: folder.to_path_buf() })
+    }
+
+    /// A GGUF file.
+    pub fn from_gguf(file: Gguf, config: LlamaConfig, dtype: LoadDtype) -> Self {
+        let origin = file.path.clone();
+        Self { source: Source::Gguf { file: Box::new(file), config: Box::new(config) }, dtype, origin }
+    }
+
+    /// Tensors in memory (tests, tiny models): f32, or f64 throughout.
+    pub fn from_memory(tensors: HashMap<String, Tensor>) -> Self {
+        Self { source: Source::Memory(tensors), dtype: LoadDtype::Stored, origin: PathBuf::from("memory") }
+    }
+
+    /// The files that the tensors come from.
+    pub fn origin(&self) -> &Path {
+        &self.origin
+    }
+
+    /// The safetensors shards, where that is what the base is.
+    pub fn shards(&self) -> Option<&[SafetensorsFile]> {
+        match &self.source {
+            Source::Safetensors { files, .. } => Some(files),
+            _ => None,
+        }
+    }
+
+    /// The GGUF file, where that is what the base is.
+    pub fn gguf(&self) -> Option<&Gguf> {
+        match &self.source {
+            Source::Gguf { file, .. } => Some(file),
+            _ => None,
+        }
+    }
+
+    /// The type that activations are computed in.
+    pub fn compute_dtype(&self) -> DType {
+        match &self.source {
+            Source::Memory(tensors) if tensors.values().any(|t| t.dtype() == DType::F64) => DType::F64,
+            _ => DType::F32,
+        }
+    }
+
+    /// Whether a tensor is there, by its Hugging Face name.
+    pub fn has(&self, name: &str) -> bool {
+        match &self.source {
+            Source::Safetensors { index, .. } => index.contains_key(name),
+            Source::Gguf { file, .. } => gguf_name(name).is_some_and(|n| file.content.tensor_infos.contains_key(&n)),
+            Source::Memory(tensors) => tensors.contains_key(name),
+        }
+    }
+
+    /// Hugging Face names of all tensors, in order; names that the family does not know stay as they are.
+    pub fn names(&self) -> Vec<String> {
+        let mut names: Vec<String> = match &self.source {
+            Source::Safetensors { index, .. } => index.keys().cloned().collect(),
+            Source::Memory(tensors) => tensors.keys().cloned().collect(),
+            Source::Gguf { file, .. } => {
+                let hf = |name: &String| {
+                    let (module, kind) = name.rsplit_once('.')?;
+                    Some(format!("{}.{kind}", module_from_gguf(module)?))
+                };
+                file.content.tensor_infos.keys().map(|n| hf(n).unwrap_or_else(|| n.clone())).collect()
+            }
+        };
+        names.sort();
+        names
+    }
+
+    /// A frozen weight of the given shape, kept as [`LoadDtype`] says.
+    pub fn weight(&self, name: &str, shape: (usize, usize)) -> Result<FrozenWeight> {
+        let (outputs, inputs) = shape;
+        self.check(name, &[outputs, inputs])?;
+        match &self.source {
+            Source::Gguf { file, config } => {
+                let stored = gguf_name(name).unwrap_or_default();
+                let Some((dtype, _, bytes)) = file.tensor(&stored)? else { return Err(self.missing(name)) };
+                let order = file.row_order(config, &stored);
+                if order.as_ref().is_some_and(|o| o.len() != outputs) {
+                    return Err(self.wrong_shape(name, &[outputs, inputs], &[outputs, inputs]));
+                }
+                let bytes = reorder_rows(bytes, order.as_deref());
+                let plain = match dtype {
+                    GgmlDType::F32 => Some(DType::F32),
+                    GgmlDType::F16 => Some(DType::F16),
+                    GgmlDType::BF16 => Some(DType::BF16),
+                    _ => None,
+                };
+                if let Some(stored) = plain {
+                    let t = Tensor::from_raw_buffer(&bytes, stored, &[outputs, inputs], &Device::Cpu)?;
+                    return Ok(FrozenWeight::Dense(t.to_dtype(self.dtype.of(stored))?));
+                }
+                let blocks = FrozenWeight::from_ggml(dtype, &bytes, shape)?;
+                Ok(match self.dtype {
+                    LoadDtype::Stored => blocks,
+                    other => FrozenWeight::Dense(blocks.dense(other.of(DType::F32))?),
+                })
+            }
+            _ => {
+                let t = self.load(name)?;
+                let dtype = if t.dtype() == DType::F64 { DType::F64 } else { self.dtype.of(t.dtype()) };
+                Ok(FrozenWeight::Dense(t.to_dtype(dtype)?))
+            }
+        }
+    }
+
+    /// A vector (norm, bias) in the compute type.
+    pub fn vector(&self, name: &str, length: usize) -> Result<Tensor> {
+        self.check(name, &[length])?;
+        match &self.source {
+            Source::Gguf { file, config } => {
+                let stored = gguf_name(name).unwrap_or_default();
+                let Some((dtype, _, bytes)) = file.tensor(&stored)? else { return Err(self.missing(name)) };
+                let t = candle_core::quantized::ggml_file::qtensor_from_ggml(dtype, bytes, vec![length], &Device::Cpu)?
+                    .dequantize(&Device::Cpu)?;
+                match file.row_order(config, &stored) {
+                    Some(order) if order.len() == length => {
+                        let order: Vec<u32> = order.into_iter().map(|i| i as u32).collect();
+                        Ok(t.index_select(&Tensor::from_vec(order, length, &Device::Cpu)?, 0)?)
+                    }
+                    _ => Ok(t),
+                }
+            }
+            _ => Ok(self.load(name)?.to_dtype(self.compute_dtype())?),
+        }
+    }
+
+    fn load(&self, name: &str) -> Result<Tensor> {
+        let found = match &self.source {
+            Source::Safetensors { files, index } => match index.get(name) {
+                Some(&i) => files[i].load(name)?,
+                None => None,
+            },
+            Source::Memory(tensors) => tensors.get(name).cloned(),
+            Source::Gguf { .. } => None,
+        };
+        found.ok_or_else(|| self.missing(name))
+    }
+
+    /// Shape of a tensor, without reading it.
+    pub fn shape(&self, name: &str) -> Result<Option<Vec<usize>>> {
+        Ok(match &self.source {
+            Source::Safetensors { files, index } => {
+                index.get(name).and_then(|&i| files[i].metadata.info(name)).map(|info| info.shape.clone())
+            }
+            Source::Gguf { file, .. } => match gguf_name(name) {
+                Some(stored) => file.tensor(&stored)?.map(|(_, dims, _)| dims),
+                None => None,
+            },
+            Source::Memory(tensors) => tensors.get(name).map(|t| t.dims().to_vec()),
+        })
+    }
+
+    fn check(&self, name: &str, expected: &[usize]) -> Result<()> {
+        match self.shape(name)? {
+            None => Err(self.missing(name)),
+            Some(found) if found == expected => Ok(()),
+            Some(found) => Err(self.wrong_shape(name, expected, &found)),
+        }
+    }
+
+    fn missing(&self, name: &str) -> Error {
+        Error::invalid(&self.origin, format!("the base model's tensor `{name}` is missing"))
+    }
+
+    fn wrong_shape(&self, name: &str, expected: &[usize], found: &[usize]) -> Error {
+        Error::invalid(
+            &self.origin,
+            format!("tensor `{name}` has shape {found:?}, the configuration says {expected:?}"),
+        )
+    }
+
+    /// Identity of the weights: a hash over every tensor's name, type, shape and first and last 2 KiB.
+    pub fn fingerprint(&self) -> Result<String> {
+        let mut hash = Sha256::new();
+        let mut feed = |name: &str, kind: &str, shape: &[usize], bytes: &[u8]| {
+            hash.update(name.as_bytes());
+            hash.update(format!("|{kind}|{shape:?}|").as_bytes());
+            hash.update(&bytes[..bytes.len().min(2048)]);
+            hash.update(&bytes[bytes.len().saturating_sub(2048)..]);
+        };
+        match &self.source {
+            Source::Safetensors { files, index } => {
+                for (name, &i) in index {
+                    if let Some(info) = files[i].metadata.info(name) {
+                        let start = files[i].data_start;
+                        let bytes = files[i].bytes.get(start + info.data_offsets.0..start + info.data_offsets.1);
+                        feed(name, &format!("{:?}", info.dtype), &info.shape, bytes.unwrap_or_default());
+                    }
+                }
+            }
+            Source::Gguf { file, .. } => {
+                let names: std::collections::BTreeSet<_> = file.content.tensor_infos.keys().collect();
+                for name in names {
+                    if let Some((dtype, dims, bytes)) = file.tensor(name)? {
+                        feed(name, &format!("{dtype:?}"), &dims, bytes);
+                    }
+                }
+            }
+            Source::Memory(tensors) => {
+                let names: std::collections::BTreeSet<_> = tensors.keys().collect();
+                for name in names {
+                    let t = &tensors[name];
+                    let values = t.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
+                    let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+                    feed(name, t.dtype().as_str(), t.dims(), &bytes);
+                }
+            }
+        }
+        Ok(format!("sha256:{}", hex(&hash.finalize())))
+    }
+}
+
+/// Lower-case hexadecimal.
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+/// `model.layers.3.self_attn.q_proj.weight` → `blk.3.attn_q.weight`.
+fn gguf_name(name: &str) -> Option<String> {
+    let (module, kind) = name.rsplit_once('.')?;
+    Some(format!("{}.{kind}", module_to_gguf(module)?))
+}

@@ -1,0 +1,117 @@
+//! Cross-entropy over a large vocabulary.
+
+use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor};
+use rayon::prelude::*;
+
+use crate::raw::{Real, slice, with_slices};
+
+/// −log softmax(logits)[target] of every row: `logits` (rows, vocabulary) f32 or f64, one target a row → (rows).
+pub fn cross_entropy(logits: &Tensor, targets: &[u32]) -> Result<Tensor> {
+    let (rows, vocabulary) = logits.dims2()?;
+    if rows != targets.len() {
+        candle_core::bail!("cross-entropy: {rows} rows of logits but {} targets", targets.len());
+    }
+    if let Some(bad) = targets.iter().find(|&&t| t as usize >= vocabulary) {
+        candle_core::bail!("cross-entropy: target {bad} is outside the vocabulary of {vocabulary}");
+    }
+    if !logits.device().is_cpu() {
+        return cross_entropy_reference(logits, targets);
+    }
+    logits.contiguous()?.apply_op1(CrossEntropy { targets: targets.to_vec() })
+}
+
+/// The reference form out of plain candle operations.
+pub fn cross_entropy_reference(logits: &Tensor, targets: &[u32]) -> Result<Tensor> {
+    let index = Tensor::from_slice(targets, (targets.len(), 1), logits.device())?;
+    let max = logits.max_keepdim(1)?;
+    let shifted = logits.broadcast_sub(&max)?;
+    let total = shifted.exp()?.sum_keepdim(1)?.log()?;
+    (total - shifted.gather(&index, 1)?)?.squeeze(1)
+}
+
+struct CrossEntropy {
+    targets: Vec<u32>,
+}
+
+/// `(maximum, log Σ exp(v − maximum))`.
+fn log_sum<T: Real>(row: &[T]) -> (T, T) {
+    let max = row.iter().copied().fold(T::neg_infinity(), num_traits::Float::max);
+    let total: T = row.iter().map(|&v| (v - max).exp()).sum();
+    (max, total.ln())
+}
+
+impl CrossEntropy {
+    fn forward<T: Real>(&self, logits: &[T], vocabulary: usize) -> Vec<T> {
+        logits
+            .par_chunks(vocabulary)
+            .zip(&self.targets)
+            .map(|(row, &t)| {
+                let (max, log) = log_sum(row);
+                log - (row[t as usize] - max)
+            })
+            .collect()
+    }
+
+    fn backward<T: Real>(&self, logits: &Tensor, grad: &Tensor) -> Result<Tensor> {
+        let (_, vocabulary) = logits.dims2()?;
+        with_slices([logits, grad], |[logits, grad]: [&[T]; 2]| {
+            let mut d = vec![T::zero(); logits.len()];
+            d.par_chunks_mut(vocabulary).zip(logits.par_chunks(vocabulary)).zip(grad.par_iter().zip(&self.targets)).for_each(
+                |((d, row), (&g, &t))| {
+                    let (max, log) = log_sum(row);
+                    d.iter_mut().zip(row).for_each(|(d, &v)| *d = g * (v - max - log).exp());
+                    d[t as usize] = d[t as usize] - g;
+                },
+            );
+            Ok(d)
+        })
+        .and_then(|d| Tensor::from_vec(d, logits.shape(), logits.device()))
+    }
+}
+
+impl CustomOp1 for CrossEntropy {
+    fn name(&self) -> &'static str {
+        "cross-entropy"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (rows, vocabulary) = layout.shape().dims2()?;
+        let storage = match x {
+            CpuStorage::F32(_) => CpuStorage::F32(self.forward(slice::<f32>(x, layout)?, vocabulary)),
+            CpuStorage::F64(_) => CpuStorage::F64(self.forward(slice::<f64>(x, layout)?, vocabulary)),
+            _ => candle_core::bail!("cross-entropy: logits must be f32 or f64"),
+        };
+        Ok((storage, Shape::from(rows)))
+    }
+
+    fn bwd(&self, logits: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        Ok(Some(match logits.dtype() {
+            DType::F64 => self.backward::<f64>(logits, grad)?,
+            _ => self.backward::<f32>(logits, grad)?,
+        }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::check::{assert_close, gradient_matches, random};
+
+    #[test]
+    fn equals_the_reference() -> Result<()> {
+        let logits = (random((4, 50), 1, DType::F32)? * 30.0)?;
+        let targets = [0, 49, 7, 7];
+        assert_close(&cross_entropy(&logits, &targets)?, &cross_entropy_reference(&logits, &targets)?, 1e-5)
+    }
+
+    #[test]
+    fn gradient_equals_central_differences() -> Result<()> {
+        gradient_matches(&random((3, 8), 1, DType::F64)?, |x| cross_entropy(x, &[1, 7, 0]))
+    }
+
+    #[test]
+    fn a_target_outside_the_vocabulary_is_refused() -> Result<()> {
+        assert!(cross_entropy(&random((1, 8), 1, DType::F32)?, &[8]).is_err());
+        Ok(())
+    }
+}

@@ -1,0 +1,141 @@
+//! Slices out of candle storages, and matrix products straight into slices.
+
+use candle_core::{CpuStorage, Error, Layout, Result, Storage, Tensor, WithDType};
+
+/// The two floating-point types that a CPU kernel computes in.
+pub(crate) trait Real: WithDType + num_traits::Float + std::iter::Sum {}
+impl Real for f32 {}
+impl Real for f64 {}
+
+/// The elements of a contiguous CPU storage.
+pub(crate) fn slice<'a, T: Real>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [T]> {
+    let data = T::cpu_storage_as_slice(storage)?;
+    match layout.contiguous_offsets() {
+        Some((start, end)) => Ok(&data[start..end]),
+        None => Err(Error::RequiresContiguous { op: "lorimer kernel" }.bt()),
+    }
+}
+
+/// Calls `f` with the elements of contiguous CPU tensors, in order.
+pub(crate) fn with_slices<T: Real, R, const N: usize>(
+    tensors: [&Tensor; N],
+    f: impl FnOnce([&[T]; N]) -> Result<R>,
+) -> Result<R> {
+    let tensors: Vec<Tensor> = tensors.iter().map(|t| t.contiguous()).collect::<Result<_>>()?;
+    let guards: Vec<_> = tensors.iter().map(|t| t.storage_and_layout()).collect();
+    let mut slices: [&[T]; N] = [&[]; N];
+    for (out, (storage, layout)) in slices.iter_mut().zip(&guards) {
+        match &**storage {
+            Storage::Cpu(storage) => *out = slice(storage, layout)?,
+            _ => candle_core::bail!("lorimer kernel: the tensor is not on the CPU"),
+        }
+    }
+    f(slices)
+}
+
+/// A strided view of a matrix for [`product`]: `(row stride, column stride)` in elements.
+#[derive(Clone, Copy)]
+pub(crate) struct Strides(pub usize, pub usize);
+
+/// `dst = keep·dst + scale·lhs·rhs` with `dst` (m, n), `lhs` (m, k), `rhs` (k, n); `keep` is 0 or 1.
+///
+/// # Safety
+/// The three pointers must be valid for their shapes and strides, and `dst` must not overlap the others.
+#[allow(clippy::too_many_arguments)]
+pub(crate) unsafe fn product_raw<T: Real>(
+    (m, n, k): (usize, usize, usize),
+    dst: *mut T,
+    dst_strides: Strides,
+    keep: bool,
+    lhs: *const T,
+    lhs_strides: Strides,
+    rhs: *const T,
+    rhs_strides: Strides,
+    scale: T,
+    parallel: bool,
+) {
+    let threads = if parallel { gemm::Parallelism::Rayon(0) } else { gemm::Parallelism::None };
+    // SAFETY: the caller's contract is gemm's.
+    unsafe {
+        gemm::gemm(
+            m,
+            n,
+            k,
+            dst,
+            dst_strides.1 as isize,
+            dst_strides.0 as isize,
+            keep,
+            lhs,
+            lhs_strides.1 as isize,
+            lhs_strides.0 as isize,
+            rhs,
+            rhs_strides.1 as isize,
+            rhs_strides.0 as isize,
+            T::one(),
+            scale,
+            false,
+            false,
+            false,
+            threads,
+        )
+    }
+}
+
+fn last_index(rows: usize, columns: usize, strides: Strides) -> usize {
+    if rows == 0 || columns == 0 { 0 } else { (rows - 1) * strides.0 + (columns - 1) * strides.1 + 1 }
+}
+
+/// Checked form of [`product_raw`] over slices.
+#[allow(clippy::too_many_arguments)]
+pub(crate) fn product<T: Real>(
+    (m, n, k): (usize, usize, usize),
+    dst: &mut [T],
+    dst_strides: Strides,
+    keep: bool,
+    lhs: &[T],
+    lhs_strides: Strides,
+    rhs: &[T],
+    rhs_strides: Strides,
+    scale: T,
+    parallel: bool,
+) {
+    assert!(last_index(m, n, dst_strides) <= dst.len(), "product: destination too short");
+    assert!(last_index(m, k, lhs_strides) <= lhs.len(), "product: left side too short");
+    assert!(last_index(k, n, rhs_strides) <= rhs.len(), "product: right side too short");
+    // SAFETY: the assertions above bound every access; `dst` is borrowed exclusively.
+    unsafe {
+        product_raw(
+            (m, n, k),
+            dst.as_mut_ptr(),
+            dst_strides,
+            keep,
+            lhs.as_ptr(),
+            lhs_strides,
+            rhs.as_ptr(),
+            rhs_strides,
+            scale,
+            parallel,
+        )
+    }
+}
+
+/// A pointer that parallel tasks may share because they write to disjoint places.
+#[derive(Clone, Copy)]
+pub(crate) struct Shared<T>(pub *mut T);
+// SAFETY: the holder promises disjoint writes; see each use.
+unsafe impl<T: Send> Send for Shared<T> {}
+// SAFETY: as above.
+unsafe impl<T: Send> Sync for Shared<T> {}
+impl<T> Shared<T> {
+    /// # Safety
+    /// `offset` must be inside the allocation and not be written by another task.
+    pub(crate) unsafe fn at(&self, offset: usize) -> *mut T {
+        // SAFETY: the caller's contract.
+        unsafe { self.0.add(offset) }
+    }
+}
+
+/// Chunk length for splitting `elements` rows of work over the thread pool.
+pub(crate) fn rows_per_task(rows: usize) -> usize {
+    rows.div_ceil(rayon::current_num_threads() * 4).max(1)
+}
