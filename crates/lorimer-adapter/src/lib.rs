@@ -1,1 +1,18 @@
-//! x
+//! Low-rank adapters: the methods ([`methods`], one file each), adapters on a model ([`Adapter`], [`Attached`]),
+//! adapter files ([`StoredAdapter`]), looking into, merging and converting them.
+
+pub mod attached;
+pub mod card;
+pub mod convert;
+pub mod error;
+pub mod inspect;
+pub mod merge;
+pub mod method;
+pub mod methods;
+pub mod store;
+pub mod targets;
+
+pub use attached::{Accounting, Adapter, Attached};
+pub use error::{Error, Result};
+pub use method::{Delta, LowRank, Method, NotMergeable, Step};
+pub use store::{BaseIdentity, Golden, Manifest, StoredAdapter};

@@ -15,6 +15,6 @@ pub mod weights;
 pub use base::{Base, OpenOptions};
 pub use error::{Error, Result};
 pub use llama::{Batch, KvCache, Llama};
-pub use seam::{Adaptation, AttentionCall, Frozen, Point, Projection, Site};
+pub use seam::{Adaptation, AttentionCall, BaseModel, Frozen, Inference, Point, Projection, Site};
 pub use text::TextModel;
 pub use weights::{LoadDtype, Weights};

@@ -8,7 +8,7 @@ use lorimer_tensor::{FrozenWeight, RotaryTable, Segment, rms_norm, rotary, silu_
 
 use crate::config::LlamaConfig;
 use crate::error::{Error, Result};
-use crate::seam::{Adaptation, AttentionCall, Point, Projection, Site};
+use crate::seam::{Adaptation, AttentionCall, BaseModel, Point, Projection, Site};
 use crate::weights::Weights;
 
 /// A projection with its site.
@@ -161,38 +161,6 @@ impl Llama {
         })
     }
 
-    /// Every projection with its site, in the order of the forward; the head comes last.
-    pub fn projections(&self) -> Vec<(&Site, &Projection)> {
-        let layers = self.layers.iter().flat_map(|l| [&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down]);
-        layers.chain([&self.head]).map(|linear| (&linear.site, &linear.base)).collect()
-    }
-
-    /// Frozen parameters that are no projection's: embedding and norms, by on-disk name.
-    pub fn parameter(&self, path: &str) -> TensorResult<Option<Tensor>> {
-        if path == EMBEDDING {
-            return self.embedding.dense(self.dtype).map(Some);
-        }
-        let norms = self.layers.iter().flat_map(|l| {
-            let heads = l.head_norms.iter().flat_map(|(q, k)| [q, k]);
-            [&l.input_norm, &l.post_norm].into_iter().chain(heads)
-        });
-        Ok(norms.chain([&self.norm]).find(|n| n.path == path).map(|n| n.weight.clone()))
-    }
-
-    /// On-disk names of the parameters that [`Self::parameter`] knows.
-    pub fn parameter_names(&self) -> Vec<String> {
-        let norms = self.layers.iter().flat_map(|l| {
-            let heads = l.head_norms.iter().flat_map(|(q, k)| [&q.path, &k.path]);
-            [&l.input_norm.path, &l.post_norm.path].into_iter().chain(heads)
-        });
-        std::iter::once(EMBEDDING.to_string()).chain(norms.cloned()).chain([self.norm.path.clone()]).collect()
-    }
-
-    /// The type that activations are computed in.
-    pub fn dtype(&self) -> DType {
-        self.dtype
-    }
-
     /// Bytes that the weights take in memory.
     pub fn bytes(&self) -> usize {
         let tied = if self.config.tied { self.head.base.weight.bytes() } else { 0 };
@@ -294,5 +262,35 @@ impl Llama {
     /// Hidden states (rows, hidden) to logits (rows, vocabulary).
     pub fn logits(&self, hidden: &Tensor, adaptation: &dyn Adaptation) -> TensorResult<Tensor> {
         self.head.forward(hidden, adaptation)
+    }
+}
+
+impl BaseModel for Llama {
+    fn projections(&self) -> Vec<(&Site, &Projection)> {
+        let layers = self.layers.iter().flat_map(|l| [&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down]);
+        layers.chain([&self.head]).map(|linear| (&linear.site, &linear.base)).collect()
+    }
+
+    fn parameter(&self, path: &str) -> TensorResult<Option<Tensor>> {
+        if path == EMBEDDING {
+            return self.embedding.dense(self.dtype).map(Some);
+        }
+        let norms = self.layers.iter().flat_map(|l| {
+            let heads = l.head_norms.iter().flat_map(|(q, k)| [q, k]);
+            [&l.input_norm, &l.post_norm].into_iter().chain(heads)
+        });
+        Ok(norms.chain([&self.norm]).find(|n| n.path == path).map(|n| n.weight.clone()))
+    }
+
+    fn parameter_names(&self) -> Vec<String> {
+        let norms = self.layers.iter().flat_map(|l| {
+            let heads = l.head_norms.iter().flat_map(|(q, k)| [&q.path, &k.path]);
+            [&l.input_norm.path, &l.post_norm.path].into_iter().chain(heads)
+        });
+        std::iter::once(EMBEDDING.to_string()).chain(norms.cloned()).chain([self.norm.path.clone()]).collect()
+    }
+
+    fn dtype(&self) -> DType {
+        self.dtype
     }
 }

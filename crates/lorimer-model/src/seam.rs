@@ -127,3 +127,34 @@ pub trait Adaptation {
 /// The base model as it is.
 pub struct Frozen;
 impl Adaptation for Frozen {}
+
+/// Another adaptation without gradients: the graph is cut after every projection and layer, so that memory stays at one
+/// layer's.
+pub struct Inference<'a>(pub &'a dyn Adaptation);
+
+impl Adaptation for Inference<'_> {
+    fn project(&self, site: &Site, base: &Projection, x: &Tensor) -> Result<Tensor> {
+        Ok(self.0.project(site, base, x)?.detach())
+    }
+    fn attend(&self, point: Point, call: AttentionCall<'_>) -> Result<Tensor> {
+        Ok(self.0.attend(point, call)?.detach())
+    }
+    fn hidden(&self, point: Point, h: Tensor) -> Result<Tensor> {
+        Ok(self.0.hidden(point, h)?.detach())
+    }
+    fn parameter(&self, path: &str) -> Option<&Tensor> {
+        self.0.parameter(path)
+    }
+}
+
+/// A frozen model that adapters attach to: its projections and its other parameters, by on-disk name.
+pub trait BaseModel {
+    /// Every projection with its site, in the order of the forward.
+    fn projections(&self) -> Vec<(&Site, &Projection)>;
+    /// A frozen parameter that is no projection's (embedding, norm), in the compute type.
+    fn parameter(&self, path: &str) -> Result<Option<Tensor>>;
+    /// Names of the parameters that [`Self::parameter`] knows.
+    fn parameter_names(&self) -> Vec<String>;
+    /// The type that activations are computed in.
+    fn dtype(&self) -> DType;
+}

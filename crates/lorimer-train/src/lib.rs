@@ -1,1 +1,19 @@
-//! x
+//! Training and evaluation: data to tokens ([`encode`]), the loop ([`trainer`]), optimisers, schedules, checkpoints,
+//! logs, evaluation, and all of it in one call ([`session`]).
+
+pub mod checkpoint;
+pub mod data;
+pub mod encode;
+pub mod error;
+pub mod evaluate;
+pub mod log;
+pub mod optimizer;
+pub mod schedule;
+pub mod session;
+pub mod trainer;
+
+pub use encode::{DataReport, EncodeOptions, Example, TooLong};
+pub use error::{Error, Result};
+pub use evaluate::{Evaluation, evaluate, find_choices};
+pub use session::Session;
+pub use trainer::{Event, Outcome, Run, TrainSettings};

@@ -1,0 +1,375 @@
+//! Adapters on a model: attaching a new one, loading one from a file, and several at once with weights.
+
+use std::collections::{BTreeMap, HashMap};
+
+use candle_core::{DType, Result as TensorResult, Tensor, Var};
+use lorimer_model::{Adaptation, BaseModel, Projection, Site};
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+use rayon::prelude::*;
+
+use crate::error::{Error, Result};
+use crate::method::{Bias, Delta, Method, ModuleTensors, Step, site_seed};
+use crate::store::StoredAdapter;
+use crate::targets::Matcher;
+
+/// What PEFT puts before every module path.
+pub const PREFIX: &str = "base_model.model.";
+
+/// One adapter on one model.
+pub struct Adapter {
+    /// The method with its configuration.
+    pub method: Box<dyn Method>,
+    deltas: BTreeMap<String, Box<dyn Delta>>,
+    /// Whole parameters in place of the base's (biases, `modules_to_save`), by on-disk name.
+    parameters: BTreeMap<String, Var>,
+    /// Order of the projections in the model.
+    order: Vec<String>,
+}
+
+/// Every tensor of a file, accounted for.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Accounting {
+    /// Tensors that are in use.
+    pub used: Vec<String>,
+    /// Tensors that belong to nothing in the base or the configuration.
+    pub refused: Vec<String>,
+    /// Modules that the configuration names and the file has nothing for.
+    pub missing: Vec<String>,
+}
+
+impl Accounting {
+    /// Whether all is in use and nothing missing.
+    pub fn complete(&self) -> bool {
+        self.refused.is_empty() && self.missing.is_empty() && !self.used.is_empty()
+    }
+
+    /// One sentence on what is wrong.
+    pub fn problem(&self) -> Option<String> {
+        let some = |names: &[String]| {
+            let shown: Vec<_> = names.iter().take(2).map(|n| format!("`{n}`")).collect();
+            let more = if names.len() > 2 { format!(" and {} more", names.len() - 2) } else { String::new() };
+            format!("{}{more}", shown.join(", "))
+        };
+        if !self.refused.is_empty() {
+            return Some(format!(
+                "the adapter does not fit the base: {} of its tensors belong to no module there ({})",
+                self.refused.len(),
+                some(&self.refused)
+            ));
+        }
+        if !self.missing.is_empty() {
+            return Some(format!(
+                "the adapter is not whole: {} modules that its configuration names have no tensors ({})",
+                self.missing.len(),
+                some(&self.missing)
+            ));
+        }
+        self.used.is_empty().then(|| "the adapter holds no tensors".to_string())
+    }
+}
+
+/// A parameter of the base, whoever it belongs to, in the compute type.
+fn base_parameter(model: &dyn BaseModel, path: &str) -> Result<Option<Tensor>> {
+    if let Some(t) = model.parameter(path)? {
+        return Ok(Some(t));
+    }
+    for (site, base) in model.projections() {
+        if path == site.weight_path() {
+            return Ok(Some(base.dense(model.dtype())?));
+        }
+        if path == site.bias_path() {
+            return Ok(base.bias.clone());
+        }
+    }
+    Ok(None)
+}
+
+impl Adapter {
+    /// A new adapter on every targeted projection. The same seed gives the same bytes.
+    pub fn attach(model: &dyn BaseModel, method: Box<dyn Method>, seed: u64) -> Result<Self> {
+        let matcher = Matcher::new(method.targeting())?;
+        let projections = model.projections();
+        let targeted: Vec<_> = projections.iter().filter(|(site, _)| matcher.targets(site)).collect();
+        let modules: Vec<String> = projections
+            .iter()
+            .map(|(s, _)| s.path.clone())
+            .chain(model.parameter_names().iter().filter_map(|p| p.strip_suffix(".weight").map(str::to_string)))
+            .collect();
+        let unknown = matcher.unknown_saves(&modules);
+        if !unknown.is_empty() {
+            return Err(Error::Config(format!("modules_to_save names {}, which the base does not have", unknown.join(", "))));
+        }
+        if targeted.is_empty() {
+            let mut roles: Vec<_> = projections.iter().map(|(s, _)| s.role.as_str()).collect();
+            roles.sort_unstable();
+            roles.dedup();
+            return Err(Error::Config(format!(
+                "target_modules matches no projection of the base; it has {}",
+                roles.join(", ")
+            )));
+        }
+        let dtype = model.dtype();
+        let attach = |(site, base): &&(&Site, &Projection)| -> Result<(String, Box<dyn Delta>)> {
+            let mut rng = ChaCha8Rng::seed_from_u64(site_seed(seed, &site.path));
+            Ok((site.path.clone(), method.attach(site, base, dtype, &mut rng)?))
+        };
+        let deltas = targeted.par_iter().map(attach).collect::<Result<BTreeMap<_, _>>>()?;
+        let mut parameters = BTreeMap::new();
+        for (site, base) in &projections {
+            let trained = match method.bias() {
+                Bias::None => false,
+                Bias::All => true,
+                Bias::LoraOnly => deltas.contains_key(&site.path),
+            };
+            if let Some(bias) = base.bias.as_ref().filter(|_| trained) {
+                parameters.insert(site.bias_path(), Var::from_tensor(bias)?);
+            }
+        }
+        for module in modules.iter().filter(|m| matcher.saves(m)) {
+            for path in [format!("{module}.weight"), format!("{module}.bias")] {
+                if let Some(t) = base_parameter(model, &path)? {
+                    parameters.insert(path, Var::from_tensor(&t.copy()?)?);
+                }
+            }
+        }
+        let order = projections.iter().map(|(s, _)| s.path.clone()).collect();
+        Ok(Self { method, deltas, parameters, order })
+    }
+
+    /// Puts a stored adapter on a model and says what became of each of its tensors. Shapes must fit; whether an
+    /// incomplete account is an error is the caller's choice (see [`Self::load_whole`]).
+    pub fn load(model: &dyn BaseModel, stored: &StoredAdapter) -> Result<(Self, Accounting)> {
+        let method = crate::methods::from_adapter_config(&stored.config)?;
+        let matcher = Matcher::new(method.targeting())?;
+        let projections = model.projections();
+        let sites: HashMap<&str, _> = projections.iter().map(|p| (p.0.path.as_str(), p)).collect();
+        let mut modules: BTreeMap<String, ModuleTensors> = BTreeMap::new();
+        let mut parameters = BTreeMap::new();
+        let mut accounting = Accounting::default();
+        for (key, tensor) in &stored.tensors {
+            let Some(path) = key.strip_prefix(PREFIX) else {
+                accounting.refused.push(key.clone());
+                continue;
+            };
+            // PEFT keeps a trained bias of an adapted projection under `base_layer`.
+            let path = path.replace(".base_layer.", ".");
+            if let Some(base) = base_parameter(model, &path)? {
+                if base.dims() != tensor.dims() {
+                    return Err(Error::Mismatch(format!(
+                        "tensor `{key}` has shape {:?}, the base's has {:?}",
+                        tensor.dims(),
+                        base.dims()
+                    )));
+                }
+                parameters.insert(path, Var::from_tensor(&tensor.to_dtype(model.dtype())?)?);
+                accounting.used.push(key.clone());
+                continue;
+            }
+            // The longest site path that the key begins with.
+            let site = path.match_indices('.').map(|(i, _)| &path[..i]).rev().find(|p| sites.contains_key(p));
+            match site {
+                Some(site) => {
+                    let rest = path[site.len() + 1..].to_string();
+                    modules.entry(site.to_string()).or_default().tensors.insert(rest, tensor.clone());
+                }
+                None => accounting.refused.push(key.clone()),
+            }
+        }
+        let mut deltas: BTreeMap<String, Box<dyn Delta>> = BTreeMap::new();
+        for (site, base) in &projections {
+            let mut tensors = modules.remove(&site.path).unwrap_or_default();
+            let before: Vec<String> = tensors.tensors.keys().cloned().collect();
+            if let Some(delta) = method.load(site, base, model.dtype(), &mut tensors)? {
+                deltas.insert(site.path.clone(), delta);
+            } else if matcher.targets(site) {
+                accounting.missing.push(site.path.clone());
+            }
+            for key in before {
+                let name = format!("{PREFIX}{}.{key}", site.path);
+                match tensors.tensors.contains_key(&key) {
+                    true => accounting.refused.push(name),
+                    false => accounting.used.push(name),
+                }
+            }
+        }
+        let order = projections.iter().map(|(s, _)| s.path.clone()).collect();
+        Ok((Self { method, deltas, parameters, order }, accounting))
+    }
+
+    /// [`Self::load`], where every tensor must be in use, none missing, and the adapter must do something.
+    pub fn load_whole(model: &dyn BaseModel, stored: &StoredAdapter) -> Result<Self> {
+        let (adapter, accounting) = Self::load(model, stored)?;
+        if let Some(problem) = accounting.problem() {
+            return Err(Error::Mismatch(format!("`{}`: {problem}", stored.path.display())));
+        }
+        if !adapter.has_effect(model)? {
+            return Err(Error::Mismatch(format!(
+                "`{}`: the adapter changes nothing (all its changes are zero); was it trained?",
+                stored.path.display()
+            )));
+        }
+        Ok(adapter)
+    }
+
+    /// Whether any output changes.
+    pub fn has_effect(&self, model: &dyn BaseModel) -> Result<bool> {
+        for (site, base) in model.projections() {
+            if let Some(delta) = self.deltas.get(&site.path)
+                && delta.has_effect(base)?
+            {
+                return Ok(true);
+            }
+        }
+        for (path, var) in &self.parameters {
+            if let Some(base) = base_parameter(model, path)? {
+                let difference = (var.as_tensor() - base)?.abs()?.flatten_all()?.max(0)?;
+                if difference.to_dtype(DType::F64)?.to_scalar::<f64>()? > 0.0 {
+                    return Ok(true);
+                }
+            }
+        }
+        Ok(false)
+    }
+
+    /// ‖ΔW‖ / ‖W‖ over all adapted projections (Frobenius); None where a delta has no plain weight.
+    pub fn effect(&self, model: &dyn BaseModel) -> Result<Option<f64>> {
+        let norm = |t: &Tensor| -> TensorResult<f64> { t.to_dtype(DType::F64)?.sqr()?.sum_all()?.to_scalar::<f64>() };
+        let (mut change, mut whole) = (0.0, 0.0);
+        for (site, base) in model.projections() {
+            let Some(delta) = self.deltas.get(&site.path) else { continue };
+            let Ok(merged) = delta.merged(base)? else { return Ok(None) };
+            let dense = base.dense(merged.dtype())?;
+            change += norm(&(&merged - &dense)?)?;
+            whole += norm(&dense)?;
+        }
+        for (path, var) in &self.parameters {
+            if let Some(base) = base_parameter(model, path)? {
+                change += norm(&(var.as_tensor() - &base)?)?;
+                whole += norm(&base)?;
+            }
+        }
+        Ok(Some(if whole > 0.0 { (change / whole).sqrt() } else { 0.0 }))
+    }
+
+    /// Trainable parameters in a fixed order (that of the model's forward), by a name that is unique.
+    pub fn trainable(&self) -> Vec<(String, &Var)> {
+        let deltas = self.order.iter().filter_map(|path| Some((path, self.deltas.get(path)?)));
+        let deltas = deltas.flat_map(|(path, d)| d.trainable().into_iter().map(move |(n, v)| (format!("{path}.{n}"), v)));
+        deltas.chain(self.parameters.iter().map(|(path, v)| (path.clone(), v))).collect()
+    }
+
+    /// Number of trainable parameters.
+    pub fn parameter_count(&self) -> usize {
+        self.trainable().iter().map(|(_, v)| v.elem_count()).sum()
+    }
+
+    /// The delta on a projection.
+    pub fn delta(&self, path: &str) -> Option<&dyn Delta> {
+        self.deltas.get(path).map(Box::as_ref)
+    }
+
+    /// Whole parameters that take the place of the base's.
+    pub fn parameters(&self) -> &BTreeMap<String, Var> {
+        &self.parameters
+    }
+
+    /// The adapter as a file holds it, for the base named `base`.
+    pub fn to_stored(&self, base: &str) -> Result<StoredAdapter> {
+        let mut config = self.method.stored_config();
+        config.insert("base_model_name_or_path".into(), base.into());
+        // PEFT keeps `all-linear` as the names that it stood for.
+        if config.get("target_modules").and_then(|v| v.as_str()).is_some_and(|s| s.eq_ignore_ascii_case("all-linear")) {
+            let mut roles: Vec<_> = self.deltas.keys().filter_map(|p| p.rsplit('.').next()).collect();
+            roles.sort_unstable();
+            roles.dedup();
+            config.insert("target_modules".into(), roles.into());
+        }
+        let mut tensors = BTreeMap::new();
+        for (path, delta) in &self.deltas {
+            for (key, tensor) in delta.stored()? {
+                tensors.insert(format!("{PREFIX}{path}.{key}"), f32_at_least(&tensor)?);
+            }
+        }
+        for (path, var) in &self.parameters {
+            let module = path.strip_suffix(".bias").filter(|m| self.deltas.contains_key(*m));
+            let key = match module {
+                Some(module) => format!("{PREFIX}{module}.base_layer.bias"),
+                None => format!("{PREFIX}{path}"),
+            };
+            tensors.insert(key, f32_at_least(var.as_tensor())?);
+        }
+        Ok(StoredAdapter { path: "memory".into(), config, tensors, manifest: None })
+    }
+}
+
+fn f32_at_least(t: &Tensor) -> TensorResult<Tensor> {
+    t.detach().contiguous()
+}
+
+/// Adapters at work on a model: their changes add up, each times its weight.
+pub struct Attached<'a> {
+    adapters: Vec<(&'a Adapter, f64)>,
+    step: Step,
+}
+
+impl<'a> Attached<'a> {
+    /// One adapter at full weight.
+    pub fn one(adapter: &'a Adapter) -> Self {
+        Self { adapters: vec![(adapter, 1.0)], step: Step::default() }
+    }
+
+    /// Several adapters with weights. Whole parameters cannot be mixed, so at most one adapter may bring any of a name,
+    /// and at weight 1.
+    pub fn weighted(adapters: Vec<(&'a Adapter, f64)>) -> Result<Self> {
+        let mut seen = std::collections::HashSet::new();
+        for (adapter, weight) in &adapters {
+            for path in adapter.parameters.keys() {
+                if !seen.insert(path) {
+                    return Err(Error::Refused(format!("two adapters each bring their own `{path}`; use one of them")));
+                }
+                if *weight != 1.0 {
+                    return Err(Error::Refused(format!(
+                        "an adapter that brings its own `{path}` can only be used at weight 1"
+                    )));
+                }
+            }
+        }
+        Ok(Self { adapters, step: Step::default() })
+    }
+
+    /// The same adapters in a forward of another kind.
+    pub fn at(&self, step: Step) -> Self {
+        Self { adapters: self.adapters.clone(), step }
+    }
+}
+
+impl Adaptation for Attached<'_> {
+    fn project(&self, site: &Site, base: &Projection, x: &Tensor) -> TensorResult<Tensor> {
+        let plain = match (self.parameter(&site.weight_path()), self.parameter(&site.bias_path())) {
+            (None, None) => base.forward(x)?,
+            (weight, bias) => {
+                let y = match weight {
+                    Some(w) => x.matmul(&w.t()?)?,
+                    None => lorimer_tensor::frozen_linear(x, &base.weight)?,
+                };
+                match bias.or(base.bias.as_ref()) {
+                    Some(bias) => y.broadcast_add(bias)?,
+                    None => y,
+                }
+            }
+        };
+        let mut y = plain.clone();
+        for (adapter, weight) in &self.adapters {
+            if let Some(delta) = adapter.deltas.get(&site.path) {
+                let change = delta.forward(base, x, &plain, &self.step)?;
+                y = if *weight == 1.0 { (y + change)? } else { (y + (change * *weight)?)? };
+            }
+        }
+        Ok(y)
+    }
+
+    fn parameter(&self, path: &str) -> Option<&Tensor> {
+        self.adapters.iter().find_map(|(a, _)| a.parameters.get(path)).map(Var::as_tensor)
+    }
+}

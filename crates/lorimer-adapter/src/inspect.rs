@@ -1,0 +1,82 @@
+//! What is in an adapter file, without its base.
+
+use lorimer_tensor::linalg::product_singular_values;
+use serde::Serialize;
+
+use crate::error::Result;
+use crate::store::StoredAdapter;
+
+/// One adapted module.
+#[derive(Clone, Debug, Serialize)]
+pub struct ModuleReport {
+    /// Path in the base.
+    pub name: String,
+    /// Rank of the stored factors.
+    pub rank: Option<usize>,
+    /// Frobenius norm of ΔW.
+    pub norm: Option<f64>,
+    /// Effective rank of ΔW: e to the entropy of its normalised singular values (Roy and Vetterli 2007).
+    pub effective_rank: Option<f64>,
+    /// Number of stored values.
+    pub parameters: usize,
+}
+
+/// One adapter.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    /// Name in the registry.
+    pub method: String,
+    /// PEFT's name.
+    pub peft_type: String,
+    /// `r` of the configuration.
+    pub rank: Option<u64>,
+    /// `lora_alpha` of the configuration.
+    pub alpha: Option<f64>,
+    /// Number of stored values.
+    pub parameters: usize,
+    /// Bytes of the stored values.
+    pub bytes: usize,
+    /// `sha256:…` over configuration and tensors.
+    pub content_id: String,
+    /// Whether `lorimer.json` says the same id; None without that file.
+    pub content_matches: Option<bool>,
+    /// Base that the configuration names.
+    pub base: Option<String>,
+    /// The modules.
+    pub modules: Vec<ModuleReport>,
+}
+
+/// Looks into an adapter.
+pub fn inspect(stored: &StoredAdapter) -> Result<Report> {
+    let method = crate::methods::from_adapter_config(&stored.config)?;
+    let mut modules = Vec::new();
+    for (name, tensors) in stored.modules() {
+        let low_rank = method.low_rank(&name, &tensors)?;
+        let (mut rank, mut norm, mut effective_rank) = (None, None, None);
+        if let Some(low) = &low_rank {
+            let values: Vec<f64> =
+                product_singular_values(&low.b, &low.a)?.iter().map(|s| s * low.scaling.abs()).collect();
+            let total: f64 = values.iter().sum();
+            let entropy: f64 =
+                values.iter().map(|s| s / total).filter(|p| *p > 0.0).map(|p| -p * p.ln()).sum();
+            rank = Some(low.a.dim(0)?);
+            norm = Some(values.iter().map(|s| s * s).sum::<f64>().sqrt());
+            effective_rank = Some(if total > 0.0 { entropy.exp() } else { 0.0 });
+        }
+        let parameters = tensors.values().map(|t| t.elem_count()).sum();
+        modules.push(ModuleReport { name, rank, norm, effective_rank, parameters });
+    }
+    let content_id = stored.content_id()?;
+    Ok(Report {
+        method: method.name().to_string(),
+        peft_type: stored.config.get("peft_type").and_then(|v| v.as_str()).unwrap_or_default().to_string(),
+        rank: stored.config.get("r").and_then(serde_json::Value::as_u64),
+        alpha: stored.config.get("lora_alpha").and_then(serde_json::Value::as_f64),
+        parameters: stored.tensors.values().map(|t| t.elem_count()).sum(),
+        bytes: stored.tensors.values().map(|t| t.elem_count() * t.dtype().size_in_bytes()).sum(),
+        content_matches: stored.manifest.as_ref().map(|m| m.content_id == content_id),
+        content_id,
+        base: stored.config.get("base_model_name_or_path").and_then(|v| v.as_str()).map(str::to_string),
+        modules,
+    })
+}

@@ -1,0 +1,435 @@
+//! Merging adapters into a base's weights, tensor by tensor, so that memory stays at a few tensors.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::Write;
+use std::path::Path;
+
+use candle_core::quantized::QTensor;
+use candle_core::{DType, Device, Tensor};
+use lorimer_model::base::open_weights;
+use lorimer_model::config::LlamaConfig;
+use lorimer_model::files::{create_folder, write_atomic, write_atomic_with, write_json};
+use lorimer_model::gguf::{module_to_gguf, row_order};
+use lorimer_model::llama::EMBEDDING;
+use lorimer_model::{LoadDtype, Projection, Site, TextModel, Weights};
+use serde::Serialize;
+use serde_json::Value;
+
+use crate::attached::PREFIX;
+use crate::error::{Error, Result};
+use crate::method::{Method, ModuleTensors};
+use crate::store::{StoredAdapter, raw_bytes, safetensors_dtype};
+
+/// What a merge gave.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Merged {
+    /// Folder or file written.
+    pub output: String,
+    /// Type of the merged tensors: `f32`, `bf16`, `Q4_1` …; several are joined by `+`.
+    pub dtype: String,
+    /// Number of tensors that changed.
+    pub merged_tensors: usize,
+    /// ‖stored − exact‖ / ‖exact‖ over the merged tensors, from rounding to `dtype`.
+    pub error: f64,
+    /// ‖stored − exact‖ / ‖exact − base‖: the share of the tuning that rounding blurs.
+    pub error_of_change: f64,
+}
+
+/// Largest shard written when the base has none of its own.
+const SHARD_BYTES: usize = 4 << 30;
+
+/// Adapters grouped by module, ready to be merged into one tensor after another.
+struct Plan {
+    adapters: Vec<(Box<dyn Method>, BTreeMap<String, BTreeMap<String, Tensor>>, f64)>,
+    /// Whole parameters by on-disk name.
+    parameters: BTreeMap<String, Tensor>,
+}
+
+impl Plan {
+    fn new(adapters: &[(StoredAdapter, f64)], config: &LlamaConfig, weights: &Weights) -> Result<Self> {
+        let mut names: BTreeSet<String> = weights.names().into_iter().collect();
+        if config.tied {
+            names.insert("lm_head.weight".into());
+        }
+        let mut plan = Self { adapters: Vec::new(), parameters: BTreeMap::new() };
+        for (stored, weight) in adapters {
+            let method = crate::methods::from_adapter_config(&stored.config)?;
+            let mut modules: BTreeMap<String, BTreeMap<String, Tensor>> = BTreeMap::new();
+            for (key, tensor) in &stored.tensors {
+                let path = key.strip_prefix(PREFIX).unwrap_or(key).replace(".base_layer.", ".");
+                if names.contains(&path) {
+                    if *weight != 1.0 || plan.parameters.contains_key(&path) {
+                        return Err(Error::Refused(format!(
+                            "`{path}` is replaced whole by the adapter, which goes only once and at weight 1"
+                        )));
+                    }
+                    plan.parameters.insert(path, tensor.clone());
+                    continue;
+                }
+                let module = path.match_indices('.').map(|(i, _)| &path[..i]).rev();
+                let module = module.into_iter().find(|m| names.contains(&format!("{m}.weight")));
+                match module {
+                    Some(module) => {
+                        let rest = path[module.len() + 1..].to_string();
+                        modules.entry(module.to_string()).or_default().insert(rest, tensor.clone());
+                    }
+                    None => {
+                        return Err(Error::Mismatch(format!(
+                            "`{}`: the adapter does not fit the base: its tensor `{key}` belongs to no module there",
+                            stored.path.display()
+                        )));
+                    }
+                }
+            }
+            plan.adapters.push((method, modules, *weight));
+        }
+        Ok(plan)
+    }
+
+    fn touches(&self, name: &str) -> bool {
+        let module = name.strip_suffix(".weight").unwrap_or(name);
+        self.parameters.contains_key(name) || self.adapters.iter().any(|(_, modules, _)| modules.contains_key(module))
+    }
+
+    /// The merged tensor in f32, given the base's in f32; None where nothing touches it.
+    fn merge(&self, name: &str, base: &Tensor) -> Result<Option<Tensor>> {
+        if let Some(t) = self.parameters.get(name) {
+            if t.dims() != base.dims() {
+                return Err(Error::Mismatch(format!("`{name}` has shape {:?}, the base's has {:?}", t.dims(), base.dims())));
+            }
+            return Ok(Some(t.to_dtype(DType::F32)?));
+        }
+        let Some(module) = name.strip_suffix(".weight") else { return Ok(None) };
+        let mut result = None;
+        for (method, modules, weight) in &self.adapters {
+            let Some(tensors) = modules.get(module) else { continue };
+            let site = Site::new(module, base.dims2()?);
+            let projection = Projection { weight: lorimer_tensor::FrozenWeight::Dense(base.clone()), bias: None };
+            let mut tensors = ModuleTensors { tensors: tensors.clone() };
+            let delta = method.load(&site, &projection, DType::F32, &mut tensors)?;
+            if let (Some(key), _) | (None, Some(key)) = (tensors.tensors.keys().next(), delta.is_none().then_some(&site.path)) {
+                return Err(Error::Mismatch(format!("`{module}`: `{key}` is not understood by `{}`", method.name())));
+            }
+            let Some(delta) = delta else { continue };
+            let merged = delta
+                .merged(&projection)?
+                .map_err(|why| Error::Refused(format!("`{module}` cannot be merged: {}", why.0)))?;
+            let so_far = result.unwrap_or_else(|| base.clone());
+            result = Some((so_far + ((merged - base)? * *weight)?)?);
+        }
+        Ok(result)
+    }
+}
+
+/// Sums of squares for the error of rounding.
+#[derive(Default)]
+struct Rounding {
+    error: f64,
+    exact: f64,
+    change: f64,
+    tensors: usize,
+    dtypes: BTreeSet<String>,
+}
+
+impl Rounding {
+    fn add(&mut self, base: &Tensor, exact: &Tensor, stored: &Tensor, dtype: &str) -> Result<()> {
+        let squares = |t: Tensor| -> candle_core::Result<f64> { t.to_dtype(DType::F64)?.sqr()?.sum_all()?.to_scalar::<f64>() };
+        self.error += squares((stored.to_dtype(DType::F32)? - exact)?)?;
+        self.exact += squares(exact.clone())?;
+        self.change += squares((exact - base)?)?;
+        self.tensors += 1;
+        self.dtypes.insert(dtype.to_string());
+        Ok(())
+    }
+
+    fn report(self, output: &Path) -> Merged {
+        let ratio = |a: f64, b: f64| if b > 0.0 { (a / b).sqrt() } else { 0.0 };
+        Merged {
+            output: output.display().to_string(),
+            dtype: self.dtypes.into_iter().collect::<Vec<_>>().join("+"),
+            merged_tensors: self.tensors,
+            error: ratio(self.error, self.exact),
+            error_of_change: ratio(self.error, self.change),
+        }
+    }
+}
+
+/// One tensor of a file to write: its bytes are made when its turn comes.
+struct Entry<'a> {
+    name: String,
+    dtype: DType,
+    shape: Vec<usize>,
+    bytes: Box<dyn FnOnce() -> Result<Vec<u8>> + 'a>,
+}
+
+impl Entry<'_> {
+    fn length(&self) -> usize {
+        self.shape.iter().product::<usize>() * self.dtype.size_in_bytes()
+    }
+}
+
+/// Streams tensors into a safetensors file, one in memory at a time.
+fn write_safetensors(path: &Path, entries: Vec<Entry<'_>>) -> Result<()> {
+    let mut header = serde_json::Map::new();
+    header.insert("__metadata__".into(), serde_json::json!({ "format": "pt" }));
+    let mut offset = 0;
+    for e in &entries {
+        let dtype = serde_json::to_value(safetensors_dtype(e.dtype)?).unwrap_or_default();
+        let end = offset + e.length();
+        header.insert(e.name.clone(), serde_json::json!({ "dtype": dtype, "shape": e.shape, "data_offsets": [offset, end] }));
+        offset = end;
+    }
+    let mut header = Value::Object(header).to_string().into_bytes();
+    header.resize(header.len().next_multiple_of(8), b' ');
+    let mut failed = None;
+    let written = write_atomic_with(path, |file| {
+        let mut out = std::io::BufWriter::new(&mut *file);
+        let io = |e| lorimer_model::Error::io("write", path)(e);
+        out.write_all(&(header.len() as u64).to_le_bytes()).map_err(io)?;
+        out.write_all(&header).map_err(io)?;
+        for e in entries {
+            match (e.bytes)() {
+                Ok(bytes) => out.write_all(&bytes).map_err(io)?,
+                Err(error) => {
+                    failed = Some(error);
+                    return Err(lorimer_model::Error::Unsupported("merge".into()));
+                }
+            }
+        }
+        out.flush().map_err(io)
+    });
+    match failed {
+        Some(error) => Err(error),
+        None => Ok(written?),
+    }
+}
+
+/// Merges adapters into a base and writes a folder that transformers loads. `dtype` is for a GGUF base, whose
+/// quantised tensors are expanded; a safetensors base keeps its own types and shards. `progress` hears each tensor.
+pub fn merge_to_folder(
+    base: &Path,
+    adapters: &[(StoredAdapter, f64)],
+    output: &Path,
+    dtype: LoadDtype,
+    mut progress: impl FnMut(&str),
+) -> Result<Merged> {
+    refuse_own_folder(base, output)?;
+    let (config, weights) = open_weights(base, LoadDtype::F32)?;
+    let plan = Plan::new(adapters, &config, &weights)?;
+    let untie = config.tied && (plan.touches("lm_head.weight") || plan.touches(EMBEDDING));
+    create_folder(output)?;
+    let rounding = std::cell::RefCell::new(Rounding::default());
+    let progress = std::cell::RefCell::new(&mut progress);
+    let exact = |name: &str, shape: &[usize]| -> Result<Tensor> {
+        let source = if name == "lm_head.weight" && config.tied { EMBEDDING } else { name };
+        Ok(match shape {
+            [rows, columns] => weights.weight(source, (*rows, *columns))?.dense(DType::F32)?,
+            _ => weights.vector(source, shape.iter().product())?.reshape(shape)?.to_dtype(DType::F32)?,
+        })
+    };
+    let entry = |name: String, dtype: DType, shape: Vec<usize>| -> Entry<'_> {
+        let (own, own_shape) = (name.clone(), shape.clone());
+        let (plan, exact, rounding, progress) = (&plan, &exact, &rounding, &progress);
+        let bytes = Box::new(move || {
+            progress.borrow_mut()(&own);
+            let before = exact(&own, &own_shape)?;
+            let Some(merged) = plan.merge(&own, &before)? else { return raw_bytes(&before.to_dtype(dtype)?) };
+            let stored = merged.to_dtype(dtype)?;
+            rounding.borrow_mut().add(&before, &merged, &stored, dtype.as_str())?;
+            raw_bytes(&stored)
+        });
+        Entry { name, dtype, shape, bytes }
+    };
+    let mut index = BTreeMap::new();
+    if let Some(shards) = weights.shards() {
+        for (i, shard) in shards.iter().enumerate() {
+            let mut entries = Vec::new();
+            for name in shard.names() {
+                let Some((dtype, shape, bytes)) = shard.tensor(&name)? else { continue };
+                entries.push(match plan.touches(&name) {
+                    true => entry(name, dtype, shape),
+                    false => Entry { name, dtype, shape, bytes: Box::new(move || Ok(bytes.to_vec())) },
+                });
+            }
+            if untie && i + 1 == shards.len() {
+                let dtype = shards.iter().find_map(|s| s.tensor(EMBEDDING).ok().flatten()).map_or(DType::F32, |t| t.0);
+                entries.push(entry("lm_head.weight".into(), dtype, vec![config.vocab_size, config.hidden_size]));
+            }
+            let file_name = shard.path.file_name().unwrap_or_default();
+            for e in &entries {
+                index.insert(e.name.clone(), file_name.to_string_lossy().into_owned());
+            }
+            write_safetensors(&output.join(file_name), entries)?;
+        }
+    } else {
+        let to = match dtype {
+            LoadDtype::F16 => DType::F16,
+            LoadDtype::Bf16 => DType::BF16,
+            LoadDtype::F32 | LoadDtype::Stored => DType::F32,
+        };
+        let mut names: Vec<String> = weights.names().into_iter().filter(|n| n != "rope_freqs.weight").collect();
+        if untie {
+            names.push("lm_head.weight".into());
+        }
+        let mut shards: Vec<Vec<Entry<'_>>> = vec![Vec::new()];
+        let mut size = 0;
+        for name in names {
+            let source = if name == "lm_head.weight" && config.tied { EMBEDDING } else { &name };
+            let shape = weights.shape(source)?.ok_or_else(|| Error::Mismatch(format!("tensor `{name}` is unknown")))?;
+            let e = entry(name, to, shape);
+            if size + e.length() > SHARD_BYTES && size > 0 {
+                shards.push(Vec::new());
+                size = 0;
+            }
+            size += e.length();
+            if let Some(last) = shards.last_mut() {
+                last.push(e);
+            }
+        }
+        let n = shards.len();
+        for (i, entries) in shards.into_iter().enumerate() {
+            let file_name = match n {
+                1 => "model.safetensors".to_string(),
+                _ => format!("model-{:05}-of-{n:05}.safetensors", i + 1),
+            };
+            for e in &entries {
+                index.insert(e.name.clone(), file_name.clone());
+            }
+            write_safetensors(&output.join(file_name), entries)?;
+        }
+    }
+    if index.values().collect::<BTreeSet<_>>().len() > 1 {
+        let index = serde_json::json!({ "metadata": {}, "weight_map": index });
+        write_json(&output.join("model.safetensors.index.json"), &index)?;
+    }
+    write_companions(&weights, &config, output, untie, dtype)?;
+    Ok(rounding.into_inner().report(output))
+}
+
+/// Configuration and tokenizer files beside merged weights; `config.json` last.
+fn write_companions(weights: &Weights, config: &LlamaConfig, output: &Path, untie: bool, dtype: LoadDtype) -> Result<()> {
+    let folder = weights.origin();
+    let mut json = match weights.gguf() {
+        None => {
+            for name in [
+                "tokenizer.json",
+                "tokenizer_config.json",
+                "chat_template.jinja",
+                "generation_config.json",
+                "special_tokens_map.json",
+            ] {
+                let path = folder.join(name);
+                if path.is_file() {
+                    let bytes = lorimer_model::files::read_bounded(&path, lorimer_model::files::MAX_JSON_BYTES)?;
+                    write_atomic(&output.join(name), &bytes)?;
+                }
+            }
+            lorimer_model::files::read_json::<Value>(&folder.join("config.json"), lorimer_model::files::MAX_JSON_BYTES)?
+        }
+        Some(file) => {
+            let text = TextModel::from_gguf(file)?;
+            write_atomic(&output.join("tokenizer.json"), text.to_json()?.as_bytes())?;
+            let tokens = serde_json::json!({
+                "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": text.bos, "eos_token": text.eos,
+                "chat_template": text.template().map(|t| t.source()),
+            });
+            write_json(&output.join("tokenizer_config.json"), &tokens)?;
+            write_json(&output.join("generation_config.json"), &serde_json::json!({ "eos_token_id": text.eos_ids }))?;
+            let name = match dtype {
+                LoadDtype::F16 => "float16",
+                LoadDtype::Bf16 => "bfloat16",
+                LoadDtype::F32 | LoadDtype::Stored => "float32",
+            };
+            let mut json = config.to_json(name);
+            if matches!(config.rope_scaling, lorimer_model::config::RopeScaling::Factors(_)) {
+                return Err(Error::Refused(
+                    "the base's rope factors (rope_freqs.weight) have no form in config.json; merge into a safetensors base or to `.gguf`".into(),
+                ));
+            }
+            json["eos_token_id"] = text.eos_ids.first().copied().into();
+            json
+        }
+    };
+    if untie {
+        json["tie_word_embeddings"] = false.into();
+    }
+    write_json(&output.join("config.json"), &json)?;
+    Ok(())
+}
+
+fn refuse_own_folder(base: &Path, output: &Path) -> Result<()> {
+    let same = |a: &Path, b: &Path| matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b);
+    if same(base, output) || base.parent().is_some_and(|p| base.is_file() && same(p, output)) {
+        return Err(Error::Refused(format!("`{}` is the base itself; choose another output", output.display())));
+    }
+    Ok(())
+}
+
+/// Merges adapters into a GGUF base and writes a GGUF file of the same types: each merged tensor is quantised anew and
+/// the error measured.
+pub fn merge_to_gguf(
+    base: &Path,
+    adapters: &[(StoredAdapter, f64)],
+    output: &Path,
+    mut progress: impl FnMut(&str),
+) -> Result<Merged> {
+    refuse_own_folder(base, output)?;
+    let (config, weights) = open_weights(base, LoadDtype::F32)?;
+    let Some(file) = weights.gguf() else {
+        return Err(Error::Refused("a GGUF output needs a GGUF base; give a folder as output instead".into()));
+    };
+    let plan = Plan::new(adapters, &config, &weights)?;
+    if config.tied && (plan.touches("lm_head.weight") || plan.touches(EMBEDDING)) {
+        return Err(Error::Refused(
+            "the adapter changes the head or the embedding, which this base shares; merge into a folder instead".into(),
+        ));
+    }
+    let mut rounding = Rounding::default();
+    let mut tensors = Vec::new();
+    let mut stored_names: Vec<_> = file.content.tensor_infos.keys().cloned().collect();
+    stored_names.sort();
+    let by_stored: BTreeMap<String, String> = weights
+        .names()
+        .into_iter()
+        .filter_map(|n| {
+            let (module, kind) = n.rsplit_once('.')?;
+            Some((format!("{}.{kind}", module_to_gguf(module)?), n.clone()))
+        })
+        .collect();
+    for stored in stored_names {
+        let Some((dtype, dims, bytes)) = file.tensor(&stored)? else { continue };
+        let name = by_stored.get(&stored).filter(|n| plan.touches(n));
+        let tensor = match name {
+            None => candle_core::quantized::ggml_file::qtensor_from_ggml(dtype, bytes, dims, &Device::Cpu)?,
+            Some(name) => {
+                progress(name);
+                let before = match dims[..] {
+                    [rows, columns] => weights.weight(name, (rows, columns))?.dense(DType::F32)?,
+                    _ => weights.vector(name, dims.iter().product())?,
+                };
+                let merged = plan.merge(name, &before)?.unwrap_or_else(|| before.clone());
+                let order = row_order(file.architecture(), &config, &stored);
+                let to_file = |t: &Tensor| -> Result<Tensor> {
+                    let Some(order) = &order else { return Ok(t.clone()) };
+                    let mut inverse = vec![0u32; order.len()];
+                    order.iter().enumerate().for_each(|(i, &row)| inverse[row] = i as u32);
+                    Ok(t.index_select(&Tensor::new(inverse, &Device::Cpu)?, 0)?)
+                };
+                let (before, merged) = (to_file(&before)?, to_file(&merged)?);
+                let quantised = QTensor::quantize(&merged, dtype)?;
+                rounding.add(&before, &merged, &quantised.dequantize(&Device::Cpu)?, &format!("{dtype:?}"))?;
+                quantised
+            }
+        };
+        tensors.push((stored, tensor));
+    }
+    let metadata: BTreeMap<_, _> = file.content.metadata.iter().collect();
+    let metadata: Vec<_> = metadata.into_iter().map(|(k, v)| (k.as_str(), v)).collect();
+    let tensors: Vec<_> = tensors.iter().map(|(n, t)| (n.as_str(), t)).collect();
+    write_atomic_with(output, |out| {
+        let mut out = std::io::BufWriter::new(&mut *out);
+        candle_core::quantized::gguf_file::write(&mut out, &metadata, &tensors)?;
+        out.flush().map_err(lorimer_model::Error::io("write", output))
+    })?;
+    Ok(rounding.report(output))
+}

@@ -1,0 +1,114 @@
+//! # DoRA: weight-decomposed low-rank adaptation
+//!
+//! Liu et al. 2024, *DoRA: Weight-Decomposed Low-Rank Adaptation*, arXiv 2402.09353, eq. 5 and section 4.3:
+//! `W' = m · (W + s·B A) / ‖W + s·B A‖` with one norm and one magnitude m a row, the norm held constant in the gradient.
+//!
+//! Trainable parameters of a projection: `r · (inputs + outputs) + outputs`.
+//!
+//! The norm of a row is found without forming W + s·B A:
+//! `‖Wᵢ‖² + 2s·Bᵢ·(A Wᵢᵀ) + s²·Bᵢ (A Aᵀ) Bᵢᵀ`, at the cost of one product of A with W.
+//!
+//! Good for: low ranks, where it is often a little better than LoRA, at about a third more time.
+
+use candle_core::{DType, Device, Result as TensorResult, Tensor, Var};
+use lorimer_model::Projection;
+use lorimer_tensor::frozen_linear;
+use serde_json::Value;
+
+use super::lora::{Lora, LoraConfig, LoraDelta, is_lora};
+use super::{Entry, Served};
+use crate::error::Result;
+use crate::method::{Delta, Method, NotMergeable, Step};
+
+/// The registry's line.
+pub const ENTRY: Entry = Entry {
+    name: "dora",
+    title: "Weight-decomposed low-rank adaptation",
+    paper: "arXiv 2402.09353",
+    kind: "projection",
+    variants: &[],
+    peft_type: "LORA",
+    mergeable: true,
+    served: Served::Converted,
+    build: |settings| {
+        let mut settings = settings.clone();
+        settings.insert("use_dora".into(), Value::Bool(true));
+        method(LoraConfig::given("dora", &settings)?)
+    },
+    recognises: |config| is_lora(config, true),
+    from_file: |config| method(LoraConfig::from_file(config)?),
+};
+
+fn method(config: LoraConfig) -> Result<Box<dyn Method>> {
+    Ok(Box::new(Lora { config, name: "dora" }))
+}
+
+/// LoRA's factors with a magnitude a row.
+pub(super) struct DoraDelta {
+    low_rank: LoraDelta,
+    /// m (outputs).
+    magnitude: Var,
+    /// ‖Wᵢ‖² of the base's rows (outputs).
+    squares: Tensor,
+}
+
+impl DoraDelta {
+    pub(super) fn new(low_rank: LoraDelta, base: &Projection, magnitude: Option<Tensor>) -> Result<Self> {
+        let dtype = low_rank.a.dtype();
+        let exact = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
+        let squares = base.dense(exact)?.to_dtype(DType::F64)?.sqr()?.sum(1)?;
+        let mut delta = Self { low_rank, magnitude: Var::zeros(1, dtype, &Device::Cpu)?, squares: squares.to_dtype(dtype)? };
+        let magnitude = match magnitude {
+            Some(m) => m,
+            None => delta.norms(base)?,
+        };
+        delta.magnitude = Var::from_tensor(&magnitude)?;
+        Ok(delta)
+    }
+
+    /// ‖W + s·B A‖ of each row (outputs), without gradient.
+    fn norms(&self, base: &Projection) -> TensorResult<Tensor> {
+        let (a, b, s) = (self.low_rank.a.detach(), self.low_rank.b.detach(), self.low_rank.scaling);
+        let along = (&b * frozen_linear(&a, &base.weight)?.t()?)?.sum(1)?;
+        let own = (b.matmul(&a.matmul(&a.t()?)?)? * &b)?.sum(1)?;
+        ((&self.squares + (along * (2.0 * s))?)? + (own * (s * s))?)?.relu()?.sqrt()
+    }
+
+    /// m / ‖W + s·B A‖ (outputs); the gradient reaches m only.
+    fn ratio(&self, base: &Projection) -> TensorResult<Tensor> {
+        self.magnitude.as_tensor() / self.norms(base)?
+    }
+}
+
+impl Delta for DoraDelta {
+    fn forward(&self, base: &Projection, x: &Tensor, y: &Tensor, step: &Step) -> TensorResult<Tensor> {
+        let ratio = self.ratio(base)?;
+        // As in PEFT, dropout acts on all that the magnitude scales.
+        let (low_rank, plain) = match self.low_rank.dropped(x, step)? {
+            Some(x) => (self.low_rank.product(&x)?, frozen_linear(&x, &base.weight)?),
+            None => match &base.bias {
+                Some(bias) => (self.low_rank.product(x)?, y.broadcast_sub(bias)?),
+                None => (self.low_rank.product(x)?, y.clone()),
+            },
+        };
+        plain.broadcast_mul(&(&ratio - 1.0)?)? + low_rank.broadcast_mul(&ratio)?
+    }
+
+    fn merged(&self, base: &Projection) -> TensorResult<Result<Tensor, NotMergeable>> {
+        let ratio = self.ratio(base)?.detach().unsqueeze(1)?;
+        let moved = (base.dense(self.low_rank.a.dtype())? + self.low_rank.change()?)?;
+        Ok(Ok(moved.broadcast_mul(&ratio)?))
+    }
+
+    fn trainable(&self) -> Vec<(&'static str, &Var)> {
+        let mut all = self.low_rank.trainable();
+        all.push(("lora_magnitude_vector", &self.magnitude));
+        all
+    }
+
+    fn stored(&self) -> TensorResult<Vec<(&'static str, Tensor)>> {
+        let mut all = self.low_rank.stored()?;
+        all.push(("lora_magnitude_vector", self.magnitude.detach()));
+        Ok(all)
+    }
+}

@@ -1,0 +1,556 @@
+//! # LoRA: low-rank adaptation
+//!
+//! Hu et al. 2021, *LoRA: Low-Rank Adaptation of Large Language Models*, arXiv 2106.09685, eq. 3:
+//! `y = W x + (α/r) · B A x` with A (r, inputs), B (outputs, r). rsLoRA (Kalajdzievski 2023, arXiv 2312.03732)
+//! puts α/√r in place of α/r.
+//!
+//! Trainable parameters of a projection: `r · (inputs + outputs)`.
+//!
+//! Starts (`init_lora_weights`): `true` (A uniform in ±1/√inputs, B zero), `gaussian` (A normal with σ = 1/r, B zero),
+//! `orthogonal` (A and B random with B A = 0), `pissa` and `pissa_niter_N` (Meng et al. 2024, arXiv 2404.02948: the r
+//! largest singular directions of W), `olora` (Büyükakyüz 2024, arXiv 2406.01775: the first r of Q and R). The last
+//! three begin with B₀A₀ ≠ 0 and adapt the residual W − (α/r)·B₀A₀; here the base stays as it is and the
+//! change is (α/r)·(B A − B₀A₀), saved as the LoRA of rank 2r that it is, so that the file works on the original base.
+//!
+//! Good for: everything, as the first thing to try.
+
+use candle_core::{DType, Device, Result as TensorResult, Tensor, Var};
+use indexmap::IndexMap;
+use lorimer_model::{Projection, Site};
+use lorimer_tensor::linalg;
+use rand::Rng;
+use rand_chacha::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+use super::{Entry, Served, dora};
+use crate::error::{Error, Result};
+use crate::method::{Bias, Delta, LowRank, Method, ModuleTensors, NotMergeable, Step, configure, site_seed};
+use crate::targets::{Targeting, pattern_value};
+
+/// The registry's line.
+pub const ENTRY: Entry = Entry {
+    name: "lora",
+    title: "Low-rank adaptation",
+    paper: "arXiv 2106.09685",
+    kind: "projection",
+    variants: &[],
+    peft_type: "LORA",
+    mergeable: true,
+    served: Served::Batched,
+    build: |settings| Ok(Box::new(Lora { config: LoraConfig::given("lora", settings)?, name: "lora" })),
+    recognises: |config| is_lora(config, false),
+    from_file: |config| Ok(Box::new(Lora { config: LoraConfig::from_file(config)?, name: "lora" })),
+};
+
+/// Whether a file's configuration is LoRA's, with `use_dora` as asked.
+pub(super) fn is_lora(config: &Map<String, Value>, dora: bool) -> bool {
+    config.get("peft_type").and_then(Value::as_str) == Some("LORA")
+        && config.get("use_dora").and_then(Value::as_bool).unwrap_or(false) == dora
+}
+
+/// Largest rank that is accepted.
+const MAX_RANK: usize = 1 << 16;
+
+/// PEFT's `LoraConfig`, with PEFT's keys.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct LoraConfig {
+    /// Which modules.
+    #[serde(flatten)]
+    pub targeting: Targeting,
+    /// Rank r.
+    pub r: usize,
+    /// α; the change is multiplied by α/r.
+    pub lora_alpha: f64,
+    /// Probability of zeroing an element of x before A, in training.
+    pub lora_dropout: f64,
+    /// α/√r in place of α/r.
+    pub use_rslora: bool,
+    /// DoRA: magnitude and direction apart.
+    pub use_dora: bool,
+    /// Which biases are trained.
+    pub bias: Bias,
+    /// How A and B begin: true, false, `gaussian`, `orthogonal`, `pissa`, `pissa_niter_N`, `olora`.
+    pub init_lora_weights: Value,
+    /// Other ranks for modules whose path a pattern matches.
+    pub rank_pattern: IndexMap<String, usize>,
+    /// Other α for modules whose path a pattern matches.
+    pub alpha_pattern: IndexMap<String, f64>,
+}
+
+impl Default for LoraConfig {
+    fn default() -> Self {
+        Self {
+            targeting: Targeting::default(),
+            r: 8,
+            lora_alpha: 16.0,
+            lora_dropout: 0.0,
+            use_rslora: false,
+            use_dora: false,
+            bias: Bias::None,
+            init_lora_weights: Value::Bool(true),
+            rank_pattern: IndexMap::new(),
+            alpha_pattern: IndexMap::new(),
+        }
+    }
+}
+
+/// How A and B begin.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Start {
+    Default,
+    Gaussian,
+    Orthogonal,
+    Pissa(Option<usize>),
+    Olora,
+}
+
+impl Start {
+    fn parse(value: &Value) -> Result<Self> {
+        let unknown = || {
+            let shown: String = value.to_string().chars().take(40).collect();
+            Error::Config(format!(
+                "init_lora_weights {shown} is not one of true, gaussian, orthogonal, pissa, pissa_niter_N, olora"
+            ))
+        };
+        match value {
+            Value::Bool(_) | Value::Null => Ok(Self::Default),
+            Value::String(s) => match s.to_lowercase().as_str() {
+                "true" | "default" => Ok(Self::Default),
+                "gaussian" => Ok(Self::Gaussian),
+                "orthogonal" => Ok(Self::Orthogonal),
+                "olora" => Ok(Self::Olora),
+                "pissa" => Ok(Self::Pissa(None)),
+                other => match other.strip_prefix("pissa_niter_").and_then(|n| n.parse().ok()) {
+                    Some(n) if n <= 1000 => Ok(Self::Pissa(Some(n))),
+                    _ => Err(unknown()),
+                },
+            },
+            _ => Err(unknown()),
+        }
+    }
+
+    /// Whether B₀A₀ ≠ 0, so that the residual of the base is what is adapted.
+    fn moves_base(self) -> bool {
+        matches!(self, Self::Pissa(_) | Self::Olora)
+    }
+}
+
+/// α as PEFT writes it: a whole number where it is one.
+fn alpha_json(alpha: f64) -> Value {
+    if alpha.fract() == 0.0 && alpha.abs() < 1e15 { json!(alpha as i64) } else { json!(alpha) }
+}
+
+impl LoraConfig {
+    pub(super) fn given(method: &str, settings: &Map<String, Value>) -> Result<Self> {
+        let config: Self = configure(method, settings)?;
+        config.checked()
+    }
+
+    /// From a file that PEFT (or we) wrote. Keys of PEFT's that ask for something else are refused while set.
+    pub(super) fn from_file(config: &Map<String, Value>) -> Result<Self> {
+        const UNSUPPORTED: [&str; 16] = [
+            "layer_replication",
+            "trainable_token_indices",
+            "target_parameters",
+            "lora_bias",
+            "fan_in_fan_out",
+            "use_qalora",
+            "use_bdlora",
+            "alora_invocation_tokens",
+            "arrow_config",
+            "megatron_config",
+            "kasa_config",
+            "velora_config",
+            "monteclora_config",
+            "corda_config",
+            "lora_ga_config",
+            "loftq_config",
+        ];
+        let set = |v: &Value| match v {
+            Value::Null | Value::Bool(false) => false,
+            Value::Array(a) => !a.is_empty(),
+            Value::Object(o) => !o.is_empty(),
+            _ => true,
+        };
+        if let Some(key) = UNSUPPORTED.iter().find(|k| config.get(**k).is_some_and(set)) {
+            return Err(Error::Config(format!("adapter_config.json sets `{key}`, which is not understood here")));
+        }
+        let known = match serde_json::to_value(Self::default()) {
+            Ok(Value::Object(map)) => map,
+            _ => Map::new(),
+        };
+        let mut given: Map<String, Value> = config
+            .iter()
+            .filter(|(k, v)| known.contains_key(*k) && !v.is_null())
+            .map(|(k, v)| (k.clone(), v.clone()))
+            .collect();
+        // EVA and MiCA leave the base as it is, so the file's tensors are all there is to know.
+        if matches!(given.get("init_lora_weights").and_then(Value::as_str), Some("eva" | "mica")) {
+            given.remove("init_lora_weights");
+        }
+        let config: Self = configure("lora", &given)?;
+        if matches!(Start::parse(&config.init_lora_weights)?, Start::Pissa(Some(_))) {
+            return Err(Error::Config(
+                "adapter_config.json says `pissa_niter_N`: its start was random and cannot be formed again; save it in PEFT with `path_initial_model_for_weight_conversion`".into(),
+            ));
+        }
+        config.checked()
+    }
+
+    fn checked(self) -> Result<Self> {
+        for (name, rank) in [("r", self.r)].into_iter().chain(self.rank_pattern.iter().map(|(k, &r)| (k.as_str(), r))) {
+            if rank == 0 || rank > MAX_RANK {
+                let name: String = name.chars().take(60).collect();
+                return Err(Error::Config(format!("rank `{name}` = {rank} should be between 1 and {MAX_RANK}")));
+            }
+        }
+        if let Some(alpha) = [self.lora_alpha].iter().chain(self.alpha_pattern.values()).find(|a| !a.is_finite()) {
+            return Err(Error::Config(format!("lora_alpha = {alpha} should be a finite number")));
+        }
+        if !(0.0..1.0).contains(&self.lora_dropout) {
+            return Err(Error::Config(format!("lora_dropout = {} should be at least 0 and below 1", self.lora_dropout)));
+        }
+        let start = Start::parse(&self.init_lora_weights)?;
+        if self.use_dora && start.moves_base() {
+            return Err(Error::Config(format!(
+                "init_lora_weights {} does not combine with DoRA: DoRA's magnitudes belong to the original base, which this start moves",
+                self.init_lora_weights
+            )));
+        }
+        if start == Start::Orthogonal && (self.r % 2 == 1 || self.rank_pattern.values().any(|r| r % 2 == 1)) {
+            return Err(Error::Config("init_lora_weights orthogonal needs even ranks".into()));
+        }
+        Ok(self)
+    }
+
+    /// Rank of a module.
+    pub fn rank(&self, module: &str) -> Result<usize> {
+        Ok(pattern_value(&self.rank_pattern, module)?.unwrap_or(self.r))
+    }
+
+    /// What B A is multiplied by on a module.
+    pub fn scaling(&self, module: &str) -> Result<f64> {
+        let rank = self.rank(module)? as f64;
+        let alpha = pattern_value(&self.alpha_pattern, module)?.unwrap_or(self.lora_alpha);
+        Ok(alpha / if self.use_rslora { rank.sqrt() } else { rank })
+    }
+
+    /// All of PEFT's keys in PEFT's order, for `adapter_config.json`.
+    fn peft_json(&self) -> Map<String, Value> {
+        let patterns: Map<String, Value> = self.alpha_pattern.iter().map(|(k, &v)| (k.clone(), alpha_json(v))).collect();
+        let t = &self.targeting;
+        let object = json!({
+            "peft_type": "LORA", "task_type": "CAUSAL_LM", "auto_mapping": null, "inference_mode": true,
+            "r": self.r, "lora_alpha": alpha_json(self.lora_alpha), "lora_dropout": self.lora_dropout,
+            "target_modules": t.target_modules, "exclude_modules": t.exclude_modules,
+            "layers_to_transform": t.layers_to_transform, "layers_pattern": t.layers_pattern,
+            "modules_to_save": t.modules_to_save, "rank_pattern": self.rank_pattern, "alpha_pattern": patterns,
+            "bias": self.bias, "init_lora_weights": self.init_lora_weights,
+            "use_rslora": self.use_rslora, "use_dora": self.use_dora, "fan_in_fan_out": false,
+        });
+        match object {
+            Value::Object(map) => map,
+            _ => Map::new(),
+        }
+    }
+
+    /// The configuration that describes the stored form: twice the rank where the start moved the base.
+    fn stored(&self) -> Result<Self> {
+        let mut config = self.clone();
+        if Start::parse(&self.init_lora_weights)?.moves_base() {
+            let factor = if self.use_rslora { 2f64.sqrt() } else { 2.0 };
+            config.r *= 2;
+            config.rank_pattern.values_mut().for_each(|r| *r *= 2);
+            config.lora_alpha *= factor;
+            config.alpha_pattern.values_mut().for_each(|a| *a *= factor);
+        }
+        config.init_lora_weights = Value::Bool(true);
+        Ok(config)
+    }
+}
+
+/// LoRA and, with `use_dora`, DoRA.
+pub(super) struct Lora {
+    pub(super) config: LoraConfig,
+    pub(super) name: &'static str,
+}
+
+fn uniform(shape: (usize, usize), bound: f64, dtype: DType, rng: &mut ChaCha8Rng) -> TensorResult<Tensor> {
+    let data: Vec<f64> = (0..shape.0 * shape.1).map(|_| rng.random_range(-bound..bound)).collect();
+    Tensor::from_vec(data, shape, &Device::Cpu)?.to_dtype(dtype)
+}
+
+/// Standard normal values (Box and Muller).
+fn normal(shape: (usize, usize), rng: &mut ChaCha8Rng) -> TensorResult<Tensor> {
+    let mut one = || {
+        let (u, v): (f64, f64) = (1.0 - rng.random::<f64>(), rng.random());
+        (-2.0 * u.ln()).sqrt() * (std::f64::consts::TAU * v).cos()
+    };
+    Tensor::from_vec((0..shape.0 * shape.1).map(|_| one()).collect::<Vec<f64>>(), shape, &Device::Cpu)
+}
+
+impl Lora {
+    /// A (r, inputs) and B (outputs, r).
+    fn start(&self, site: &Site, base: &Projection, dtype: DType, rng: &mut ChaCha8Rng) -> Result<(Tensor, Tensor)> {
+        let (outputs, inputs) = (site.outputs, site.inputs);
+        let (rank, scaling) = (self.config.rank(&site.path)?, self.config.scaling(&site.path)?);
+        let zero_b = || Tensor::zeros((outputs, rank), dtype, &Device::Cpu);
+        let start = Start::parse(&self.config.init_lora_weights)?;
+        if start.moves_base() && rank > outputs.min(inputs) {
+            return Err(Error::Config(format!(
+                "rank {rank} is more than `{}` ({outputs}, {inputs}) has; init_lora_weights {} needs at most {}",
+                site.path,
+                self.config.init_lora_weights,
+                outputs.min(inputs)
+            )));
+        }
+        let (a, b) = match start {
+            Start::Default => (uniform((rank, inputs), (inputs as f64).powf(-0.5), dtype, rng)?, zero_b()?),
+            Start::Gaussian => ((normal((rank, inputs), rng)? / rank as f64)?, zero_b()?),
+            Start::Orthogonal => {
+                let (q, _) = linalg::qr(&normal((rank, rank), rng)?)?;
+                let half: Vec<u32> = (0..rank as u32 / 2).collect();
+                let rows = |odd: u32| {
+                    let index: Vec<u32> = half.iter().map(|i| 2 * i + odd).collect();
+                    q.index_select(&Tensor::new(index, &Device::Cpu)?, 0)
+                };
+                let a = normal((inputs, rank / 2), rng)?.matmul(&rows(0)?)?.t()?;
+                let b = normal((rank / 2, outputs), rng)?.t()?.matmul(&rows(1)?)?;
+                ((a / 10.0)?, (b / 10.0)?)
+            }
+            Start::Pissa(iterations) => {
+                let w = base.dense(DType::F64)?;
+                let (u, s, vt) = match iterations {
+                    None => linalg::svd(&w)?,
+                    Some(n) => randomised_svd(&w, rank, n, rng)?,
+                };
+                let root = (s.narrow(0, 0, rank)? / scaling)?.sqrt()?;
+                let a = vt.narrow(0, 0, rank)?.broadcast_mul(&root.unsqueeze(1)?)?;
+                (a, u.narrow(1, 0, rank)?.broadcast_mul(&root)?)
+            }
+            Start::Olora => {
+                let (q, r) = linalg::qr(&base.dense(DType::F64)?)?;
+                (r.narrow(0, 0, rank)?, q.narrow(1, 0, rank)?)
+            }
+        };
+        Ok((a.to_dtype(dtype)?.contiguous()?, b.to_dtype(dtype)?.contiguous()?))
+    }
+
+    fn delta(
+        &self,
+        site: &Site,
+        base: &Projection,
+        (a, b): (Tensor, Tensor),
+        origin: Option<(Tensor, Tensor)>,
+        magnitude: Option<Tensor>,
+    ) -> Result<Box<dyn Delta>> {
+        let low_rank = LoraDelta {
+            scaling: self.config.scaling(&site.path)?,
+            dropout: self.config.lora_dropout,
+            seed: site_seed(0, &site.path),
+            a: Var::from_tensor(&a)?,
+            b: Var::from_tensor(&b)?,
+            origin,
+        };
+        match self.config.use_dora {
+            true => Ok(Box::new(dora::DoraDelta::new(low_rank, base, magnitude)?)),
+            false => Ok(Box::new(low_rank)),
+        }
+    }
+}
+
+/// The `rank` largest singular triplets by subspace iteration (Halko et al. 2011, algorithm 4.4), ten extra directions.
+fn randomised_svd(w: &Tensor, rank: usize, iterations: usize, rng: &mut ChaCha8Rng) -> Result<(Tensor, Tensor, Tensor)> {
+    let (m, n) = w.dims2()?;
+    let width = (rank + 10).min(m).min(n);
+    let wt = w.t()?.contiguous()?;
+    let (mut q, _) = linalg::qr(&w.matmul(&normal((n, width), rng)?)?)?;
+    for _ in 0..iterations {
+        let (z, _) = linalg::qr(&wt.matmul(&q)?)?;
+        (q, _) = linalg::qr(&w.matmul(&z)?)?;
+    }
+    let (u, s, vt) = linalg::svd(&q.t()?.contiguous()?.matmul(w)?)?;
+    Ok((q.matmul(&u)?, s, vt))
+}
+
+impl Method for Lora {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn targeting(&self) -> &Targeting {
+        &self.config.targeting
+    }
+
+    fn bias(&self) -> Bias {
+        self.config.bias
+    }
+
+    fn stored_config(&self) -> Map<String, Value> {
+        // The start was parsed when the configuration was checked, so `stored` cannot fail.
+        self.config.stored().unwrap_or_else(|_| self.config.clone()).peft_json()
+    }
+
+    fn config(&self) -> Map<String, Value> {
+        self.config.peft_json()
+    }
+
+    fn attach(&self, site: &Site, base: &Projection, dtype: DType, rng: &mut ChaCha8Rng) -> Result<Box<dyn Delta>> {
+        let (a, b) = self.start(site, base, dtype, rng)?;
+        let moves = Start::parse(&self.config.init_lora_weights)?.moves_base();
+        let origin = moves.then(|| (a.clone(), b.clone()));
+        self.delta(site, base, (a, b), origin, None)
+    }
+
+    fn load(
+        &self,
+        site: &Site,
+        base: &Projection,
+        dtype: DType,
+        tensors: &mut ModuleTensors,
+    ) -> Result<Option<Box<dyn Delta>>> {
+        let rank = self.config.rank(&site.path)?;
+        let a = tensors.take(&site.path, "lora_A.weight", &[rank, site.inputs])?;
+        let b = tensors.take(&site.path, "lora_B.weight", &[site.outputs, rank])?;
+        let mut magnitude = None;
+        if self.config.use_dora {
+            magnitude = tensors.take(&site.path, "lora_magnitude_vector", &[site.outputs])?;
+            if magnitude.is_none() {
+                magnitude = tensors.take(&site.path, "lora_magnitude_vector.weight", &[site.outputs])?;
+            }
+        }
+        let missing = |key: &str| Err(Error::Mismatch(format!("tensor `{}.{key}` is missing", site.path)));
+        let (a, b) = match (a, b) {
+            (None, None) => return Ok(None),
+            (Some(a), Some(b)) => (a.to_dtype(dtype)?, b.to_dtype(dtype)?),
+            (None, _) => return missing("lora_A.weight"),
+            (_, None) => return missing("lora_B.weight"),
+        };
+        if self.config.use_dora && magnitude.is_none() {
+            return missing("lora_magnitude_vector");
+        }
+        // A file that PEFT saved without conversion counts from the start that PEFT forms again at load.
+        let moves = Start::parse(&self.config.init_lora_weights)?.moves_base();
+        let origin = match moves {
+            true => {
+                let mut rng = rand::SeedableRng::seed_from_u64(0);
+                Some(self.start(site, base, dtype, &mut rng)?)
+            }
+            false => None,
+        };
+        let magnitude = magnitude.map(|m| m.to_dtype(dtype)).transpose()?;
+        self.delta(site, base, (a, b), origin, magnitude).map(Some)
+    }
+
+    fn parameters(&self, site: &Site) -> Result<usize> {
+        let magnitudes = if self.config.use_dora { site.outputs } else { 0 };
+        Ok(self.config.rank(&site.path)? * (site.inputs + site.outputs) + magnitudes)
+    }
+
+    fn low_rank(
+        &self,
+        module: &str,
+        tensors: &std::collections::BTreeMap<String, Tensor>,
+    ) -> Result<Option<LowRank>> {
+        let (Some(a), Some(b)) = (tensors.get("lora_A.weight"), tensors.get("lora_B.weight")) else { return Ok(None) };
+        let rank = self.config.rank(module)?;
+        if a.dims().len() != 2 || b.dims().len() != 2 || a.dim(0)? != rank || b.dim(1)? != rank {
+            return Err(Error::Mismatch(format!(
+                "`{module}`: lora_A {:?} and lora_B {:?} do not have the rank {rank} of the configuration",
+                a.dims(),
+                b.dims()
+            )));
+        }
+        Ok(Some(LowRank { a: a.clone(), b: b.clone(), scaling: self.config.scaling(module)? }))
+    }
+}
+
+/// A, B and their scaling on one projection.
+pub(super) struct LoraDelta {
+    pub(super) a: Var,
+    pub(super) b: Var,
+    pub(super) scaling: f64,
+    pub(super) dropout: f64,
+    seed: u64,
+    /// A₀ and B₀, where the start moved the base.
+    origin: Option<(Tensor, Tensor)>,
+}
+
+/// One step of SplitMix64, as a hash of `n`.
+fn mix(n: u64) -> u64 {
+    let mut z = n.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+impl LoraDelta {
+    /// x with dropout, or None where none applies. The mask depends on the step's seed, the site and the
+    /// element only, so that a resumed run draws the same.
+    pub(super) fn dropped(&self, x: &Tensor, step: &Step) -> TensorResult<Option<Tensor>> {
+        let Some(seed) = step.training.filter(|_| self.dropout > 0.0) else { return Ok(None) };
+        let key = mix(seed ^ self.seed);
+        let threshold = (self.dropout * (1u64 << 53) as f64) as u64;
+        let keep = 1.0 / (1.0 - self.dropout);
+        let mask = (0..x.elem_count() as u64).map(|i| if mix(key.wrapping_add(i)) >> 11 < threshold { 0.0 } else { keep });
+        let mask = Tensor::from_vec(mask.collect::<Vec<f64>>(), x.shape(), &Device::Cpu)?.to_dtype(x.dtype())?;
+        (x * mask).map(Some)
+    }
+
+    /// scaling · (x Aᵀ) Bᵀ, less the same of A₀ and B₀.
+    pub(super) fn product(&self, x: &Tensor) -> TensorResult<Tensor> {
+        let part = |a: &Tensor, b: &Tensor| x.matmul(&a.t()?)?.matmul(&b.t()?);
+        let mut y = part(&self.a, &self.b)?;
+        if let Some((a, b)) = &self.origin {
+            y = (y - part(a, b)?)?;
+        }
+        y * self.scaling
+    }
+
+    /// scaling · (B A − B₀A₀), (outputs, inputs).
+    pub(super) fn change(&self) -> TensorResult<Tensor> {
+        let mut change = self.b.matmul(&self.a)?;
+        if let Some((a, b)) = &self.origin {
+            change = (change - b.matmul(a)?)?;
+        }
+        (change * self.scaling)?.detach().copy()
+    }
+}
+
+impl Delta for LoraDelta {
+    fn forward(&self, _base: &Projection, x: &Tensor, _y: &Tensor, step: &Step) -> TensorResult<Tensor> {
+        match self.dropped(x, step)? {
+            Some(x) => self.product(&x),
+            None => self.product(x),
+        }
+    }
+
+    fn merged(&self, base: &Projection) -> TensorResult<Result<Tensor, NotMergeable>> {
+        Ok(Ok((base.dense(self.a.dtype())? + self.change()?)?))
+    }
+
+    fn trainable(&self) -> Vec<(&'static str, &Var)> {
+        vec![("lora_A", &self.a), ("lora_B", &self.b)]
+    }
+
+    fn stored(&self) -> TensorResult<Vec<(&'static str, Tensor)>> {
+        let (mut a, mut b) = (self.a.detach(), self.b.detach());
+        if let Some((a0, b0)) = &self.origin {
+            a = Tensor::cat(&[&a, a0], 0)?;
+            b = Tensor::cat(&[&b, &b0.neg()?], 1)?;
+        }
+        Ok(vec![("lora_A.weight", a), ("lora_B.weight", b)])
+    }
+
+    fn has_effect(&self, _base: &Projection) -> TensorResult<bool> {
+        let nonzero = |t: &Tensor| -> TensorResult<bool> {
+            Ok(t.abs()?.flatten_all()?.max(0)?.to_dtype(DType::F64)?.to_scalar::<f64>()? > 0.0)
+        };
+        match self.origin {
+            Some(_) => nonzero(&self.change()?),
+            None => Ok(nonzero(&self.a)? && nonzero(&self.b)?),
+        }
+    }
+}

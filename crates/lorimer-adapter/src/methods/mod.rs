@@ -1,0 +1,79 @@
+//! The methods, one file each, and the one registry from which command line, documentation and law matrix come.
+
+use serde_json::{Map, Value};
+
+use crate::error::{Error, Result};
+use crate::method::Method;
+
+pub mod dora;
+pub mod lora;
+
+/// How a method is served beside others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Served {
+    /// In one batch with other adapters.
+    Batched,
+    /// Converted to a low-rank form at load.
+    Converted,
+    /// Not at all.
+    Refused,
+}
+
+/// One line of the registry.
+pub struct Entry {
+    /// What `--method` takes.
+    pub name: &'static str,
+    /// In words.
+    pub title: &'static str,
+    /// Where it was published.
+    pub paper: &'static str,
+    /// `projection`, `start`, `optimizer`, `control` or `objective`.
+    pub kind: &'static str,
+    /// Values of `--set variant=…`.
+    pub variants: &'static [&'static str],
+    /// `peft_type` in `adapter_config.json`.
+    pub peft_type: &'static str,
+    /// Whether a plain weight gives the same output.
+    pub mergeable: bool,
+    /// How it is served.
+    pub served: Served,
+    /// Builds the method from settings with PEFT's keys; unknown keys are errors.
+    pub build: fn(&Map<String, Value>) -> Result<Box<dyn Method>>,
+    /// Whether an `adapter_config.json` is this method's.
+    pub recognises: fn(&Map<String, Value>) -> bool,
+    /// Builds the method from an `adapter_config.json`.
+    pub from_file: fn(&Map<String, Value>) -> Result<Box<dyn Method>>,
+}
+
+/// Every method, in the order of `lorimer methods`.
+pub const REGISTRY: &[Entry] = &[lora::ENTRY, dora::ENTRY];
+
+fn names() -> String {
+    REGISTRY.iter().map(|e| e.name).collect::<Vec<_>>().join(", ")
+}
+
+/// The registry's line for a name.
+pub fn entry(name: &str) -> Result<&'static Entry> {
+    REGISTRY.iter().find(|e| e.name == name).ok_or_else(|| {
+        let name: String = name.chars().take(40).collect();
+        Error::Config(format!("there is no method `{name}`; there are {}", names()))
+    })
+}
+
+/// A method by name with its settings.
+pub fn build(name: &str, settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
+    (entry(name)?.build)(settings)
+}
+
+/// The method that an `adapter_config.json` describes.
+pub fn from_adapter_config(config: &Map<String, Value>) -> Result<Box<dyn Method>> {
+    let kind = config.get("peft_type").and_then(Value::as_str).unwrap_or_default();
+    match REGISTRY.iter().find(|e| (e.recognises)(config)) {
+        Some(entry) => (entry.from_file)(config),
+        None => {
+            let kind: String = kind.chars().take(40).collect();
+            Err(Error::Config(format!("peft_type `{kind}` in adapter_config.json is none of the methods {}", names())))
+        }
+    }
+}

@@ -1,0 +1,217 @@
+//! Adapter folders as PEFT writes them, with `lorimer.json` beside: bounded reading, atomic writing.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Tensor};
+use lorimer_model::files::{create_folder, read_json, remove_leftovers, write_atomic, write_json};
+use lorimer_model::weights::{SafetensorsFile, hex};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+use sha2::{Digest, Sha256};
+
+use crate::error::{Error, Result};
+
+/// Largest `adapter_config.json` and `lorimer.json`.
+const MAX_CONFIG_BYTES: u64 = 4 << 20;
+/// Most tensors in one adapter.
+const MAX_TENSORS: usize = 100_000;
+/// Longest tensor name.
+const MAX_NAME: usize = 512;
+
+/// The file of tensors.
+pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
+/// PEFT's configuration.
+pub const CONFIG_FILE: &str = "adapter_config.json";
+/// What only Lorimer writes; other tools ignore it.
+pub const MANIFEST_FILE: &str = "lorimer.json";
+
+/// A prompt whose log-probabilities were recorded when the adapter was made.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Golden {
+    /// Token ids of prompt and answer.
+    pub tokens: Vec<u32>,
+    /// Index of the first token whose log-probability is recorded.
+    pub first: usize,
+    /// log p of each token from `first` on, given those before it.
+    pub log_probabilities: Vec<f32>,
+}
+
+/// Which base an adapter belongs to.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct BaseIdentity {
+    /// Hub id or path.
+    pub name: String,
+    /// `sha256:…` over the weights (see `Weights::fingerprint`).
+    pub fingerprint: String,
+    /// `llama`, `qwen2` …
+    pub model_type: String,
+}
+
+/// `lorimer.json`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// Version of this file's format.
+    pub format: u32,
+    /// `sha256:…` over configuration and tensors.
+    pub content_id: String,
+    /// Name in the registry.
+    pub method: String,
+    /// Version of Lorimer that wrote it.
+    pub lorimer: String,
+    /// The base it was trained on.
+    pub base: Option<BaseIdentity>,
+    /// The chat template it was trained with.
+    pub chat_template: Option<String>,
+    /// How it was trained: settings, data, steps.
+    #[serde(default)]
+    pub training: Value,
+    /// Log-probabilities to replay.
+    #[serde(default)]
+    pub golden: Vec<Golden>,
+}
+
+/// An adapter as a file holds it.
+#[derive(Clone, Debug)]
+pub struct StoredAdapter {
+    /// Where it was read from.
+    pub path: PathBuf,
+    /// `adapter_config.json`.
+    pub config: Map<String, Value>,
+    /// Tensors by their full names.
+    pub tensors: BTreeMap<String, Tensor>,
+    /// `lorimer.json`, where there is one.
+    pub manifest: Option<Manifest>,
+}
+
+impl StoredAdapter {
+    /// Reads an adapter folder.
+    pub fn read(folder: &Path) -> Result<Self> {
+        let invalid = |problem: &str| Err(lorimer_model::Error::invalid(folder, problem).into());
+        if !folder.is_dir() {
+            return invalid("an adapter is a folder with adapter_config.json and adapter_model.safetensors; there is none here");
+        }
+        if !folder.join(CONFIG_FILE).is_file() {
+            return invalid("is no adapter folder: it has no adapter_config.json");
+        }
+        let config: Map<String, Value> = read_json(&folder.join(CONFIG_FILE), MAX_CONFIG_BYTES)?;
+        if !folder.join(WEIGHTS_FILE).is_file() {
+            return invalid(match folder.join("adapter_model.bin").exists() {
+                true => "holds adapter_model.bin, a pickle that could run code; save it again as safetensors",
+                false => "has no adapter_model.safetensors",
+            });
+        }
+        let manifest_path = folder.join(MANIFEST_FILE);
+        let manifest = match manifest_path.is_file() {
+            true => Some(read_json(&manifest_path, MAX_CONFIG_BYTES)?),
+            false => None,
+        };
+        let tensors = read_tensors(&folder.join(WEIGHTS_FILE))?;
+        Ok(Self { path: folder.to_path_buf(), config, tensors, manifest })
+    }
+
+    /// Identity of configuration and tensors: `sha256:…`.
+    pub fn content_id(&self) -> Result<String> {
+        let mut hash = Sha256::new();
+        // The name of the base differs from machine to machine and is not content.
+        let config: BTreeMap<_, _> = self.config.iter().filter(|(k, _)| *k != "base_model_name_or_path").collect();
+        hash.update(serde_json::to_vec(&config).unwrap_or_default());
+        for (name, tensor) in &self.tensors {
+            hash.update(format!("|{name}|{}|{:?}|", tensor.dtype().as_str(), tensor.dims()).as_bytes());
+            hash.update(raw_bytes(tensor)?);
+        }
+        Ok(format!("sha256:{}", hex(&hash.finalize())))
+    }
+
+    /// The tensors as a safetensors file.
+    pub fn tensor_bytes(&self) -> Result<Vec<u8>> {
+        safetensors_bytes(&self.tensors)
+    }
+
+    /// Writes the folder: tensors first, then configuration and card, `lorimer.json` last; each file atomically.
+    pub fn write(&self, folder: &Path, card: Option<&str>) -> Result<()> {
+        create_folder(folder)?;
+        remove_leftovers(folder);
+        write_atomic(&folder.join(WEIGHTS_FILE), &self.tensor_bytes()?)?;
+        write_json(&folder.join(CONFIG_FILE), &self.config)?;
+        if let Some(card) = card {
+            write_atomic(&folder.join("README.md"), card.as_bytes())?;
+        }
+        if let Some(manifest) = &self.manifest {
+            write_json(&folder.join(MANIFEST_FILE), manifest)?;
+        }
+        Ok(())
+    }
+
+    /// Tensors by module: what stands before and after the last dot that precedes the method's own key.
+    pub fn modules(&self) -> BTreeMap<String, BTreeMap<String, Tensor>> {
+        let mut modules: BTreeMap<String, BTreeMap<String, Tensor>> = BTreeMap::new();
+        for (name, tensor) in &self.tensors {
+            let path = name.strip_prefix(crate::attached::PREFIX).unwrap_or(name);
+            let parts: Vec<&str> = path.split('.').collect();
+            // `q_proj.lora_A.weight` and `q_proj.lora_magnitude_vector` both belong to `q_proj`.
+            let own = parts.iter().position(|p| p.starts_with("lora_")).unwrap_or(parts.len().saturating_sub(1));
+            let (module, key) = (parts[..own].join("."), parts[own..].join("."));
+            modules.entry(module).or_default().insert(key, tensor.clone());
+        }
+        modules
+    }
+}
+
+fn read_tensors(path: &Path) -> Result<BTreeMap<String, Tensor>> {
+    let file = SafetensorsFile::open(path)?;
+    let names = file.names();
+    if names.len() > MAX_TENSORS {
+        return Err(lorimer_model::Error::invalid(path, format!("{} tensors, at most {MAX_TENSORS} are read", names.len())).into());
+    }
+    let mut tensors = BTreeMap::new();
+    for name in names {
+        if name.len() > MAX_NAME || name.chars().any(char::is_control) {
+            let shown: String = name.chars().take(60).collect();
+            return Err(lorimer_model::Error::invalid(path, format!("tensor name `{}…` is too long or not plain", shown.escape_debug())).into());
+        }
+        if let Some(tensor) = file.load(&name)? {
+            let finite = tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?.iter().all(|v| v.is_finite());
+            if !finite {
+                return Err(lorimer_model::Error::invalid(path, format!("tensor `{name}` holds values that are not finite")).into());
+            }
+            tensors.insert(name, tensor);
+        }
+    }
+    Ok(tensors)
+}
+
+/// Little-endian bytes of a CPU tensor.
+pub fn raw_bytes(t: &Tensor) -> Result<Vec<u8>> {
+    let flat = t.flatten_all()?;
+    Ok(match t.dtype() {
+        DType::F64 => flat.to_vec1::<f64>()?.iter().flat_map(|v| v.to_le_bytes()).collect(),
+        DType::F32 => flat.to_vec1::<f32>()?.iter().flat_map(|v| v.to_le_bytes()).collect(),
+        DType::F16 => flat.to_vec1::<half::f16>()?.iter().flat_map(|v| v.to_le_bytes()).collect(),
+        DType::BF16 => flat.to_vec1::<half::bf16>()?.iter().flat_map(|v| v.to_le_bytes()).collect(),
+        other => return Err(Error::Mismatch(format!("tensors of type {other:?} are not stored in adapters"))),
+    })
+}
+
+/// The safetensors name of a tensor's type.
+pub fn safetensors_dtype(dtype: DType) -> Result<safetensors::Dtype> {
+    Ok(match dtype {
+        DType::F64 => safetensors::Dtype::F64,
+        DType::F32 => safetensors::Dtype::F32,
+        DType::F16 => safetensors::Dtype::F16,
+        DType::BF16 => safetensors::Dtype::BF16,
+        other => return Err(Error::Mismatch(format!("tensors of type {other:?} cannot be written"))),
+    })
+}
+
+/// A safetensors file in memory, as PEFT writes it (`format: pt`).
+pub fn safetensors_bytes(tensors: &BTreeMap<String, Tensor>) -> Result<Vec<u8>> {
+    let data = tensors.iter().map(|(n, t)| Ok((n, safetensors_dtype(t.dtype())?, t.dims().to_vec(), raw_bytes(t)?)));
+    let data = data.collect::<Result<Vec<_>>>()?;
+    let broken = |e: safetensors::SafeTensorError| Error::Mismatch(format!("cannot write safetensors: {e}"));
+    let views = data.iter().map(|(name, dtype, shape, bytes)| {
+        Ok((name.as_str(), safetensors::tensor::TensorView::new(*dtype, shape.clone(), bytes).map_err(broken)?))
+    });
+    let metadata = std::collections::HashMap::from([("format".to_string(), "pt".to_string())]);
+    safetensors::serialize(views.collect::<Result<Vec<_>>>()?, Some(metadata)).map_err(broken)
+}

@@ -1,0 +1,132 @@
+//! Checkpoints: folders that appear whole or not at all, with a manifest of hashes written last.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use candle_core::Tensor;
+use lorimer_adapter::store::safetensors_bytes;
+use lorimer_model::files::{MAX_JSON_BYTES, read_bounded, read_json, remove_leftovers, write_atomic, write_folder_atomic, write_json};
+use lorimer_model::weights::{SafetensorsFile, hex};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::error::{Error, Result};
+use crate::log::Record;
+
+/// What a run needs to go on as if it had never stopped. Data order and dropout follow from seed and step.
+#[derive(Clone, Debug, Default)]
+pub struct Checkpoint {
+    /// Progress and history.
+    pub state: State,
+    /// Trainable parameters by name.
+    pub parameters: BTreeMap<String, Tensor>,
+    /// Optimiser state by name.
+    pub optimizer: BTreeMap<String, Tensor>,
+    /// Trainable parameters of the best evaluation so far.
+    pub best: BTreeMap<String, Tensor>,
+}
+
+/// The part of a checkpoint that is JSON.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct State {
+    /// Steps taken.
+    pub step: usize,
+    /// Step and loss of the best evaluation.
+    pub best: Option<(usize, f64)>,
+    /// All log records so far.
+    pub history: Vec<Record>,
+    /// The settings that the run must be resumed with.
+    pub settings: serde_json::Value,
+}
+
+const FILES: [&str; 4] = ["parameters.safetensors", "optimizer.safetensors", "best.safetensors", "state.json"];
+const MANIFEST: &str = "manifest.json";
+const PREFIX: &str = "checkpoint-";
+
+impl Checkpoint {
+    /// Writes `checkpoint-<step>` into the run's folder and then removes the oldest above `keep`.
+    pub fn write(&self, run: &Path, keep: usize) -> Result<PathBuf> {
+        let path = run.join(format!("{PREFIX}{}", self.state.step));
+        if !path.exists() {
+            let pieces = [
+                safetensors_bytes(&self.parameters)?,
+                safetensors_bytes(&self.optimizer)?,
+                safetensors_bytes(&self.best)?,
+                serde_json::to_vec(&self.state).map_err(|e| Error::Settings(e.to_string()))?,
+            ];
+            write_folder_atomic(&path, |folder| {
+                let mut hashes = BTreeMap::new();
+                for (name, bytes) in FILES.iter().zip(&pieces) {
+                    write_atomic(&folder.join(name), bytes)?;
+                    hashes.insert(*name, hex(&Sha256::digest(bytes)));
+                }
+                write_json(&folder.join(MANIFEST), &hashes)
+            })?;
+        }
+        let mut all = Self::list(run);
+        while all.len() > keep.max(1) {
+            let (_, oldest) = all.remove(0);
+            fs::remove_dir_all(&oldest).map_err(lorimer_model::Error::io("remove", &oldest))?;
+        }
+        Ok(path)
+    }
+
+    /// Checkpoints of a run, oldest first.
+    fn list(run: &Path) -> Vec<(usize, PathBuf)> {
+        let Ok(entries) = fs::read_dir(run) else { return Vec::new() };
+        let step = |path: &Path| path.file_name()?.to_str()?.strip_prefix(PREFIX)?.parse().ok();
+        let mut all: Vec<_> = entries.flatten().filter_map(|e| Some((step(&e.path())?, e.path()))).collect();
+        all.sort();
+        all
+    }
+
+    /// Whether a run's folder holds any.
+    pub fn any(run: &Path) -> bool {
+        !Self::list(run).is_empty()
+    }
+
+    /// The newest checkpoint that is whole; damaged ones are passed over with a warning.
+    pub fn newest(run: &Path) -> Result<Option<Self>> {
+        remove_leftovers(run);
+        for (_, path) in Self::list(run).into_iter().rev() {
+            match Self::read(&path) {
+                Ok(checkpoint) => return Ok(Some(checkpoint)),
+                Err(error) => tracing::warn!("{error}; trying the one before"),
+            }
+        }
+        Ok(None)
+    }
+
+    /// Removes all checkpoints of a run.
+    pub fn clear(run: &Path) -> Result<()> {
+        for (_, path) in Self::list(run) {
+            fs::remove_dir_all(&path).map_err(lorimer_model::Error::io("remove", &path))?;
+        }
+        Ok(())
+    }
+
+    fn read(path: &Path) -> Result<Self> {
+        let hashes: BTreeMap<String, String> = read_json(&path.join(MANIFEST), 1 << 20)?;
+        for name in FILES {
+            let bytes = read_bounded(&path.join(name), 1 << 40)?;
+            if hashes.get(name) != Some(&hex(&Sha256::digest(&bytes))) {
+                return Err(Error::data(&path.join(name), "is damaged: its hash differs from the manifest's"));
+            }
+        }
+        let tensors = |name: &str| -> Result<BTreeMap<String, Tensor>> {
+            let file = SafetensorsFile::open(&path.join(name))?;
+            let mut all = BTreeMap::new();
+            for name in file.names() {
+                all.extend(file.load(&name)?.map(|t| (name, t)));
+            }
+            Ok(all)
+        };
+        Ok(Self {
+            state: read_json(&path.join(FILES[3]), MAX_JSON_BYTES)?,
+            parameters: tensors(FILES[0])?,
+            optimizer: tensors(FILES[1])?,
+            best: tensors(FILES[2])?,
+        })
+    }
+}

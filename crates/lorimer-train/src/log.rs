@@ -1,0 +1,284 @@
+//! What a run leaves to look at: a JSONL log, a TensorBoard event file, a loss plot as SVG and PNG.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use lorimer_model::error::Error as ModelError;
+use lorimer_model::files::{create_folder, write_atomic};
+use plotters::prelude::*;
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+
+/// One line of the log: a training step or an evaluation. Values that are not of its kind are left out.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Record {
+    /// Steps taken when it was written.
+    pub step: usize,
+    /// Mean −log p over the step's learnt tokens.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub loss: Option<f64>,
+    /// Rate of the step.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub learning_rate: Option<f64>,
+    /// Norm of the gradient before clipping.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub gradient_norm: Option<f64>,
+    /// Loss on the evaluation data.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub eval_loss: Option<f64>,
+    /// Exact matches on the evaluation data.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub eval_exact_match: Option<f64>,
+    /// Choice accuracy on the evaluation data.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub eval_choice_accuracy: Option<f64>,
+}
+
+impl Record {
+    fn scalars(&self) -> Vec<(&'static str, f64)> {
+        let all = [
+            ("train/loss", self.loss),
+            ("train/learning_rate", self.learning_rate),
+            ("train/gradient_norm", self.gradient_norm),
+            ("eval/loss", self.eval_loss),
+            ("eval/exact_match", self.eval_exact_match),
+            ("eval/choice_accuracy", self.eval_choice_accuracy),
+        ];
+        all.into_iter().filter_map(|(name, value)| Some((name, value?))).collect()
+    }
+}
+
+/// Name of the JSONL log in a run's folder.
+pub const LOG_FILE: &str = "log.jsonl";
+
+/// Writes records to the run's log and event file as they come.
+pub struct Log {
+    jsonl: (PathBuf, File),
+    events: (PathBuf, File),
+}
+
+impl Log {
+    /// Begins a run's log with what an earlier part of the run had written up to its checkpoint; later lines of that
+    /// part are gone, since the steps are taken again.
+    pub fn open(run: &Path, history: &[Record]) -> Result<Self> {
+        create_folder(run)?;
+        let jsonl = run.join(LOG_FILE);
+        let mut lines = Vec::new();
+        for record in history {
+            lines.extend(line(record)?);
+        }
+        write_atomic(&jsonl, &lines)?;
+        let folder = run.join("tensorboard");
+        create_folder(&folder)?;
+        for entry in fs::read_dir(&folder).map_err(ModelError::io("read", &folder))?.flatten() {
+            if entry.file_name().to_string_lossy().starts_with("events.out.tfevents.") {
+                let _ = fs::remove_file(entry.path());
+            }
+        }
+        let events = folder.join(format!("events.out.tfevents.{}.lorimer", now() as u64));
+        let mut bytes = framed(&event(0, Body::Version));
+        for record in history {
+            bytes.extend(summary(record));
+        }
+        write_atomic(&events, &bytes)?;
+        let append = |path: PathBuf| -> Result<(PathBuf, File)> {
+            let file = OpenOptions::new().append(true).open(&path).map_err(ModelError::io("write", &path))?;
+            Ok((path, file))
+        };
+        Ok(Self { jsonl: append(jsonl)?, events: append(events)? })
+    }
+
+    /// Adds a record to both files.
+    pub fn write(&mut self, record: &Record) -> Result<()> {
+        let (path, file) = &mut self.jsonl;
+        file.write_all(&line(record)?).map_err(ModelError::io("write", path))?;
+        let (path, file) = &mut self.events;
+        file.write_all(&summary(record)).map_err(ModelError::io("write", path))?;
+        Ok(())
+    }
+}
+
+fn line(record: &Record) -> Result<Vec<u8>> {
+    let mut line = serde_json::to_vec(record).map_err(|e| Error::Settings(e.to_string()))?;
+    line.push(b'\n');
+    Ok(line)
+}
+
+fn now() -> f64 {
+    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0.0, |d| d.as_secs_f64())
+}
+
+/// CRC-32C, bit by bit (records are a few dozen bytes).
+fn crc32c(bytes: &[u8]) -> u32 {
+    !bytes.iter().fold(!0u32, |crc, &byte| {
+        (0..8).fold(crc ^ u32::from(byte), |c, _| if c & 1 == 1 { (c >> 1) ^ 0x82f6_3b78 } else { c >> 1 })
+    })
+}
+
+/// A TFRecord: length, masked CRC of the length, data, masked CRC of the data.
+fn framed(data: &[u8]) -> Vec<u8> {
+    let masked = |bytes: &[u8]| crc32c(bytes).rotate_right(15).wrapping_add(0xa282_ead8).to_le_bytes();
+    let length = (data.len() as u64).to_le_bytes();
+    [&length[..], &masked(&length), data, &masked(data)].concat()
+}
+
+fn varint(mut n: u64) -> Vec<u8> {
+    let mut out = Vec::new();
+    while n >= 0x80 {
+        out.push(n as u8 | 0x80);
+        n >>= 7;
+    }
+    out.push(n as u8);
+    out
+}
+
+/// A length-delimited protobuf field.
+fn field(number: u8, bytes: &[u8]) -> Vec<u8> {
+    [&[number << 3 | 2], &varint(bytes.len() as u64)[..], bytes].concat()
+}
+
+enum Body<'a> {
+    Version,
+    Scalar(&'a str, f64),
+}
+
+/// `Event { wall_time = 1, step = 2, file_version = 3 | summary = 5 }`.
+fn event(step: usize, body: Body<'_>) -> Vec<u8> {
+    let head = [&[0x09][..], &now().to_le_bytes(), &[0x10], &varint(step as u64)].concat();
+    let body = match body {
+        Body::Version => field(3, b"brain.Event:2"),
+        // Summary { value = 1: Value { tag = 1, simple_value = 2 } }
+        Body::Scalar(tag, value) => {
+            let value = [&field(1, tag.as_bytes())[..], &[0x15], &(value as f32).to_le_bytes()].concat();
+            field(5, &field(1, &value))
+        }
+    };
+    [head, body].concat()
+}
+
+fn summary(record: &Record) -> Vec<u8> {
+    record.scalars().into_iter().flat_map(|(tag, v)| framed(&event(record.step, Body::Scalar(tag, v)))).collect()
+}
+
+/// Draws the run's losses to `loss.svg` and `loss.png`.
+pub fn plot(run: &Path, history: &[Record], title: &str) -> Result<()> {
+    let train: Vec<(f64, f64)> = history.iter().filter_map(|r| Some((r.step as f64, r.loss?))).collect();
+    let eval: Vec<(f64, f64)> = history.iter().filter_map(|r| Some((r.step as f64, r.eval_loss?))).collect();
+    if train.is_empty() {
+        return Ok(());
+    }
+    // A font of our own, so that the pictures need none from the system.
+    let _ = plotters::style::register_font("sans-serif", FontStyle::Normal, epaint_default_fonts::UBUNTU_LIGHT);
+    let failed = |path: &Path, e: String| Error::data(path, format!("the plot cannot be drawn: {e}"));
+    let size = (900, 540);
+    let svg_path = run.join("loss.svg");
+    let mut svg = String::new();
+    draw(SVGBackend::with_string(&mut svg, size).into_drawing_area(), &train, &eval, title).map_err(|e| failed(&svg_path, e))?;
+    write_atomic(&svg_path, svg.as_bytes())?;
+    let png_path = run.join("loss.png");
+    let mut pixels = vec![0u8; (size.0 * size.1 * 3) as usize];
+    draw(BitMapBackend::with_buffer(&mut pixels, size).into_drawing_area(), &train, &eval, title)
+        .map_err(|e| failed(&png_path, e))?;
+    let mut png = std::io::Cursor::new(Vec::new());
+    let image = image::RgbImage::from_raw(size.0, size.1, pixels).ok_or_else(|| failed(&png_path, "size".into()))?;
+    image.write_to(&mut png, image::ImageFormat::Png).map_err(|e| failed(&png_path, e.to_string()))?;
+    write_atomic(&png_path, png.get_ref())?;
+    Ok(())
+}
+
+/// Mean of each point with its neighbours: the thick line through the noisy one.
+fn smooth(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
+    let reach = points.len() / 20;
+    let mean = |i: usize| {
+        let window = &points[i.saturating_sub(reach)..(i + reach + 1).min(points.len())];
+        window.iter().map(|p| p.1).sum::<f64>() / window.len() as f64
+    };
+    points.iter().enumerate().map(|(i, p)| (p.0, mean(i))).collect()
+}
+
+fn draw<B: DrawingBackend>(
+    area: DrawingArea<B, plotters::coord::Shift>,
+    train: &[(f64, f64)],
+    eval: &[(f64, f64)],
+    title: &str,
+) -> Result<(), String> {
+    let say = |e: &dyn std::fmt::Display| e.to_string();
+    area.fill(&WHITE).map_err(|e| say(&e))?;
+    let last = train.iter().chain(eval).map(|p| p.0).fold(1.0, f64::max);
+    let top = train.iter().chain(eval).map(|p| p.1).fold(0.0, f64::max).max(1e-6) * 1.05;
+    let mut chart = ChartBuilder::on(&area)
+        .caption(title, ("sans-serif", 22))
+        .margin(14)
+        .x_label_area_size(42)
+        .y_label_area_size(60)
+        .build_cartesian_2d(0.0..last, 0.0..top)
+        .map_err(|e| say(&e))?;
+    chart
+        .configure_mesh()
+        .x_desc("step")
+        .y_desc("loss (nats a learnt token)")
+        .label_style(("sans-serif", 15))
+        .axis_desc_style(("sans-serif", 16))
+        .light_line_style(TRANSPARENT)
+        .draw()
+        .map_err(|e| say(&e))?;
+    let (blue, orange) = (RGBColor(31, 90, 160), RGBColor(214, 96, 20));
+    chart.draw_series(LineSeries::new(train.iter().copied(), blue.mix(0.3))).map_err(|e| say(&e))?;
+    let line = move |(x, y), colour: RGBColor| PathElement::new(vec![(x, y), (x + 18, y)], colour.stroke_width(2));
+    chart
+        .draw_series(LineSeries::new(smooth(train), blue.stroke_width(2)))
+        .map_err(|e| say(&e))?
+        .label("training")
+        .legend(move |at| line(at, blue));
+    if !eval.is_empty() {
+        chart
+            .draw_series(LineSeries::new(eval.iter().copied(), orange.stroke_width(2)))
+            .map_err(|e| say(&e))?
+            .label("evaluation")
+            .legend(move |at| line(at, orange));
+        chart.draw_series(eval.iter().map(|p| Circle::new(*p, 4, orange.filled()))).map_err(|e| say(&e))?;
+    }
+    chart
+        .configure_series_labels()
+        .position(SeriesLabelPosition::UpperRight)
+        .background_style(WHITE.mix(0.85))
+        .border_style(BLACK.mix(0.3))
+        .label_font(("sans-serif", 15))
+        .draw()
+        .map_err(|e| say(&e))?;
+    area.present().map_err(|e| say(&e))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn crc_equals_the_published_check_value() {
+        assert_eq!(crc32c(b"123456789"), 0xe306_9283);
+    }
+
+    #[test]
+    fn the_log_of_a_resumed_run_begins_with_its_history() {
+        let folder = tempfile::tempdir().unwrap();
+        let record = |step| Record { step, loss: Some(1.0), ..Default::default() };
+        let mut log = Log::open(folder.path(), &[]).unwrap();
+        (1..4).for_each(|s| log.write(&record(s)).unwrap());
+        let mut log = Log::open(folder.path(), &[record(1)]).unwrap();
+        log.write(&record(2)).unwrap();
+        let text = fs::read_to_string(folder.path().join(LOG_FILE)).unwrap();
+        assert_eq!(text, "{\"step\":1,\"loss\":1.0}\n{\"step\":2,\"loss\":1.0}\n");
+        assert_eq!(fs::read_dir(folder.path().join("tensorboard")).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn plots_are_drawn_in_both_forms() {
+        let folder = tempfile::tempdir().unwrap();
+        let history: Vec<Record> = (1..40).map(|s| Record { step: s, loss: Some(3.0 / s as f64), ..Default::default() }).collect();
+        plot(folder.path(), &history, "a run").unwrap();
+        assert!(fs::read_to_string(folder.path().join("loss.svg")).unwrap().contains("training"));
+        assert!(fs::read(folder.path().join("loss.png")).unwrap().starts_with(b"\x89PNG"));
+    }
+}

@@ -1,0 +1,181 @@
+//! From settings to an adapter folder: what `lorimer train` and `lorimer quickstart` do.
+
+use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
+
+use lorimer_adapter::card::card;
+use lorimer_adapter::store::CONFIG_FILE;
+use lorimer_adapter::{Adapter, Attached, BaseIdentity, Golden, Manifest, Method, StoredAdapter};
+use lorimer_model::Base;
+use lorimer_model::weights::hex;
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+
+use crate::checkpoint::Checkpoint;
+use crate::encode::Example;
+use crate::error::{Error, Result};
+use crate::evaluate::{find_choices, log_probabilities};
+use crate::trainer::{Event, Outcome, Run, TrainSettings};
+
+/// Golden prompts recorded with an adapter, and the longest that is taken.
+const GOLDENS: usize = 4;
+const GOLDEN_TOKENS: usize = 192;
+
+/// One fine-tuning, from attached base to adapter folder.
+pub struct Session<'a> {
+    /// The base.
+    pub base: &'a Base,
+    /// Hub id or path that the adapter's configuration names.
+    pub base_name: &'a str,
+    /// Training rows.
+    pub train: &'a [Example],
+    /// Evaluation rows; may be empty.
+    pub eval: &'a [Example],
+    /// Settings.
+    pub settings: TrainSettings,
+    /// Where the adapter goes.
+    pub output: PathBuf,
+    /// Write a checkpoint every so many steps.
+    pub save_steps: Option<usize>,
+    /// Checkpoints kept.
+    pub save_limit: usize,
+    /// Go on where an interrupted run stopped.
+    pub resume: bool,
+    /// Begin anew though the output holds a run.
+    pub overwrite: bool,
+    /// Names of data files, for provenance.
+    pub data_names: Vec<String>,
+    /// Set from outside to stop after the step.
+    pub stop: &'a AtomicBool,
+}
+
+/// Identity of encoded rows.
+fn rows_hash(examples: &[Example]) -> String {
+    let mut hash = Sha256::new();
+    for e in examples {
+        e.tokens.iter().for_each(|t| hash.update(t.to_le_bytes()));
+        hash.update(e.learnt.iter().map(|&l| u8::from(l)).collect::<Vec<_>>());
+        hash.update(b"|");
+    }
+    hex(&hash.finalize())
+}
+
+impl Session<'_> {
+    /// Trains and writes the adapter. The output folder then holds the adapter, the log, the plots and the card; or, if
+    /// interrupted, a checkpoint to resume from. The adapter itself is returned too.
+    pub fn run(&self, method: Box<dyn Method>, tell: impl FnMut(Event<'_>)) -> Result<(Outcome, Adapter)> {
+        self.settings.check()?;
+        let begun = self.output.join(CONFIG_FILE).exists() || Checkpoint::any(&self.output);
+        if begun && !self.resume && !self.overwrite {
+            return Err(Error::Settings(format!(
+                "`{}` already holds a run; pass --resume to go on with it, --overwrite to begin anew, or choose another --output",
+                self.output.display()
+            )));
+        }
+        if self.overwrite {
+            Checkpoint::clear(&self.output)?;
+        }
+        let longest = self.train.iter().chain(self.eval).map(|e| e.tokens.len()).max().unwrap_or(0);
+        self.base.model.check_length(longest)?;
+        let config = method.config();
+        let adapter = Adapter::attach(&self.base.model, method, self.settings.seed)?;
+        let choices = find_choices(self.eval);
+        let identity = json!({
+            "method": adapter.method.name(), "config": config, "settings": self.settings,
+            "base": self.base.fingerprint, "train": rows_hash(self.train), "eval": rows_hash(self.eval),
+        });
+        let run = Run {
+            model: &self.base.model,
+            text: &self.base.text,
+            adapter: &adapter,
+            train: self.train,
+            eval: self.eval,
+            choices: &choices,
+            settings: &self.settings,
+            identity,
+            folder: &self.output,
+            save_steps: self.save_steps,
+            save_limit: self.save_limit,
+            resume: self.resume,
+            stop: self.stop,
+        };
+        let outcome = run.train(tell)?;
+        if !outcome.interrupted {
+            self.write(&adapter, &outcome, &config)?;
+            Checkpoint::clear(&self.output)?;
+        }
+        Ok((outcome, adapter))
+    }
+
+    fn write(&self, adapter: &Adapter, outcome: &Outcome, config: &serde_json::Map<String, Value>) -> Result<()> {
+        let mut stored = adapter.to_stored(self.base_name)?;
+        let golden = self.goldens(adapter)?;
+        stored.manifest = Some(Manifest {
+            format: 1,
+            content_id: stored.content_id()?,
+            method: adapter.method.name().to_string(),
+            lorimer: env!("CARGO_PKG_VERSION").to_string(),
+            base: Some(BaseIdentity {
+                name: self.base_name.to_string(),
+                fingerprint: self.base.fingerprint.clone(),
+                model_type: self.base.model.config.model_type.clone(),
+            }),
+            chat_template: self.base.text.template().map(|t| t.source().to_string()),
+            training: json!({
+                "data": self.data_names, "examples": self.train.len(), "steps": outcome.steps,
+                "best_step": outcome.best.filter(|_| self.settings.keep_best).map(|b| b.0),
+                "settings": self.settings, "method_settings": config,
+            }),
+            golden,
+        });
+        let mut metrics = vec![("last training loss".to_string(), format!("{:.4}", outcome.losses.last().unwrap_or(&f64::NAN)))];
+        if let Some(e) = &outcome.evaluation {
+            metrics.push(("evaluation loss".into(), format!("{:.4}", e.loss)));
+            metrics.push(("exact match".into(), format!("{:.4}", e.exact_match)));
+            if let Some(accuracy) = e.choice_accuracy {
+                metrics.push(("choice accuracy".into(), format!("{accuracy:.4}")));
+            }
+        }
+        let text = card(&stored, &self.output.display().to_string(), &metrics);
+        stored.write(&self.output, Some(&text))?;
+        Ok(())
+    }
+
+    /// Log-probabilities of a few rows' answers, to be replayed wherever the adapter is used.
+    fn goldens(&self, adapter: &Adapter) -> Result<Vec<Golden>> {
+        let attached = Attached::one(adapter);
+        let rows = if self.eval.is_empty() { self.train } else { self.eval };
+        let short = rows.iter().filter(|e| e.tokens.len() <= GOLDEN_TOKENS);
+        let golden = |e: &Example| {
+            let first = e.targets().next().unwrap_or(1);
+            let log_probabilities = log_probabilities(&self.base.model, &attached, &e.tokens, first)?;
+            Ok(Golden { tokens: e.tokens.clone(), first, log_probabilities })
+        };
+        short.take(GOLDENS).map(golden).collect()
+    }
+}
+
+/// What became of replaying an adapter's golden prompts.
+pub fn replay(base: &Base, adapter: &Adapter, stored: &StoredAdapter) -> Result<Option<f64>> {
+    let Some(manifest) = stored.manifest.as_ref().filter(|m| !m.golden.is_empty()) else { return Ok(None) };
+    let attached = Attached::one(adapter);
+    let mut worst = 0f64;
+    for golden in &manifest.golden {
+        let fits = golden.first >= 1
+            && golden.tokens.len() <= 4096
+            && golden.first + golden.log_probabilities.len() == golden.tokens.len()
+            && golden.tokens.iter().all(|&t| (t as usize) < base.model.config.vocab_size);
+        if !fits {
+            return Err(Error::Settings(format!(
+                "`{}`: a golden prompt in lorimer.json does not fit the base",
+                stored.path.display()
+            )));
+        }
+        let now = log_probabilities(&base.model, &attached, &golden.tokens, golden.first)?;
+        for (a, b) in now.iter().zip(&golden.log_probabilities) {
+            worst = worst.max(f64::from((a - b).abs()));
+        }
+    }
+    Ok(Some(worst))
+}
+

@@ -1,0 +1,400 @@
+//! The training loop.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use candle_core::Tensor;
+use lorimer_adapter::{Adapter, Attached, Step};
+use lorimer_model::{Batch, Llama, TextModel};
+use lorimer_tensor::cross_entropy;
+use rand::SeedableRng;
+use rand::seq::SliceRandom;
+use rand_chacha::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
+
+use crate::checkpoint::{Checkpoint, State};
+use crate::encode::Example;
+use crate::error::{Error, Result};
+use crate::evaluate::{Evaluation, evaluate};
+use crate::log::{Log, Record, plot};
+use crate::optimizer::{AdamW, AdamWConfig, Optimizer, clip};
+use crate::schedule::{Schedule, Shape};
+
+/// Settings of a run. What is here decides the result; the same settings give the same bytes.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TrainSettings {
+    /// Highest learning rate.
+    pub learning_rate: f64,
+    /// Passes over the data, where `max_steps` does not say otherwise.
+    pub epochs: f64,
+    /// Number of optimiser steps.
+    pub max_steps: Option<usize>,
+    /// Examples in one forward and backward.
+    pub batch_size: usize,
+    /// Forwards and backwards in one step.
+    pub gradient_accumulation: usize,
+    /// Steps over which the rate rises.
+    pub warmup_steps: usize,
+    /// Shape of the rate after that.
+    pub schedule: Shape,
+    /// The optimiser's constants.
+    pub adamw: AdamWConfig,
+    /// Limit on the gradient's norm; 0 for none.
+    pub max_grad_norm: f64,
+    /// Seed of initialisation, data order and dropout.
+    pub seed: u64,
+    /// Whether rows are taken in a new random order every epoch.
+    pub shuffle: bool,
+    /// Evaluate every so many steps (and at the end), where there is evaluation data.
+    pub eval_steps: Option<usize>,
+    /// Keep the adapter of the lowest evaluation loss instead of the last.
+    pub keep_best: bool,
+}
+
+impl Default for TrainSettings {
+    fn default() -> Self {
+        Self {
+            learning_rate: 2e-4,
+            epochs: 1.0,
+            max_steps: None,
+            batch_size: 8,
+            gradient_accumulation: 1,
+            warmup_steps: 0,
+            schedule: Shape::Linear,
+            adamw: AdamWConfig::default(),
+            max_grad_norm: 1.0,
+            seed: 0,
+            shuffle: true,
+            eval_steps: None,
+            keep_best: false,
+        }
+    }
+}
+
+impl TrainSettings {
+    /// Refuses what cannot be.
+    pub fn check(&self) -> Result<()> {
+        let fail = |text: String| Err(Error::Settings(text));
+        if !(self.learning_rate.is_finite() && self.learning_rate > 0.0) {
+            return fail(format!("--lr {} should be above 0", self.learning_rate));
+        }
+        if self.batch_size == 0 || self.gradient_accumulation == 0 {
+            return fail("--batch-size and --gradient-accumulation should be at least 1".into());
+        }
+        if self.batch_size > 1 << 16 || self.gradient_accumulation > 1 << 16 {
+            return fail("--batch-size and --gradient-accumulation should be at most 65536".into());
+        }
+        if self.max_steps.is_none() && !(self.epochs.is_finite() && self.epochs > 0.0 && self.epochs <= 1e6) {
+            return fail(format!("--epochs {} should be above 0", self.epochs));
+        }
+        if self.max_steps == Some(0) || self.eval_steps == Some(0) {
+            return fail("--max-steps and --eval-steps should be at least 1".into());
+        }
+        Ok(())
+    }
+
+    /// Steps in one pass over `examples` rows.
+    fn steps_per_epoch(&self, examples: usize) -> usize {
+        examples.div_ceil(self.batch_size * self.gradient_accumulation).max(1)
+    }
+
+    /// All steps of a run over `examples` rows.
+    pub fn total_steps(&self, examples: usize) -> usize {
+        let by_epochs = (self.epochs * self.steps_per_epoch(examples) as f64).ceil() as usize;
+        self.max_steps.unwrap_or(by_epochs.max(1))
+    }
+
+    /// The rows of one step, each micro-batch a list of indices.
+    fn rows(&self, step: usize, examples: usize) -> Vec<Vec<usize>> {
+        let per_epoch = self.steps_per_epoch(examples);
+        let (epoch, within) = (step / per_epoch, step % per_epoch);
+        let mut order: Vec<usize> = (0..examples).collect();
+        if self.shuffle {
+            let seed = lorimer_adapter::method::site_seed(self.seed, &format!("epoch {epoch}"));
+            order.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));
+        }
+        let size = self.batch_size * self.gradient_accumulation;
+        let rows = &order[within * size..((within + 1) * size).min(examples)];
+        rows.chunks(self.batch_size).map(<[usize]>::to_vec).collect()
+    }
+}
+
+/// What a run works on and where it writes.
+pub struct Run<'a> {
+    /// The frozen model.
+    pub model: &'a Llama,
+    /// Its tokenizer (for evaluation).
+    pub text: &'a TextModel,
+    /// The adapter that is trained, freshly attached.
+    pub adapter: &'a Adapter,
+    /// Training rows.
+    pub train: &'a [Example],
+    /// Evaluation rows; may be empty.
+    pub eval: &'a [Example],
+    /// Label words for choice accuracy; may be empty.
+    pub choices: &'a [String],
+    /// Settings.
+    pub settings: &'a TrainSettings,
+    /// Everything that decides the result, to be the same on resumption.
+    pub identity: serde_json::Value,
+    /// Folder for checkpoints and logs.
+    pub folder: &'a Path,
+    /// Write a checkpoint every so many steps.
+    pub save_steps: Option<usize>,
+    /// Checkpoints kept.
+    pub save_limit: usize,
+    /// Go on from the newest checkpoint.
+    pub resume: bool,
+    /// Set from outside to stop after the step.
+    pub stop: &'a AtomicBool,
+}
+
+/// What the loop tells while it runs.
+pub enum Event<'a> {
+    /// The run begins at a step of so many.
+    Begin {
+        /// Steps taken before (resumed).
+        step: usize,
+        /// All steps.
+        total: usize,
+    },
+    /// A step was taken.
+    Step {
+        /// Its log record.
+        record: &'a Record,
+        /// Tokens of the step.
+        tokens: usize,
+    },
+    /// An evaluation was made.
+    Evaluated {
+        /// Steps taken.
+        step: usize,
+        /// Its figures.
+        evaluation: &'a Evaluation,
+    },
+}
+
+/// How a run ended.
+#[derive(Clone, Debug, Serialize)]
+pub struct Outcome {
+    /// Steps taken in all, resumed ones included.
+    pub steps: usize,
+    /// Whether it was stopped from outside before its last step.
+    pub interrupted: bool,
+    /// Examples seen in this process.
+    pub examples: usize,
+    /// Tokens seen in this process.
+    pub tokens: usize,
+    /// Learnt tokens seen in this process.
+    pub supervised_tokens: usize,
+    /// Seconds of this process's training steps (evaluation and saving apart).
+    pub seconds: f64,
+    /// Loss of every step.
+    pub losses: Vec<f64>,
+    /// Step and loss of the best evaluation.
+    pub best: Option<(usize, f64)>,
+    /// The last evaluation.
+    pub evaluation: Option<Evaluation>,
+    /// All log records.
+    #[serde(skip)]
+    pub history: Vec<Record>,
+}
+
+/// Σ −log p over learnt tokens of the rows, their number and the number of all tokens. The head is computed only at
+/// positions that predict a learnt token.
+pub fn batch_loss(model: &Llama, attached: &Attached<'_>, rows: &[&Example]) -> Result<(Tensor, usize, usize)> {
+    let batch = Batch::pack(rows.iter().map(|e| e.tokens.as_slice()));
+    let hidden = model.hidden(&batch, attached)?;
+    let (index, targets): (Vec<u32>, Vec<u32>) = rows
+        .iter()
+        .zip(&batch.segments)
+        .flat_map(|(e, s)| e.targets().map(|i| ((s.q_start + i - 1) as u32, e.tokens[i])))
+        .unzip();
+    let index = Tensor::from_vec(index, targets.len(), hidden.device())?;
+    let logits = model.logits(&hidden.index_select(&index, 0)?, attached)?;
+    Ok((cross_entropy(&logits, &targets)?.sum_all()?, targets.len(), batch.tokens.len()))
+}
+
+fn snapshot(adapter: &Adapter) -> Result<BTreeMap<String, Tensor>> {
+    adapter.trainable().into_iter().map(|(name, var)| Ok((name, var.as_tensor().copy()?.detach()))).collect()
+}
+
+fn restore(adapter: &Adapter, parameters: &BTreeMap<String, Tensor>) -> Result<()> {
+    for (name, var) in adapter.trainable() {
+        match parameters.get(&name) {
+            Some(t) if t.dims() == var.dims() => var.set(t)?,
+            _ => return Err(Error::Settings(format!("the checkpoint has no fitting `{name}`; was it made with other settings?"))),
+        }
+    }
+    Ok(())
+}
+
+/// The first setting in which two descriptions of a run differ.
+fn difference(a: &serde_json::Value, b: &serde_json::Value) -> Option<String> {
+    let (Some(a), Some(b)) = (a.as_object(), b.as_object()) else { return (a != b).then(|| "settings".into()) };
+    let keys: std::collections::BTreeSet<&String> = a.keys().chain(b.keys()).collect();
+    let differing = keys.into_iter().find(|k| a.get(*k) != b.get(*k))?;
+    let show = |v: Option<&serde_json::Value>| v.map_or("nothing".to_string(), |v| v.to_string().chars().take(60).collect());
+    Some(format!("`{differing}` was {} and is {}", show(a.get(differing)), show(b.get(differing))))
+}
+
+impl Run<'_> {
+    /// Runs to the end, to an interruption or to an error. The adapter then holds the result.
+    pub fn train(&self, mut tell: impl FnMut(Event<'_>)) -> Result<Outcome> {
+        self.settings.check()?;
+        let parameters = self.adapter.trainable();
+        let total = self.settings.total_steps(self.train.len());
+        let s = self.settings;
+        let schedule = Schedule { peak: s.learning_rate, warmup: s.warmup_steps, total, shape: s.schedule };
+        let mut optimizer = AdamW::new(s.adamw);
+        let mut state = State { settings: self.identity.clone(), ..Default::default() };
+        let mut best: BTreeMap<String, Tensor> = BTreeMap::new();
+        if self.resume
+            && let Some(found) = Checkpoint::newest(self.folder)?
+        {
+            if let Some(what) = difference(&found.state.settings, &self.identity) {
+                return Err(Error::Settings(format!(
+                    "`{}` was begun with other settings ({what}); resume with the same, or choose another --output",
+                    self.folder.display()
+                )));
+            }
+            restore(self.adapter, &found.parameters)?;
+            optimizer.restore(&found.optimizer, found.state.step)?;
+            (state, best) = (found.state, found.best);
+        }
+        let mut log = Log::open(self.folder, &state.history)?;
+        let mut outcome = Outcome {
+            steps: state.step,
+            interrupted: false,
+            examples: 0,
+            tokens: 0,
+            supervised_tokens: 0,
+            seconds: 0.0,
+            losses: Vec::new(),
+            best: None,
+            evaluation: None,
+            history: Vec::new(),
+        };
+        tell(Event::Begin { step: state.step, total });
+        let attached = Attached::one(self.adapter);
+        let mut saved = state.step;
+        while state.step < total {
+            let clock = Instant::now();
+            let micro = s.rows(state.step, self.train.len());
+            let supervised: usize = micro.iter().flatten().map(|&i| self.train[i].targets().count()).sum();
+            let mut gradients: Vec<Option<Tensor>> = vec![None; parameters.len()];
+            let (mut loss, mut tokens) = (0.0, 0);
+            for (m, rows) in micro.iter().enumerate() {
+                let rows: Vec<&Example> = rows.iter().map(|&i| &self.train[i]).collect();
+                let seed = lorimer_adapter::method::site_seed(s.seed, &format!("step {} micro {m}", state.step));
+                let (sum, _, n) = batch_loss(self.model, &attached.at(Step { training: Some(seed) }), &rows)?;
+                let mean = (sum / supervised as f64)?;
+                loss += mean.to_dtype(candle_core::DType::F64)?.to_scalar::<f64>()?;
+                tokens += n;
+                let grads = mean.backward()?;
+                for (slot, (_, var)) in gradients.iter_mut().zip(&parameters) {
+                    let Some(g) = grads.get(var.as_tensor()) else { continue };
+                    *slot = Some(match slot.take() {
+                        Some(sum) => (sum + g)?,
+                        None => g.clone(),
+                    });
+                }
+                outcome.examples += rows.len();
+            }
+            if !loss.is_finite() {
+                return Err(Error::Settings(format!(
+                    "the loss became {loss} at step {}; lower --lr, or look for damaged data",
+                    state.step + 1
+                )));
+            }
+            let norm = clip(&mut gradients, s.max_grad_norm)?;
+            let rate = schedule.rate(state.step);
+            optimizer.step(&parameters, &gradients, rate)?;
+            state.step += 1;
+            outcome.tokens += tokens;
+            outcome.supervised_tokens += supervised;
+            outcome.seconds += clock.elapsed().as_secs_f64();
+            let record = Record {
+                step: state.step,
+                loss: Some(loss),
+                learning_rate: Some(rate),
+                gradient_norm: Some(norm),
+                ..Default::default()
+            };
+            log.write(&record)?;
+            tell(Event::Step { record: &record, tokens });
+            state.history.push(record);
+            let stopping = self.stop.load(Ordering::Relaxed) && state.step < total;
+            let due = |every: Option<usize>| every.is_some_and(|n| state.step.is_multiple_of(n));
+            if !self.eval.is_empty() && !stopping && (due(s.eval_steps) || state.step == total) {
+                let evaluation = evaluate(self.model, self.text, &attached, self.eval, self.choices, |_| {})?;
+                let record = Record {
+                    step: state.step,
+                    eval_loss: Some(evaluation.loss),
+                    eval_exact_match: Some(evaluation.exact_match),
+                    eval_choice_accuracy: evaluation.choice_accuracy,
+                    ..Default::default()
+                };
+                log.write(&record)?;
+                tell(Event::Evaluated { step: state.step, evaluation: &evaluation });
+                if state.best.is_none_or(|(_, loss)| evaluation.loss < loss) {
+                    state.best = Some((state.step, evaluation.loss));
+                    if s.keep_best {
+                        best = snapshot(self.adapter)?;
+                    }
+                }
+                state.history.push(record);
+                outcome.evaluation = Some(evaluation);
+            }
+            if (due(self.save_steps) || stopping) && state.step < total {
+                self.save(&state, &optimizer, &best)?;
+                saved = state.step;
+            }
+            if stopping {
+                outcome.interrupted = true;
+                break;
+            }
+        }
+        if !outcome.interrupted && s.keep_best && !best.is_empty() {
+            restore(self.adapter, &best)?;
+        }
+        tracing::debug!("last checkpoint at step {saved}");
+        plot(self.folder, &state.history, "Training loss")?;
+        outcome.steps = state.step;
+        outcome.losses = state.history.iter().filter_map(|r| r.loss).collect();
+        outcome.best = state.best;
+        outcome.history = state.history;
+        Ok(outcome)
+    }
+
+    fn save(&self, state: &State, optimizer: &AdamW, best: &BTreeMap<String, Tensor>) -> Result<()> {
+        let checkpoint = Checkpoint {
+            state: state.clone(),
+            parameters: snapshot(self.adapter)?,
+            optimizer: optimizer.state()?.into_iter().collect(),
+            best: best.clone(),
+        };
+        checkpoint.write(self.folder, self.save_limit)?;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_epoch_takes_every_row_once() {
+        let s = TrainSettings { batch_size: 3, gradient_accumulation: 2, ..Default::default() };
+        for epoch in 0..2 {
+            let per_epoch = s.steps_per_epoch(20);
+            let steps = epoch * per_epoch..(epoch + 1) * per_epoch;
+            let mut rows: Vec<usize> = steps.flat_map(|step| s.rows(step, 20)).flatten().collect();
+            rows.sort_unstable();
+            assert_eq!(rows, (0..20).collect::<Vec<_>>());
+        }
+        assert_ne!(s.rows(0, 20), s.rows(4, 20));
+    }
+}
