@@ -1,0 +1,12 @@
+//! The verbs, one file each.
+
+pub mod check;
+pub mod convert;
+pub mod eval;
+pub mod generate;
+pub mod inspect;
+pub mod merge;
+pub mod methods;
+pub mod pull;
+pub mod quickstart;
+pub mod train;
