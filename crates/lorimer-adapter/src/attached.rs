@@ -98,7 +98,10 @@ impl Adapter {
             .collect();
         let unknown = matcher.unknown_saves(&modules);
         if !unknown.is_empty() {
-            return Err(Error::Config(format!("modules_to_save names {}, which the base does not have", unknown.join(", "))));
+            return Err(Error::Config(format!(
+                "modules_to_save names {}, which the base does not have",
+                unknown.join(", ")
+            )));
         }
         if targeted.is_empty() {
             let mut roles: Vec<_> = projections.iter().map(|(s, _)| s.role.as_str()).collect();
@@ -255,7 +258,8 @@ impl Adapter {
     /// Trainable parameters in a fixed order (that of the model's forward), by a name that is unique.
     pub fn trainable(&self) -> Vec<(String, &Var)> {
         let deltas = self.order.iter().filter_map(|path| Some((path, self.deltas.get(path)?)));
-        let deltas = deltas.flat_map(|(path, d)| d.trainable().into_iter().map(move |(n, v)| (format!("{path}.{n}"), v)));
+        let deltas =
+            deltas.flat_map(|(path, d)| d.trainable().into_iter().map(move |(n, v)| (format!("{path}.{n}"), v)));
         deltas.chain(self.parameters.iter().map(|(path, v)| (path.clone(), v))).collect()
     }
 

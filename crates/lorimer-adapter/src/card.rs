@@ -23,7 +23,9 @@ pub fn card(adapter: &StoredAdapter, folder: &str, metrics: &[(String, String)])
     out += "| setting | value |\n|---|---|\n";
     let mut row = |name: &str, value: String| out += &format!("| {name} | {value} |\n");
     row("method", method.to_string());
-    for (name, key) in [("rank", "r"), ("alpha", "lora_alpha"), ("dropout", "lora_dropout"), ("target modules", "target_modules")] {
+    for (name, key) in
+        [("rank", "r"), ("alpha", "lora_alpha"), ("dropout", "lora_dropout"), ("target modules", "target_modules")]
+    {
         if let Some(value) = text(key) {
             row(name, value.replace('|', "\\|"));
         }

@@ -103,8 +103,9 @@ pub fn write_gguf(stored: &StoredAdapter, config: &LlamaConfig, path: &Path) -> 
     let alpha = modules.values().next().map_or(1.0, |l| l.scaling * l.a.dim(0).unwrap_or(1) as f64);
     let mut tensors = Vec::new();
     for (module, low) in &modules {
-        let name = module_to_gguf(module)
-            .ok_or_else(|| Error::Refused(format!("`{module}` has no name in llama.cpp's `{}` models", architecture(config))))?;
+        let name = module_to_gguf(module).ok_or_else(|| {
+            Error::Refused(format!("`{module}` has no name in llama.cpp's `{}` models", architecture(config)))
+        })?;
         let fold = low.scaling * low.a.dim(0)? as f64 / alpha;
         let order = row_order(architecture(config), config, &format!("{name}.weight")).map(inverse);
         let b = reorder(&low.b, order, module)?;
@@ -142,7 +143,10 @@ pub fn read_gguf(path: &Path, config: &LlamaConfig) -> Result<BTreeMap<String, L
     if file.architecture() != architecture(config) {
         return Err(fail(format!("is for `{}` models, the base is `{}`", file.architecture(), architecture(config))));
     }
-    let alpha = file.number("adapter.lora.alpha").filter(|a| a.is_finite()).ok_or_else(|| fail("has no adapter.lora.alpha".into()))?;
+    let alpha = file
+        .number("adapter.lora.alpha")
+        .filter(|a| a.is_finite())
+        .ok_or_else(|| fail("has no adapter.lora.alpha".into()))?;
     let load = |name: &str| -> Result<Option<Tensor>> {
         let Some((dtype, dims, bytes)) = file.tensor(name)? else { return Ok(None) };
         if dims.len() != 2 {
@@ -159,13 +163,18 @@ pub fn read_gguf(path: &Path, config: &LlamaConfig) -> Result<BTreeMap<String, L
             }
             return Err(fail(format!("tensor `{name}` is no part of a LoRA")));
         };
-        let module = module_from_gguf(stem).ok_or_else(|| fail(format!("tensor `{name}` belongs to no known module")))?;
+        let module =
+            module_from_gguf(stem).ok_or_else(|| fail(format!("tensor `{name}` belongs to no known module")))?;
         let (Some(a), Some(b)) = (load(name)?, load(&format!("{stem}.weight.lora_b"))?) else {
             return Err(fail(format!("`{stem}` lacks lora_b")));
         };
         let rank = a.dim(0)?;
         if rank == 0 || b.dim(1)? != rank {
-            return Err(fail(format!("`{stem}`: lora_a {:?} and lora_b {:?} have no rank in common", a.dims(), b.dims())));
+            return Err(fail(format!(
+                "`{stem}`: lora_a {:?} and lora_b {:?} have no rank in common",
+                a.dims(),
+                b.dims()
+            )));
         }
         let b = reorder(&b, row_order(architecture(config), config, &format!("{stem}.weight")), &module)?;
         modules.insert(module, LowRank { a, b, scaling: alpha / rank as f64 });
@@ -223,14 +232,22 @@ pub fn read_kohya(path: &Path) -> Result<BTreeMap<String, LowRank>> {
             if name.ends_with(".lora_up.weight") || name.ends_with(".alpha") {
                 continue;
             }
-            return Err(fail(format!("tensor `{}` has no kohya-style name", name.chars().take(80).collect::<String>())));
+            return Err(fail(format!(
+                "tensor `{}` has no kohya-style name",
+                name.chars().take(80).collect::<String>()
+            )));
         };
-        let module = from_kohya_name(stem).ok_or_else(|| fail(format!("`{stem}` is no module of a Llama-family model")))?;
+        let module =
+            from_kohya_name(stem).ok_or_else(|| fail(format!("`{stem}` is no module of a Llama-family model")))?;
         let (Some(a), Some(b)) = (file.load(name)?, file.load(&format!("{stem}.lora_up.weight"))?) else {
             return Err(fail(format!("`{stem}` lacks lora_up")));
         };
         if a.dims().len() != 2 || b.dims().len() != 2 || a.dim(0)? == 0 || a.dim(0)? != b.dim(1)? {
-            return Err(fail(format!("`{stem}`: lora_down {:?} and lora_up {:?} have no rank in common", a.dims(), b.dims())));
+            return Err(fail(format!(
+                "`{stem}`: lora_down {:?} and lora_up {:?} have no rank in common",
+                a.dims(),
+                b.dims()
+            )));
         }
         let rank = a.dim(0)? as f64;
         let alpha = match file.load(&format!("{stem}.alpha"))? {

@@ -57,8 +57,7 @@ pub fn inspect(stored: &StoredAdapter) -> Result<Report> {
             let values: Vec<f64> =
                 product_singular_values(&low.b, &low.a)?.iter().map(|s| s * low.scaling.abs()).collect();
             let total: f64 = values.iter().sum();
-            let entropy: f64 =
-                values.iter().map(|s| s / total).filter(|p| *p > 0.0).map(|p| -p * p.ln()).sum();
+            let entropy: f64 = values.iter().map(|s| s / total).filter(|p| *p > 0.0).map(|p| -p * p.ln()).sum();
             rank = Some(low.a.dim(0)?);
             norm = Some(values.iter().map(|s| s * s).sum::<f64>().sqrt());
             effective_rank = Some(if total > 0.0 { entropy.exp() } else { 0.0 });

@@ -95,7 +95,11 @@ impl Plan {
     fn merge(&self, name: &str, base: &Tensor) -> Result<Option<Tensor>> {
         if let Some(t) = self.parameters.get(name) {
             if t.dims() != base.dims() {
-                return Err(Error::Mismatch(format!("`{name}` has shape {:?}, the base's has {:?}", t.dims(), base.dims())));
+                return Err(Error::Mismatch(format!(
+                    "`{name}` has shape {:?}, the base's has {:?}",
+                    t.dims(),
+                    base.dims()
+                )));
             }
             return Ok(Some(t.to_dtype(DType::F32)?));
         }
@@ -107,7 +111,9 @@ impl Plan {
             let projection = Projection { weight: lorimer_tensor::FrozenWeight::Dense(base.clone()), bias: None };
             let mut tensors = ModuleTensors { tensors: tensors.clone() };
             let delta = method.load(&site, &projection, DType::F32, &mut tensors)?;
-            if let (Some(key), _) | (None, Some(key)) = (tensors.tensors.keys().next(), delta.is_none().then_some(&site.path)) {
+            if let (Some(key), _) | (None, Some(key)) =
+                (tensors.tensors.keys().next(), delta.is_none().then_some(&site.path))
+            {
                 return Err(Error::Mismatch(format!("`{module}`: `{key}` is not understood by `{}`", method.name())));
             }
             let Some(delta) = delta else { continue };
@@ -133,7 +139,8 @@ struct Rounding {
 
 impl Rounding {
     fn add(&mut self, base: &Tensor, exact: &Tensor, stored: &Tensor, dtype: &str) -> Result<()> {
-        let squares = |t: Tensor| -> candle_core::Result<f64> { t.to_dtype(DType::F64)?.sqr()?.sum_all()?.to_scalar::<f64>() };
+        let squares =
+            |t: Tensor| -> candle_core::Result<f64> { t.to_dtype(DType::F64)?.sqr()?.sum_all()?.to_scalar::<f64>() };
         self.error += squares((stored.to_dtype(DType::F32)? - exact)?)?;
         self.exact += squares(exact.clone())?;
         self.change += squares((exact - base)?)?;
@@ -176,7 +183,10 @@ fn write_safetensors(path: &Path, entries: Vec<Entry<'_>>) -> Result<()> {
     for e in &entries {
         let dtype = serde_json::to_value(safetensors_dtype(e.dtype)?).unwrap_or_default();
         let end = offset + e.length();
-        header.insert(e.name.clone(), serde_json::json!({ "dtype": dtype, "shape": e.shape, "data_offsets": [offset, end] }));
+        header.insert(
+            e.name.clone(),
+            serde_json::json!({ "dtype": dtype, "shape": e.shape, "data_offsets": [offset, end] }),
+        );
         offset = end;
     }
     let mut header = Value::Object(header).to_string().into_bytes();
@@ -307,7 +317,13 @@ pub fn merge_to_folder(
 }
 
 /// Configuration and tokenizer files beside merged weights; `config.json` last.
-fn write_companions(weights: &Weights, config: &LlamaConfig, output: &Path, untie: bool, dtype: LoadDtype) -> Result<()> {
+fn write_companions(
+    weights: &Weights,
+    config: &LlamaConfig,
+    output: &Path,
+    untie: bool,
+    dtype: LoadDtype,
+) -> Result<()> {
     let folder = weights.origin();
     let mut json = match weights.gguf() {
         None => {

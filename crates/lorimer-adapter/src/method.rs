@@ -58,8 +58,12 @@ pub trait Delta: Send + Sync {
     /// Whether the output changes at all.
     fn has_effect(&self, base: &Projection) -> candle_core::Result<bool> {
         let Ok(merged) = self.merged(base)? else { return Ok(true) };
-        let difference = (&merged - base.dense(merged.dtype())?)?.abs()?.flatten_all()?.max(0)?;
-        Ok(difference.to_dtype(DType::F64)?.to_scalar::<f64>()? > 0.0)
+        let largest = |t: Tensor| -> candle_core::Result<f64> {
+            t.abs()?.flatten_all()?.max(0)?.to_dtype(DType::F64)?.to_scalar::<f64>()
+        };
+        let dense = base.dense(merged.dtype())?;
+        // What rounding alone can do to a decomposed weight is no effect.
+        Ok(largest((&merged - &dense)?)? > 1e-6 * largest(dense)?)
     }
 }
 

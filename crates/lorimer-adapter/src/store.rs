@@ -89,7 +89,9 @@ impl StoredAdapter {
     pub fn read(folder: &Path) -> Result<Self> {
         let invalid = |problem: &str| Err(lorimer_model::Error::invalid(folder, problem).into());
         if !folder.is_dir() {
-            return invalid("an adapter is a folder with adapter_config.json and adapter_model.safetensors; there is none here");
+            return invalid(
+                "an adapter is a folder with adapter_config.json and adapter_model.safetensors; there is none here",
+            );
         }
         if !folder.join(CONFIG_FILE).is_file() {
             return invalid("is no adapter folder: it has no adapter_config.json");
@@ -162,18 +164,30 @@ fn read_tensors(path: &Path) -> Result<BTreeMap<String, Tensor>> {
     let file = SafetensorsFile::open(path)?;
     let names = file.names();
     if names.len() > MAX_TENSORS {
-        return Err(lorimer_model::Error::invalid(path, format!("{} tensors, at most {MAX_TENSORS} are read", names.len())).into());
+        return Err(lorimer_model::Error::invalid(
+            path,
+            format!("{} tensors, at most {MAX_TENSORS} are read", names.len()),
+        )
+        .into());
     }
     let mut tensors = BTreeMap::new();
     for name in names {
         if name.len() > MAX_NAME || name.chars().any(char::is_control) {
             let shown: String = name.chars().take(60).collect();
-            return Err(lorimer_model::Error::invalid(path, format!("tensor name `{}…` is too long or not plain", shown.escape_debug())).into());
+            return Err(lorimer_model::Error::invalid(
+                path,
+                format!("tensor name `{}…` is too long or not plain", shown.escape_debug()),
+            )
+            .into());
         }
         if let Some(tensor) = file.load(&name)? {
             let finite = tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?.iter().all(|v| v.is_finite());
             if !finite {
-                return Err(lorimer_model::Error::invalid(path, format!("tensor `{name}` holds values that are not finite")).into());
+                return Err(lorimer_model::Error::invalid(
+                    path,
+                    format!("tensor `{name}` holds values that are not finite"),
+                )
+                .into());
             }
             tensors.insert(name, tensor);
         }

@@ -61,7 +61,10 @@ impl Default for Targeting {
 /// Python's `re.fullmatch` for the patterns that Rust's `regex` knows.
 pub fn full_match(pattern: &str) -> Result<Regex> {
     if pattern.len() > MAX_PATTERN {
-        return Err(Error::Config(format!("a pattern of {} characters, at most {MAX_PATTERN} are read", pattern.len())));
+        return Err(Error::Config(format!(
+            "a pattern of {} characters, at most {MAX_PATTERN} are read",
+            pattern.len()
+        )));
     }
     regex::RegexBuilder::new(&format!("^(?:{pattern})$")).size_limit(1 << 20).build().map_err(|e| {
         let reason = e.to_string();
@@ -132,7 +135,13 @@ impl Matcher {
             .map(|p| full_match(&format!(r"(?:.*?\.)?(?:{p})\.(\d+)\..*")))
             .collect::<Result<_>>()?;
         let save = t.modules_to_save.clone().unwrap_or_default();
-        Ok(Self { target: NamesMatcher::new(&t.target_modules)?, exclude, layers: layers.filter(|l| !l.is_empty()), layers_pattern, save })
+        Ok(Self {
+            target: NamesMatcher::new(&t.target_modules)?,
+            exclude,
+            layers: layers.filter(|l| !l.is_empty()),
+            layers_pattern,
+            save,
+        })
     }
 
     /// Whether a projection gets an adapter.

@@ -51,7 +51,10 @@ pub fn open_weights(path: &Path, dtype: LoadDtype) -> Result<(LlamaConfig, Weigh
         return Err(Error::invalid(path, "does not exist"));
     }
     if path.extension().is_none_or(|e| e != "gguf") {
-        return Err(Error::invalid(path, "a base model is a Hugging Face folder (config.json, model.safetensors) or a `.gguf` file"));
+        return Err(Error::invalid(
+            path,
+            "a base model is a Hugging Face folder (config.json, model.safetensors) or a `.gguf` file",
+        ));
     }
     let file = Gguf::open(path)?;
     let config = file.config()?;

@@ -81,8 +81,9 @@ impl ChatTemplate {
         environment.add_function("strftime_now", |format: String| -> Result<String, JinjaError> {
             use std::fmt::Write as _;
             let mut text = String::new();
-            write!(text, "{}", chrono::Local::now().format(&format))
-                .map_err(|_| JinjaError::new(ErrorKind::InvalidOperation, format!("strftime_now: bad format `{format}`")))?;
+            write!(text, "{}", chrono::Local::now().format(&format)).map_err(|_| {
+                JinjaError::new(ErrorKind::InvalidOperation, format!("strftime_now: bad format `{format}`"))
+            })?;
             Ok(text)
         });
         environment

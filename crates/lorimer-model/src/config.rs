@@ -184,13 +184,19 @@ impl LlamaConfig {
             return fail(format!("{} layers, at most {MAX_LAYERS} are possible", self.layers));
         }
         if self.kv_heads == 0 || !self.heads.is_multiple_of(self.kv_heads) {
-            return fail(format!("{} attention heads do not divide into {} key-value heads", self.heads, self.kv_heads));
+            return fail(format!(
+                "{} attention heads do not divide into {} key-value heads",
+                self.heads, self.kv_heads
+            ));
         }
         if self.head_dim == 0 || !self.head_dim.is_multiple_of(2) || self.head_dim > 4096 {
             return fail(format!("head_dim {} should be even and at most 4096", self.head_dim));
         }
         if !(self.rms_norm_eps >= 0.0 && self.rope_theta > 0.0) {
-            return fail(format!("rms_norm_eps {} or rope_theta {} is out of range", self.rms_norm_eps, self.rope_theta));
+            return fail(format!(
+                "rms_norm_eps {} or rope_theta {} is out of range",
+                self.rms_norm_eps, self.rope_theta
+            ));
         }
         if let RopeScaling::Factors(factors) = &self.rope_scaling
             && factors.len() != self.head_dim / 2

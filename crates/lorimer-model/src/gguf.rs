@@ -102,8 +102,9 @@ impl Gguf {
     pub fn open(path: &Path) -> Result<Self> {
         let bytes = MappedFile::open(path).map_err(Error::io("read", path))?;
         Walk { bytes: &bytes, at: 0, values: 0 }.header().map_err(|p| Error::invalid(path, p))?;
-        let content = Content::read(&mut Cursor::new(&bytes[..]))
-            .map_err(|e| Error::invalid(path, format!("is not a readable GGUF file: {}", first_line(&e.to_string()))))?;
+        let content = Content::read(&mut Cursor::new(&bytes[..])).map_err(|e| {
+            Error::invalid(path, format!("is not a readable GGUF file: {}", first_line(&e.to_string())))
+        })?;
         Ok(Self { path: path.to_path_buf(), content, bytes })
     }
 
@@ -318,7 +319,8 @@ mod tests {
 
     #[test]
     fn names_go_both_ways() {
-        for name in ["model.layers.12.mlp.down_proj", "model.embed_tokens", "lm_head", "model.layers.0.input_layernorm"] {
+        for name in ["model.layers.12.mlp.down_proj", "model.embed_tokens", "lm_head", "model.layers.0.input_layernorm"]
+        {
             assert_eq!(module_from_gguf(&module_to_gguf(name).unwrap()).unwrap(), name);
         }
         assert_eq!(module_to_gguf("model.layers.x.mlp.down_proj"), None);

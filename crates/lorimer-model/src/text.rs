@@ -131,9 +131,8 @@ impl TextModel {
 
     fn tokenizer_file(path: &Path) -> Result<Tokenizer> {
         let bytes = read_bounded(path, MAX_JSON_BYTES)?;
-        Tokenizer::from_bytes(&bytes).map_err(|e| {
-            Error::invalid(path, format!("is not a readable tokenizer: {}", first_line(&e.to_string())))
-        })
+        Tokenizer::from_bytes(&bytes)
+            .map_err(|e| Error::invalid(path, format!("is not a readable tokenizer: {}", first_line(&e.to_string()))))
     }
 
     fn assemble(
@@ -173,10 +172,9 @@ impl TextModel {
 
     /// Tokens of a text. `special` adds what the tokenizer puts around plain text (a chat template brings its own).
     pub fn encode(&self, text: &str, special: bool) -> Result<Encoded> {
-        let encoding = self
-            .tokenizer
-            .encode(text, special)
-            .map_err(|e| Error::Unsupported(format!("the tokenizer refuses the text: {}", first_line(&e.to_string()))))?;
+        let encoding = self.tokenizer.encode(text, special).map_err(|e| {
+            Error::Unsupported(format!("the tokenizer refuses the text: {}", first_line(&e.to_string())))
+        })?;
         Ok(Encoded { ids: encoding.get_ids().to_vec(), spans: encoding.get_offsets().to_vec() })
     }
 

@@ -57,7 +57,10 @@ impl SafetensorsFile {
         match length {
             Some(n) if n <= MAX_HEADER_BYTES => {}
             Some(n) => {
-                return Err(Error::invalid(path, format!("a header of {n} bytes, at most {MAX_HEADER_BYTES} are read")));
+                return Err(Error::invalid(
+                    path,
+                    format!("a header of {n} bytes, at most {MAX_HEADER_BYTES} are read"),
+                ));
             }
             None => return Err(Error::invalid(path, "is too short for a safetensors file")),
         }
@@ -93,7 +96,10 @@ impl SafetensorsFile {
             }
         };
         let (start, end) = (self.data_start + info.data_offsets.0, self.data_start + info.data_offsets.1);
-        let bytes = self.bytes.get(start..end).ok_or_else(|| Error::invalid(&self.path, format!("tensor `{name}` lies beyond the end of the file")))?;
+        let bytes = self
+            .bytes
+            .get(start..end)
+            .ok_or_else(|| Error::invalid(&self.path, format!("tensor `{name}` lies beyond the end of the file")))?;
         Ok(Some((dtype, info.shape.clone(), bytes)))
     }
 
@@ -147,7 +153,10 @@ impl Weights {
         let mut index = BTreeMap::new();
         for name in names {
             if !is_plain_file_name(&name) {
-                return Err(Error::invalid(&index_path, format!("shard name `{}` leaves the folder", name.escape_debug())));
+                return Err(Error::invalid(
+                    &index_path,
+                    format!("shard name `{}` leaves the folder", name.escape_debug()),
+                ));
             }
             let path = folder.join(&name);
             if !path.is_file() {

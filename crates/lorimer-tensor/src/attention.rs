@@ -318,7 +318,10 @@ impl CustomOp3 for Attention {
         y: &Tensor,
         g: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        fn tensors<T: Real>(op: &Attention, inputs: [&Tensor; 5]) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        fn tensors<T: Real>(
+            op: &Attention,
+            inputs: [&Tensor; 5],
+        ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
             let [dq, dk, dv] = with_slices::<T, _, 5>(inputs, |[q, k, v, y, g]| Ok(op.backward(q, k, v, y, g)))?;
             let [q, k, v, ..] = inputs;
             Ok((

@@ -12,7 +12,8 @@ pub fn random(shape: impl Into<Shape>, seed: u64, dtype: DType) -> Result<Tensor
 
 pub fn assert_close(a: &Tensor, b: &Tensor, tolerance: f64) -> Result<()> {
     assert_eq!(a.dims(), b.dims());
-    let worst = (a.to_dtype(DType::F64)? - b.to_dtype(DType::F64)?)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f64>()?;
+    let worst =
+        (a.to_dtype(DType::F64)? - b.to_dtype(DType::F64)?)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f64>()?;
     assert!(worst <= tolerance, "differ by {worst:e}, more than {tolerance:e}");
     Ok(())
 }
@@ -34,7 +35,11 @@ pub fn gradient_matches(x: &Tensor, f: impl Fn(&Tensor) -> Result<Tensor>) -> Re
             objective(&Tensor::from_vec(moved, x.shape(), &Device::Cpu)?)
         };
         let numeric = (at(h)? - at(-h)?) / (2.0 * h);
-        assert!((numeric - grad[i]).abs() <= 1e-6 * (1.0 + numeric.abs()), "element {i}: {numeric} against {}", grad[i]);
+        assert!(
+            (numeric - grad[i]).abs() <= 1e-6 * (1.0 + numeric.abs()),
+            "element {i}: {numeric} against {}",
+            grad[i]
+        );
     }
     Ok(())
 }

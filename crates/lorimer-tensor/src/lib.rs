@@ -12,6 +12,7 @@ pub mod gated;
 pub mod linalg;
 pub mod loss;
 pub mod mapped;
+pub mod memory;
 pub mod norm;
 pub mod project;
 mod raw;

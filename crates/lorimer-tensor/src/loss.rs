@@ -56,13 +56,14 @@ impl CrossEntropy {
         let (_, vocabulary) = logits.dims2()?;
         with_slices([logits, grad], |[logits, grad]: [&[T]; 2]| {
             let mut d = vec![T::zero(); logits.len()];
-            d.par_chunks_mut(vocabulary).zip(logits.par_chunks(vocabulary)).zip(grad.par_iter().zip(&self.targets)).for_each(
-                |((d, row), (&g, &t))| {
+            d.par_chunks_mut(vocabulary)
+                .zip(logits.par_chunks(vocabulary))
+                .zip(grad.par_iter().zip(&self.targets))
+                .for_each(|((d, row), (&g, &t))| {
                     let (max, log) = log_sum(row);
                     d.iter_mut().zip(row).for_each(|(d, &v)| *d = g * (v - max - log).exp());
                     d[t as usize] = d[t as usize] - g;
-                },
-            );
+                });
             Ok(d)
         })
         .and_then(|d| Tensor::from_vec(d, logits.shape(), logits.device()))

@@ -55,7 +55,8 @@ impl RmsNorm {
                 .zip(x.par_chunks(chunk).zip(g.par_chunks(chunk)))
                 .map(|(dx, (x, g))| {
                     let mut dw = vec![T::zero(); width];
-                    for (dx, (x, g)) in dx.chunks_exact_mut(width).zip(x.chunks_exact(width).zip(g.chunks_exact(width))) {
+                    for (dx, (x, g)) in dx.chunks_exact_mut(width).zip(x.chunks_exact(width).zip(g.chunks_exact(width)))
+                    {
                         let scale = inverse_rms(x, self.eps);
                         let along: T = x.iter().zip(g).zip(w).map(|((&x, &g), &w)| x * g * w).sum();
                         let along = along * scale * scale / T::from_f64(width as f64);

@@ -79,9 +79,7 @@ impl FrozenWeight {
             candle_core::bail!("row {bad} of a weight with {outputs} rows");
         }
         match self {
-            Self::Dense(w) => {
-                w.index_select(&Tensor::from_slice(ids, ids.len(), w.device())?, 0)?.to_dtype(dtype)
-            }
+            Self::Dense(w) => w.index_select(&Tensor::from_slice(ids, ids.len(), w.device())?, 0)?.to_dtype(dtype),
             Self::Quantised { .. } => {
                 let mut tiles = std::collections::HashMap::new();
                 let mut rows = Vec::with_capacity(ids.len() * inputs);

@@ -50,7 +50,8 @@ pub fn rotary(x: &Tensor, table: &RotaryTable) -> Result<Tensor> {
 pub fn rotary_reference(x: &Tensor, table: &RotaryTable) -> Result<Tensor> {
     let (rows, width) = x.dims2()?;
     let half = table.half;
-    let of = |v: &[f64]| Tensor::from_slice(v, (rows, 1, half), &Device::Cpu)?.to_dtype(x.dtype())?.to_device(x.device());
+    let of =
+        |v: &[f64]| Tensor::from_slice(v, (rows, 1, half), &Device::Cpu)?.to_dtype(x.dtype())?.to_device(x.device());
     let (cos, sin) = (of(&table.cos)?, of(&table.sin)?);
     let x = x.reshape((rows, width / (2 * half), 2 * half))?;
     let (a, b) = (x.narrow(2, 0, half)?, x.narrow(2, half, half)?);
@@ -107,7 +108,9 @@ impl CustomOp1 for Rotary {
         let (_, width) = grad.dims2()?;
         let back = Rotary { table: self.table.clone(), backwards: true };
         let dx = match grad.dtype() {
-            DType::F64 => with_slices([grad], |[g]| Tensor::from_vec(back.run::<f64>(g, width), grad.shape(), grad.device()))?,
+            DType::F64 => {
+                with_slices([grad], |[g]| Tensor::from_vec(back.run::<f64>(g, width), grad.shape(), grad.device()))?
+            }
             _ => with_slices([grad], |[g]| Tensor::from_vec(back.run::<f32>(g, width), grad.shape(), grad.device()))?,
         };
         Ok(Some(dx))

@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 
 use candle_core::Tensor;
 use lorimer_adapter::store::safetensors_bytes;
-use lorimer_model::files::{MAX_JSON_BYTES, read_bounded, read_json, remove_leftovers, write_atomic, write_folder_atomic, write_json};
+use lorimer_model::files::{
+    MAX_JSON_BYTES, read_bounded, read_json, remove_leftovers, write_atomic, write_folder_atomic, write_json,
+};
 use lorimer_model::weights::{SafetensorsFile, hex};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};

@@ -183,7 +183,12 @@ fn read_json(path: &Path, limit: usize) -> Result<Vec<Row>> {
         Value::Array(items) => items,
         Value::Object(mut map) => match (map.len(), map.remove("data")) {
             (_, Some(Value::Array(items))) => items,
-            _ => return Err(Error::data(path, "should hold a list of rows, found one object (one row a line is `.jsonl`)")),
+            _ => {
+                return Err(Error::data(
+                    path,
+                    "should hold a list of rows, found one object (one row a line is `.jsonl`)",
+                ));
+            }
         },
         other => return Err(Error::data(path, format!("should hold a list of rows, found {}", kind(&other)))),
     };
@@ -269,9 +274,12 @@ fn optional_text<'a>(row: &'a Map<String, Value>, key: &str) -> Result<Option<&'
 }
 
 fn messages(value: &Value, key: &str) -> Result<Vec<Value>, String> {
-    let list = value.as_array().ok_or_else(|| format!("`{key}` should be a list of messages, found {}", kind(value)))?;
+    let list =
+        value.as_array().ok_or_else(|| format!("`{key}` should be a list of messages, found {}", kind(value)))?;
     for (i, message) in list.iter().enumerate() {
-        let fields = message.as_object().ok_or_else(|| format!("message {} should be an object, found {}", i + 1, kind(message)))?;
+        let fields = message
+            .as_object()
+            .ok_or_else(|| format!("message {} should be an object, found {}", i + 1, kind(message)))?;
         if !fields.get("role").is_some_and(Value::is_string) {
             return Err(format!("message {} has no `role`", i + 1));
         }
@@ -301,9 +309,12 @@ pub fn sample(row: &Map<String, Value>, format: Format) -> Result<Sample, String
         Format::Sharegpt => {
             let mut list = system()?;
             let turns = row.get("conversations").ok_or("has no `conversations`")?;
-            let turns = turns.as_array().ok_or_else(|| format!("`conversations` should be a list, found {}", kind(turns)))?;
+            let turns =
+                turns.as_array().ok_or_else(|| format!("`conversations` should be a list, found {}", kind(turns)))?;
             for (i, turn) in turns.iter().enumerate() {
-                let turn = turn.as_object().ok_or_else(|| format!("turn {} should be an object, found {}", i + 1, kind(turn)))?;
+                let turn = turn
+                    .as_object()
+                    .ok_or_else(|| format!("turn {} should be an object, found {}", i + 1, kind(turn)))?;
                 let from = text(turn, "from").map_err(|e| format!("turn {}: {e}", i + 1))?;
                 let role = match from {
                     "human" | "user" => "user",
@@ -324,7 +335,9 @@ pub fn sample(row: &Map<String, Value>, format: Format) -> Result<Sample, String
             if let Some(history) = row.get("history").and_then(Value::as_array) {
                 for pair in history {
                     match pair.as_array().map(Vec::as_slice) {
-                        Some([Value::String(q), Value::String(a)]) => list.extend([message("user", q), message("assistant", a)]),
+                        Some([Value::String(q), Value::String(a)]) => {
+                            list.extend([message("user", q), message("assistant", a)])
+                        }
                         _ => return Err("`history` should hold pairs of texts".into()),
                     }
                 }
@@ -343,7 +356,10 @@ pub fn sample(row: &Map<String, Value>, format: Format) -> Result<Sample, String
                 list.extend(messages(completion, "completion")?);
                 Ok(Sample::Chat { messages: list, tools: None })
             }
-            _ => Ok(Sample::Completion { prompt: text(row, "prompt")?.into(), completion: text(row, "completion")?.into() }),
+            _ => Ok(Sample::Completion {
+                prompt: text(row, "prompt")?.into(),
+                completion: text(row, "completion")?.into(),
+            }),
         },
         Format::Text => Ok(Sample::Text(text(row, "text")?.to_string())),
     }
@@ -364,17 +380,30 @@ mod tests {
         let qa = || vec![message("user", "q"), message("assistant", "a")];
         assert_eq!(parse(json!({ "messages": qa() })), chat(qa()));
         assert_eq!(parse(json!({ "instruction": "q", "input": "", "output": "a" })), chat(qa()));
-        assert_eq!(parse(json!({ "conversations": [{ "from": "human", "value": "q" }, { "from": "gpt", "value": "a" }] })), chat(qa()));
-        assert_eq!(parse(json!({ "prompt": [message("user", "q")], "completion": [message("assistant", "a")] })), chat(qa()));
+        assert_eq!(
+            parse(json!({ "conversations": [{ "from": "human", "value": "q" }, { "from": "gpt", "value": "a" }] })),
+            chat(qa())
+        );
+        assert_eq!(
+            parse(json!({ "prompt": [message("user", "q")], "completion": [message("assistant", "a")] })),
+            chat(qa())
+        );
         assert_eq!(
             parse(json!({ "prompt": "q", "completion": "a" })),
             Ok(Sample::Completion { prompt: "q".into(), completion: "a".into() })
         );
         assert_eq!(parse(json!({ "text": "t" })), Ok(Sample::Text("t".into())));
-        let with = parse(json!({ "system": "s", "history": [["q", "a"]], "instruction": "q", "input": "x", "output": "a" }));
+        let with =
+            parse(json!({ "system": "s", "history": [["q", "a"]], "instruction": "q", "input": "x", "output": "a" }));
         assert_eq!(
             with,
-            chat(vec![message("system", "s"), message("user", "q"), message("assistant", "a"), message("user", "q\nx"), message("assistant", "a")])
+            chat(vec![
+                message("system", "s"),
+                message("user", "q"),
+                message("assistant", "a"),
+                message("user", "q\nx"),
+                message("assistant", "a")
+            ])
         );
     }
 

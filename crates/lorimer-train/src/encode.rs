@@ -68,7 +68,14 @@ pub struct EncodeOptions {
 
 impl Default for EncodeOptions {
     fn default() -> Self {
-        Self { format: None, max_length: 1024, too_long: TooLong::Cut, train_on_prompt: false, skip_bad_rows: false, limit: None }
+        Self {
+            format: None,
+            max_length: 1024,
+            too_long: TooLong::Cut,
+            train_on_prompt: false,
+            skip_bad_rows: false,
+            limit: None,
+        }
     }
 }
 
@@ -100,8 +107,16 @@ pub fn load(path: &Path, text: &TextModel, options: &EncodeOptions) -> Result<(V
         Some(format) => format,
         None => detect(path, &rows)?,
     };
-    let mut report =
-        DataReport { format, rows: rows.len(), examples: 0, skipped: 0, cut: 0, dropped: 0, tokens: 0, supervised_tokens: 0 };
+    let mut report = DataReport {
+        format,
+        rows: rows.len(),
+        examples: 0,
+        skipped: 0,
+        cut: 0,
+        dropped: 0,
+        tokens: 0,
+        supervised_tokens: 0,
+    };
     let mut examples = Vec::new();
     for row in &rows {
         let encoded = match encode_row(row, format, text, options.train_on_prompt) {
@@ -136,7 +151,10 @@ pub fn load(path: &Path, text: &TextModel, options: &EncodeOptions) -> Result<(V
     if examples.is_empty() {
         return Err(Error::data(
             path,
-            format!("none of its {} rows can be used ({} skipped, {} dropped)", report.rows, report.skipped, report.dropped),
+            format!(
+                "none of its {} rows can be used ({} skipped, {} dropped)",
+                report.rows, report.skipped, report.dropped
+            ),
         ));
     }
     Ok((examples, report))
@@ -159,8 +177,11 @@ pub fn encode(sample: &Sample, text: &TextModel, train_on_prompt: bool) -> Resul
         }
         Sample::Completion { prompt, completion } => {
             let whole = text.encode(&format!("{prompt}{completion}"), true).map_err(say)?;
-            let mut learnt: Vec<bool> =
-                whole.spans.iter().map(|&(start, end)| train_on_prompt || (start >= prompt.len() && end > start)).collect();
+            let mut learnt: Vec<bool> = whole
+                .spans
+                .iter()
+                .map(|&(start, end)| train_on_prompt || (start >= prompt.len() && end > start))
+                .collect();
             let mut ids = whole.ids;
             end_sequence(&mut ids, text);
             learnt.resize(ids.len(), true);
@@ -180,7 +201,12 @@ fn end_sequence(ids: &mut Vec<u32>, text: &TextModel) {
     }
 }
 
-fn chat(messages: &[Value], tools: Option<&Value>, text: &TextModel, train_on_prompt: bool) -> Result<Vec<Example>, String> {
+fn chat(
+    messages: &[Value],
+    tools: Option<&Value>,
+    text: &TextModel,
+    train_on_prompt: bool,
+) -> Result<Vec<Example>, String> {
     let say = |e: lorimer_model::Error| e.to_string();
     let template = text.needed_template().map_err(say)?;
     let role = |m: &Value| m.get("role").and_then(Value::as_str).unwrap_or_default().to_string();

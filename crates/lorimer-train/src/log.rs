@@ -175,7 +175,8 @@ pub fn plot(run: &Path, history: &[Record], title: &str) -> Result<()> {
     let size = (900, 540);
     let svg_path = run.join("loss.svg");
     let mut svg = String::new();
-    draw(SVGBackend::with_string(&mut svg, size).into_drawing_area(), &train, &eval, title).map_err(|e| failed(&svg_path, e))?;
+    draw(SVGBackend::with_string(&mut svg, size).into_drawing_area(), &train, &eval, title)
+        .map_err(|e| failed(&svg_path, e))?;
     write_atomic(&svg_path, svg.as_bytes())?;
     let png_path = run.join("loss.png");
     let mut pixels = vec![0u8; (size.0 * size.1 * 3) as usize];
@@ -276,7 +277,8 @@ mod tests {
     #[test]
     fn plots_are_drawn_in_both_forms() {
         let folder = tempfile::tempdir().unwrap();
-        let history: Vec<Record> = (1..40).map(|s| Record { step: s, loss: Some(3.0 / s as f64), ..Default::default() }).collect();
+        let history: Vec<Record> =
+            (1..40).map(|s| Record { step: s, loss: Some(3.0 / s as f64), ..Default::default() }).collect();
         plot(folder.path(), &history, "a run").unwrap();
         assert!(fs::read_to_string(folder.path().join("loss.svg")).unwrap().contains("training"));
         assert!(fs::read(folder.path().join("loss.png")).unwrap().starts_with(b"\x89PNG"));

@@ -48,7 +48,11 @@ impl AdamW {
         Self { config, moments: Default::default(), steps: 0 }
     }
 
-    fn update<T: candle_core::WithDType + num_traits::Float>(&self, [p, g, m, v]: [&Tensor; 4], rate: f64) -> Result<[Tensor; 3]> {
+    fn update<T: candle_core::WithDType + num_traits::Float>(
+        &self,
+        [p, g, m, v]: [&Tensor; 4],
+        rate: f64,
+    ) -> Result<[Tensor; 3]> {
         let flat = |t: &Tensor| -> candle_core::Result<Vec<T>> { t.flatten_all()?.to_vec1::<T>() };
         let (mut p_new, g, mut m_new, mut v_new) = (flat(p)?, flat(g)?, flat(m)?, flat(v)?);
         let c = &self.config;

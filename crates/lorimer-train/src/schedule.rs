@@ -52,7 +52,9 @@ mod tests {
     fn rates_equal_those_of_transformers() {
         // get_{linear,cosine}_schedule_with_warmup(num_warmup_steps=2, num_training_steps=10), lr 1.
         let at = |shape, step| Schedule { peak: 1.0, warmup: 2, total: 10, shape }.rate(step);
-        for (step, linear, cosine) in [(0, 0.0, 0.0), (1, 0.5, 0.5), (2, 1.0, 1.0), (6, 0.5, 0.5), (9, 0.125, 0.038_060_233_744_356_63)] {
+        for (step, linear, cosine) in
+            [(0, 0.0, 0.0), (1, 0.5, 0.5), (2, 1.0, 1.0), (6, 0.5, 0.5), (9, 0.125, 0.038_060_233_744_356_63)]
+        {
             assert!((at(Shape::Linear, step) - linear).abs() < 1e-12);
             assert!((at(Shape::Cosine, step) - cosine).abs() < 1e-12);
         }

@@ -128,7 +128,8 @@ impl Session<'_> {
             }),
             golden,
         });
-        let mut metrics = vec![("last training loss".to_string(), format!("{:.4}", outcome.losses.last().unwrap_or(&f64::NAN)))];
+        let mut metrics =
+            vec![("last training loss".to_string(), format!("{:.4}", outcome.losses.last().unwrap_or(&f64::NAN)))];
         if let Some(e) = &outcome.evaluation {
             metrics.push(("evaluation loss".into(), format!("{:.4}", e.loss)));
             metrics.push(("exact match".into(), format!("{:.4}", e.exact_match)));
@@ -178,4 +179,3 @@ pub fn replay(base: &Base, adapter: &Adapter, stored: &StoredAdapter) -> Result<
     }
     Ok(Some(worst))
 }
-

@@ -225,7 +225,11 @@ fn restore(adapter: &Adapter, parameters: &BTreeMap<String, Tensor>) -> Result<(
     for (name, var) in adapter.trainable() {
         match parameters.get(&name) {
             Some(t) if t.dims() == var.dims() => var.set(t)?,
-            _ => return Err(Error::Settings(format!("the checkpoint has no fitting `{name}`; was it made with other settings?"))),
+            _ => {
+                return Err(Error::Settings(format!(
+                    "the checkpoint has no fitting `{name}`; was it made with other settings?"
+                )));
+            }
         }
     }
     Ok(())
@@ -236,7 +240,8 @@ fn difference(a: &serde_json::Value, b: &serde_json::Value) -> Option<String> {
     let (Some(a), Some(b)) = (a.as_object(), b.as_object()) else { return (a != b).then(|| "settings".into()) };
     let keys: std::collections::BTreeSet<&String> = a.keys().chain(b.keys()).collect();
     let differing = keys.into_iter().find(|k| a.get(*k) != b.get(*k))?;
-    let show = |v: Option<&serde_json::Value>| v.map_or("nothing".to_string(), |v| v.to_string().chars().take(60).collect());
+    let show =
+        |v: Option<&serde_json::Value>| v.map_or("nothing".to_string(), |v| v.to_string().chars().take(60).collect());
     Some(format!("`{differing}` was {} and is {}", show(a.get(differing)), show(b.get(differing))))
 }
 

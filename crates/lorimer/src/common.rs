@@ -20,7 +20,11 @@ use crate::Global;
 
 /// Logs go to stderr; `LORIMER_LOG` has the last word on what is said.
 pub fn start_log(quiet: bool, verbose: bool) {
-    let level = if quiet { "error" } else if verbose { "lorimer=debug,lorimer_model=debug,lorimer_train=debug,info" } else { "warn,lorimer=info,lorimer_model=info,lorimer_train=info" };
+    let level = match (quiet, verbose) {
+        (true, _) => "off,lorimer=error",
+        (_, true) => "info,lorimer=debug,lorimer_model=debug,lorimer_train=debug",
+        _ => "off,lorimer=info,lorimer_model=info,lorimer_adapter=info,lorimer_train=info",
+    };
     let filter = tracing_subscriber::EnvFilter::try_from_env("LORIMER_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(level));
     tracing_subscriber::fmt()
@@ -67,11 +71,15 @@ pub fn with_config_file(arguments: Vec<OsString>) -> Result<Vec<OsString>> {
             Value::Array(items) if key == "set" || key == "adapter" => items.iter().try_for_each(push)?,
             Value::Object(map) if key == "set" => {
                 for (name, v) in map {
-                    push(&Value::String(format!("{name}={}", v.as_str().map_or_else(|| v.to_string(), str::to_string))))?;
+                    push(&Value::String(format!(
+                        "{name}={}",
+                        v.as_str().map_or_else(|| v.to_string(), str::to_string)
+                    )))?;
                 }
             }
             Value::Array(items) => {
-                let joined: Vec<_> = items.iter().map(|v| v.as_str().map_or_else(|| v.to_string(), str::to_string)).collect();
+                let joined: Vec<_> =
+                    items.iter().map(|v| v.as_str().map_or_else(|| v.to_string(), str::to_string)).collect();
                 push(&Value::String(joined.join(",")))?;
             }
             other => push(other)?,
@@ -131,7 +139,12 @@ pub fn open_base(args: &ModelArgs, global: Global) -> Result<(Base, Pulled)> {
     let pulled = pull(&args.model, PullOptions { refresh: false, progress: draws(global) })?;
     let options = OpenOptions { dtype: args.dtype.into(), tokenizer: args.tokenizer.clone() };
     let base = Base::open(&pulled.path, &options)?;
-    tracing::info!("base {} from {} ({:.0} MB in memory)", pulled.name, base.path.display(), base.model.bytes() as f64 / 1e6);
+    tracing::info!(
+        "base {} from {} ({:.0} MB in memory)",
+        pulled.name,
+        base.path.display(),
+        base.model.bytes() as f64 / 1e6
+    );
     Ok((base, pulled))
 }
 
@@ -156,7 +169,10 @@ pub fn open_adapters(base: &Base, adapters: &[(PathBuf, f64)]) -> Result<Vec<(Ad
         if let Some(template) = stored.manifest.as_ref().and_then(|m| m.chat_template.as_ref())
             && base.text.template().is_none_or(|t| t.source() != template)
         {
-            tracing::warn!("`{}` was trained with another chat template than the base's; answers may differ", path.display());
+            tracing::warn!(
+                "`{}` was trained with another chat template than the base's; answers may differ",
+                path.display()
+            );
         }
         Ok((Adapter::load_whole(&base.model, &stored)?, *weight))
     };
@@ -172,7 +188,9 @@ pub fn attached(adapters: &[(Adapter, f64)]) -> Result<Attached<'_>> {
 pub fn load_data(path: &Path, base: &Base, options: &EncodeOptions) -> Result<(Vec<Example>, DataReport)> {
     let (examples, report) = lorimer::train::encode::load(path, &base.text, options)?;
     let mut notes = Vec::new();
-    for (count, what) in [(report.skipped, "bad rows skipped"), (report.cut, "cut to the length limit"), (report.dropped, "dropped")] {
+    for (count, what) in
+        [(report.skipped, "bad rows skipped"), (report.cut, "cut to the length limit"), (report.dropped, "dropped")]
+    {
         if count > 0 {
             notes.push(format!("{count} {what}"));
         }
@@ -194,7 +212,8 @@ pub fn bar(length: u64, template: &str, global: Global) -> ProgressBar {
     if !draws(global) {
         return ProgressBar::hidden();
     }
-    ProgressBar::new(length).with_style(ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()))
+    ProgressBar::new(length)
+        .with_style(ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()))
 }
 
 /// A flag that Ctrl-C or SIGTERM sets; a second one ends the program at once.

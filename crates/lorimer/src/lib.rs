@@ -27,7 +27,9 @@ pub use lorimer_train as train;
 pub mod prelude {
     pub use lorimer_adapter::{Adapter, Attached, Delta, Method, Step, StoredAdapter, methods};
     pub use lorimer_model::pull::{PullOptions, pull};
-    pub use lorimer_model::{Adaptation, Base, BaseModel, Batch, Frozen, KvCache, Llama, LoadDtype, OpenOptions, TextModel};
+    pub use lorimer_model::{
+        Adaptation, Base, BaseModel, Batch, Frozen, KvCache, Llama, LoadDtype, OpenOptions, TextModel,
+    };
     pub use lorimer_serve::{Generation, Sampling, generate};
     pub use lorimer_train::{EncodeOptions, Evaluation, Example, Session, TrainSettings, evaluate};
 }

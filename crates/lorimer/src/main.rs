@@ -59,6 +59,7 @@ enum Verb {
 }
 
 fn main() -> ExitCode {
+    lorimer::tensor::memory::keep_freed_pages();
     let arguments = match common::with_config_file(std::env::args_os().collect()) {
         Ok(arguments) => arguments,
         Err(error) => return fail(&error),
@@ -77,6 +78,7 @@ fn main() -> ExitCode {
         Verb::Check(v) => v.run(cli.global),
         Verb::Methods(v) => v.run(cli.global),
     };
+    tracing::debug!("peak memory {} bytes", common::peak_bytes().unwrap_or_default());
     match result {
         Ok(code) => code,
         Err(error) => fail(&error),

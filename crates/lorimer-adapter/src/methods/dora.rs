@@ -57,7 +57,8 @@ impl DoraDelta {
         let dtype = low_rank.a.dtype();
         let exact = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
         let squares = base.dense(exact)?.to_dtype(DType::F64)?.sqr()?.sum(1)?;
-        let mut delta = Self { low_rank, magnitude: Var::zeros(1, dtype, &Device::Cpu)?, squares: squares.to_dtype(dtype)? };
+        let mut delta =
+            Self { low_rank, magnitude: Var::zeros(1, dtype, &Device::Cpu)?, squares: squares.to_dtype(dtype)? };
         let magnitude = match magnitude {
             Some(m) => m,
             None => delta.norms(base)?,

@@ -210,7 +210,10 @@ impl LoraConfig {
             return Err(Error::Config(format!("lora_alpha = {alpha} should be a finite number")));
         }
         if !(0.0..1.0).contains(&self.lora_dropout) {
-            return Err(Error::Config(format!("lora_dropout = {} should be at least 0 and below 1", self.lora_dropout)));
+            return Err(Error::Config(format!(
+                "lora_dropout = {} should be at least 0 and below 1",
+                self.lora_dropout
+            )));
         }
         let start = Start::parse(&self.init_lora_weights)?;
         if self.use_dora && start.moves_base() {
@@ -239,7 +242,8 @@ impl LoraConfig {
 
     /// All of PEFT's keys in PEFT's order, for `adapter_config.json`.
     fn peft_json(&self) -> Map<String, Value> {
-        let patterns: Map<String, Value> = self.alpha_pattern.iter().map(|(k, &v)| (k.clone(), alpha_json(v))).collect();
+        let patterns: Map<String, Value> =
+            self.alpha_pattern.iter().map(|(k, &v)| (k.clone(), alpha_json(v))).collect();
         let t = &self.targeting;
         let object = json!({
             "peft_type": "LORA", "task_type": "CAUSAL_LM", "auto_mapping": null, "inference_mode": true,
@@ -362,7 +366,12 @@ impl Lora {
 }
 
 /// The `rank` largest singular triplets by subspace iteration (Halko et al. 2011, algorithm 4.4), ten extra directions.
-fn randomised_svd(w: &Tensor, rank: usize, iterations: usize, rng: &mut ChaCha8Rng) -> Result<(Tensor, Tensor, Tensor)> {
+fn randomised_svd(
+    w: &Tensor,
+    rank: usize,
+    iterations: usize,
+    rng: &mut ChaCha8Rng,
+) -> Result<(Tensor, Tensor, Tensor)> {
     let (m, n) = w.dims2()?;
     let width = (rank + 10).min(m).min(n);
     let wt = w.t()?.contiguous()?;
@@ -449,11 +458,7 @@ impl Method for Lora {
         Ok(self.config.rank(&site.path)? * (site.inputs + site.outputs) + magnitudes)
     }
 
-    fn low_rank(
-        &self,
-        module: &str,
-        tensors: &std::collections::BTreeMap<String, Tensor>,
-    ) -> Result<Option<LowRank>> {
+    fn low_rank(&self, module: &str, tensors: &std::collections::BTreeMap<String, Tensor>) -> Result<Option<LowRank>> {
         let (Some(a), Some(b)) = (tensors.get("lora_A.weight"), tensors.get("lora_B.weight")) else { return Ok(None) };
         let rank = self.config.rank(module)?;
         if a.dims().len() != 2 || b.dims().len() != 2 || a.dim(0)? != rank || b.dim(1)? != rank {
@@ -494,19 +499,20 @@ impl LoraDelta {
         let key = mix(seed ^ self.seed);
         let threshold = (self.dropout * (1u64 << 53) as f64) as u64;
         let keep = 1.0 / (1.0 - self.dropout);
-        let mask = (0..x.elem_count() as u64).map(|i| if mix(key.wrapping_add(i)) >> 11 < threshold { 0.0 } else { keep });
+        let mask =
+            (0..x.elem_count() as u64).map(|i| if mix(key.wrapping_add(i)) >> 11 < threshold { 0.0 } else { keep });
         let mask = Tensor::from_vec(mask.collect::<Vec<f64>>(), x.shape(), &Device::Cpu)?.to_dtype(x.dtype())?;
         (x * mask).map(Some)
     }
 
     /// scaling · (x Aᵀ) Bᵀ, less the same of A₀ and B₀.
     pub(super) fn product(&self, x: &Tensor) -> TensorResult<Tensor> {
-        let part = |a: &Tensor, b: &Tensor| x.matmul(&a.t()?)?.matmul(&b.t()?);
-        let mut y = part(&self.a, &self.b)?;
-        if let Some((a, b)) = &self.origin {
-            y = (y - part(a, b)?)?;
+        // The scaling goes onto the thin matrix, where it costs next to nothing.
+        let part = |a: &Tensor, b: &Tensor| (x.matmul(&a.t()?)? * self.scaling)?.matmul(&b.t()?);
+        match &self.origin {
+            Some((a, b)) => part(&self.a, &self.b)? - part(a, b)?,
+            None => part(&self.a, &self.b),
         }
-        y * self.scaling
     }
 
     /// scaling · (B A − B₀A₀), (outputs, inputs).

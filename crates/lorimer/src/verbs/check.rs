@@ -32,7 +32,8 @@ impl Check {
         let effect = adapter.effect(&base.model)?;
         let has_effect = adapter.has_effect(&base.model)?;
         let golden = if accounting.complete() { replay(&base, &adapter, &stored)? } else { None };
-        let same_base = stored.manifest.as_ref().and_then(|m| m.base.as_ref()).map(|b| b.fingerprint == base.fingerprint);
+        let same_base =
+            stored.manifest.as_ref().and_then(|m| m.base.as_ref()).map(|b| b.fingerprint == base.fingerprint);
         let content = match &stored.manifest {
             Some(m) => Some(m.content_id == stored.content_id()?),
             None => None,

@@ -63,7 +63,11 @@ impl Eval {
         common::print(global, &json, || {
             let mut out = format!(
                 "rows             {}\nloss             {:.4} a learnt token ({} of them)\nperplexity       {:.3}\nexact match      {:.1} %\n",
-                e.examples, e.loss, e.supervised_tokens, e.perplexity, 100.0 * e.exact_match
+                e.examples,
+                e.loss,
+                e.supervised_tokens,
+                e.perplexity,
+                100.0 * e.exact_match
             );
             if let Some(accuracy) = e.choice_accuracy {
                 out += &format!("choice accuracy  {:.1} % among {}\n", 100.0 * accuracy, e.choices.join(", "));

@@ -93,7 +93,17 @@ impl Generate {
                 let _ = out.write_all(piece.as_bytes()).and_then(|()| out.flush());
             }
         };
-        let g = generate(&base.model, &base.text, &attached, &tokens, self.max_tokens, &sampling, self.seed, &self.stop, show)?;
+        let g = generate(
+            &base.model,
+            &base.text,
+            &attached,
+            &tokens,
+            self.max_tokens,
+            &sampling,
+            self.seed,
+            &self.stop,
+            show,
+        )?;
         let seconds = clock.elapsed().as_secs_f64();
         tracing::debug!("{} tokens in {seconds:.2} s", g.tokens);
         let mut json = serde_json::to_value(&g)?;

@@ -28,7 +28,12 @@ impl Pull {
         common::print(global, &json, || {
             format!(
                 "{} ({}, {} layers of {}) is at {} [{}]",
-                pulled.name, config.model_type, config.layers, config.hidden_size, pulled.path.display(), pulled.source
+                pulled.name,
+                config.model_type,
+                config.layers,
+                config.hidden_size,
+                pulled.path.display(),
+                pulled.source
             )
         })
     }

@@ -26,7 +26,7 @@ pub struct Quickstart {
     #[arg(long, short, default_value = "runs/quickstart")]
     output: PathBuf,
     /// Optimiser steps of 8 rows each
-    #[arg(long, default_value_t = 90)]
+    #[arg(long, default_value_t = 60)]
     steps: usize,
 }
 
@@ -40,7 +40,11 @@ impl Quickstart {
         for (name, content) in [("sentiment-movies.train.jsonl", TRAIN), ("sentiment-movies.valid.jsonl", VALID)] {
             // The middle class is graded by the sentence's mean rating and hard for people too; the two clear ones show
             // what was learnt.
-            let rows: String = content.lines().filter(|l| !l.contains(r#""content": "neutral""#)).map(|l| l.replace("negative, neutral or positive", "negative or positive") + "\n").collect();
+            let rows: String = content
+                .lines()
+                .filter(|l| !l.contains(r#""content": "neutral""#))
+                .map(|l| l.replace("negative, neutral or positive", "negative or positive") + "\n")
+                .collect();
             let path = data.join(name);
             lorimer::model::files::write_atomic(&path, rows.as_bytes())?;
             paths.push(path);
@@ -49,18 +53,18 @@ impl Quickstart {
         let (valid, _) = common::load_data(&paths[1], &base, &EncodeOptions::default())?;
         let choices = find_choices(&valid);
         let measure = |what: &str, adaptation: &dyn lorimer::model::Adaptation| -> Result<_> {
-            let bar = common::bar(valid.len() as u64, &format!("evaluating {what} {{bar:30}} {{pos}}/{{len}} rows {{eta}}"), global);
+            let bar = common::bar(
+                valid.len() as u64,
+                &format!("evaluating {what} {{bar:30}} {{pos}}/{{len}} rows {{eta}}"),
+                global,
+            );
             let e = evaluate(&base.model, &base.text, adaptation, &valid, &choices, |n| bar.set_position(n as u64))?;
             bar.finish_and_clear();
             Ok(e)
         };
         let before = measure("the base", &Frozen)?;
-        let settings = TrainSettings {
-            learning_rate: 1e-3,
-            max_steps: Some(self.steps),
-            warmup_steps: 5,
-            ..Default::default()
-        };
+        let settings =
+            TrainSettings { learning_rate: 1e-3, max_steps: Some(self.steps), warmup_steps: 5, ..Default::default() };
         let rows = train.len().min(self.steps * settings.batch_size);
         let session = Session {
             base: &base,
@@ -119,4 +123,3 @@ impl Quickstart {
 fn quoted(text: &str) -> String {
     format!("$'{}'", text.replace('\n', "\\n").replace('\'', "\\'"))
 }
-

@@ -251,7 +251,11 @@ impl Train {
             save_limit: self.save_limit,
             resume: self.resume,
             overwrite: self.overwrite,
-            data_names: [Some(&self.data), self.eval_data.as_ref()].into_iter().flatten().filter_map(file_name).collect(),
+            data_names: [Some(&self.data), self.eval_data.as_ref()]
+                .into_iter()
+                .flatten()
+                .filter_map(file_name)
+                .collect(),
             stop: &common::stop_flag(),
         };
         let (outcome, adapter) = session.run(method, progress(global))?;
@@ -315,11 +319,16 @@ pub fn progress(global: Global) -> impl FnMut(Event<'_>) {
             bar.set_message(format!("{:.4}  {rate:.0} tokens/s", record.loss.unwrap_or_default()));
             bar.set_position(record.step as u64);
             if bar.is_hidden() && (record.step % (total / 20).max(1) == 0 || record.step == total) {
-                tracing::info!("step {}/{total}: loss {:.4}, {rate:.0} tokens/s", record.step, record.loss.unwrap_or_default());
+                tracing::info!(
+                    "step {}/{total}: loss {:.4}, {rate:.0} tokens/s",
+                    record.step,
+                    record.loss.unwrap_or_default()
+                );
             }
         }
         Event::Evaluated { step, evaluation } => {
-            let accuracy = evaluation.choice_accuracy.map_or(String::new(), |a| format!(", choice accuracy {:.1} %", 100.0 * a));
+            let accuracy =
+                evaluation.choice_accuracy.map_or(String::new(), |a| format!(", choice accuracy {:.1} %", 100.0 * a));
             bar.suspend(|| {
                 tracing::info!(
                     "evaluation after step {step}: loss {:.4}, exact match {:.1} %{accuracy}",

@@ -1,0 +1,235 @@
+//! PEFT's, transformers' and torch's own numbers (see tests/goldens/make.py), on tiny models and on the real one.
+
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Tensor};
+use lorimer::model::chat::ChatTemplate;
+use lorimer::model::config::LlamaConfig;
+use lorimer::model::weights::SafetensorsFile;
+use lorimer::prelude::*;
+use lorimer::train::optimizer::{AdamW, AdamWConfig, Optimizer};
+use lorimer::train::trainer::batch_loss;
+use serde_json::Value;
+
+fn folder(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/goldens").join(name)
+}
+
+fn json(path: &Path) -> Value {
+    serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
+}
+
+struct Golden(SafetensorsFile);
+
+impl Golden {
+    fn open(name: &str) -> Self {
+        Self(SafetensorsFile::open(&folder(name).join("golden.safetensors")).unwrap())
+    }
+    fn get(&self, name: &str) -> Tensor {
+        self.0.load(name).unwrap().unwrap_or_else(|| panic!("golden `{name}`"))
+    }
+    /// Token rows (sequences, length).
+    fn tokens(&self) -> Vec<Vec<u32>> {
+        let t = self.get("tokens").to_dtype(DType::U32).unwrap();
+        if t.dims().len() == 1 { vec![t.to_vec1().unwrap()] } else { t.to_vec2().unwrap() }
+    }
+}
+
+fn distance(a: &Tensor, b: &Tensor) -> f64 {
+    assert_eq!(a.dims(), b.dims());
+    let d = (a.to_dtype(DType::F64).unwrap() - b.to_dtype(DType::F64).unwrap()).unwrap();
+    d.abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f64>().unwrap()
+}
+
+fn tiny(name: &str) -> Llama {
+    let (config, weights) = lorimer::model::base::open_weights(&folder(name), LoadDtype::F32).unwrap();
+    Llama::load(config, &weights).unwrap()
+}
+
+fn logits(model: &Llama, adaptation: &dyn Adaptation, rows: &[Vec<u32>]) -> Tensor {
+    let hidden = model.hidden(&Batch::pack(rows.iter().map(Vec::as_slice)), adaptation).unwrap();
+    model.logits(&hidden, adaptation).unwrap()
+}
+
+#[test]
+fn every_family_computes_what_transformers_computes() {
+    for name in ["tiny-llama", "tiny-llama3", "tiny-qwen2", "tiny-qwen3"] {
+        let golden = Golden::open(name);
+        let d = distance(&logits(&tiny(name), &Frozen, &golden.tokens()), &golden.get("logits"));
+        assert!(d < 2e-4, "{name}: {d:e}");
+    }
+}
+
+#[test]
+fn rotary_frequencies_equal_transformers() {
+    for case in json(&folder("rope.json")).as_array().unwrap() {
+        let config = LlamaConfig::from_json(&case["config"], Path::new("rope.json")).unwrap();
+        let (frequencies, factor) = config.rotary();
+        assert!((factor - case["factor"].as_f64().unwrap()).abs() < 1e-6);
+        let expected = case["frequencies"].as_array().unwrap();
+        assert_eq!(frequencies.len(), expected.len());
+        for (a, b) in frequencies.iter().zip(expected) {
+            let b = b.as_f64().unwrap();
+            assert!((a - b).abs() <= 2e-6 * b.abs(), "{}: {a} against {b}", case["config"]["rope_parameters"]);
+        }
+    }
+}
+
+#[test]
+fn older_configurations_read_the_same() {
+    let path = folder("tiny-llama3").join("config.json");
+    let new = json(&path);
+    let mut old = new.clone();
+    let mut scaling = old.as_object_mut().unwrap().remove("rope_parameters").unwrap();
+    old["rope_theta"] = scaling.as_object_mut().unwrap().remove("rope_theta").unwrap();
+    old["rope_scaling"] = scaling;
+    assert_eq!(LlamaConfig::from_json(&old, &path).unwrap(), LlamaConfig::from_json(&new, &path).unwrap());
+}
+
+#[test]
+fn chat_templates_render_as_transformers_does() {
+    let golden = json(&folder("chat.json"));
+    let (bos, eos) = (golden["bos"].as_str().unwrap(), golden["eos"].as_str().unwrap());
+    for case in golden["table"].as_array().unwrap() {
+        let template = ChatTemplate::new(case["template"].as_str().unwrap(), bos, eos).unwrap();
+        let messages = case["messages"].as_array().unwrap();
+        let text = template.render(messages, None, case["prompt"].as_bool().unwrap()).unwrap();
+        assert_eq!(text, case["text"].as_str().unwrap(), "{case}");
+    }
+}
+
+const CASES: [&str; 7] = ["lora", "rslora", "dora", "rank_pattern", "modules_to_save", "pissa", "olora"];
+
+fn adapter(model: &Llama, case: &str) -> (Adapter, Golden) {
+    let name = format!("adapters/{case}");
+    let stored = StoredAdapter::read(&folder(&name)).unwrap();
+    let adapter = match case {
+        // Saved before training and without conversion, these two do nothing yet.
+        "pissa" | "olora" => Adapter::load(model, &stored).unwrap().0,
+        _ => Adapter::load_whole(model, &stored).unwrap(),
+    };
+    (adapter, Golden::open(&name))
+}
+
+fn rows(golden: &Golden) -> Vec<Example> {
+    let row = |tokens: Vec<u32>| Example { learnt: vec![true; tokens.len()], tokens, answer: None };
+    golden.tokens().into_iter().map(row).collect()
+}
+
+#[test]
+fn forward_and_gradients_equal_peft() {
+    let model = tiny("tiny-llama");
+    for case in CASES {
+        let (adapter, golden) = adapter(&model, case);
+        let attached = Attached::one(&adapter);
+        let d = distance(&logits(&model, &attached, &golden.tokens()), &golden.get("logits"));
+        assert!(d < 2e-4, "{case}: logits differ by {d:e}");
+        let rows = rows(&golden);
+        let (sum, n, _) = batch_loss(&model, &attached, &rows.iter().collect::<Vec<_>>()).unwrap();
+        let grads = (sum / n as f64).unwrap().backward().unwrap();
+        let mut compared = 0;
+        for (name, var) in adapter.trainable() {
+            let expected = golden.get(&format!("grad.{}", name.trim_end_matches(".weight")));
+            let d = distance(grads.get(var.as_tensor()).unwrap(), &expected);
+            assert!(d < 1e-4, "{case}: the gradient of {name} differs by {d:e}");
+            compared += 1;
+        }
+        assert_eq!(compared, golden.0.names().iter().filter(|n| n.starts_with("grad.")).count(), "{case}");
+    }
+}
+
+#[test]
+fn ten_steps_and_the_merge_equal_peft() {
+    let model = tiny("tiny-llama");
+    for case in CASES {
+        let (adapter, golden) = adapter(&model, case);
+        let attached = Attached::one(&adapter);
+        let rows = rows(&golden);
+        let rows: Vec<&Example> = rows.iter().collect();
+        let parameters = adapter.trainable();
+        let mut optimizer = AdamW::new(AdamWConfig { weight_decay: 0.01, ..Default::default() });
+        for (step, expected) in golden.get("losses").to_vec1::<f32>().unwrap().into_iter().enumerate() {
+            let (sum, n, _) = batch_loss(&model, &attached, &rows).unwrap();
+            let loss = (sum / n as f64).unwrap();
+            let grads = loss.backward().unwrap();
+            let gradients: Vec<_> = parameters.iter().map(|(_, v)| grads.get(v.as_tensor()).cloned()).collect();
+            optimizer.step(&parameters, &gradients, 1e-2).unwrap();
+            let d = f64::from(loss.to_scalar::<f32>().unwrap() - expected).abs();
+            assert!(d < 1e-4, "{case}: the loss of step {step} differs by {d:e}");
+        }
+        let d = distance(&logits(&model, &attached, &golden.tokens()), &golden.get("trained_logits"));
+        assert!(d < 5e-3, "{case}: trained logits differ by {d:e}");
+        // Merged through files: the folder that `merge` writes, loaded again.
+        let out = tempfile::tempdir().unwrap();
+        let stored = adapter.to_stored("tiny-llama").unwrap();
+        let merged = out.path().join("merged");
+        lorimer::adapter::merge::merge_to_folder(
+            &folder("tiny-llama"),
+            &[(stored, 1.0)],
+            &merged,
+            LoadDtype::F32,
+            |_| {},
+        )
+        .unwrap();
+        let (config, weights) = lorimer::model::base::open_weights(&merged, LoadDtype::F32).unwrap();
+        let again = Llama::load(config, &weights).unwrap();
+        let d = distance(&logits(&again, &Frozen, &golden.tokens()), &golden.get("merged_logits"));
+        assert!(d < 5e-3, "{case}: merged logits differ by {d:e}");
+        let own = distance(&logits(&again, &Frozen, &golden.tokens()), &logits(&model, &attached, &golden.tokens()));
+        assert!(own < 2e-4, "{case}: merged and unmerged differ by {own:e}");
+    }
+}
+
+#[test]
+fn converted_adapters_come_back_the_same() {
+    let model = tiny("tiny-llama");
+    let config = model.config.clone();
+    for case in ["lora", "rslora", "rank_pattern"] {
+        let stored = StoredAdapter::read(&folder(&format!("adapters/{case}"))).unwrap();
+        let golden = Golden::open(&format!("adapters/{case}"));
+        let out = tempfile::tempdir().unwrap();
+        let (gguf, kohya) = (out.path().join("a.gguf"), out.path().join("a.safetensors"));
+        lorimer::adapter::convert::write_gguf(&stored, &config, &gguf).unwrap();
+        lorimer::adapter::convert::write_kohya(&stored, &kohya).unwrap();
+        for modules in [
+            lorimer::adapter::convert::read_gguf(&gguf, &config).unwrap(),
+            lorimer::adapter::convert::read_kohya(&kohya).unwrap(),
+        ] {
+            let again = lorimer::adapter::convert::to_peft(modules, "tiny-llama").unwrap();
+            let adapter = Adapter::load_whole(&model, &again).unwrap();
+            let d = distance(&logits(&model, &Attached::one(&adapter), &golden.tokens()), &golden.get("logits"));
+            assert!(d < 2e-4, "{case}: {d:e}");
+        }
+    }
+    let dora = StoredAdapter::read(&folder("adapters/dora")).unwrap();
+    assert!(lorimer::adapter::convert::write_kohya(&dora, Path::new("x")).unwrap_err().to_string().contains("merge"));
+}
+
+/// The real 135M model: its tokens, its logits, and those of an adapter that PEFT wrote for it.
+#[test]
+fn the_real_model_equals_transformers_and_peft() {
+    let pulled = pull("smollm2-135m", PullOptions::default()).unwrap();
+    let base = Base::open(&pulled.path, &OpenOptions::default()).unwrap();
+    let at = folder("adapters/smollm2");
+    for case in json(&at.join("texts.json")).as_array().unwrap() {
+        let text = case["text"].as_str().unwrap();
+        let ids = base.text.encode(text, false).unwrap().ids;
+        let expected: Vec<u32> = serde_json::from_value(case["tokens"].clone()).unwrap();
+        assert_eq!(ids, expected, "{text:?}");
+        assert_eq!(base.text.decode(&ids, true).unwrap(), text);
+    }
+    if pulled.path.extension().is_none_or(|e| e != "gguf") {
+        // The hub's bf16 weights are not the quantised ones that the numbers were made with.
+        return;
+    }
+    let golden = Golden::open("adapters/smollm2");
+    let last = |adaptation: &dyn Adaptation| {
+        let all = logits(&base.model, adaptation, &golden.tokens());
+        all.get(all.dim(0).unwrap() - 1).unwrap()
+    };
+    let plain = distance(&last(&Frozen), &golden.get("plain"));
+    assert!(plain < 1e-3, "base: {plain:e}");
+    let adapter = Adapter::load_whole(&base.model, &StoredAdapter::read(&at).unwrap()).unwrap();
+    let adapted = distance(&last(&Attached::one(&adapter)), &golden.get("adapted"));
+    assert!(adapted < 1e-3, "adapter: {adapted:e}");
+}

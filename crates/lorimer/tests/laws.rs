@@ -1,0 +1,319 @@
+//! The laws that every method obeys, run on every line of [`MATRIX`]. A method joins by one line.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+
+use candle_core::{DType, Device, Result, Tensor};
+use lorimer::model::config::LlamaConfig;
+use lorimer::model::weights::Weights;
+use lorimer::prelude::*;
+use lorimer::train::optimizer::{AdamW, AdamWConfig, Optimizer};
+use lorimer::train::trainer::batch_loss;
+use rand::{Rng, SeedableRng};
+use serde_json::{Value, json};
+
+/// Method, settings, and how far the start may be from the base (relative; for methods that decompose W).
+const MATRIX: &[(&str, &str, f64)] = &[
+    ("lora", r#"{"r": 3}"#, 0.0),
+    ("lora", r#"{"r": 2, "use_rslora": true, "target_modules": ["q_proj", "down_proj"]}"#, 0.0),
+    ("lora", r#"{"r": 4, "init_lora_weights": "gaussian", "layers_to_transform": [1]}"#, 0.0),
+    ("lora", r#"{"r": 4, "init_lora_weights": "orthogonal"}"#, 1e-12),
+    ("lora", r#"{"r": 3, "init_lora_weights": "pissa"}"#, 1e-12),
+    ("lora", r#"{"r": 3, "init_lora_weights": "pissa_niter_4"}"#, 1e-12),
+    ("lora", r#"{"r": 3, "init_lora_weights": "olora", "use_rslora": true}"#, 1e-12),
+    ("lora", r#"{"r": 3, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"up_proj": 5}, "bias": "all"}"#, 0.0),
+    ("lora", r#"{"r": 2, "modules_to_save": ["lm_head", "model.norm"], "exclude_modules": ["k_proj"]}"#, 1e-12),
+    ("dora", r#"{"r": 3}"#, 1e-12),
+    ("dora", r#"{"r": 2, "target_modules": ".*self_attn.*", "bias": "lora_only"}"#, 1e-12),
+];
+
+fn random(shape: &[usize], scale: f64, rng: &mut impl Rng) -> Tensor {
+    let n = shape.iter().product();
+    let data: Vec<f64> = (0..n).map(|_| rng.random_range(-scale..scale)).collect();
+    Tensor::from_vec(data, shape, &Device::Cpu).unwrap()
+}
+
+/// A tiny model with biases, in f64.
+fn model() -> Llama {
+    let json = json!({
+        "model_type": "qwen2", "hidden_size": 16, "intermediate_size": 20, "vocab_size": 40, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "rope_theta": 10000.0, "tie_word_embeddings": false,
+    });
+    let config = LlamaConfig::from_json(&json, Path::new("config.json")).unwrap();
+    let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(5);
+    let mut tensors = HashMap::new();
+    let mut put = |name: String, shape: &[usize], scale: f64| {
+        let t = random(shape, scale, &mut rng);
+        let t = if name.ends_with("norm.weight") { (t + 1.0).unwrap() } else { t };
+        tensors.insert(name, t);
+    };
+    put("model.embed_tokens.weight".into(), &[40, 16], 1.0);
+    put("lm_head.weight".into(), &[40, 16], 0.5);
+    put("model.norm.weight".into(), &[16], 0.2);
+    for i in 0..2 {
+        let at = |name: &str| format!("model.layers.{i}.{name}");
+        for (name, out, inp, bias) in [
+            ("self_attn.q_proj", 16, 16, true),
+            ("self_attn.k_proj", 8, 16, true),
+            ("self_attn.v_proj", 8, 16, true),
+            ("self_attn.o_proj", 16, 16, false),
+            ("mlp.gate_proj", 20, 16, false),
+            ("mlp.up_proj", 20, 16, false),
+            ("mlp.down_proj", 16, 20, false),
+        ] {
+            put(at(&format!("{name}.weight")), &[out, inp], 0.4);
+            if bias {
+                put(at(&format!("{name}.bias")), &[out], 0.3);
+            }
+        }
+        put(at("input_layernorm.weight"), &[16], 0.2);
+        put(at("post_attention_layernorm.weight"), &[16], 0.2);
+    }
+    Llama::load(config, &Weights::from_memory(tensors)).unwrap()
+}
+
+fn examples() -> Vec<Example> {
+    let row = |tokens: &[u32]| Example {
+        tokens: tokens.to_vec(),
+        learnt: tokens.iter().map(|t| *t > 5).collect(),
+        answer: None,
+    };
+    vec![row(&[1, 7, 9, 3, 11, 12]), row(&[2, 30, 8]), row(&[4, 5, 39, 21, 7])]
+}
+
+fn logits(model: &Llama, adaptation: &dyn Adaptation) -> Tensor {
+    let rows = examples();
+    let batch = Batch::pack(rows.iter().map(|e| e.tokens.as_slice()));
+    model.logits(&model.hidden(&batch, adaptation).unwrap(), adaptation).unwrap()
+}
+
+fn distance(a: &Tensor, b: &Tensor) -> f64 {
+    (a - b).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f64>().unwrap()
+}
+
+fn attach(model: &Llama, name: &str, settings: &str) -> Adapter {
+    let Value::Object(settings) = serde_json::from_str(settings).unwrap() else { panic!("settings") };
+    Adapter::attach(model, methods::build(name, &settings).unwrap(), 3).unwrap()
+}
+
+/// Moves every trainable parameter, so that the adapter does something.
+fn move_all(adapter: &Adapter) {
+    let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(8);
+    for (_, var) in adapter.trainable() {
+        let moved = (var.as_tensor() + random(var.dims(), 0.2, &mut rng)).unwrap();
+        var.set(&moved).unwrap();
+    }
+}
+
+fn base_bytes(model: &Llama) -> Vec<f64> {
+    let weights = model.projections().into_iter().map(|(_, p)| p.dense(DType::F64).unwrap());
+    weights.flat_map(|w| w.flatten_all().unwrap().to_vec1::<f64>().unwrap()).collect()
+}
+
+fn each(law: impl Fn(&Llama, &str, &str, f64)) {
+    let model = model();
+    for (name, settings, tolerance) in MATRIX {
+        println!("{name} {settings}");
+        law(&model, name, settings, *tolerance);
+    }
+}
+
+#[test]
+fn law_1_untouched_at_start() {
+    each(|model, name, settings, tolerance| {
+        let adapter = attach(model, name, settings);
+        assert!(distance(&logits(model, &Attached::one(&adapter)), &logits(model, &Frozen)) <= tolerance);
+        assert!(!adapter.has_effect(model).unwrap());
+    });
+}
+
+#[test]
+fn laws_2_3_and_6_merged_equals_unmerged_and_the_base_never_changes() {
+    each(|model, name, settings, _| {
+        let before = base_bytes(model);
+        let adapter = attach(model, name, settings);
+        move_all(&adapter);
+        let attached = Attached::one(&adapter);
+        let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(1);
+        for (site, base) in model.projections() {
+            let Some(delta) = adapter.delta(&site.path) else { continue };
+            let x = random(&[5, site.inputs], 1.0, &mut rng);
+            let bias = adapter.parameters().get(&site.bias_path()).map(|v| v.as_tensor()).or(base.bias.as_ref());
+            let merged = delta.merged(base).unwrap().unwrap();
+            let mut y = x.matmul(&merged.t().unwrap()).unwrap();
+            if let Some(bias) = bias {
+                y = y.broadcast_add(bias).unwrap();
+            }
+            assert!(distance(&attached.project(site, base, &x).unwrap(), &y) < 1e-10, "{}", site.path);
+            // Taking the change away again gives the base.
+            let change = (&merged - base.dense(DType::F64).unwrap()).unwrap();
+            assert!(distance(&(merged - change).unwrap(), &base.dense(DType::F64).unwrap()) < 1e-12);
+            assert!(delta.has_effect(base).unwrap());
+        }
+        let rows = examples();
+        let (loss, _, _) = batch_loss(model, &attached, &rows.iter().collect::<Vec<_>>()).unwrap();
+        loss.backward().unwrap();
+        assert_eq!(before, base_bytes(model));
+    });
+}
+
+#[test]
+fn law_4_load_after_save_is_the_identity() {
+    each(|model, name, settings, _| {
+        let adapter = attach(model, name, settings);
+        move_all(&adapter);
+        let stored = adapter.to_stored("tiny").unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        stored.write(folder.path(), None).unwrap();
+        let read = StoredAdapter::read(folder.path()).unwrap();
+        assert_eq!(read.content_id().unwrap(), stored.content_id().unwrap());
+        let again = Adapter::load_whole(model, &read).unwrap();
+        let expected = logits(model, &Attached::one(&adapter));
+        assert!(distance(&logits(model, &Attached::one(&again)), &expected) < 1e-10);
+        assert_eq!(again.to_stored("tiny").unwrap().tensor_bytes().unwrap(), stored.tensor_bytes().unwrap());
+    });
+}
+
+#[test]
+fn law_5_gradients_equal_central_differences() {
+    each(|model, name, settings, _| {
+        let adapter = attach(model, name, settings);
+        move_all(&adapter);
+        let attached = Attached::one(&adapter);
+        let rows = examples();
+        let rows: Vec<&Example> = rows.iter().collect();
+        let loss = || batch_loss(model, &attached, &rows).unwrap().0;
+        // DoRA holds its norm constant in the gradient (section 4.3), so A and B have no plain derivative there.
+        let constant_norm = name == "dora";
+        let grads = loss().backward().unwrap();
+        let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(2);
+        for (parameter, var) in adapter.trainable() {
+            let grad = grads.get(var.as_tensor()).unwrap_or_else(|| panic!("no gradient for {parameter}"));
+            if constant_norm && (parameter.ends_with("lora_A") || parameter.ends_with("lora_B")) {
+                continue;
+            }
+            let direction = random(var.dims(), 1.0, &mut rng);
+            let along = (grad * &direction).unwrap().sum_all().unwrap().to_scalar::<f64>().unwrap();
+            let here = var.as_tensor().copy().unwrap();
+            let at = |h: f64| {
+                var.set(&(&here + (&direction * h).unwrap()).unwrap()).unwrap();
+                loss().to_scalar::<f64>().unwrap()
+            };
+            let numeric = (at(1e-5) - at(-1e-5)) / 2e-5;
+            var.set(&here).unwrap();
+            assert!((numeric - along).abs() <= 1e-6 * (1.0 + along.abs()), "{parameter}: {numeric} against {along}");
+        }
+    });
+}
+
+#[test]
+fn law_7_trainable_parameters_are_those_of_the_formula() {
+    each(|model, name, settings, _| {
+        let adapter = attach(model, name, settings);
+        let sites = model.projections().into_iter().filter(|(s, _)| adapter.delta(&s.path).is_some());
+        let formula: usize = sites.map(|(s, _)| adapter.method.parameters(s).unwrap()).sum();
+        let whole: usize = adapter.parameters().values().map(|v| v.elem_count()).sum();
+        assert_eq!(adapter.parameter_count(), formula + whole);
+    });
+}
+
+#[test]
+fn law_8_the_same_seed_gives_the_same_bytes() {
+    each(|model, name, settings, _| {
+        let bytes = || attach(model, name, settings).to_stored("tiny").unwrap().tensor_bytes().unwrap();
+        assert_eq!(bytes(), bytes());
+    });
+}
+
+#[test]
+fn law_9_batched_equals_alone() {
+    each(|model, name, settings, _| {
+        let adapter = attach(model, name, settings);
+        move_all(&adapter);
+        let attached = Attached::one(&adapter);
+        let together = logits(model, &attached);
+        let mut at = 0;
+        for e in examples() {
+            let hidden = model.hidden(&Batch::pack([e.tokens.as_slice()]), &attached).unwrap();
+            let alone = model.logits(&hidden, &attached).unwrap();
+            assert!(distance(&together.narrow(0, at, e.tokens.len()).unwrap(), &alone) < 1e-10);
+            let mut cache = KvCache::default();
+            let steps: Result<Vec<Tensor>> =
+                e.tokens.iter().map(|t| model.hidden_cached(&[*t], &mut cache, &attached)).collect();
+            let cached = model.logits(&Tensor::cat(&steps.unwrap(), 0).unwrap(), &attached).unwrap();
+            assert!(distance(&cached, &alone) < 1e-10);
+            at += e.tokens.len();
+        }
+    });
+}
+
+#[test]
+fn law_10_a_tiny_task_is_learnt() {
+    each(|model, name, settings, _| {
+        let adapter = attach(model, name, settings);
+        let attached = Attached::one(&adapter);
+        let rows = examples();
+        let rows: Vec<&Example> = rows.iter().collect();
+        let parameters = adapter.trainable();
+        let mut optimizer = AdamW::new(AdamWConfig::default());
+        let mut losses = Vec::new();
+        for _ in 0..60 {
+            let (loss, _, _) = batch_loss(model, &attached, &rows).unwrap();
+            let grads = loss.backward().unwrap();
+            let gradients: Vec<_> = parameters.iter().map(|(_, v)| grads.get(v.as_tensor()).cloned()).collect();
+            optimizer.step(&parameters, &gradients, 2e-2).unwrap();
+            losses.push(loss.to_scalar::<f64>().unwrap());
+        }
+        let (first, last) = (losses[0], losses[losses.len() - 1]);
+        assert!(last < 0.6 * first, "loss went from {first} to {last}");
+    });
+}
+
+#[test]
+fn dropout_depends_on_the_step_only_and_keeps_the_mean() {
+    let model = model();
+    let adapter = attach(&model, "lora", r#"{"r": 4, "lora_dropout": 0.5}"#);
+    move_all(&adapter);
+    let attached = Attached::one(&adapter);
+    let at = |seed: u64| logits(&model, &attached.at(Step { training: Some(seed) }));
+    assert_eq!(distance(&at(1), &at(1)), 0.0);
+    assert!(distance(&at(1), &at(2)) > 1e-3);
+    let (site, base) = model.projections()[0];
+    let x = Tensor::ones((4000, site.inputs), DType::F64, &Device::Cpu).unwrap();
+    let mean = |a: &Attached<'_>| a.project(site, base, &x).unwrap().mean(0).unwrap();
+    assert!(distance(&mean(&attached.at(Step { training: Some(9) })), &mean(&attached)) < 0.05);
+}
+
+#[test]
+fn weighted_adapters_add_up() {
+    let model = model();
+    let (a, b) = (attach(&model, "lora", r#"{"r": 3}"#), attach(&model, "dora", r#"{"r": 2}"#));
+    move_all(&a);
+    move_all(&b);
+    let both = Attached::weighted(vec![(&a, 0.5), (&b, -2.0)]).unwrap();
+    let (site, base) = model.projections()[0];
+    let x = random(&[3, site.inputs], 1.0, &mut rand_chacha::ChaCha8Rng::seed_from_u64(4));
+    let y = base.forward(&x).unwrap();
+    let change = |adapter: &Adapter| (Attached::one(adapter).project(site, base, &x).unwrap() - &y).unwrap();
+    let expected = ((&y + (change(&a) * 0.5).unwrap()).unwrap() - (change(&b) * 2.0).unwrap()).unwrap();
+    assert!(distance(&both.project(site, base, &x).unwrap(), &expected) < 1e-12);
+}
+
+#[test]
+fn an_adapter_without_effect_or_with_foreign_tensors_is_refused() {
+    let model = model();
+    let adapter = attach(&model, "lora", r#"{"r": 3}"#);
+    let error = |stored: &StoredAdapter| Adapter::load_whole(&model, stored).err().expect("refused").to_string();
+    let stored = adapter.to_stored("tiny").unwrap();
+    assert!(error(&stored).contains("changes nothing"));
+    move_all(&adapter);
+    let mut stored = adapter.to_stored("tiny").unwrap();
+    let tensors: BTreeMap<String, Tensor> = stored.tensors.clone();
+    stored.tensors.insert(
+        "base_model.model.model.layers.9.mlp.up_proj.lora_A.weight".into(),
+        tensors.values().next().unwrap().clone(),
+    );
+    assert!(error(&stored).contains("belong to no module"));
+    stored.tensors = tensors.into_iter().filter(|(n, _)| !n.contains("layers.1.mlp.up_proj")).collect();
+    assert!(error(&stored).contains("no tensors"));
+}
