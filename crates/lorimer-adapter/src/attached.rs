@@ -350,18 +350,9 @@ impl<'a> Attached<'a> {
 
 impl Adaptation for Attached<'_> {
     fn project(&self, site: &Site, base: &Projection, x: &Tensor) -> TensorResult<Tensor> {
-        let plain = match (self.parameter(&site.weight_path()), self.parameter(&site.bias_path())) {
-            (None, None) => base.forward(x)?,
-            (weight, bias) => {
-                let y = match weight {
-                    Some(w) => x.matmul(&w.t()?)?,
-                    None => lorimer_tensor::frozen_linear(x, &base.weight)?,
-                };
-                match bias.or(base.bias.as_ref()) {
-                    Some(bias) => y.broadcast_add(bias)?,
-                    None => y,
-                }
-            }
+        let plain = match self.parameter(&site.weight_path()) {
+            Some(weight) => x.matmul(&weight.t()?)?,
+            None => lorimer_tensor::frozen_linear(x, &base.weight)?,
         };
         let mut y = plain.clone();
         for (adapter, weight) in &self.adapters {
@@ -370,7 +361,10 @@ impl Adaptation for Attached<'_> {
                 y = if *weight == 1.0 { (y + change)? } else { (y + (change * *weight)?)? };
             }
         }
-        Ok(y)
+        match self.parameter(&site.bias_path()).or(base.bias.as_ref()) {
+            Some(bias) => y.broadcast_add(bias),
+            None => Ok(y),
+        }
     }
 
     fn parameter(&self, path: &str) -> Option<&Tensor> {

@@ -47,7 +47,8 @@ pub struct LowRank {
 
 /// What a method put on one projection.
 pub trait Delta: Send + Sync {
-    /// The change Δy of the projection's output. `x` (rows, inputs), `y` = base(x) (rows, outputs), bias included.
+    /// The change Δy of the projection's output. `x` (rows, inputs), `y` = x Wᵀ (rows, outputs) without
+    /// bias, which an adapter may have replaced.
     fn forward(&self, base: &Projection, x: &Tensor, y: &Tensor, step: &Step) -> candle_core::Result<Tensor>;
     /// The plain weight (outputs, inputs) that gives the same output, in f32 (f64 for f64 adapters).
     fn merged(&self, base: &Projection) -> candle_core::Result<Result<Tensor, NotMergeable>>;

@@ -87,10 +87,7 @@ impl Delta for DoraDelta {
         // As in PEFT, dropout acts on all that the magnitude scales.
         let (low_rank, plain) = match self.low_rank.dropped(x, step)? {
             Some(x) => (self.low_rank.product(&x)?, frozen_linear(&x, &base.weight)?),
-            None => match &base.bias {
-                Some(bias) => (self.low_rank.product(x)?, y.broadcast_sub(bias)?),
-                None => (self.low_rank.product(x)?, y.clone()),
-            },
+            None => (self.low_rank.product(x)?, y.clone()),
         };
         plain.broadcast_mul(&(&ratio - 1.0)?)? + low_rank.broadcast_mul(&ratio)?
     }

@@ -551,12 +551,14 @@ impl Delta for LoraDelta {
     }
 
     fn has_effect(&self, _base: &Projection) -> TensorResult<bool> {
-        let nonzero = |t: &Tensor| -> TensorResult<bool> {
-            Ok(t.abs()?.flatten_all()?.max(0)?.to_dtype(DType::F64)?.to_scalar::<f64>()? > 0.0)
-        };
-        match self.origin {
-            Some(_) => nonzero(&self.change()?),
-            None => Ok(nonzero(&self.a)? && nonzero(&self.b)?),
+        let sum = |t: Tensor| -> TensorResult<f64> { t.to_dtype(DType::F64)?.sum_all()?.to_scalar::<f64>() };
+        if self.origin.is_some() {
+            return Ok(sum(self.change()?.abs()?)? > 0.0);
         }
+        // ‖B A‖² = Σ (BᵀB)∘(A Aᵀ), against ‖B‖²‖A‖², so that rounding in an orthogonal pair is no effect.
+        let (a, b) = (self.a.detach(), self.b.detach());
+        let (aa, bb) = (a.matmul(&a.t()?)?, b.t()?.matmul(&b)?);
+        let product = sum((aa * bb)?)?;
+        Ok(product > 1e-12 * sum(a.sqr()?)? * sum(b.sqr()?)?)
     }
 }
