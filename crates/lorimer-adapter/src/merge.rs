@@ -38,9 +38,12 @@ pub struct Merged {
 /// Largest shard written when the base has none of its own.
 const SHARD_BYTES: usize = 4 << 30;
 
+/// Tensors of an adapter by module and key.
+type Modules = BTreeMap<String, BTreeMap<String, Tensor>>;
+
 /// Adapters grouped by module, ready to be merged into one tensor after another.
 struct Plan {
-    adapters: Vec<(Box<dyn Method>, BTreeMap<String, BTreeMap<String, Tensor>>, f64)>,
+    adapters: Vec<(Box<dyn Method>, Modules, f64)>,
     /// Whole parameters by on-disk name.
     parameters: BTreeMap<String, Tensor>,
 }
@@ -54,7 +57,7 @@ impl Plan {
         let mut plan = Self { adapters: Vec::new(), parameters: BTreeMap::new() };
         for (stored, weight) in adapters {
             let method = crate::methods::from_adapter_config(&stored.config)?;
-            let mut modules: BTreeMap<String, BTreeMap<String, Tensor>> = BTreeMap::new();
+            let mut modules = Modules::new();
             for (key, tensor) in &stored.tensors {
                 let path = key.strip_prefix(PREFIX).unwrap_or(key).replace(".base_layer.", ".");
                 if names.contains(&path) {

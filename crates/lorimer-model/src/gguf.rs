@@ -11,6 +11,7 @@ use lorimer_tensor::mapped::MappedFile;
 
 use crate::config::{LlamaConfig, RopeScaling};
 use crate::error::{Error, Result, first_line};
+use crate::weights::RawTensor;
 
 /// Most elements that all metadata arrays together may have (a vocabulary of 256k tokens has about a million).
 const MAX_METADATA_VALUES: u64 = 8 << 20;
@@ -141,13 +142,13 @@ impl Gguf {
     fn size(&self, key: &str) -> Result<Option<usize>> {
         match self.number(key) {
             None => Ok(None),
-            Some(v) if v >= 1.0 && v < 4e9 && v.fract() == 0.0 => Ok(Some(v as usize)),
+            Some(v) if (1.0..4e9).contains(&v) && v.fract() == 0.0 => Ok(Some(v as usize)),
             Some(v) => Err(Error::invalid(&self.path, format!("`{key}` should be a positive whole number, found {v}"))),
         }
     }
 
     /// Type, dimensions (outermost first) and raw bytes of a tensor, by its name in the file.
-    pub fn tensor(&self, name: &str) -> Result<Option<(GgmlDType, Vec<usize>, &[u8])>> {
+    pub fn tensor(&self, name: &str) -> Result<Option<RawTensor<'_, GgmlDType>>> {
         let Some(info) = self.content.tensor_infos.get(name) else { return Ok(None) };
         let fail = |problem: String| Error::invalid(&self.path, format!("tensor `{name}`: {problem}"));
         let dims = info.shape.dims().to_vec();

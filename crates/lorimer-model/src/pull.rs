@@ -231,7 +231,7 @@ fn from_hub(id: &HubId, progress: bool) -> Result<PathBuf> {
         else {
             continue;
         };
-        if !(path.starts_with("model") && path.ends_with(".safetensors")) || !is_plain_file_name(path) {
+        if !(path.starts_with("model") && path.ends_with(".safetensors") && is_plain_file_name(path)) {
             continue;
         }
         let blobs = id.folder().join("blobs");

@@ -39,6 +39,9 @@ impl LoadDtype {
     }
 }
 
+/// Type, dimensions (outermost first) and bytes of a tensor in a mapped file.
+pub type RawTensor<'a, D> = (D, Vec<usize>, &'a [u8]);
+
 /// One safetensors file, mapped, its header checked.
 pub struct SafetensorsFile {
     /// Where it is.
@@ -81,7 +84,7 @@ impl SafetensorsFile {
     }
 
     /// Type, shape and bytes of a tensor.
-    pub fn tensor(&self, name: &str) -> Result<Option<(DType, Vec<usize>, &[u8])>> {
+    pub fn tensor(&self, name: &str) -> Result<Option<RawTensor<'_, DType>>> {
         let Some(info) = self.metadata.info(name) else { return Ok(None) };
         let dtype = match info.dtype {
             safetensors::Dtype::F64 => DType::F64,

@@ -147,10 +147,10 @@ impl Attention {
             let mut total = T::zero();
             for v in seen.iter_mut() {
                 *v = (*v - max).exp();
-                total = total + *v;
+                total += *v;
             }
             let inverse = total.recip();
-            seen.iter_mut().for_each(|v| *v = *v * inverse);
+            seen.iter_mut().for_each(|v| *v *= inverse);
             hidden.fill(T::zero());
         }
         (p, keys)

@@ -62,7 +62,7 @@ impl CrossEntropy {
                 .for_each(|((d, row), (&g, &t))| {
                     let (max, log) = log_sum(row);
                     d.iter_mut().zip(row).for_each(|(d, &v)| *d = g * (v - max - log).exp());
-                    d[t as usize] = d[t as usize] - g;
+                    d[t as usize] -= g;
                 });
             Ok(d)
         })

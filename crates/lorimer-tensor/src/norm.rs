@@ -62,7 +62,7 @@ impl RmsNorm {
                         let along = along * scale * scale / T::from_f64(width as f64);
                         for i in 0..width {
                             dx[i] = scale * (g[i] * w[i] - x[i] * along);
-                            dw[i] = dw[i] + g[i] * x[i] * scale;
+                            dw[i] += g[i] * x[i] * scale;
                         }
                     }
                     dw
@@ -70,7 +70,7 @@ impl RmsNorm {
                 .collect();
             let mut dw = vec![T::zero(); width];
             for part in parts {
-                dw.iter_mut().zip(part).for_each(|(sum, v)| *sum = *sum + v);
+                dw.iter_mut().zip(part).for_each(|(sum, v)| *sum += v);
             }
             Ok((dx, dw))
         })?;

@@ -1,5 +1,6 @@
 //! The frozen projection `y = x Wᵀ`: a product whose backward never computes the weight's gradient.
 
+use std::collections::hash_map::Entry;
 use std::sync::Arc;
 
 use candle_core::quantized::{GgmlDType, QTensor};
@@ -85,10 +86,11 @@ impl FrozenWeight {
                 let mut rows = Vec::with_capacity(ids.len() * inputs);
                 for &id in ids {
                     let (index, row) = (id as usize / TILE_ROWS, id as usize % TILE_ROWS);
-                    if !tiles.contains_key(&index) {
-                        tiles.insert(index, self.tile(index)?);
-                    }
-                    rows.extend_from_slice(&tiles[&index][row * inputs..(row + 1) * inputs]);
+                    let tile = match tiles.entry(index) {
+                        Entry::Occupied(tile) => tile.into_mut(),
+                        Entry::Vacant(slot) => slot.insert(self.tile(index)?),
+                    };
+                    rows.extend_from_slice(&tile[row * inputs..(row + 1) * inputs]);
                 }
                 Tensor::from_vec(rows, (ids.len(), inputs), &Device::Cpu)?.to_dtype(dtype)
             }
@@ -221,7 +223,7 @@ fn dot<T: Real>(a: &[T], b: &[T]) -> T {
     let tail: T = a_chunks.remainder().iter().zip(b_chunks.remainder()).map(|(&a, &b)| a * b).sum();
     for (a, b) in a_chunks.zip(b_chunks) {
         for ((lane, &a), &b) in lanes.iter_mut().zip(a).zip(b) {
-            *lane = *lane + a * b;
+            *lane += a * b;
         }
     }
     lanes.iter().copied().sum::<T>() + tail

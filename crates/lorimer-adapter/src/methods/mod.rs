@@ -20,6 +20,9 @@ pub enum Served {
     Refused,
 }
 
+/// Makes a method out of a configuration.
+pub type Build = fn(&Map<String, Value>) -> Result<Box<dyn Method>>;
+
 /// One line of the registry.
 pub struct Entry {
     /// What `--method` takes.
@@ -39,11 +42,11 @@ pub struct Entry {
     /// How it is served.
     pub served: Served,
     /// Builds the method from settings with PEFT's keys; unknown keys are errors.
-    pub build: fn(&Map<String, Value>) -> Result<Box<dyn Method>>,
+    pub build: Build,
     /// Whether an `adapter_config.json` is this method's.
     pub recognises: fn(&Map<String, Value>) -> bool,
     /// Builds the method from an `adapter_config.json`.
-    pub from_file: fn(&Map<String, Value>) -> Result<Box<dyn Method>>,
+    pub from_file: Build,
 }
 
 /// Every method, in the order of `lorimer methods`.
