@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use crate::raw::{Real, slice, with_slices};
 
-/// −log softmax(logits)[target] of every row: `logits` (rows, vocabulary) f32 or f64, one target a row → (rows).
+/// `−log softmax(logits)[target]` of every row: `logits` (rows, vocabulary) f32 or f64, one target a row → (rows).
 pub fn cross_entropy(logits: &Tensor, targets: &[u32]) -> Result<Tensor> {
     let (rows, vocabulary) = logits.dims2()?;
     if rows != targets.len() {
