@@ -292,7 +292,7 @@ impl Adapter {
         let mut tensors = BTreeMap::new();
         for (path, delta) in &self.deltas {
             for (key, tensor) in delta.stored()? {
-                tensors.insert(format!("{PREFIX}{path}.{key}"), f32_at_least(&tensor)?);
+                tensors.insert(format!("{PREFIX}{path}.{key}"), detached(&tensor)?);
             }
         }
         for (path, var) in &self.parameters {
@@ -301,13 +301,13 @@ impl Adapter {
                 Some(module) => format!("{PREFIX}{module}.base_layer.bias"),
                 None => format!("{PREFIX}{path}"),
             };
-            tensors.insert(key, f32_at_least(var.as_tensor())?);
+            tensors.insert(key, detached(var.as_tensor())?);
         }
         Ok(StoredAdapter { path: "memory".into(), config, tensors, manifest: None })
     }
 }
 
-fn f32_at_least(t: &Tensor) -> TensorResult<Tensor> {
+fn detached(t: &Tensor) -> TensorResult<Tensor> {
     t.detach().contiguous()
 }
 

@@ -284,7 +284,6 @@ impl Run<'_> {
         };
         tell(Event::Begin { step: state.step, total });
         let attached = Attached::one(self.adapter);
-        let mut saved = state.step;
         while state.step < total {
             let clock = Instant::now();
             let micro = s.rows(state.step, self.train.len());
@@ -355,7 +354,6 @@ impl Run<'_> {
             }
             if (due(self.save_steps) || stopping) && state.step < total {
                 self.save(&state, &optimizer, &best)?;
-                saved = state.step;
             }
             if stopping {
                 outcome.interrupted = true;
@@ -365,7 +363,6 @@ impl Run<'_> {
         if !outcome.interrupted && s.keep_best && !best.is_empty() {
             restore(self.adapter, &best)?;
         }
-        tracing::debug!("last checkpoint at step {saved}");
         plot(self.folder, &state.history, "Training loss")?;
         outcome.steps = state.step;
         outcome.losses = state.history.iter().filter_map(|r| r.loss).collect();
