@@ -9,6 +9,7 @@ pub mod gguf;
 pub mod llama;
 pub mod pull;
 pub mod seam;
+pub mod sentencepiece;
 pub mod text;
 pub mod weights;
 

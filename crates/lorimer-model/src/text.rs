@@ -12,6 +12,7 @@ use crate::chat::ChatTemplate;
 use crate::error::{Error, Result, first_line};
 use crate::files::{MAX_JSON_BYTES, read_bounded, read_json};
 use crate::gguf::Gguf;
+use crate::sentencepiece;
 
 /// Tokenizer, special tokens and chat template.
 pub struct TextModel {
@@ -81,15 +82,16 @@ impl TextModel {
 
     /// From the metadata of a GGUF file.
     pub fn from_gguf(file: &Gguf) -> Result<Self> {
-        let mut tokenizer = Tokenizer::from_gguf(&file.content).map_err(|e| {
-            Error::invalid(
-                &file.path,
-                format!(
-                    "its tokenizer cannot be read ({}); give the model's `tokenizer.json` with `--tokenizer`",
-                    first_line(&e.to_string())
-                ),
-            )
-        })?;
+        let unreadable = |problem: &str| {
+            let problem: String = first_line(problem).chars().take(200).collect();
+            let advice = "give the model's `tokenizer.json` with `--tokenizer`";
+            Error::invalid(&file.path, format!("its tokenizer cannot be read ({problem}); {advice}"))
+        };
+        if sentencepiece::is_sentencepiece(file) {
+            let tokenizer = sentencepiece::from_gguf(file).map_err(|problem| unreadable(&problem))?;
+            return Self::from_gguf_parts(file, tokenizer);
+        }
+        let mut tokenizer = Tokenizer::from_gguf(&file.content).map_err(|e| unreadable(&e.to_string()))?;
         // candle knows the splitting rules of Qwen 2 and Llama 3; the others are GPT-2's, and SmolLM's adds single digits.
         let bytes = ByteLevel::new(false, true, true);
         match file.text("tokenizer.ggml.pre") {

@@ -98,6 +98,21 @@ fn chat_templates_render_as_transformers_does() {
     }
 }
 
+/// SentencePiece's own tokens (tests/goldens/make_sentencepiece.py).
+#[test]
+fn sentencepiece_in_gguf_gives_sentencepieces_tokens() {
+    let file = lorimer::model::gguf::Gguf::open(&folder("sentencepiece.gguf")).unwrap();
+    let text = TextModel::from_gguf(&file).unwrap();
+    for case in json(&folder("sentencepiece.json")).as_array().unwrap() {
+        let given = case["text"].as_str().unwrap();
+        let expected: Vec<u32> = serde_json::from_value(case["tokens"].clone()).unwrap();
+        assert_eq!(text.encode(given, false).unwrap().ids, expected, "{given:?}");
+        assert_eq!(text.decode(&expected, true).unwrap(), case["decoded"].as_str().unwrap(), "{given:?}");
+        let with_bos = text.encode(given, true).unwrap().ids;
+        assert_eq!(with_bos, [&[1], expected.as_slice()].concat());
+    }
+}
+
 const CASES: [&str; 7] = ["lora", "rslora", "dora", "rank_pattern", "modules_to_save", "pissa", "olora"];
 
 fn adapter(model: &Llama, case: &str) -> (Adapter, Golden) {
