@@ -79,7 +79,6 @@ for parameters in [dict(rope_type="default", rope_theta=10000.0), dict(rope_type
 (here / "rope.json").write_text(json.dumps(ropes))
 
 # Adapters: file, logits, gradients, ten steps, merged logits.
-base = here / "tiny-llama"
 cases = {
     "lora": dict(r=4, lora_alpha=8, target_modules="all-linear"),
     "rslora": dict(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], use_rslora=True),
@@ -89,6 +88,9 @@ cases = {
     "modules_to_save": dict(r=4, lora_alpha=8, target_modules=["v_proj"], modules_to_save=["lm_head", "model.norm"]),
     "pissa": dict(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights="pissa"),
     "olora": dict(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights="olora"),
+    # On a base that has biases.
+    "bias_all": dict(base="tiny-llama3", r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], bias="all"),
+    "bias_lora_only": dict(base="tiny-llama3", r=4, lora_alpha=8, target_modules=["v_proj", "up_proj"], bias="lora_only"),
 }
 ids = torch.randint(3, 259, (3, 19))
 
@@ -98,13 +100,14 @@ def loss_of(model):
     return torch.nn.functional.cross_entropy(logits, ids[:, 1:].reshape(-1))
 
 
-def fresh():
-    return LlamaForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+def fresh(base):
+    return LlamaForCausalLM.from_pretrained(here / base, dtype=torch.float32).eval()
 
 
 for name, settings in cases.items():
     torch.manual_seed(1)
-    model = get_peft_model(fresh(), LoraConfig(task_type="CAUSAL_LM", **settings)).eval()
+    base = settings.pop("base", "tiny-llama")
+    model = get_peft_model(fresh(base), LoraConfig(task_type="CAUSAL_LM", **settings)).eval()
     for key, p in model.named_parameters():
         if "lora_B" in key and not settings.get("init_lora_weights"):
             with torch.no_grad():
@@ -116,7 +119,7 @@ for name, settings in cases.items():
     loss_of(model).backward()
     for key, p in model.named_parameters():
         if p.requires_grad:
-            short = key.removeprefix("base_model.model.").replace(".default", "").replace(".modules_to_save", "")
+            short = key.removeprefix("base_model.model.").replace(".default", "").replace(".modules_to_save", "").replace(".base_layer", "")
             golden["grad." + short.removesuffix(".weight")] = p.grad.clone()
             p.grad = None
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.01)
@@ -134,7 +137,7 @@ for name, settings in cases.items():
     save_file(golden, out / "golden.safetensors")
     (out / "README.md").unlink(missing_ok=True)
     config = json.loads((out / "adapter_config.json").read_text())
-    config["base_model_name_or_path"] = "tiny-llama"
+    config["base_model_name_or_path"] = base
     (out / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 # Chat templates.

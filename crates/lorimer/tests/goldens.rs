@@ -113,7 +113,13 @@ fn sentencepiece_in_gguf_gives_sentencepieces_tokens() {
     }
 }
 
-const CASES: [&str; 7] = ["lora", "rslora", "dora", "rank_pattern", "modules_to_save", "pissa", "olora"];
+const CASES: [&str; 9] =
+    ["lora", "rslora", "dora", "rank_pattern", "modules_to_save", "pissa", "olora", "bias_all", "bias_lora_only"];
+
+/// The base of a case.
+fn base_of(case: &str) -> &'static str {
+    if case.starts_with("bias") { "tiny-llama3" } else { "tiny-llama" }
+}
 
 fn adapter(model: &Llama, case: &str) -> (Adapter, Golden) {
     let name = format!("adapters/{case}");
@@ -133,8 +139,8 @@ fn rows(golden: &Golden) -> Vec<Example> {
 
 #[test]
 fn forward_and_gradients_equal_peft() {
-    let model = tiny("tiny-llama");
     for case in CASES {
+        let model = tiny(base_of(case));
         let (adapter, golden) = adapter(&model, case);
         let attached = Attached::one(&adapter);
         let d = distance(&logits(&model, &attached, &golden.tokens()), &golden.get("logits"));
@@ -155,8 +161,8 @@ fn forward_and_gradients_equal_peft() {
 
 #[test]
 fn ten_steps_and_the_merge_equal_peft() {
-    let model = tiny("tiny-llama");
     for case in CASES {
+        let model = tiny(base_of(case));
         let (adapter, golden) = adapter(&model, case);
         let attached = Attached::one(&adapter);
         let rows = rows(&golden);
@@ -176,10 +182,10 @@ fn ten_steps_and_the_merge_equal_peft() {
         assert!(d < 5e-3, "{case}: trained logits differ by {d:e}");
         // Merged through files: the folder that `merge` writes, loaded again.
         let out = tempfile::tempdir().unwrap();
-        let stored = adapter.to_stored("tiny-llama").unwrap();
+        let stored = adapter.to_stored(base_of(case)).unwrap();
         let merged = out.path().join("merged");
         lorimer::adapter::merge::merge_to_folder(
-            &folder("tiny-llama"),
+            &folder(base_of(case)),
             &[(stored, 1.0)],
             &merged,
             LoadDtype::F32,
