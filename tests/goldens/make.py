@@ -7,6 +7,7 @@ Tests read the files; Python is not needed to run them.
 """
 import json, pathlib, shutil, sys
 
+import pyarrow.parquet
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
@@ -165,6 +166,10 @@ for name, template in templates.items():
             table.append({"template": template, "messages": messages, "prompt": prompt,
                           "text": t.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)})
 (here / "chat.json").write_text(json.dumps({"bos": t.bos_token, "eos": t.eos_token, "table": table}, ensure_ascii=False, indent=1))
+
+# Rows as the Hugging Face hub keeps them.
+rows = [json.loads(line) for line in (here / "../../data/sentiment-movies.valid.jsonl").read_text().splitlines()[:20]]
+pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), here / "rows.parquet", compression="zstd")
 
 # The real model: tokens of some texts, logits of the base and of an adapter on it.
 if len(sys.argv) > 1:

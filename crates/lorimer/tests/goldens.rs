@@ -226,6 +226,19 @@ fn converted_adapters_come_back_the_same() {
     assert!(lorimer::adapter::convert::write_kohya(&dora, Path::new("x")).unwrap_err().to_string().contains("merge"));
 }
 
+/// Rows that pyarrow wrote are the rows of the JSONL file.
+#[test]
+fn parquet_and_jsonl_hold_the_same_rows() {
+    use lorimer::train::data::read_rows;
+    let parquet = read_rows(&folder("rows.parquet"), None).unwrap();
+    let jsonl = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../data/sentiment-movies.valid.jsonl");
+    let jsonl = read_rows(&jsonl, Some(20)).unwrap();
+    assert_eq!((parquet.len(), jsonl.len()), (20, 20));
+    for (a, b) in parquet.iter().zip(&jsonl) {
+        assert_eq!(a.value.as_ref().unwrap(), b.value.as_ref().unwrap());
+    }
+}
+
 /// The real 135M model: its tokens, its logits, and those of an adapter that PEFT wrote for it.
 #[test]
 fn the_real_model_equals_transformers_and_peft() {
@@ -253,4 +266,27 @@ fn the_real_model_equals_transformers_and_peft() {
     let adapter = Adapter::load_whole(&base.model, &StoredAdapter::read(&at).unwrap()).unwrap();
     let adapted = distance(&last(&Attached::one(&adapter)), &golden.get("adapted"));
     assert!(adapted < 1e-3, "adapter: {adapted:e}");
+
+    // Blocks kept as the file has them are expanded exactly.
+    let open = |path: &Path, dtype| Base::open(path, &OpenOptions { dtype, ..Default::default() }).unwrap();
+    let kept = open(&pulled.path, LoadDtype::Stored);
+    assert!(kept.model.bytes() < base.model.bytes() / 3);
+    let logits_of = |base: &Base| {
+        let all = logits(&base.model, &Frozen, &golden.tokens());
+        all.get(all.dim(0).unwrap() - 1).unwrap()
+    };
+    let stored = distance(&logits_of(&kept), &golden.get("plain"));
+    assert!(stored < 1e-3, "kept quantised: {stored:e}");
+
+    // Merged into a GGUF of the same types: nearer to the adapted model than the plain one is, and the error is told.
+    let out = tempfile::tempdir().unwrap();
+    let merged = out.path().join("merged.gguf");
+    let adapters = [(StoredAdapter::read(&at).unwrap(), 8.0)];
+    let report = lorimer::adapter::merge::merge_to_gguf(&pulled.path, &adapters, &merged, |_| {}).unwrap();
+    assert!(report.error > 0.0 && report.error < 0.1, "{}", report.error);
+    assert_eq!(open(&merged, LoadDtype::Stored).model.bytes(), kept.model.bytes());
+    let requantised = logits_of(&open(&merged, LoadDtype::F32));
+    let strong = last(&Attached::weighted(vec![(&adapter, 8.0)]).unwrap());
+    let (to_adapted, to_plain) = (distance(&requantised, &strong), distance(&requantised, &golden.get("plain")));
+    assert!(to_adapted < 0.5 * to_plain, "{to_adapted} from the adapted logits, {to_plain} from the plain ones");
 }
