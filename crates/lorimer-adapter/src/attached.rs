@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use candle_core::{DType, Result as TensorResult, Tensor, Var};
 use lorimer_model::{Adaptation, BaseModel, Projection, Site};
+use lorimer_tensor::{Ops, Tape};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
@@ -315,12 +316,13 @@ fn detached(t: &Tensor) -> TensorResult<Tensor> {
 pub struct Attached<'a> {
     adapters: Vec<(&'a Adapter, f64)>,
     step: Step,
+    tape: Option<&'a Tape>,
 }
 
 impl<'a> Attached<'a> {
     /// One adapter at full weight.
     pub fn one(adapter: &'a Adapter) -> Self {
-        Self { adapters: vec![(adapter, 1.0)], step: Step::default() }
+        Self { adapters: vec![(adapter, 1.0)], step: Step::default(), tape: None }
     }
 
     /// Several adapters with weights. Whole parameters cannot be mixed, so at most one adapter may bring any of a name,
@@ -339,32 +341,66 @@ impl<'a> Attached<'a> {
                 }
             }
         }
-        Ok(Self { adapters, step: Step::default() })
+        Ok(Self { adapters, step: Step::default(), tape: None })
     }
 
     /// The same adapters in a forward of another kind.
     pub fn at(&self, step: Step) -> Self {
-        Self { adapters: self.adapters.clone(), step }
+        Self { adapters: self.adapters.clone(), step, tape: self.tape }
+    }
+
+    /// The same adapters with their forward recorded on a tape.
+    pub fn recorded<'b>(&'b self, tape: &'b Tape) -> Attached<'b> {
+        Attached { adapters: self.adapters.clone(), step: self.step, tape: Some(tape) }
+    }
+
+    /// Whether the output of a row depends on that row alone, so that what sequences share may be computed once.
+    pub fn rows_are_independent(&self) -> bool {
+        let mut deltas = self.adapters.iter().flat_map(|(a, _)| a.deltas.values());
+        deltas.all(|d| d.rows_are_independent(&self.step))
     }
 }
 
 impl Adaptation for Attached<'_> {
+    fn ops(&self) -> Ops<'_> {
+        self.tape.map_or(Ops::plain(), Ops::recorded)
+    }
+
     fn project(&self, site: &Site, base: &Projection, x: &Tensor) -> TensorResult<Tensor> {
-        let plain = match self.parameter(&site.weight_path()) {
-            Some(weight) => x.matmul(&weight.t()?)?,
-            None => lorimer_tensor::frozen_linear(x, &base.weight)?,
-        };
-        let mut y = plain.clone();
-        for (adapter, weight) in &self.adapters {
-            if let Some(delta) = adapter.deltas.get(&site.path) {
-                let change = delta.forward(base, x, &plain, &self.step)?;
-                y = if *weight == 1.0 { (y + change)? } else { (y + (change * *weight)?)? };
+        let ops = self.ops();
+        let replaced = self.parameter(&site.weight_path());
+        let here = || self.adapters.iter().filter_map(|(a, weight)| Some((a.deltas.get(&site.path)?, *weight)));
+        let alone = here().next().filter(|(_, weight)| *weight == 1.0 && here().count() == 1 && replaced.is_none());
+        let fused = alone.and_then(|(delta, _)| delta.fused(ops, base, x, &self.step));
+        let y = match fused {
+            Some(y) => y?,
+            None => {
+                let plain = match replaced {
+                    Some(weight) => ops.island(&[x], &[weight], |t| t[0].matmul(&weight.t()?))?,
+                    None => ops.linear(x, &base.weight)?,
+                };
+                let mut y = plain.clone();
+                for (delta, weight) in here() {
+                    let trainable: Vec<&Tensor> = delta.trainable().into_iter().map(|(_, v)| v.as_tensor()).collect();
+                    let change = ops.island(&[x, &plain], &trainable, |t| {
+                        let change = delta.forward(base, &t[0], &t[1], &self.step)?;
+                        if weight == 1.0 { Ok(change) } else { change * weight }
+                    })?;
+                    y = ops.add(&y, &change)?;
+                }
+                y
             }
-        }
+        };
         match self.parameter(&site.bias_path()).or(base.bias.as_ref()) {
-            Some(bias) => y.broadcast_add(bias),
+            Some(bias) => ops.add_bias(&y, bias),
             None => Ok(y),
         }
+    }
+
+    fn touches(&self, site: &Site) -> bool {
+        self.adapters.iter().any(|(a, _)| a.deltas.contains_key(&site.path))
+            || self.parameter(&site.weight_path()).is_some()
+            || self.parameter(&site.bias_path()).is_some()
     }
 
     fn parameter(&self, path: &str) -> Option<&Tensor> {

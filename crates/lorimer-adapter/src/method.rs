@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use candle_core::{DType, Tensor, Var};
 use lorimer_model::{Projection, Site};
+use lorimer_tensor::Ops;
 use rand_chacha::ChaCha8Rng;
 use serde_json::{Map, Value};
 
@@ -50,6 +51,22 @@ pub trait Delta: Send + Sync {
     /// The change Δy of the projection's output. `x` (rows, inputs), `y` = x Wᵀ (rows, outputs) without
     /// bias, which an adapter may have replaced.
     fn forward(&self, base: &Projection, x: &Tensor, y: &Tensor, step: &Step) -> candle_core::Result<Tensor>;
+    /// The whole output x Wᵀ + Δy in one recorded operation, where the method has one; it is taken in place of
+    /// [`Self::forward`], which it equals, in training and where this is the only adapter.
+    fn fused(
+        &self,
+        _ops: Ops<'_>,
+        _base: &Projection,
+        _x: &Tensor,
+        _step: &Step,
+    ) -> Option<candle_core::Result<Tensor>> {
+        None
+    }
+    /// Whether the change of a row depends on which other rows are in the batch (dropout does, since its mask goes by the
+    /// element), so that rows which sequences share cannot be computed once for all.
+    fn rows_are_independent(&self, _step: &Step) -> bool {
+        true
+    }
     /// The plain weight (outputs, inputs) that gives the same output, in f32 (f64 for f64 adapters).
     fn merged(&self, base: &Projection) -> candle_core::Result<Result<Tensor, NotMergeable>>;
     /// Trainable parameters, in a fixed order, by PEFT's parameter names.

@@ -1,6 +1,7 @@
 //! The seam ([`Adaptation`]), base models behind it, and how they are loaded and fetched.
 
 pub mod base;
+pub mod batch;
 pub mod chat;
 pub mod config;
 pub mod error;
@@ -14,8 +15,9 @@ pub mod text;
 pub mod weights;
 
 pub use base::{Base, OpenOptions};
+pub use batch::Batch;
 pub use error::{Error, Result};
-pub use llama::{Batch, KvCache, Llama};
+pub use llama::{KvCache, Llama};
 pub use seam::{Adaptation, AttentionCall, BaseModel, Frozen, Inference, Point, Projection, Site};
 pub use text::TextModel;
 pub use weights::{LoadDtype, Weights};

@@ -4,8 +4,9 @@
 //! bias to q, k, v and Qwen 3 norms each head of q and k. Every projection goes through [`Adaptation::project`].
 
 use candle_core::{DType, Result as TensorResult, Tensor};
-use lorimer_tensor::{FrozenWeight, RotaryTable, Segment, rms_norm, rotary, silu_mul};
+use lorimer_tensor::{FrozenWeight, RotaryTable, Segment};
 
+use crate::batch::{Batch, only_queries};
 use crate::config::LlamaConfig;
 use crate::error::{Error, Result};
 use crate::seam::{Adaptation, AttentionCall, BaseModel, Point, Projection, Site};
@@ -43,7 +44,7 @@ impl Norm {
     }
 
     fn forward(&self, x: &Tensor, adaptation: &dyn Adaptation) -> TensorResult<Tensor> {
-        rms_norm(x, adaptation.parameter(&self.path).unwrap_or(&self.weight), self.eps)
+        adaptation.ops().rms_norm(x, adaptation.parameter(&self.path).unwrap_or(&self.weight), self.eps)
     }
 }
 
@@ -58,30 +59,6 @@ struct Layer {
     gate: Linear,
     up: Linear,
     down: Linear,
-}
-
-/// Token rows of one or more sequences, packed without padding.
-#[derive(Clone, Debug, Default)]
-pub struct Batch {
-    /// Token ids, one a row.
-    pub tokens: Vec<u32>,
-    /// Position of each row in its sequence.
-    pub positions: Vec<usize>,
-    /// Which rows belong together.
-    pub segments: Vec<Segment>,
-}
-
-impl Batch {
-    /// Sequences that know nothing of each other, each from position 0.
-    pub fn pack<'a>(sequences: impl IntoIterator<Item = &'a [u32]>) -> Self {
-        let mut batch = Self::default();
-        for tokens in sequences {
-            batch.segments.push(Segment::plain(batch.tokens.len(), tokens.len()));
-            batch.tokens.extend_from_slice(tokens);
-            batch.positions.extend(0..tokens.len());
-        }
-        batch
-    }
 }
 
 /// Keys and values of one sequence, layer by layer.
@@ -101,6 +78,20 @@ impl KvCache {
     pub fn is_empty(&self) -> bool {
         self.length == 0
     }
+}
+
+/// What every layer needs to know of the rows of a batch: see [`Llama::layout`].
+pub struct Layout {
+    segments: Vec<Segment>,
+    table: RotaryTable,
+    last: Option<Last>,
+}
+
+/// The rows that the last layer is to give.
+struct Last {
+    needed: Vec<u32>,
+    segments: Vec<Segment>,
+    table: RotaryTable,
 }
 
 /// A frozen model of the Llama family.
@@ -185,7 +176,9 @@ impl Llama {
             candle_core::bail!("token {bad} is outside the vocabulary of {}", self.config.vocab_size);
         }
         match adaptation.parameter(EMBEDDING) {
-            Some(table) => table.index_select(&Tensor::from_slice(tokens, tokens.len(), table.device())?, 0),
+            Some(table) => adaptation.ops().island(&[], &[table], |_| {
+                table.index_select(&Tensor::from_slice(tokens, tokens.len(), table.device())?, 0)
+            }),
             None => self.embedding.rows(tokens, self.dtype),
         }
     }
@@ -205,7 +198,7 @@ impl Llama {
     ) -> TensorResult<Tensor> {
         let (past, n) = (cache.length, tokens.len());
         let positions: Vec<usize> = (past..past + n).collect();
-        let segment = Segment { q_start: 0, q_len: n, k_start: 0, k_len: past + n };
+        let segment = Segment { q_start: 0, q_len: n, keys: vec![(0, past + n)] };
         let h = self.embed(tokens, adaptation)?;
         let h = self.hidden_from(h, &positions, &[segment], adaptation, Some(cache))?;
         cache.length += n;
@@ -221,42 +214,93 @@ impl Llama {
         adaptation: &dyn Adaptation,
         mut cache: Option<&mut KvCache>,
     ) -> TensorResult<Tensor> {
-        let table = RotaryTable::new(positions, &self.frequencies.0, self.frequencies.1);
+        let layout = self.layout(positions, segments, None);
         let mut h = adaptation.hidden(Point::Embedded, embedded)?;
-        for (i, layer) in self.layers.iter().enumerate() {
-            let x = layer.input_norm.forward(&h, adaptation)?;
-            let (mut q, mut k) = (layer.q.forward(&x, adaptation)?, layer.k.forward(&x, adaptation)?);
-            let mut v = layer.v.forward(&x, adaptation)?;
-            if let Some((q_norm, k_norm)) = &layer.head_norms {
-                q = self.norm_heads(q, q_norm, adaptation)?;
-                k = self.norm_heads(k, k_norm, adaptation)?;
-            }
-            (q, k) = (rotary(&q, &table)?, rotary(&k, &table)?);
-            if let Some(cache) = cache.as_deref_mut() {
-                (k, v) = match cache.layers.get(i) {
-                    Some((old_k, old_v)) => (Tensor::cat(&[old_k, &k], 0)?, Tensor::cat(&[old_v, &v], 0)?),
-                    None => (k, v),
-                };
-                match cache.layers.get_mut(i) {
-                    Some(slot) => *slot = (k.clone(), v.clone()),
-                    None => cache.layers.push((k.clone(), v.clone())),
-                }
-            }
-            let head_dim = self.config.head_dim;
-            let call = AttentionCall { q, k, v, segments, head_dim, scale: (head_dim as f64).powf(-0.5) };
-            let attended = adaptation.attend(Point::Layer(i), call)?;
-            h = (h + layer.o.forward(&attended, adaptation)?)?;
-            let x = layer.post_norm.forward(&h, adaptation)?;
-            let gated = silu_mul(&layer.gate.forward(&x, adaptation)?, &layer.up.forward(&x, adaptation)?)?;
-            h = adaptation.hidden(Point::Layer(i), (h + layer.down.forward(&gated, adaptation)?)?)?;
+        for i in 0..self.layers.len() {
+            h = self.layer(i, &h, &layout, adaptation, cache.as_deref_mut())?;
         }
-        adaptation.hidden(Point::Final, self.norm.forward(&h, adaptation)?)
+        self.finish(&h, adaptation)
+    }
+
+    /// What every layer needs to know of the rows. With `needed` (ascending), the last layer gives these rows only.
+    pub fn layout(&self, positions: &[usize], segments: &[Segment], needed: Option<&[u32]>) -> Layout {
+        let table = |positions: &[usize]| RotaryTable::new(positions, &self.frequencies.0, self.frequencies.1);
+        let last = needed.map(|needed| Last {
+            segments: only_queries(segments, needed),
+            table: table(&needed.iter().map(|&row| positions[row as usize]).collect::<Vec<_>>()),
+            needed: needed.to_vec(),
+        });
+        Layout { segments: segments.to_vec(), table: table(positions), last }
+    }
+
+    /// Number of layers.
+    pub fn layer_count(&self) -> usize {
+        self.layers.len()
+    }
+
+    /// One layer: hidden states (rows, hidden) → (rows, hidden).
+    pub fn layer(
+        &self,
+        i: usize,
+        h: &Tensor,
+        layout: &Layout,
+        adaptation: &dyn Adaptation,
+        cache: Option<&mut KvCache>,
+    ) -> TensorResult<Tensor> {
+        let (layer, ops) = (&self.layers[i], adaptation.ops());
+        let last = layout.last.as_ref().filter(|_| i + 1 == self.layers.len());
+        let x = layer.input_norm.forward(h, adaptation)?;
+        let (mut k, mut v) = (layer.k.forward(&x, adaptation)?, layer.v.forward(&x, adaptation)?);
+        // From here on only the queries count.
+        let (h, x, segments, table) = match last {
+            Some(l) => (ops.rows(h, &l.needed)?, ops.rows(&x, &l.needed)?, &l.segments, &l.table),
+            None => (h.clone(), x, &layout.segments, &layout.table),
+        };
+        let mut q = layer.q.forward(&x, adaptation)?;
+        if let Some((q_norm, k_norm)) = &layer.head_norms {
+            q = self.norm_heads(q, q_norm, adaptation)?;
+            k = self.norm_heads(k, k_norm, adaptation)?;
+        }
+        (q, k) = (ops.rotary(&q, table)?, ops.rotary(&k, &layout.table)?);
+        if let Some(cache) = cache {
+            (k, v) = match cache.layers.get(i) {
+                Some((old_k, old_v)) => (Tensor::cat(&[old_k, &k], 0)?, Tensor::cat(&[old_v, &v], 0)?),
+                None => (k, v),
+            };
+            match cache.layers.get_mut(i) {
+                Some(slot) => *slot = (k.clone(), v.clone()),
+                None => cache.layers.push((k.clone(), v.clone())),
+            }
+        }
+        let head_dim = self.config.head_dim;
+        let call = AttentionCall { q, k, v, segments, head_dim, scale: (head_dim as f64).powf(-0.5) };
+        let attended = adaptation.attend(Point::Layer(i), call)?;
+        let h = ops.add(&h, &layer.o.forward(&attended, adaptation)?)?;
+        let x = layer.post_norm.forward(&h, adaptation)?;
+        let gated = ops.silu_mul(&layer.gate.forward(&x, adaptation)?, &layer.up.forward(&x, adaptation)?)?;
+        adaptation.hidden(Point::Layer(i), ops.add(&h, &layer.down.forward(&gated, adaptation)?)?)
+    }
+
+    /// The final norm.
+    pub fn finish(&self, h: &Tensor, adaptation: &dyn Adaptation) -> TensorResult<Tensor> {
+        adaptation.hidden(Point::Final, self.norm.forward(h, adaptation)?)
+    }
+
+    /// Σ −log p of one target for each row of hidden states (rows, hidden) after the final norm.
+    pub fn loss(&self, hidden: &Tensor, targets: &[u32], adaptation: &dyn Adaptation) -> TensorResult<Tensor> {
+        let ops = adaptation.ops();
+        match adaptation.touches(&self.head.site) {
+            true => ops.cross_entropy(&self.logits(hidden, adaptation)?, targets),
+            false => ops.head_loss(hidden, &self.head.base.weight, targets),
+        }
     }
 
     fn norm_heads(&self, x: Tensor, norm: &Norm, adaptation: &dyn Adaptation) -> TensorResult<Tensor> {
         let (rows, width) = x.dims2()?;
         let d = self.config.head_dim;
-        norm.forward(&x.reshape((rows * width / d, d))?, adaptation)?.reshape((rows, width))
+        let ops = adaptation.ops();
+        let heads = ops.reshape(&x, (rows * width / d, d))?;
+        ops.reshape(&norm.forward(&heads, adaptation)?, (rows, width))
     }
 
     /// Hidden states (rows, hidden) to logits (rows, vocabulary).

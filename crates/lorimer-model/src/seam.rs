@@ -2,7 +2,7 @@
 //! goes through [`Adaptation`]. What the methods do differently, they do behind that trait.
 
 use candle_core::{DType, Result, Tensor};
-use lorimer_tensor::{FrozenWeight, Segment, attention, frozen_linear};
+use lorimer_tensor::{FrozenWeight, Ops, Segment, frozen_linear};
 
 /// Which frozen projection: its path as on disk and its shape. A path with a role, never "layer i, q" by
 /// construction, so that text encoders or U-Nets fit as well.
@@ -61,6 +61,15 @@ impl Projection {
         }
     }
 
+    /// [`Self::forward`] with recorded operations.
+    pub fn forward_with(&self, ops: Ops<'_>, x: &Tensor) -> Result<Tensor> {
+        let y = ops.linear(x, &self.weight)?;
+        match &self.bias {
+            Some(bias) => ops.add_bias(&y, bias),
+            None => Ok(y),
+        }
+    }
+
     /// The expanded weight (outputs, inputs).
     pub fn dense(&self, dtype: DType) -> Result<Tensor> {
         self.weight.dense(dtype)
@@ -96,26 +105,36 @@ pub struct AttentionCall<'a> {
 
 impl AttentionCall<'_> {
     /// Plain attention: (rows, heads·head_dim).
-    pub fn run(self) -> Result<Tensor> {
-        attention((&self.q, &self.k, &self.v), self.segments, self.head_dim, self.scale)
+    pub fn run(self, ops: Ops<'_>) -> Result<Tensor> {
+        ops.attention((&self.q, &self.k, &self.v), self.segments, self.head_dim, self.scale)
     }
 }
 
 /// What happens to a frozen model while it runs. Every default leaves the model as it is.
 pub trait Adaptation {
+    /// How operations are done: recorded on a tape for a fast backward, or in candle's graph.
+    fn ops(&self) -> Ops<'_> {
+        Ops::plain()
+    }
+
     /// One frozen projection. `x` (rows, inputs) → (rows, outputs).
     fn project(&self, _site: &Site, base: &Projection, x: &Tensor) -> Result<Tensor> {
-        base.forward(x)
+        base.forward_with(self.ops(), x)
     }
 
     /// One attention.
     fn attend(&self, _point: Point, call: AttentionCall<'_>) -> Result<Tensor> {
-        call.run()
+        call.run(self.ops())
     }
 
     /// A hidden state between layers (rows, hidden): to record, to route on, to change.
     fn hidden(&self, _point: Point, h: Tensor) -> Result<Tensor> {
         Ok(h)
+    }
+
+    /// Whether [`Self::project`] may do anything but the frozen projection at this site.
+    fn touches(&self, _site: &Site) -> bool {
+        true
     }
 
     /// A whole parameter (embedding, norm) that takes the place of the frozen one, by its on-disk name.
@@ -126,7 +145,11 @@ pub trait Adaptation {
 
 /// The base model as it is.
 pub struct Frozen;
-impl Adaptation for Frozen {}
+impl Adaptation for Frozen {
+    fn touches(&self, _: &Site) -> bool {
+        false
+    }
+}
 
 /// Another adaptation without gradients: the graph is cut after every projection and layer, so that memory stays at one
 /// layer's.

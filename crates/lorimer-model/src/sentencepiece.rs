@@ -93,11 +93,8 @@ pub fn from_gguf(file: &Gguf) -> Result<Tokenizer, String> {
         steps.insert(0, Prepend::new(SPACE.into()).into());
     }
     tokenizer.with_normalizer(Some(Normalizers::new(steps))).map_err(text)?;
-    let mut decoders: Vec<DecoderWrapper> = vec![
-        Replace::new(SPACE, " ").map_err(text)?.into(),
-        ByteFallback::default().into(),
-        Fuse::default().into(),
-    ];
+    let mut decoders: Vec<DecoderWrapper> =
+        vec![Replace::new(SPACE, " ").map_err(text)?.into(), ByteFallback::default().into(), Fuse::default().into()];
     if prefix {
         decoders.push(Strip::new(' ', 1, 0).into());
     }

@@ -1,32 +1,60 @@
 //! Causal attention with grouped heads over packed, variable-length segments; no `T × T` matrix is kept.
 
+use std::borrow::Cow;
+
 use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use crate::raw::{Real, Shared, Strides, product, product_raw, slice, with_slices};
+use crate::wide::softmax;
 
 /// Query rows whose scores are formed at a time.
 const BLOCK: usize = 64;
 
-/// One sequence in a packed batch: queries `q_start..q_start+q_len` see the keys
-/// `k_start..k_start+k_len`, of which the last `q_len` stand at the queries' own positions
-/// (so `k_len > q_len` means that earlier keys come from a cache). Causal within.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Queries of one sequence, or of a part of several, in a packed batch: the rows `q_start..q_start+q_len` see the key rows of
+/// `keys` one after the other, of which the last `q_len` stand at the queries' own positions (what is before them comes
+/// from a cache or from a prefix that several sequences share). Causal within.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Segment {
     /// First query row.
     pub q_start: usize,
     /// Number of query rows.
     pub q_len: usize,
-    /// First key row.
-    pub k_start: usize,
-    /// Number of key rows; at least `q_len`.
-    pub k_len: usize,
+    /// Spans of key rows, each `(first row, number)`, in the order of positions; at least `q_len` rows in all.
+    pub keys: Vec<(usize, usize)>,
 }
 
 impl Segment {
     /// A sequence without a cache: queries and keys are the same rows.
     pub fn plain(start: usize, len: usize) -> Self {
-        Self { q_start: start, q_len: len, k_start: start, k_len: len }
+        Self { q_start: start, q_len: len, keys: vec![(start, len)] }
+    }
+
+    /// Number of keys that the last query sees.
+    pub fn key_count(&self) -> usize {
+        self.keys.iter().map(|&(_, n)| n).sum()
+    }
+
+    /// Columns `column..column+width` of this segment's key rows and the distance between two of them: where they are, or
+    /// copied together if they lie in several spans.
+    fn key_rows<'a, T: Real>(
+        &self,
+        rows: &'a [T],
+        row_width: usize,
+        column: usize,
+        width: usize,
+    ) -> (Cow<'a, [T]>, usize) {
+        if let [(start, n)] = self.keys[..]
+            && n > 0
+        {
+            return (Cow::Borrowed(&rows[start * row_width + column..][..(n - 1) * row_width + width]), row_width);
+        }
+        let mut out = Vec::with_capacity(self.key_count() * width);
+        for row in self.keys.iter().flat_map(|&(start, n)| start..start + n) {
+            let at = row * row_width + column;
+            out.extend_from_slice(&rows[at..at + width]);
+        }
+        (Cow::Owned(out), width)
     }
 }
 
@@ -55,16 +83,20 @@ pub fn attention_reference(
     let op = Attention::new((q, k, v), segments, head_dim, scale)?;
     let mut outputs = Vec::new();
     for s in segments {
+        let k_len = s.key_count();
         let mask: Vec<f64> = (0..s.q_len)
-            .flat_map(|i| (0..s.k_len).map(move |j| if j <= i + s.k_len - s.q_len { 0.0 } else { f64::NEG_INFINITY }))
+            .flat_map(|i| (0..k_len).map(move |j| if j <= i + k_len - s.q_len { 0.0 } else { f64::NEG_INFINITY }))
             .collect();
-        let mask = Tensor::from_vec(mask, (s.q_len, s.k_len), q.device())?.to_dtype(q.dtype())?;
+        let mask = Tensor::from_vec(mask, (s.q_len, k_len), q.device())?.to_dtype(q.dtype())?;
+        let index: Vec<u32> = s.keys.iter().flat_map(|&(start, n)| start as u32..(start + n) as u32).collect();
+        let index = Tensor::from_vec(index, k_len, q.device())?;
+        let (k, v) = (k.index_select(&index, 0)?, v.index_select(&index, 0)?);
         let mut heads = Vec::new();
         for h in 0..op.heads {
             let kv = h / (op.heads / op.kv_heads) * head_dim;
             let q = q.narrow(0, s.q_start, s.q_len)?.narrow(1, h * head_dim, head_dim)?;
-            let k = k.narrow(0, s.k_start, s.k_len)?.narrow(1, kv, head_dim)?;
-            let v = v.narrow(0, s.k_start, s.k_len)?.narrow(1, kv, head_dim)?;
+            let k = k.narrow(1, kv, head_dim)?;
+            let v = v.narrow(1, kv, head_dim)?;
             let scores = ((q.contiguous()?.matmul(&k.t()?.contiguous()?)? * scale)? + &mask)?;
             let weights = scores.broadcast_sub(&scores.max_keepdim(1)?)?.exp()?;
             let weights = weights.broadcast_div(&weights.sum_keepdim(1)?)?;
@@ -75,7 +107,7 @@ pub fn attention_reference(
     Tensor::cat(&outputs, 0)
 }
 
-struct Attention {
+pub(crate) struct Attention {
     segments: Vec<Segment>,
     heads: usize,
     kv_heads: usize,
@@ -84,7 +116,12 @@ struct Attention {
 }
 
 impl Attention {
-    fn new((q, k, v): (&Tensor, &Tensor, &Tensor), segments: &[Segment], head_dim: usize, scale: f64) -> Result<Self> {
+    pub(crate) fn new(
+        (q, k, v): (&Tensor, &Tensor, &Tensor),
+        segments: &[Segment],
+        head_dim: usize,
+        scale: f64,
+    ) -> Result<Self> {
         let ((rows, q_width), (k_rows, kv_width)) = (q.dims2()?, k.dims2()?);
         let fits = head_dim > 0
             && v.dims2()? == (k_rows, kv_width)
@@ -103,7 +140,8 @@ impl Attention {
         let mut end = 0;
         for s in segments {
             // Queries in order and apart from each other, so that parallel tasks write to disjoint rows.
-            if s.q_start < end || s.q_start + s.q_len > rows || s.k_start + s.k_len > k_rows || s.k_len < s.q_len {
+            let inside = s.keys.iter().all(|&(start, n)| start + n <= k_rows);
+            if s.q_start < end || s.q_start + s.q_len > rows || !inside || s.key_count() < s.q_len {
                 candle_core::bail!("attention: segment {s:?} does not fit {rows} query rows and {k_rows} key rows");
             }
             end = s.q_start + s.q_len;
@@ -121,39 +159,34 @@ impl Attention {
         (self.heads * self.head_dim, self.kv_heads * self.head_dim)
     }
 
-    /// Softmax weights of query rows `from..from+n` of a segment and head, `(n, keys)` with `keys` the
-    /// number of keys that the last of these rows sees.
-    fn weights<T: Real>(&self, q: &[T], k: &[T], s: &Segment, head: usize, from: usize, n: usize) -> (Vec<T>, usize) {
-        let (q_width, kv_width) = self.widths();
-        let kv = head / (self.heads / self.kv_heads);
-        let offset = s.k_len - s.q_len;
+    /// Softmax weights of query rows `from..from+n` of a segment and head, `(n, keys)` with `keys` the number of keys that the
+    /// last of these rows sees. `k` holds the segment's keys of the head, each `stride` after the one before.
+    fn weights<T: Real>(
+        &self,
+        q: &[T],
+        (k, stride): (&[T], usize),
+        (s, head): (&Segment, usize),
+        from: usize,
+        n: usize,
+    ) -> (Vec<T>, usize) {
+        let (q_width, d) = (self.heads * self.head_dim, self.head_dim);
+        let offset = s.key_count() - s.q_len;
         let keys = offset + from + n;
         let mut p = vec![T::zero(); n * keys];
-        product(
-            (n, keys, self.head_dim),
-            &mut p,
-            Strides(keys, 1),
-            false,
-            &q[(s.q_start + from) * q_width + head * self.head_dim..],
-            Strides(q_width, 1),
-            &k[s.k_start * kv_width + kv * self.head_dim..],
-            Strides(1, kv_width),
-            T::from_f64(self.scale),
-            false,
-        );
+        let q = &q[(s.q_start + from) * q_width + head * d..];
+        let (shape, scale) = ((n, keys, d), T::from_f64(self.scale));
+        product(shape, &mut p, Strides(keys, 1), false, q, Strides(q_width, 1), k, Strides(1, stride), scale, false);
         for (i, row) in p.chunks_exact_mut(keys).enumerate() {
             let (seen, hidden) = row.split_at_mut(offset + from + i + 1);
-            let max = seen.iter().copied().fold(T::neg_infinity(), num_traits::Float::max);
-            let mut total = T::zero();
-            for v in seen.iter_mut() {
-                *v = (*v - max).exp();
-                total += *v;
-            }
-            let inverse = total.recip();
-            seen.iter_mut().for_each(|v| *v *= inverse);
+            softmax(seen);
             hidden.fill(T::zero());
         }
         (p, keys)
+    }
+
+    /// Columns of a key head in the key rows.
+    fn key_column(&self, head: usize) -> usize {
+        head / (self.heads / self.kv_heads) * self.head_dim
     }
 
     fn forward<T: Real>(&self, q: &[T], k: &[T], v: &[T]) -> Vec<T> {
@@ -163,14 +196,15 @@ impl Attention {
         let out = Shared(y.as_mut_ptr());
         let tasks = self.segments.iter().flat_map(|s| (0..self.heads).map(move |h| (s, h)));
         tasks.collect::<Vec<_>>().into_par_iter().for_each(|(s, head)| {
-            let kv = head / (self.heads / self.kv_heads);
+            let column = self.key_column(head);
+            let (k, k_stride) = s.key_rows(k, kv_width, column, d);
+            let (v, v_stride) = s.key_rows(v, kv_width, column, d);
             for from in (0..s.q_len).step_by(BLOCK) {
                 let n = BLOCK.min(s.q_len - from);
-                let (p, keys) = self.weights(q, k, s, head, from, n);
-                let values = &v[s.k_start * kv_width + kv * d..];
-                assert!((keys - 1) * kv_width + d <= values.len());
+                let (p, keys) = self.weights(q, (&k, k_stride), (s, head), from, n);
+                assert!((keys - 1) * v_stride + d <= v.len());
                 // SAFETY: the segments' query rows are disjoint (checked in `new`) and each task owns one
-                // head's columns of them; `p` and `values` are as long as their shapes say.
+                // head's columns of them; `p` and `v` are as long as their shapes say.
                 unsafe {
                     product_raw(
                         (n, d, keys),
@@ -179,8 +213,8 @@ impl Attention {
                         false,
                         p.as_ptr(),
                         Strides(keys, 1),
-                        values.as_ptr(),
-                        Strides(kv_width, 1),
+                        v.as_ptr(),
+                        Strides(v_stride, 1),
                         T::one(),
                         false,
                     )
@@ -195,94 +229,52 @@ impl Attention {
         let (q_width, kv_width) = self.widths();
         let (d, group) = (self.head_dim, self.heads / self.kv_heads);
         let mut dq = vec![T::zero(); q.len()];
-        let (mut dk, mut dv) = (vec![T::zero(); k.len()], vec![T::zero(); v.len()]);
         let out_q = Shared(dq.as_mut_ptr());
-        // Two segments may share key rows (a common prefix), so a key head's segments run in one task.
-        let (out_k, out_v) = (Shared(dk.as_mut_ptr()), Shared(dv.as_mut_ptr()));
-        let shares_keys = {
-            let mut spans: Vec<_> = self.segments.iter().map(|s| (s.k_start, s.k_start + s.k_len)).collect();
-            spans.sort_unstable();
-            spans.windows(2).any(|w| w[1].0 < w[0].1)
-        };
-        let run = |s: &Segment, kv: usize| {
+        let run = |(s, kv): (&Segment, usize)| {
+            let (k, k_stride) = s.key_rows(k, kv_width, kv * d, d);
+            let (v, v_stride) = s.key_rows(v, kv_width, kv * d, d);
+            let size = s.key_count() * d;
+            let (mut dk, mut dv) = (vec![T::zero(); size], vec![T::zero(); size]);
+            let (one, q_strides, thin) = (T::one(), Strides(q_width, 1), Strides(d, 1));
             for head in kv * group..(kv + 1) * group {
                 for from in (0..s.q_len).step_by(BLOCK) {
                     let n = BLOCK.min(s.q_len - from);
-                    let (p, keys) = self.weights(q, k, s, head, from, n);
+                    let (p, keys) = self.weights(q, (&k, k_stride), (s, head), from, n);
                     let row = (s.q_start + from) * q_width + head * d;
-                    let key = s.k_start * kv_width + kv * d;
+                    let (q, g) = (&q[row..], &g[row..]);
                     let mut ds = vec![T::zero(); n * keys];
-                    let g_strides = Strides(q_width, 1);
-                    product(
-                        (n, keys, d),
-                        &mut ds,
-                        Strides(keys, 1),
-                        false,
-                        &g[row..],
-                        g_strides,
-                        &v[key..],
-                        Strides(1, kv_width),
-                        T::one(),
-                        false,
-                    );
-                    for i in 0..n {
-                        let at = row + i * q_width;
-                        let along: T = g[at..at + d].iter().zip(&y[at..at + d]).map(|(&g, &y)| g * y).sum();
-                        for j in 0..keys {
-                            let e = i * keys + j;
-                            ds[e] = p[e] * (ds[e] - along) * T::from_f64(self.scale);
-                        }
+                    let (wide, turned) = (Strides(keys, 1), Strides(1, keys));
+                    product((n, keys, d), &mut ds, wide, false, g, q_strides, &v, Strides(1, v_stride), one, false);
+                    for (i, (ds, p)) in ds.chunks_exact_mut(keys).zip(p.chunks_exact(keys)).enumerate() {
+                        let (g, y) = (&g[i * q_width..][..d], &y[row + i * q_width..][..d]);
+                        let along: T = g.iter().zip(y).map(|(&g, &y)| g * y).sum();
+                        let scale = T::from_f64(self.scale);
+                        ds.iter_mut().zip(p).for_each(|(ds, &p)| *ds = p * (*ds - along) * scale);
                     }
-                    assert!(key + (keys - 1) * kv_width + d <= k.len());
-                    // SAFETY: this task owns the query rows and head columns it writes in `dq`, and the key
-                    // rows and key-head columns in `dk` and `dv` (segments that share keys share a task);
-                    // the assertion bounds the key side, `new` the query side.
+                    assert!((keys - 1) * k_stride + d <= k.len());
+                    // SAFETY: this task alone writes these query rows and head columns of `dq`, which `new` checked to
+                    // lie inside; `ds` and `k` are as long as their shapes say.
                     unsafe {
-                        product_raw(
-                            (n, d, keys),
-                            out_q.at(row),
-                            g_strides,
-                            false,
-                            ds.as_ptr(),
-                            Strides(keys, 1),
-                            k[key..].as_ptr(),
-                            Strides(kv_width, 1),
-                            T::one(),
-                            false,
-                        );
-                        product_raw(
-                            (keys, d, n),
-                            out_k.at(key),
-                            Strides(kv_width, 1),
-                            true,
-                            ds.as_ptr(),
-                            Strides(1, keys),
-                            q[row..].as_ptr(),
-                            g_strides,
-                            T::one(),
-                            false,
-                        );
-                        product_raw(
-                            (keys, d, n),
-                            out_v.at(key),
-                            Strides(kv_width, 1),
-                            true,
-                            p.as_ptr(),
-                            Strides(1, keys),
-                            g[row..].as_ptr(),
-                            g_strides,
-                            T::one(),
-                            false,
-                        );
+                        let (dq, ds, k) = (out_q.at(row), ds.as_ptr(), k.as_ptr());
+                        product_raw((n, d, keys), dq, q_strides, false, ds, wide, k, Strides(k_stride, 1), one, false);
                     }
+                    product((keys, d, n), &mut dk, thin, true, &ds, turned, q, q_strides, one, false);
+                    product((keys, d, n), &mut dv, thin, true, &p, turned, g, q_strides, one, false);
                 }
             }
+            (dk, dv)
         };
-        if shares_keys {
-            (0..self.kv_heads).into_par_iter().for_each(|kv| self.segments.iter().for_each(|s| run(s, kv)));
-        } else {
-            let tasks = self.segments.iter().flat_map(|s| (0..self.kv_heads).map(move |kv| (s, kv)));
-            tasks.collect::<Vec<_>>().into_par_iter().for_each(|(s, kv)| run(s, kv));
+        let tasks: Vec<_> = self.segments.iter().flat_map(|s| (0..self.kv_heads).map(move |kv| (s, kv))).collect();
+        let parts: Vec<_> = tasks.par_iter().map(|&task| run(task)).collect();
+        // Segments may share key rows, so the sums are formed here, in a fixed order.
+        let (mut dk, mut dv) = (vec![T::zero(); k.len()], vec![T::zero(); v.len()]);
+        for ((s, kv), (part_k, part_v)) in tasks.into_iter().zip(parts) {
+            let rows = s.keys.iter().flat_map(|&(start, n)| start..start + n);
+            for (row, (from_k, from_v)) in rows.zip(part_k.chunks_exact(d).zip(part_v.chunks_exact(d))) {
+                let at = row * kv_width + kv * d;
+                dk[at..at + d].iter_mut().zip(from_k).for_each(|(sum, &v)| *sum += v);
+                dv[at..at + d].iter_mut().zip(from_v).for_each(|(sum, &v)| *sum += v);
+            }
         }
         [dq, dk, dv]
     }
@@ -346,7 +338,7 @@ mod tests {
     fn packed(lengths: &[(usize, usize)]) -> (Vec<Segment>, usize, usize) {
         let (mut q, mut k, mut segments) = (0, 0, Vec::new());
         for &(q_len, cached) in lengths {
-            segments.push(Segment { q_start: q, q_len, k_start: k, k_len: q_len + cached });
+            segments.push(Segment { q_start: q, q_len, keys: vec![(k, q_len + cached)] });
             q += q_len;
             k += q_len + cached;
         }
@@ -387,11 +379,14 @@ mod tests {
     #[test]
     fn gradients_flow_into_keys_that_two_segments_share() -> Result<()> {
         let segments = [
-            Segment { q_start: 0, q_len: 2, k_start: 0, k_len: 2 },
-            Segment { q_start: 2, q_len: 1, k_start: 0, k_len: 3 },
+            Segment { q_start: 0, q_len: 2, keys: vec![(0, 2)] },
+            Segment { q_start: 2, q_len: 1, keys: vec![(0, 3)] },
+            Segment { q_start: 3, q_len: 1, keys: vec![(0, 2), (3, 1)] },
         ];
-        let (q, k) = (random((3, 4), 1, DType::F64)?, random((3, 4), 2, DType::F64)?);
-        let v = random((3, 4), 3, DType::F64)?;
+        let (q, k) = (random((4, 4), 1, DType::F64)?, random((4, 4), 2, DType::F64)?);
+        let v = random((4, 4), 3, DType::F64)?;
+        let fast = attention((&q, &k, &v), &segments, 4, 0.5)?;
+        assert_close(&fast, &attention_reference((&q, &k, &v), &segments, 4, 0.5)?, 1e-12)?;
         gradient_matches(&k, |k| attention((&q, k, &v), &segments, 4, 0.5))?;
         gradient_matches(&v, |v| attention((&q, &k, v), &segments, 4, 0.5))
     }

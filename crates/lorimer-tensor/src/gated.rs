@@ -4,6 +4,7 @@ use candle_core::{CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use crate::raw::{Real, rows_per_task, slice, with_slices};
+use crate::wide::wide;
 
 /// `silu(gate)·up`, element by element; both of one shape, f32 or f64.
 pub fn silu_mul(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
@@ -21,19 +22,22 @@ pub fn silu_mul_reference(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     gate.silu()? * up
 }
 
-struct SiluMul;
+pub(crate) struct SiluMul;
 
+#[inline(always)]
 fn sigmoid<T: Real>(v: T) -> T {
-    (T::one() + (-v).exp()).recip()
+    (T::one() + (-v).exp_fast()).recip()
 }
 
 fn forward<T: Real>(gate: &[T], up: &[T]) -> CpuStorage {
     let mut y = vec![T::zero(); gate.len()];
     let chunk = rows_per_task(gate.len());
     y.par_chunks_mut(chunk).zip(gate.par_chunks(chunk).zip(up.par_chunks(chunk))).for_each(|(y, (gate, up))| {
-        for ((y, &g), &u) in y.iter_mut().zip(gate).zip(up) {
-            *y = g * sigmoid(g) * u;
-        }
+        wide(|| {
+            for ((y, &g), &u) in y.iter_mut().zip(gate).zip(up) {
+                *y = g * sigmoid(g) * u;
+            }
+        });
     });
     T::to_cpu_storage_owned(y)
 }
@@ -46,11 +50,15 @@ fn backward<T: Real>(gate: &Tensor, up: &Tensor, grad: &Tensor) -> Result<(Optio
             .zip(du.par_chunks_mut(chunk))
             .zip(gate.par_chunks(chunk).zip(up.par_chunks(chunk)).zip(grad.par_chunks(chunk)))
             .for_each(|((dg, du), ((gate, up), grad))| {
-                for i in 0..gate.len() {
-                    let s = sigmoid(gate[i]);
-                    du[i] = grad[i] * gate[i] * s;
-                    dg[i] = grad[i] * up[i] * s * (T::one() + gate[i] * (T::one() - s));
-                }
+                wide(|| {
+                    let (n, one) = (gate.len(), T::one());
+                    let (dg, du, up, grad) = (&mut dg[..n], &mut du[..n], &up[..n], &grad[..n]);
+                    for i in 0..n {
+                        let s = sigmoid(gate[i]);
+                        du[i] = grad[i] * gate[i] * s;
+                        dg[i] = grad[i] * up[i] * s * (one + gate[i] * (one - s));
+                    }
+                });
             });
         Ok((dg, du))
     })?;

@@ -17,6 +17,8 @@ pub mod norm;
 pub mod project;
 mod raw;
 pub mod rotary;
+pub mod tape;
+mod wide;
 
 pub use attention::{Segment, attention};
 pub use gated::silu_mul;
@@ -24,6 +26,7 @@ pub use loss::cross_entropy;
 pub use norm::rms_norm;
 pub use project::{FrozenWeight, frozen_linear};
 pub use rotary::{RotaryTable, rotary};
+pub use tape::{Gradients, Ops, Tape};
 
 #[cfg(test)]
 mod check;

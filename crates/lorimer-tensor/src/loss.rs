@@ -3,7 +3,9 @@
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use crate::raw::{Real, slice, with_slices};
+use crate::project::{FrozenWeight, frozen_accumulate_input, frozen_linear};
+use crate::raw::{Real, slice, with_mut_slice, with_slices};
+use crate::wide::{exp_in_place, wide};
 
 /// `−log softmax(logits)[target]` of every row: `logits` (rows, vocabulary) f32 or f64, one target a row → (rows).
 pub fn cross_entropy(logits: &Tensor, targets: &[u32]) -> Result<Tensor> {
@@ -27,6 +29,53 @@ pub fn cross_entropy_reference(logits: &Tensor, targets: &[u32]) -> Result<Tenso
     let shifted = logits.broadcast_sub(&max)?;
     let total = shifted.exp()?.sum_keepdim(1)?.log()?;
     (total - shifted.gather(&index, 1)?)?.squeeze(1)
+}
+
+/// Bytes of logits that exist at a time in [`head_loss_and_gradient`].
+const CHUNK_BYTES: usize = 32 << 20;
+
+/// Σ −log softmax(x Wᵀ)[target] over rows (a scalar) and its gradient (rows, width): `x` (rows, width), `head` (vocabulary,
+/// width). Logits exist for a chunk of rows only.
+pub(crate) fn head_loss_and_gradient(x: &Tensor, head: &FrozenWeight, targets: &[u32]) -> Result<(Tensor, Tensor)> {
+    fn run<T: Real>(x: &Tensor, head: &FrozenWeight, targets: &[u32]) -> Result<(Tensor, Tensor)> {
+        let (rows, width) = x.dims2()?;
+        let vocabulary = head.dims()?.0;
+        let chunk = (CHUNK_BYTES / (vocabulary.max(1) * size_of::<T>())).clamp(1, rows.max(1));
+        let mut gradient = vec![T::zero(); rows * width];
+        let mut total = 0.0;
+        for ((start, targets), dx) in
+            (0..rows).step_by(chunk).zip(targets.chunks(chunk)).zip(gradient.chunks_mut(chunk * width.max(1)))
+        {
+            let logits = frozen_linear(&x.narrow(0, start, targets.len())?.contiguous()?.detach(), head)?;
+            with_mut_slice(&logits, |logits: &mut [T]| {
+                let losses = logits.par_chunks_mut(vocabulary).zip(targets).map(|(row, &t)| {
+                    let target = row[t as usize];
+                    let (max, sum) = wide(|| {
+                        let (max, sum) = exp_in_place(row);
+                        let inverse = sum.recip();
+                        row.iter_mut().for_each(|v| *v *= inverse);
+                        (max, sum)
+                    });
+                    let own = target - max;
+                    row[t as usize] -= T::one();
+                    num_traits::ToPrimitive::to_f64(&(sum.ln() - own)).unwrap_or(f64::NAN)
+                });
+                total += losses.collect::<Vec<f64>>().into_iter().sum::<f64>();
+                Ok(())
+            })?;
+            frozen_accumulate_input(&logits, head, dx, false)?;
+        }
+        let loss = Tensor::new(total, x.device())?.to_dtype(x.dtype())?;
+        Ok((loss, Tensor::from_vec(gradient, (rows, width), x.device())?))
+    }
+    let vocabulary = head.dims()?.0;
+    if targets.len() != x.dim(0)? || targets.iter().any(|&t| t as usize >= vocabulary) {
+        candle_core::bail!("cross-entropy: {} targets for {:?}, below {vocabulary} each", targets.len(), x.shape());
+    }
+    match x.dtype() {
+        DType::F64 => run::<f64>(x, head, targets),
+        _ => run::<f32>(x, head, targets),
+    }
 }
 
 struct CrossEntropy {

@@ -4,6 +4,7 @@ use candle_core::{CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use crate::raw::{Real, rows_per_task, slice, with_slices};
+use crate::wide::{sum2, wide};
 
 /// RMS norm over the last dimension. `x` (rows, width), `weight` (width) of the same dtype → (rows, width).
 /// Both have gradients.
@@ -20,12 +21,13 @@ pub fn rms_norm_reference(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tenso
     x.broadcast_div(&(mean + eps)?.sqrt()?)?.broadcast_mul(weight)
 }
 
-struct RmsNorm {
-    eps: f64,
+pub(crate) struct RmsNorm {
+    pub(crate) eps: f64,
 }
 
+#[inline(always)]
 fn inverse_rms<T: Real>(row: &[T], eps: f64) -> T {
-    let squares: T = row.iter().map(|&v| v * v).sum();
+    let squares = sum2(row, row, |a, b| a * b);
     (squares / T::from_f64(row.len() as f64) + T::from_f64(eps)).sqrt().recip()
 }
 
@@ -35,10 +37,12 @@ impl RmsNorm {
         let chunk = rows_per_task(x.len() / w.len().max(1)) * w.len().max(1);
         y.par_chunks_mut(chunk).zip(x.par_chunks(chunk)).for_each(|(y, x)| {
             for (y, x) in y.chunks_exact_mut(w.len()).zip(x.chunks_exact(w.len())) {
-                let scale = inverse_rms(x, self.eps);
-                for ((y, &x), &w) in y.iter_mut().zip(x).zip(w) {
-                    *y = x * scale * w;
-                }
+                wide(|| {
+                    let scale = inverse_rms(x, self.eps);
+                    for ((y, &x), &w) in y.iter_mut().zip(x).zip(w) {
+                        *y = x * scale * w;
+                    }
+                });
             }
         });
         T::to_cpu_storage_owned(y)
@@ -54,16 +58,22 @@ impl RmsNorm {
                 .par_chunks_mut(chunk)
                 .zip(x.par_chunks(chunk).zip(g.par_chunks(chunk)))
                 .map(|(dx, (x, g))| {
-                    let mut dw = vec![T::zero(); width];
+                    let (mut dw, mut gw) = (vec![T::zero(); width], vec![T::zero(); width]);
                     for (dx, (x, g)) in dx.chunks_exact_mut(width).zip(x.chunks_exact(width).zip(g.chunks_exact(width)))
                     {
-                        let scale = inverse_rms(x, self.eps);
-                        let along: T = x.iter().zip(g).zip(w).map(|((&x, &g), &w)| x * g * w).sum();
-                        let along = along * scale * scale / T::from_f64(width as f64);
-                        for i in 0..width {
-                            dx[i] = scale * (g[i] * w[i] - x[i] * along);
-                            dw[i] += g[i] * x[i] * scale;
-                        }
+                        wide(|| {
+                            let scale = inverse_rms(x, self.eps);
+                            for ((t, &g), &w) in gw.iter_mut().zip(g).zip(w) {
+                                *t = g * w;
+                            }
+                            let along = sum2(x, &gw, |x, gw| x * gw) * scale * scale / T::from_f64(width as f64);
+                            for ((dx, &x), &gw) in dx.iter_mut().zip(x).zip(&gw) {
+                                *dx = scale * (gw - x * along);
+                            }
+                            for ((dw, &g), &x) in dw.iter_mut().zip(g).zip(x) {
+                                *dw += g * x * scale;
+                            }
+                        });
                     }
                     dw
                 })

@@ -8,6 +8,7 @@ use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Result, Shape, T
 use rayon::prelude::*;
 
 use crate::raw::{Real, Shared, Strides, product, product_raw, slice, with_slices};
+use crate::wide::{sum2, wide};
 
 /// Rows of a weight that are expanded at a time when it is stored in fewer bits than it is used in.
 const TILE_ROWS: usize = 128;
@@ -153,47 +154,49 @@ pub fn frozen_linear_reference(x: &Tensor, weight: &FrozenWeight) -> Result<Tens
 
 /// `g W`: the gradient of `x` from the gradient `g` (rows, outputs) of `x Wᵀ`; (rows, inputs).
 pub fn frozen_backward_input(grad: &Tensor, weight: &FrozenWeight) -> Result<Tensor> {
-    let (rows, outputs) = grad.dims2()?;
-    let (_, inputs) = weight.dims()?;
-    match (weight, grad.dtype()) {
-        (FrozenWeight::Dense(w), DType::F32) if w.dtype() == DType::F32 => {
-            with_slices([grad, w], |[g, w]| dense_backward::<f32>(g, w, (rows, outputs, inputs)))
-        }
-        (FrozenWeight::Dense(w), DType::F64) => {
-            with_slices([grad, &w.to_dtype(DType::F64)?], |[g, w]| dense_backward::<f64>(g, w, (rows, outputs, inputs)))
-        }
-        (_, DType::F64) => {
-            let w = weight.dense(DType::F64)?;
-            with_slices([grad, &w], |[g, w]| dense_backward::<f64>(g, w, (rows, outputs, inputs)))
-        }
-        _ => with_slices([grad], |[g]| {
-            let mut dx = vec![0f32; rows * inputs];
-            for index in 0..weight.tile_count()? {
-                let (tile, start) = (weight.tile(index)?, index * TILE_ROWS);
-                let n = tile.len() / inputs.max(1);
-                product(
-                    (rows, inputs, n),
-                    &mut dx,
-                    Strides(inputs, 1),
-                    index > 0,
-                    &g[start.min(g.len())..],
-                    Strides(outputs, 1),
-                    &tile,
-                    Strides(inputs, 1),
-                    1.0,
-                    true,
-                );
-            }
-            Tensor::from_vec(dx, (rows, inputs), &Device::Cpu)
-        }),
+    fn run<T: Real>(grad: &Tensor, weight: &FrozenWeight, shape: (usize, usize)) -> Result<Tensor> {
+        let mut dx = vec![T::zero(); shape.0 * shape.1];
+        frozen_accumulate_input(grad, weight, &mut dx, false)?;
+        Tensor::from_vec(dx, shape, &Device::Cpu)
+    }
+    let shape = (grad.dim(0)?, weight.dims()?.1);
+    match grad.dtype() {
+        DType::F64 => run::<f64>(grad, weight, shape),
+        _ => run::<f32>(grad, weight, shape),
     }
 }
 
-fn dense_backward<T: Real>(g: &[T], w: &[T], (rows, outputs, inputs): (usize, usize, usize)) -> Result<Tensor> {
-    let mut dx = vec![T::zero(); rows * inputs];
-    let (m, n, k) = (rows, inputs, outputs);
-    product((m, n, k), &mut dx, Strides(n, 1), false, g, Strides(k, 1), w, Strides(n, 1), T::one(), true);
-    Tensor::from_vec(dx, (rows, inputs), &Device::Cpu)
+/// `dx = keep·dx + g W` with `keep` 0 or 1; `grad` (rows, outputs) of dx's type, `dx` (rows, inputs).
+pub(crate) fn frozen_accumulate_input<T: Real>(
+    grad: &Tensor,
+    weight: &FrozenWeight,
+    dx: &mut [T],
+    keep: bool,
+) -> Result<()> {
+    let (rows, outputs) = grad.dims2()?;
+    let (_, inputs) = weight.dims()?;
+    let whole = |w: &Tensor, dx: &mut [T]| {
+        with_slices([grad, w], |[g, w]: [&[T]; 2]| {
+            let (shape, w_strides) = ((rows, inputs, outputs), Strides(inputs, 1));
+            product(shape, dx, Strides(inputs, 1), keep, g, Strides(outputs, 1), w, w_strides, T::one(), true);
+            Ok(())
+        })
+    };
+    match weight {
+        FrozenWeight::Dense(w) if w.dtype() == T::DTYPE => whole(w, dx),
+        _ if T::DTYPE == DType::F64 => whole(&weight.dense(DType::F64)?, dx),
+        _ => with_slices([grad], |[g]: [&[T]; 1]| {
+            for index in 0..weight.tile_count()? {
+                let start = index * TILE_ROWS;
+                let tile: Vec<T> = weight.tile(index)?.into_iter().map(|v| T::from_f64(f64::from(v))).collect();
+                let n = tile.len() / inputs.max(1);
+                let (shape, strides) = ((rows, inputs, n), Strides(inputs, 1));
+                let g = &g[start.min(g.len())..];
+                product(shape, dx, strides, keep || index > 0, g, Strides(outputs, 1), &tile, strides, T::one(), true);
+            }
+            Ok(())
+        }),
+    }
 }
 
 fn dense_forward<T: Real>(x: &[T], w: &[T], (rows, outputs, inputs): (usize, usize, usize)) -> Vec<T> {
@@ -205,7 +208,7 @@ fn dense_forward<T: Real>(x: &[T], w: &[T], (rows, outputs, inputs): (usize, usi
             for (j, w) in w.chunks_exact(inputs).enumerate() {
                 for (r, x) in x.chunks_exact(inputs).enumerate() {
                     // SAFETY: each (row, output) pair belongs to one task and lies inside `y`.
-                    unsafe { *out.at(r * outputs + c * chunk + j) = dot(x, w) };
+                    unsafe { *out.at(r * outputs + c * chunk + j) = wide(|| sum2(x, w, |a, b| a * b)) };
                 }
             }
         });
@@ -214,19 +217,6 @@ fn dense_forward<T: Real>(x: &[T], w: &[T], (rows, outputs, inputs): (usize, usi
     let (m, n, k) = (rows, outputs, inputs);
     product((m, n, k), &mut y, Strides(n, 1), false, x, Strides(k, 1), w, Strides(1, k), T::one(), true);
     y
-}
-
-/// Dot product in sixteen lanes, so that the order of additions does not depend on the machine.
-fn dot<T: Real>(a: &[T], b: &[T]) -> T {
-    let mut lanes = [T::zero(); 16];
-    let (a_chunks, b_chunks) = (a.chunks_exact(16), b.chunks_exact(16));
-    let tail: T = a_chunks.remainder().iter().zip(b_chunks.remainder()).map(|(&a, &b)| a * b).sum();
-    for (a, b) in a_chunks.zip(b_chunks) {
-        for ((lane, &a), &b) in lanes.iter_mut().zip(a).zip(b) {
-            *lane += a * b;
-        }
-    }
-    lanes.iter().copied().sum::<T>() + tail
 }
 
 struct FrozenLinear {

@@ -1,11 +1,42 @@
 //! Slices out of candle storages, and matrix products straight into slices.
 
-use candle_core::{CpuStorage, Error, Layout, Result, Storage, Tensor, WithDType};
+use std::cell::RefCell;
+
+use candle_core::{CpuStorage, Error, InplaceOp1, Layout, Result, Storage, Tensor, WithDType};
 
 /// The two floating-point types that a CPU kernel computes in.
-pub(crate) trait Real: WithDType + num_traits::Float + std::iter::Sum {}
-impl Real for f32 {}
-impl Real for f64 {}
+pub(crate) trait Real: WithDType + num_traits::Float + std::iter::Sum {
+    /// The elements of a CPU storage of this type.
+    fn mut_slice(storage: &mut CpuStorage) -> Result<&mut [Self]>;
+    /// eˣ, to within rounding.
+    fn exp_fast(self) -> Self;
+}
+
+impl Real for f32 {
+    fn mut_slice(storage: &mut CpuStorage) -> Result<&mut [f32]> {
+        match storage {
+            CpuStorage::F32(values) => Ok(values),
+            _ => candle_core::bail!("lorimer kernel: f32 expected"),
+        }
+    }
+    #[inline(always)]
+    fn exp_fast(self) -> f32 {
+        crate::wide::exp_f32(self)
+    }
+}
+
+impl Real for f64 {
+    fn mut_slice(storage: &mut CpuStorage) -> Result<&mut [f64]> {
+        match storage {
+            CpuStorage::F64(values) => Ok(values),
+            _ => candle_core::bail!("lorimer kernel: f64 expected"),
+        }
+    }
+    #[inline(always)]
+    fn exp_fast(self) -> f64 {
+        self.exp()
+    }
+}
 
 /// The elements of a contiguous CPU storage.
 pub(crate) fn slice<'a, T: Real>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [T]> {
@@ -31,6 +62,24 @@ pub(crate) fn with_slices<T: Real, R, const N: usize>(
         }
     }
     f(slices)
+}
+
+/// Calls `f` with the elements of a contiguous CPU tensor, to be changed in place. Whoever shares the storage sees it.
+pub(crate) fn with_mut_slice<T: Real>(tensor: &Tensor, f: impl FnOnce(&mut [T]) -> Result<()>) -> Result<()> {
+    struct Write<F>(RefCell<Option<F>>);
+    impl<F: FnOnce(&mut CpuStorage, &Layout) -> Result<()>> InplaceOp1 for Write<F> {
+        fn name(&self) -> &'static str {
+            "lorimer write"
+        }
+        fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> Result<()> {
+            self.0.borrow_mut().take().map_or(Ok(()), |f| f(storage, layout))
+        }
+    }
+    let write = |storage: &mut CpuStorage, layout: &Layout| match layout.contiguous_offsets() {
+        Some((start, end)) => f(&mut T::mut_slice(storage)?[start..end]),
+        None => Err(Error::RequiresContiguous { op: "lorimer kernel" }.bt()),
+    };
+    tensor.inplace_op1(&Write(RefCell::new(Some(write))))
 }
 
 /// A strided view of a matrix for [`product`]: `(row stride, column stride)` in elements.

@@ -32,18 +32,11 @@ impl RotaryTable {
 
 /// Turns every head of every row: `x` (rows, heads·head_dim) f32 or f64 → the same shape.
 pub fn rotary(x: &Tensor, table: &RotaryTable) -> Result<Tensor> {
-    let (rows, width) = x.dims2()?;
-    if rows != table.rows || width % (2 * table.half.max(1)) != 0 {
-        candle_core::bail!(
-            "rotary: x is ({rows}, {width}) but the table has {} rows for heads of {}",
-            table.rows,
-            2 * table.half
-        );
-    }
+    let op = Rotary::new(x, table)?;
     if !x.device().is_cpu() {
         return rotary_reference(x, table);
     }
-    x.contiguous()?.apply_op1(Rotary { table: table.clone(), backwards: false })
+    x.contiguous()?.apply_op1(op)
 }
 
 /// The reference form out of plain candle operations.
@@ -60,12 +53,24 @@ pub fn rotary_reference(x: &Tensor, table: &RotaryTable) -> Result<Tensor> {
     Tensor::cat(&[first, second], 2)?.reshape((rows, width))
 }
 
-struct Rotary {
+pub(crate) struct Rotary {
     table: RotaryTable,
     backwards: bool,
 }
 
 impl Rotary {
+    pub(crate) fn new(x: &Tensor, table: &RotaryTable) -> Result<Self> {
+        let (rows, width) = x.dims2()?;
+        if rows != table.rows || width % (2 * table.half.max(1)) != 0 {
+            candle_core::bail!(
+                "rotary: x is ({rows}, {width}) but the table has {} rows for heads of {}",
+                table.rows,
+                2 * table.half
+            );
+        }
+        Ok(Self { table: table.clone(), backwards: false })
+    }
+
     fn run<T: Real>(&self, x: &[T], width: usize) -> Vec<T> {
         let half = self.table.half;
         let mut y = vec![T::zero(); x.len()];

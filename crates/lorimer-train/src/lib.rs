@@ -10,6 +10,7 @@ pub mod log;
 pub mod optimizer;
 pub mod schedule;
 pub mod session;
+pub mod step;
 pub mod trainer;
 
 pub use encode::{DataReport, EncodeOptions, Example, TooLong};

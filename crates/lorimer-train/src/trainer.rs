@@ -7,8 +7,8 @@ use std::time::Instant;
 
 use candle_core::Tensor;
 use lorimer_adapter::{Adapter, Attached, Step};
-use lorimer_model::{Batch, Llama, TextModel};
-use lorimer_tensor::cross_entropy;
+use lorimer_model::{Llama, TextModel};
+use lorimer_tensor::Gradients;
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
@@ -21,6 +21,7 @@ use crate::evaluate::{Evaluation, evaluate};
 use crate::log::{Log, Record, plot};
 use crate::optimizer::{AdamW, AdamWConfig, Optimizer, clip};
 use crate::schedule::{Schedule, Shape};
+use crate::step::{StepOptions, accumulate_gradients};
 
 /// Settings of a run. What is here decides the result; the same settings give the same bytes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -51,6 +52,8 @@ pub struct TrainSettings {
     pub eval_steps: Option<usize>,
     /// Keep the adapter of the lowest evaluation loss instead of the last.
     pub keep_best: bool,
+    /// How forward and backward go about it.
+    pub step: StepOptions,
 }
 
 impl Default for TrainSettings {
@@ -69,6 +72,7 @@ impl Default for TrainSettings {
             shuffle: true,
             eval_steps: None,
             keep_best: false,
+            step: StepOptions::default(),
         }
     }
 }
@@ -106,15 +110,22 @@ impl TrainSettings {
         self.max_steps.unwrap_or(by_epochs.max(1))
     }
 
-    /// The rows of one step, each micro-batch a list of indices.
-    fn rows(&self, step: usize, examples: usize) -> Vec<Vec<usize>> {
-        let per_epoch = self.steps_per_epoch(examples);
-        let (epoch, within) = (step / per_epoch, step % per_epoch);
+    /// The order of rows in an epoch.
+    fn order(&self, epoch: usize, examples: usize) -> Vec<usize> {
         let mut order: Vec<usize> = (0..examples).collect();
         if self.shuffle {
             let seed = lorimer_adapter::method::site_seed(self.seed, &format!("epoch {epoch}"));
             order.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));
         }
+        order
+    }
+
+    /// The rows of one step, each micro-batch a list of indices. `order` keeps the epoch's order between steps.
+    fn rows(&self, step: usize, examples: usize, order: &mut Option<(usize, Vec<usize>)>) -> Vec<Vec<usize>> {
+        let per_epoch = self.steps_per_epoch(examples);
+        let (epoch, within) = (step / per_epoch, step % per_epoch);
+        let kept = order.take().filter(|(of, _)| *of == epoch);
+        let (_, order) = order.insert(kept.unwrap_or_else(|| (epoch, self.order(epoch, examples))));
         let size = self.batch_size * self.gradient_accumulation;
         let rows = &order[within * size..((within + 1) * size).min(examples)];
         rows.chunks(self.batch_size).map(<[usize]>::to_vec).collect()
@@ -187,6 +198,8 @@ pub struct Outcome {
     pub examples: usize,
     /// Tokens seen in this process.
     pub tokens: usize,
+    /// Token rows computed in this process; less than the tokens where prefixes were shared.
+    pub computed_tokens: usize,
     /// Learnt tokens seen in this process.
     pub supervised_tokens: usize,
     /// Seconds of this process's training steps (evaluation and saving apart).
@@ -200,21 +213,6 @@ pub struct Outcome {
     /// All log records.
     #[serde(skip)]
     pub history: Vec<Record>,
-}
-
-/// Σ −log p over learnt tokens of the rows, their number and the number of all tokens. The head is computed only at
-/// positions that predict a learnt token.
-pub fn batch_loss(model: &Llama, attached: &Attached<'_>, rows: &[&Example]) -> Result<(Tensor, usize, usize)> {
-    let batch = Batch::pack(rows.iter().map(|e| e.tokens.as_slice()));
-    let hidden = model.hidden(&batch, attached)?;
-    let (index, targets): (Vec<u32>, Vec<u32>) = rows
-        .iter()
-        .zip(&batch.segments)
-        .flat_map(|(e, s)| e.targets().map(|i| ((s.q_start + i - 1) as u32, e.tokens[i])))
-        .unzip();
-    let index = Tensor::from_vec(index, targets.len(), hidden.device())?;
-    let logits = model.logits(&hidden.index_select(&index, 0)?, attached)?;
-    Ok((cross_entropy(&logits, &targets)?.sum_all()?, targets.len(), batch.tokens.len()))
 }
 
 fn snapshot(adapter: &Adapter) -> Result<BTreeMap<String, Tensor>> {
@@ -275,6 +273,7 @@ impl Run<'_> {
             interrupted: false,
             examples: 0,
             tokens: 0,
+            computed_tokens: 0,
             supervised_tokens: 0,
             seconds: 0.0,
             losses: Vec::new(),
@@ -284,29 +283,26 @@ impl Run<'_> {
         };
         tell(Event::Begin { step: state.step, total });
         let attached = Attached::one(self.adapter);
+        let mut order = None;
         while state.step < total {
             let clock = Instant::now();
-            let micro = s.rows(state.step, self.train.len());
+            let micro = s.rows(state.step, self.train.len(), &mut order);
             let supervised: usize = micro.iter().flatten().map(|&i| self.train[i].targets().count()).sum();
-            let mut gradients: Vec<Option<Tensor>> = vec![None; parameters.len()];
+            let mut sums = Gradients::default();
             let (mut loss, mut tokens) = (0.0, 0);
             for (m, rows) in micro.iter().enumerate() {
                 let rows: Vec<&Example> = rows.iter().map(|&i| &self.train[i]).collect();
                 let seed = lorimer_adapter::method::site_seed(s.seed, &format!("step {} micro {m}", state.step));
-                let (sum, _, n) = batch_loss(self.model, &attached.at(Step { training: Some(seed) }), &rows)?;
-                let mean = (sum / supervised as f64)?;
-                loss += mean.to_dtype(candle_core::DType::F64)?.to_scalar::<f64>()?;
-                tokens += n;
-                let grads = mean.backward()?;
-                for (slot, (_, var)) in gradients.iter_mut().zip(&parameters) {
-                    let Some(g) = grads.get(var.as_tensor()) else { continue };
-                    *slot = Some(match slot.take() {
-                        Some(sum) => (sum + g)?,
-                        None => g.clone(),
-                    });
-                }
+                let on = attached.at(Step { training: Some(seed) });
+                let scale = 1.0 / supervised.max(1) as f64;
+                let found = accumulate_gradients(self.model, &on, &parameters, &rows, scale, s.step, &mut sums)?;
+                loss += found.sum * scale;
+                tokens += found.tokens;
                 outcome.examples += rows.len();
+                outcome.computed_tokens += found.computed;
             }
+            let mut gradients: Vec<Option<Tensor>> =
+                parameters.iter().map(|(_, var)| sums.remove(var.as_tensor())).collect();
             if !loss.is_finite() {
                 return Err(Error::Settings(format!(
                     "the loss became {loss} at step {}; lower --lr, or look for damaged data",
@@ -390,13 +386,14 @@ mod tests {
     #[test]
     fn an_epoch_takes_every_row_once() {
         let s = TrainSettings { batch_size: 3, gradient_accumulation: 2, ..Default::default() };
+        let mut order = None;
         for epoch in 0..2 {
             let per_epoch = s.steps_per_epoch(20);
             let steps = epoch * per_epoch..(epoch + 1) * per_epoch;
-            let mut rows: Vec<usize> = steps.flat_map(|step| s.rows(step, 20)).flatten().collect();
+            let mut rows: Vec<usize> = steps.flat_map(|step| s.rows(step, 20, &mut order)).flatten().collect();
             rows.sort_unstable();
             assert_eq!(rows, (0..20).collect::<Vec<_>>());
         }
-        assert_ne!(s.rows(0, 20), s.rows(4, 20));
+        assert_ne!(s.rows(0, 20, &mut order), s.rows(4, 20, &mut order));
     }
 }

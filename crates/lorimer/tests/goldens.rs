@@ -8,7 +8,7 @@ use lorimer::model::config::LlamaConfig;
 use lorimer::model::weights::SafetensorsFile;
 use lorimer::prelude::*;
 use lorimer::train::optimizer::{AdamW, AdamWConfig, Optimizer};
-use lorimer::train::trainer::batch_loss;
+use lorimer::train::step::batch_loss;
 use serde_json::Value;
 
 fn folder(name: &str) -> PathBuf {

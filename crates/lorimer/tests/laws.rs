@@ -7,8 +7,9 @@ use candle_core::{DType, Device, Result, Tensor};
 use lorimer::model::config::LlamaConfig;
 use lorimer::model::weights::Weights;
 use lorimer::prelude::*;
+use lorimer::tensor::Gradients;
 use lorimer::train::optimizer::{AdamW, AdamWConfig, Optimizer};
-use lorimer::train::trainer::batch_loss;
+use lorimer::train::step::{StepOptions, accumulate_gradients, batch_loss};
 use rand::{Rng, SeedableRng};
 use serde_json::{Value, json};
 
@@ -23,6 +24,7 @@ const MATRIX: &[(&str, &str, f64)] = &[
     ("lora", r#"{"r": 3, "init_lora_weights": "olora", "use_rslora": true}"#, 1e-12),
     ("lora", r#"{"r": 3, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"up_proj": 5}, "bias": "all"}"#, 0.0),
     ("lora", r#"{"r": 2, "modules_to_save": ["lm_head", "model.norm"], "exclude_modules": ["k_proj"]}"#, 1e-12),
+    ("lora", r#"{"r": 3, "lora_dropout": 0.3}"#, 0.0),
     ("dora", r#"{"r": 3}"#, 1e-12),
     ("dora", r#"{"r": 2, "target_modules": ".*self_attn.*", "bias": "lora_only"}"#, 1e-12),
 ];
@@ -202,6 +204,52 @@ fn law_5_gradients_equal_central_differences() {
             let numeric = (at(1e-6) - at(-1e-6)) / 2e-6;
             var.set(&here).unwrap();
             assert!((numeric - along).abs() <= 1e-6 * (1.0 + along.abs()), "{parameter}: {numeric} against {along}");
+        }
+    });
+}
+
+/// The trainer's forward and backward (tape, shared prefixes, last layer and head in part, layers computed again) give
+/// what candle's own graph gives.
+#[test]
+fn law_5_the_fast_gradients_equal_the_plain_ones() {
+    each(|model, name, settings, _| {
+        let adapter = attach(model, name, settings);
+        move_all(&adapter);
+        let mut rows = examples();
+        // Rows that begin alike, one that begins another, one twice.
+        let longer = Example {
+            tokens: [&rows[0].tokens[..], &[7, 8, 9]].concat(),
+            learnt: [&rows[0].learnt[..], &[true; 3]].concat(),
+            answer: None,
+        };
+        rows.push(longer);
+        rows.push(rows[0].clone());
+        let rows: Vec<&Example> = rows.iter().collect();
+        let parameters = adapter.trainable();
+        for training in [None, Some(3)] {
+            let attached = Attached::one(&adapter).at(Step { training });
+            let dropout = settings.contains("lora_dropout") && training.is_some();
+            let (sum, supervised, tokens) = batch_loss(model, &attached, &rows).unwrap();
+            let expected = (&sum * 0.5).unwrap().backward().unwrap();
+            let sum = sum.to_scalar::<f64>().unwrap();
+            for share_prefixes in [false, true] {
+                for checkpointing in [false, true] {
+                    let options = StepOptions { share_prefixes, checkpointing };
+                    let mut found = Gradients::default();
+                    let loss =
+                        accumulate_gradients(model, &attached, &parameters, &rows, 0.5, options, &mut found).unwrap();
+                    assert_eq!((loss.supervised, loss.tokens), (supervised, tokens));
+                    assert_eq!(loss.computed < tokens, share_prefixes && !dropout);
+                    assert!((loss.sum - sum).abs() < 1e-9 * sum.abs(), "{} against {sum}", loss.sum);
+                    for (parameter, var) in &parameters {
+                        let d = match (found.get(var.as_tensor()), expected.get(var.as_tensor())) {
+                            (Some(a), Some(b)) => distance(a, b),
+                            (a, b) => panic!("{parameter}: {} and {}", a.is_some(), b.is_some()),
+                        };
+                        assert!(d < 1e-9, "{parameter} with {options:?}: {d:e}");
+                    }
+                }
+            }
         }
     });
 }

@@ -92,6 +92,10 @@ impl Delta for DoraDelta {
         plain.broadcast_mul(&(&ratio - 1.0)?)? + low_rank.broadcast_mul(&ratio)?
     }
 
+    fn rows_are_independent(&self, step: &Step) -> bool {
+        self.low_rank.rows_are_independent(step)
+    }
+
     fn merged(&self, base: &Projection) -> TensorResult<Result<Tensor, NotMergeable>> {
         let ratio = self.ratio(base)?.detach().unsqueeze(1)?;
         let moved = (base.dense(self.low_rank.a.dtype())? + self.low_rank.change()?)?;

@@ -17,7 +17,7 @@
 use candle_core::{DType, Device, Result as TensorResult, Tensor, Var};
 use indexmap::IndexMap;
 use lorimer_model::{Projection, Site};
-use lorimer_tensor::linalg;
+use lorimer_tensor::{Ops, linalg};
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
@@ -531,6 +531,15 @@ impl Delta for LoraDelta {
             Some(x) => self.product(&x),
             None => self.product(x),
         }
+    }
+
+    fn fused(&self, ops: Ops<'_>, base: &Projection, x: &Tensor, step: &Step) -> Option<TensorResult<Tensor>> {
+        let plain = self.origin.is_none() && self.rows_are_independent(step);
+        plain.then(|| ops.low_rank(x, &base.weight, (&self.a, &self.b), self.scaling))
+    }
+
+    fn rows_are_independent(&self, step: &Step) -> bool {
+        step.training.is_none() || self.dropout == 0.0
     }
 
     fn merged(&self, base: &Projection) -> TensorResult<Result<Tensor, NotMergeable>> {

@@ -9,6 +9,7 @@ use lorimer::adapter::{Adapter, methods};
 use lorimer::train::data::Format;
 use lorimer::train::optimizer::AdamWConfig;
 use lorimer::train::schedule::Shape;
+use lorimer::train::step::StepOptions;
 use lorimer::train::{EncodeOptions, Event, Outcome, Session, TooLong, TrainSettings};
 use serde_json::{Map, Value, json};
 
@@ -144,6 +145,13 @@ pub struct Train {
     #[arg(long, help_heading = "Training", requires = "eval_data")]
     keep_best: bool,
 
+    /// Compute every row whole, even what rows of a batch begin with in common
+    #[arg(long, help_heading = "Training")]
+    no_share_prefixes: bool,
+    /// Keep less in memory and compute layers again in the backward
+    #[arg(long, help_heading = "Training", visible_alias = "gradient-checkpointing")]
+    checkpointing: bool,
+
     /// Folder for adapter, log, plots and checkpoints
     #[arg(long, short, default_value = "runs/train", help_heading = "Output", visible_alias = "output-dir")]
     output: PathBuf,
@@ -220,6 +228,7 @@ impl Train {
             shuffle: !self.no_shuffle,
             eval_steps: self.eval_steps,
             keep_best: self.keep_best,
+            step: StepOptions { share_prefixes: !self.no_share_prefixes, checkpointing: self.checkpointing },
         };
         settings.check()?;
         let (base, pulled) = common::open_base(&self.model, global)?;
@@ -290,6 +299,7 @@ pub fn result(session: &Session<'_>, outcome: &Outcome, adapter: &Adapter) -> Va
     let rate = |n: usize| if outcome.seconds > 0.0 { n as f64 / outcome.seconds } else { 0.0 };
     json!({
         "adapter": session.output, "steps": outcome.steps, "examples": outcome.examples, "tokens": outcome.tokens,
+        "computed_tokens": outcome.computed_tokens,
         "supervised_tokens": outcome.supervised_tokens, "seconds": outcome.seconds,
         "examples_per_second": rate(outcome.examples), "tokens_per_second": rate(outcome.tokens),
         "peak_bytes": common::peak_bytes(), "trainable_parameters": adapter.parameter_count(),

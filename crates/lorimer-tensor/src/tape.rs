@@ -1,0 +1,522 @@
+//! Recording a forward for its backward.
+//!
+//! candle's own graph starts every gradient as zeros, adds to it in passes of their own on one thread, and keeps
+//! every intermediate until the end. A [`Tape`] records only the operations that lead from a trainable tensor to the
+//! loss, lets products accumulate straight into gradients, and frees what an operation kept as soon as its backward has run.
+//! Whatever has no operation here is recorded as an *island* ([`Ops::island`]): any function of candle tensors.
+
+use std::cell::RefCell;
+use std::collections::{HashMap, HashSet};
+
+use candle_core::{CustomOp1, CustomOp2, CustomOp3, DType, Result, Tensor, TensorId, Var};
+use rayon::prelude::*;
+
+use crate::attention::{Attention, Segment};
+use crate::gated::SiluMul;
+use crate::loss::head_loss_and_gradient;
+use crate::norm::RmsNorm;
+use crate::project::{FrozenWeight, frozen_accumulate_input, frozen_linear};
+use crate::raw::{Real, Strides, product, with_mut_slice, with_slices};
+use crate::rotary::{Rotary, RotaryTable};
+
+type Backward = Box<dyn FnOnce(&Tensor, &mut Gradients) -> Result<()>>;
+
+struct Node {
+    output: TensorId,
+    backward: Backward,
+}
+
+#[derive(Default)]
+struct Record {
+    nodes: Vec<Node>,
+    tracked: HashSet<TensorId>,
+}
+
+/// The operations of one forward, in order.
+pub struct Tape(RefCell<Record>);
+
+struct Slot {
+    gradient: Tensor,
+    /// Whether nobody else holds the storage, so that it may be added to in place.
+    owned: bool,
+}
+
+/// Gradients by tensor, while a backward runs and after it.
+#[derive(Default)]
+pub struct Gradients(HashMap<TensorId, Slot>);
+
+impl Gradients {
+    /// The gradient of a tensor, where one arrived.
+    pub fn get(&self, of: &Tensor) -> Option<&Tensor> {
+        self.0.get(&of.id()).map(|slot| &slot.gradient)
+    }
+
+    /// Takes the gradient of a tensor out.
+    pub fn remove(&mut self, of: &Tensor) -> Option<Tensor> {
+        self.0.remove(&of.id()).map(|slot| slot.gradient)
+    }
+
+    /// Adds a gradient that nobody else holds.
+    pub fn add(&mut self, id: TensorId, gradient: Tensor) -> Result<()> {
+        self.put(id, gradient, true)
+    }
+
+    /// Adds a gradient that somebody else holds too.
+    fn share(&mut self, id: TensorId, gradient: &Tensor) -> Result<()> {
+        self.put(id, gradient.clone(), false)
+    }
+
+    fn put(&mut self, id: TensorId, gradient: Tensor, owned: bool) -> Result<()> {
+        let sum = match self.0.remove(&id) {
+            None => Slot { gradient, owned },
+            Some(slot) if slot.owned => {
+                add_into(&slot.gradient, &gradient)?;
+                slot
+            }
+            Some(slot) if owned => {
+                add_into(&gradient, &slot.gradient)?;
+                Slot { gradient, owned }
+            }
+            Some(slot) => Slot { gradient: add(&slot.gradient, &gradient)?, owned: true },
+        };
+        self.0.insert(id, sum);
+        Ok(())
+    }
+
+    /// Lets `write(destination, keep)` add to a gradient of `shape` in place; with `keep` false the destination is new and
+    /// is to be overwritten.
+    fn accumulate<T: Real>(
+        &mut self,
+        id: TensorId,
+        shape: (usize, usize),
+        write: impl FnOnce(&mut [T], bool) -> Result<()>,
+    ) -> Result<()> {
+        let (gradient, keep) = match self.0.remove(&id) {
+            Some(slot) if slot.owned => (slot.gradient, true),
+            Some(slot) => (slot.gradient.copy()?, true),
+            None => (Tensor::zeros(shape, T::DTYPE, &candle_core::Device::Cpu)?, false),
+        };
+        with_mut_slice(&gradient, |destination| write(destination, keep))?;
+        self.0.insert(id, Slot { gradient, owned: true });
+        Ok(())
+    }
+}
+
+/// `a + b` on all threads; both contiguous and of one shape.
+fn add(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    fn run<T: Real>(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+        with_slices([a, b], |[a_values, b_values]: [&[T]; 2]| {
+            let sum: Vec<T> = a_values.par_iter().zip(b_values).with_min_len(1 << 14).map(|(&a, &b)| a + b).collect();
+            Tensor::from_vec(sum, a.shape(), a.device())
+        })
+    }
+    if a.shape() != b.shape() || !a.device().is_cpu() {
+        return a + b;
+    }
+    match a.dtype() {
+        DType::F32 => run::<f32>(a, b),
+        DType::F64 => run::<f64>(a, b),
+        _ => a + b,
+    }
+}
+
+/// `a += b` in place.
+fn add_into(a: &Tensor, b: &Tensor) -> Result<()> {
+    fn run<T: Real>(a: &Tensor, b: &Tensor) -> Result<()> {
+        with_slices([b], |[b]: [&[T]; 1]| {
+            with_mut_slice(a, |a: &mut [T]| {
+                a.par_iter_mut().zip(b).with_min_len(1 << 14).for_each(|(a, &b)| *a += b);
+                Ok(())
+            })
+        })
+    }
+    if a.shape() != b.shape() {
+        candle_core::bail!("a gradient of shape {:?} met one of {:?}", b.shape(), a.shape());
+    }
+    match a.dtype() {
+        DType::F64 => run::<f64>(a, b),
+        _ => run::<f32>(a, b),
+    }
+}
+
+impl Tape {
+    /// An empty tape on which gradients of `trainable` are wanted.
+    pub fn new<'a>(trainable: impl IntoIterator<Item = &'a Tensor>) -> Self {
+        let tracked = trainable.into_iter().map(Tensor::id).collect();
+        Self(RefCell::new(Record { nodes: Vec::new(), tracked }))
+    }
+
+    /// Wants the gradient of another tensor, one that no operation on this tape made.
+    pub fn track(&self, t: &Tensor) {
+        self.0.borrow_mut().tracked.insert(t.id());
+    }
+
+    /// Whether the tensor depends on something trainable.
+    pub fn tracks(&self, t: &Tensor) -> bool {
+        self.0.borrow().tracked.contains(&t.id())
+    }
+
+    fn record(&self, output: &Tensor, backward: impl FnOnce(&Tensor, &mut Gradients) -> Result<()> + 'static) {
+        let mut record = self.0.borrow_mut();
+        record.tracked.insert(output.id());
+        record.nodes.push(Node { output: output.id(), backward: Box::new(backward) });
+    }
+
+    /// From the gradient of one output to those of all trainable tensors, which are added to `gradients`.
+    pub fn backward(self, output: &Tensor, gradient: Tensor, gradients: &mut Gradients) -> Result<()> {
+        gradients.add(output.id(), gradient)?;
+        for node in self.0.into_inner().nodes.into_iter().rev() {
+            if let Some(slot) = gradients.0.remove(&node.output) {
+                (node.backward)(&slot.gradient, gradients)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The operations of a model: on a tape they are recorded, without one they build candle's graph.
+#[derive(Clone, Copy)]
+pub struct Ops<'a>(Option<&'a Tape>);
+
+impl<'a> Ops<'a> {
+    /// On a tape.
+    pub fn recorded(tape: &'a Tape) -> Self {
+        Self(Some(tape))
+    }
+
+    /// In candle's graph.
+    pub fn plain() -> Self {
+        Self(None)
+    }
+
+    /// The tape, if it is to record something about these inputs on the CPU.
+    fn tape(&self, inputs: &[&Tensor]) -> Option<&'a Tape> {
+        self.0.filter(|tape| inputs.iter().any(|t| tape.tracks(t)))
+    }
+
+    fn one(&self, x: &Tensor, op: impl CustomOp1 + Send + Sync + 'static) -> Result<Tensor> {
+        let y = x.contiguous()?.apply_op1_no_bwd(&op)?;
+        if let Some(tape) = self.tape(&[x]) {
+            let (x, kept) = (x.clone(), y.clone());
+            tape.record(&y, move |g, gradients| match op.bwd(&x, &kept, g)? {
+                Some(dx) => gradients.add(x.id(), dx),
+                None => Ok(()),
+            });
+        }
+        Ok(y)
+    }
+
+    fn two(&self, a: &Tensor, b: &Tensor, op: impl CustomOp2 + Send + Sync + 'static) -> Result<Tensor> {
+        let y = a.contiguous()?.apply_op2_no_bwd(&b.contiguous()?, &op)?;
+        if let Some(tape) = self.tape(&[a, b]) {
+            let (wants_a, wants_b) = (tape.tracks(a), tape.tracks(b));
+            let (a, b, kept) = (a.clone(), b.clone(), y.clone());
+            tape.record(&y, move |g, gradients| {
+                let (da, db) = op.bwd(&a, &b, &kept, g)?;
+                if let Some(da) = da.filter(|_| wants_a) {
+                    gradients.add(a.id(), da)?;
+                }
+                if let Some(db) = db.filter(|_| wants_b) {
+                    gradients.add(b.id(), db)?;
+                }
+                Ok(())
+            });
+        }
+        Ok(y)
+    }
+
+    /// A function of candle tensors, recorded whole: its own graph is made in the forward and walked in the backward.
+    /// `parameters` are the trainable tensors that `f` uses besides its inputs.
+    pub fn island(
+        &self,
+        inputs: &[&Tensor],
+        parameters: &[&Tensor],
+        f: impl FnOnce(&[Tensor]) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        let both: Vec<&Tensor> = inputs.iter().chain(parameters).copied().collect();
+        let Some(tape) = self.tape(&both) else {
+            let y = f(&inputs.iter().map(|&t| t.clone()).collect::<Vec<_>>())?;
+            // On a tape that does not follow it, nobody will ask for its graph.
+            return Ok(if self.0.is_some() { y.detach() } else { y });
+        };
+        let mut leaves = Vec::new();
+        let mut given = Vec::new();
+        for &input in inputs {
+            if tape.tracks(input) {
+                let leaf = Var::from_tensor(&input.detach())?;
+                given.push(leaf.as_tensor().clone());
+                leaves.push((input.id(), leaf.as_tensor().clone()));
+            } else {
+                given.push(input.clone());
+            }
+        }
+        leaves.extend(parameters.iter().filter(|p| tape.tracks(p)).map(|&p| (p.id(), p.clone())));
+        let graph = f(&given)?;
+        let y = graph.detach();
+        tape.record(&y, move |g, gradients| {
+            let mut found = (graph * g)?.sum_all()?.backward()?;
+            for (id, leaf) in leaves {
+                if let Some(gradient) = found.remove(&leaf) {
+                    gradients.add(id, gradient.contiguous()?)?;
+                }
+            }
+            Ok(())
+        });
+        Ok(y)
+    }
+
+    /// [`crate::rms_norm`].
+    pub fn rms_norm(&self, x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+        match self.on_cpu(x) {
+            true => self.two(x, weight, RmsNorm { eps }),
+            false => self.fallback(&[x, weight], |t| crate::rms_norm(&t[0], &t[1], eps)),
+        }
+    }
+
+    /// [`crate::rotary`].
+    pub fn rotary(&self, x: &Tensor, table: &RotaryTable) -> Result<Tensor> {
+        match self.on_cpu(x) {
+            true => self.one(x, Rotary::new(x, table)?),
+            false => self.fallback(&[x], |t| crate::rotary(&t[0], table)),
+        }
+    }
+
+    /// [`crate::silu_mul`].
+    pub fn silu_mul(&self, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+        match self.on_cpu(gate) {
+            true => self.two(gate, up, SiluMul),
+            false => self.fallback(&[gate, up], |t| crate::silu_mul(&t[0], &t[1])),
+        }
+    }
+
+    /// [`crate::attention()`].
+    pub fn attention(
+        &self,
+        (q, k, v): (&Tensor, &Tensor, &Tensor),
+        segments: &[Segment],
+        head_dim: usize,
+        scale: f64,
+    ) -> Result<Tensor> {
+        let (true, Some(tape)) = (self.on_cpu(q), self.tape(&[q, k, v])) else {
+            return self.fallback(&[q, k, v], |t| crate::attention((&t[0], &t[1], &t[2]), segments, head_dim, scale));
+        };
+        let op = Attention::new((q, k, v), segments, head_dim, scale)?;
+        let (q, k, v) = (q.contiguous()?, k.contiguous()?, v.contiguous()?);
+        let y = q.apply_op3_no_bwd(&k, &v, &op)?;
+        let kept = y.clone();
+        tape.record(&y, move |g, gradients| {
+            let (dq, dk, dv) = op.bwd(&q, &k, &v, &kept, &g.contiguous()?)?;
+            for (t, d) in [(&q, dq), (&k, dk), (&v, dv)] {
+                if let Some(d) = d {
+                    gradients.add(t.id(), d)?;
+                }
+            }
+            Ok(())
+        });
+        Ok(y)
+    }
+
+    /// `a + b`, of one shape.
+    pub fn add(&self, a: &Tensor, b: &Tensor) -> Result<Tensor> {
+        if self.0.is_none() {
+            return a + b;
+        }
+        let y = add(a, b)?;
+        if let Some(tape) = self.tape(&[a, b]) {
+            let ids: Vec<TensorId> = [a, b].into_iter().filter(|t| tape.tracks(t)).map(Tensor::id).collect();
+            tape.record(&y, move |g, gradients| ids.iter().try_for_each(|&id| gradients.share(id, g)));
+        }
+        Ok(y)
+    }
+
+    /// `x + bias` with a bias a column.
+    pub fn add_bias(&self, x: &Tensor, bias: &Tensor) -> Result<Tensor> {
+        self.fallback(&[x, bias], |t| t[0].broadcast_add(&t[1]))
+    }
+
+    /// Another shape for the same elements.
+    pub fn reshape(&self, x: &Tensor, shape: (usize, usize)) -> Result<Tensor> {
+        let (y, before) = (x.reshape(shape)?, x.dims2()?);
+        if let Some(tape) = self.tape(&[x]) {
+            let id = x.id();
+            // A new tensor even where nothing is to be done, so that each has a gradient of its own.
+            let y = y.detach();
+            tape.record(&y, move |g, gradients| gradients.share(id, &g.reshape(before)?));
+            return Ok(y);
+        }
+        Ok(y)
+    }
+
+    /// Rows `index` of `x` (rows, width).
+    pub fn rows(&self, x: &Tensor, index: &[u32]) -> Result<Tensor> {
+        let select = |x: &Tensor| x.index_select(&Tensor::from_slice(index, index.len(), x.device())?, 0);
+        let (true, Some(tape)) = (self.on_cpu(x), self.tape(&[x])) else {
+            return self.fallback(&[x], |t| select(&t[0]));
+        };
+        let y = select(&x.detach())?;
+        let (id, shape, index) = (x.id(), x.dims2()?, index.to_vec());
+        tape.record(&y, move |g, gradients| match g.dtype() {
+            DType::F64 => scatter::<f64>(g, &index, id, shape, gradients),
+            _ => scatter::<f32>(g, &index, id, shape, gradients),
+        });
+        Ok(y)
+    }
+
+    /// [`crate::cross_entropy`] of every row, summed.
+    pub fn cross_entropy(&self, logits: &Tensor, targets: &[u32]) -> Result<Tensor> {
+        self.fallback(&[logits], |t| crate::cross_entropy(&t[0], targets)?.sum_all())
+    }
+
+    /// [`frozen_linear`].
+    pub fn linear(&self, x: &Tensor, weight: &FrozenWeight) -> Result<Tensor> {
+        let (true, Some(tape)) = (self.on_cpu(x), self.tape(&[x])) else {
+            return self.fallback(&[x], |t| frozen_linear(&t[0], weight));
+        };
+        let y = frozen_linear(&x.detach(), weight)?;
+        let (x, weight) = (x.id(), weight.clone());
+        tape.record(&y, move |g, gradients| input_gradient(g, &weight, x, gradients));
+        Ok(y)
+    }
+
+    /// `x Wᵀ + scaling · (x Aᵀ) Bᵀ`: a frozen projection with a trainable product of thin matrices beside it. `x`
+    /// (rows, inputs), `a` (rank, inputs), `b` (outputs, rank) → (rows, outputs). Gradients of x, A and B:
+    /// dU = scaling · g B, dA = dUᵀ x, dB = scaling · gᵀ (x Aᵀ), dx = g W + dU A.
+    pub fn low_rank(
+        &self,
+        x: &Tensor,
+        weight: &FrozenWeight,
+        (a, b): (&Tensor, &Tensor),
+        scaling: f64,
+    ) -> Result<Tensor> {
+        let (true, true) = (self.0.is_some(), self.on_cpu(x)) else {
+            let thin = |t: &[Tensor]| (t[0].matmul(&t[1].t()?)? * scaling)?.matmul(&t[2].t()?);
+            let y = self.linear(x, weight)?;
+            return self.add(&y, &self.fallback(&[x, a, b], thin)?);
+        };
+        match x.dtype() {
+            DType::F64 => self.low_rank_typed::<f64>(x, weight, (a, b), scaling),
+            _ => self.low_rank_typed::<f32>(x, weight, (a, b), scaling),
+        }
+    }
+
+    fn low_rank_typed<T: Real>(
+        &self,
+        x: &Tensor,
+        weight: &FrozenWeight,
+        (a, b): (&Tensor, &Tensor),
+        scaling: f64,
+    ) -> Result<Tensor> {
+        let (rows, inputs) = x.dims2()?;
+        let (outputs, rank) = b.dims2()?;
+        if a.dims() != [rank, inputs] || weight.dims()? != (outputs, inputs) {
+            candle_core::bail!("low-rank product: A is {:?}, B is {:?} on {:?}", a.shape(), b.shape(), weight.dims()?);
+        }
+        let s = T::from_f64(scaling);
+        let y = frozen_linear(&x.detach(), weight)?;
+        let mut u = vec![T::zero(); rows * rank];
+        with_slices([x, a, b], |[x, a, b]: [&[T]; 3]| {
+            let (thin, wide) = ((rows, rank, inputs), (rows, outputs, rank));
+            product(thin, &mut u, Strides(rank, 1), false, x, Strides(inputs, 1), a, Strides(1, inputs), s, true);
+            with_mut_slice(&y, |y: &mut [T]| {
+                let b_strides = Strides(1, rank);
+                product(wide, y, Strides(outputs, 1), true, &u, Strides(rank, 1), b, b_strides, T::one(), true);
+                Ok(())
+            })
+        })?;
+        let Some(tape) = self.tape(&[x, a, b]) else { return Ok(y) };
+        let (wants_x, wants_a, wants_b) = (tape.tracks(x), tape.tracks(a), tape.tracks(b));
+        let (x, a, b, weight) = (x.clone(), a.clone(), b.clone(), weight.clone());
+        tape.record(&y, move |g, gradients| {
+            let g = g.contiguous()?;
+            with_slices([&g, &x, &a, &b], |[gv, xv, av, bv]: [&[T]; 4]| {
+                if wants_b {
+                    // u holds the scaling already.
+                    gradients.accumulate(b.id(), (outputs, rank), |db: &mut [T], keep| {
+                        let (shape, g_strides) = ((outputs, rank, rows), Strides(1, outputs));
+                        product(shape, db, Strides(rank, 1), keep, gv, g_strides, &u, Strides(rank, 1), T::one(), true);
+                        Ok(())
+                    })?;
+                }
+                let mut du = vec![T::zero(); rows * rank];
+                let (shape, g_strides) = ((rows, rank, outputs), Strides(outputs, 1));
+                product(shape, &mut du, Strides(rank, 1), false, gv, g_strides, bv, Strides(rank, 1), s, true);
+                if wants_a {
+                    gradients.accumulate(a.id(), (rank, inputs), |da: &mut [T], keep| {
+                        let (shape, x_strides) = ((rank, inputs, rows), Strides(inputs, 1));
+                        let one = T::one();
+                        product(shape, da, Strides(inputs, 1), keep, &du, Strides(1, rank), xv, x_strides, one, true);
+                        Ok(())
+                    })?;
+                }
+                if wants_x {
+                    gradients.accumulate(x.id(), (rows, inputs), |dx: &mut [T], keep| {
+                        let (shape, a_strides) = ((rows, inputs, rank), Strides(inputs, 1));
+                        let one = T::one();
+                        product(shape, dx, Strides(inputs, 1), keep, &du, Strides(rank, 1), av, a_strides, one, true);
+                        Ok(())
+                    })?;
+                }
+                Ok(())
+            })?;
+            if wants_x { input_gradient(&g, &weight, x.id(), gradients) } else { Ok(()) }
+        });
+        Ok(y)
+    }
+
+    /// Σ −log softmax(x Wᵀ)[target] over rows, with a frozen head `W` (vocabulary, width): logits exist for some rows at a
+    /// time only, and the gradient of `x` is formed beside them. `x` (rows, width) → a scalar in x's type.
+    pub fn head_loss(&self, x: &Tensor, head: &FrozenWeight, targets: &[u32]) -> Result<Tensor> {
+        let (true, Some(tape)) = (self.on_cpu(x), self.tape(&[x])) else {
+            return self.fallback(&[x], |t| crate::cross_entropy(&frozen_linear(&t[0], head)?, targets)?.sum_all());
+        };
+        let (loss, gradient) = head_loss_and_gradient(x, head, targets)?;
+        let id = x.id();
+        tape.record(&loss, move |g, gradients| {
+            let scale = g.to_dtype(DType::F64)?.to_scalar::<f64>()?;
+            gradients.add(id, (gradient * scale)?)
+        });
+        Ok(loss)
+    }
+
+    fn on_cpu(&self, x: &Tensor) -> bool {
+        self.0.is_some() && x.device().is_cpu()
+    }
+
+    /// Without a tape, `f` in candle's graph; with one, an island.
+    fn fallback(&self, inputs: &[&Tensor], f: impl FnOnce(&[Tensor]) -> Result<Tensor>) -> Result<Tensor> {
+        self.island(inputs, &[], f)
+    }
+}
+
+/// Adds the rows of `g` to the rows `index` of the gradient of `x`.
+fn scatter<T: Real>(
+    g: &Tensor,
+    index: &[u32],
+    x: TensorId,
+    shape: (usize, usize),
+    gradients: &mut Gradients,
+) -> Result<()> {
+    let width = shape.1;
+    with_slices([g], |[g]: [&[T]; 1]| {
+        gradients.accumulate(x, shape, |dx: &mut [T], keep| {
+            if !keep {
+                dx.fill(T::zero());
+            }
+            for (&row, g) in index.iter().zip(g.chunks_exact(width)) {
+                dx[row as usize * width..][..width].iter_mut().zip(g).for_each(|(dx, &g)| *dx += g);
+            }
+            Ok(())
+        })
+    })
+}
+
+/// Adds `g W` to the gradient of `x`.
+fn input_gradient(g: &Tensor, weight: &FrozenWeight, x: TensorId, gradients: &mut Gradients) -> Result<()> {
+    let shape = (g.dim(0)?, weight.dims()?.1);
+    match g.dtype() {
+        DType::F64 => {
+            gradients.accumulate(x, shape, |dx: &mut [f64], keep| frozen_accumulate_input(g, weight, dx, keep))
+        }
+        _ => gradients.accumulate(x, shape, |dx: &mut [f32], keep| frozen_accumulate_input(g, weight, dx, keep)),
+    }
+}

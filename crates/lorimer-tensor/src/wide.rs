@@ -1,0 +1,105 @@
+//! Element-wise work in wide registers: AVX2 where the processor has it, chosen at run time, else what the target has.
+//! Sums run in sixteen lanes, so that their order, and so the result, does not depend on the choice.
+
+use crate::raw::Real;
+
+/// Runs `f`, compiled for AVX2 where the processor has it.
+#[inline]
+pub(crate) fn wide<R>(f: impl FnOnce() -> R) -> R {
+    #[cfg(target_arch = "x86_64")]
+    {
+        #[target_feature(enable = "avx2")]
+        fn avx2<R>(f: impl FnOnce() -> R) -> R {
+            f()
+        }
+        if is_x86_feature_detected!("avx2") {
+            // SAFETY: the feature was just detected.
+            return unsafe { avx2(f) };
+        }
+    }
+    f()
+}
+
+/// eˣ within 2 units in the last place for x in −87..88, clamped outside: n = round(x/ln 2), a polynomial for the rest (the
+/// coefficients are those of Cephes' `expf`), and n into the exponent's bits.
+#[inline(always)]
+pub(crate) fn exp_f32(x: f32) -> f32 {
+    /// Adding and taking away 1.5·2²³ rounds to a whole number.
+    const ROUND: f32 = 12_582_912.0;
+    let x = x.clamp(-87.3, 88.3);
+    let shifted = x * std::f32::consts::LOG2_E + ROUND;
+    let n = shifted - ROUND;
+    let r = x - n * 0.693_359_4 - n * -2.121_944_4e-4;
+    let mut p = 1.987_569_1e-4;
+    p = p * r + 1.398_199_9e-3;
+    p = p * r + 8.333_452e-3;
+    p = p * r + 4.166_579_6e-2;
+    p = p * r + 1.666_666_5e-1;
+    p = p * r + 5.000_000_3e-1;
+    let value = p * r * r + r + 1.0;
+    value * f32::from_bits(((shifted.to_bits() as i32) << 23).wrapping_add(127 << 23) as u32)
+}
+
+/// Σ f(a, b) in sixteen lanes.
+#[inline(always)]
+pub(crate) fn sum2<T: Real>(a: &[T], b: &[T], f: impl Fn(T, T) -> T) -> T {
+    let mut lanes = [T::zero(); 16];
+    let (a_chunks, b_chunks) = (a.chunks_exact(16), b.chunks_exact(16));
+    let tail: T = a_chunks.remainder().iter().zip(b_chunks.remainder()).map(|(&a, &b)| f(a, b)).sum();
+    for (a, b) in a_chunks.zip(b_chunks) {
+        for ((lane, &a), &b) in lanes.iter_mut().zip(a).zip(b) {
+            *lane += f(a, b);
+        }
+    }
+    lanes.iter().copied().sum::<T>() + tail
+}
+
+/// Puts e^(v − maximum) in the place of every v; gives the maximum and the sum of the new values.
+#[inline(always)]
+pub(crate) fn exp_in_place<T: Real>(row: &mut [T]) -> (T, T) {
+    let mut lanes = [T::neg_infinity(); 16];
+    for chunk in row.chunks(16) {
+        for (lane, &v) in lanes.iter_mut().zip(chunk) {
+            *lane = if v > *lane { v } else { *lane };
+        }
+    }
+    let max = lanes.into_iter().fold(T::neg_infinity(), num_traits::Float::max);
+    row.iter_mut().for_each(|v| *v = (*v - max).exp_fast());
+    (max, sum2(row, row, |v, _| v))
+}
+
+/// The softmax of a row, in its place.
+pub(crate) fn softmax<T: Real>(row: &mut [T]) {
+    wide(|| {
+        let (_, sum) = exp_in_place(row);
+        let inverse = sum.recip();
+        row.iter_mut().for_each(|v| *v *= inverse);
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_is_within_two_units_in_the_last_place() {
+        let mut worst = 0f64;
+        for i in 0..2_000_000 {
+            let x = -87.0 + f64::from(i) * (175.0 / 2e6);
+            let x = x as f32;
+            let exact = f64::from(x).exp();
+            worst = worst.max((f64::from(exp_f32(x)) - exact).abs() / exact);
+        }
+        assert!(worst < 2.0 * f64::from(f32::EPSILON), "{worst:e}");
+        assert!(exp_f32(-1e9) < 1e-37 && exp_f32(1e9) > 1e38 && exp_f32(0.0) == 1.0);
+    }
+
+    #[test]
+    fn a_softmax_sums_to_one_at_any_length() {
+        for n in [1, 2, 15, 16, 17, 100] {
+            let mut row: Vec<f32> = (0..n).map(|i| (i as f32 * 0.7).sin() * 20.0).collect();
+            softmax(&mut row);
+            assert!((row.iter().sum::<f32>() - 1.0).abs() < 1e-6);
+        }
+    }
+}

@@ -1,0 +1,185 @@
+//! One forward and backward over a few rows: the plain form, and the fast form that equals it.
+
+use candle_core::{DType, Device, Tensor, Var};
+use lorimer_adapter::Attached;
+use lorimer_model::llama::{EMBEDDING, Layout};
+use lorimer_model::{Adaptation, Batch, Llama, Point};
+use lorimer_tensor::{Gradients, Tape};
+use serde::{Deserialize, Serialize};
+
+use crate::encode::Example;
+use crate::error::Result;
+
+/// How the fast form goes about it. None of these changes the result beyond rounding.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StepOptions {
+    /// Compute what rows of a batch begin with in common only once, where the adapter allows it.
+    pub share_prefixes: bool,
+    /// Keep only the inputs of the layers in the forward, and compute each layer again in the backward: about half the
+    /// memory of activations or less, for up to half more time.
+    pub checkpointing: bool,
+}
+
+impl Default for StepOptions {
+    fn default() -> Self {
+        Self { share_prefixes: true, checkpointing: false }
+    }
+}
+
+/// What one forward and backward found.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct StepLoss {
+    /// Σ −log p over learnt tokens.
+    pub sum: f64,
+    /// Learnt tokens.
+    pub supervised: usize,
+    /// Tokens of the rows.
+    pub tokens: usize,
+    /// Token rows that were computed, which is less where prefixes are shared.
+    pub computed: usize,
+}
+
+/// Rows of a batch that predict a learnt token, with the token.
+fn targets(batch: &Batch, rows: &[&Example]) -> (Vec<u32>, Vec<u32>) {
+    let pairs = rows.iter().zip(&batch.rows);
+    pairs.flat_map(|(e, at)| e.targets().map(|i| (at[i - 1], e.tokens[i]))).unzip()
+}
+
+/// Σ −log p over learnt tokens of the rows, their number and the number of all tokens, in candle's own graph: nothing is
+/// shared, nothing computed in parts. The oracle of [`accumulate_gradients`].
+pub fn batch_loss(model: &Llama, attached: &Attached<'_>, rows: &[&Example]) -> Result<(Tensor, usize, usize)> {
+    let batch = Batch::pack(rows.iter().map(|e| e.tokens.as_slice()));
+    let hidden = model.hidden(&batch, attached)?;
+    let (index, targets) = targets(&batch, rows);
+    let index = Tensor::from_vec(index, targets.len(), hidden.device())?;
+    let logits = model.logits(&hidden.index_select(&index, 0)?, attached)?;
+    Ok((lorimer_tensor::cross_entropy(&logits, &targets)?.sum_all()?, targets.len(), batch.tokens.len()))
+}
+
+/// Adds the gradients of `scale` · Σ −log p over learnt tokens of the rows to `gradients`.
+pub fn accumulate_gradients(
+    model: &Llama,
+    attached: &Attached<'_>,
+    parameters: &[(String, &Var)],
+    rows: &[&Example],
+    scale: f64,
+    options: StepOptions,
+    gradients: &mut Gradients,
+) -> Result<StepLoss> {
+    let sequences = rows.iter().map(|e| e.tokens.as_slice());
+    let independent = attached.rows_are_independent();
+    let batch = match options.share_prefixes && independent {
+        true => Batch::share(sequences),
+        false => Batch::pack(sequences),
+    };
+    let (predicting, targets) = targets(&batch, rows);
+    let mut loss = StepLoss {
+        sum: 0.0,
+        supervised: targets.len(),
+        tokens: rows.iter().map(|e| e.tokens.len()).sum(),
+        computed: batch.tokens.len(),
+    };
+    if targets.is_empty() {
+        return Ok(loss);
+    }
+    // The last layer gives the predicting rows only; `place` finds a row among them.
+    let mut needed = predicting.clone();
+    needed.sort_unstable();
+    needed.dedup();
+    let (needed, place) = match independent {
+        true => {
+            let place = predicting.iter().map(|row| needed.partition_point(|n| n < row) as u32).collect();
+            (Some(needed), place)
+        }
+        false => (None, predicting),
+    };
+    let layout = model.layout(&batch.positions, &batch.segments, needed.as_deref());
+    let pass = Pass { model, attached, parameters, batch: &batch, layout, place, targets, scale };
+    loss.sum = match options.checkpointing {
+        false => pass.whole(gradients)?,
+        true => pass.layer_by_layer(gradients)?,
+    };
+    Ok(loss)
+}
+
+struct Pass<'a> {
+    model: &'a Llama,
+    attached: &'a Attached<'a>,
+    parameters: &'a [(String, &'a Var)],
+    batch: &'a Batch,
+    layout: Layout,
+    place: Vec<u32>,
+    targets: Vec<u32>,
+    scale: f64,
+}
+
+impl Pass<'_> {
+    fn tape(&self) -> Tape {
+        Tape::new(self.parameters.iter().map(|(_, v)| v.as_tensor()))
+    }
+
+    fn embed(&self, on: &Attached<'_>) -> candle_core::Result<Tensor> {
+        on.hidden(Point::Embedded, self.model.embed(&self.batch.tokens, on)?)
+    }
+
+    /// From the last layer's output to the loss.
+    fn loss(&self, h: &Tensor, on: &Attached<'_>) -> candle_core::Result<Tensor> {
+        let hidden = self.model.finish(h, on)?;
+        self.model.loss(&on.ops().rows(&hidden, &self.place)?, &self.targets, on)
+    }
+
+    fn seed(&self, loss: &Tensor) -> candle_core::Result<Tensor> {
+        Tensor::new(self.scale, &Device::Cpu)?.to_dtype(loss.dtype())
+    }
+
+    fn whole(&self, gradients: &mut Gradients) -> Result<f64> {
+        let tape = self.tape();
+        let on = self.attached.recorded(&tape);
+        let mut h = self.embed(&on)?;
+        for i in 0..self.model.layer_count() {
+            h = self.model.layer(i, &h, &self.layout, &on, None)?;
+        }
+        let loss = self.loss(&h, &on)?;
+        drop(h);
+        let seed = self.seed(&loss)?;
+        tape.backward(&loss, seed, gradients)?;
+        Ok(loss.to_dtype(DType::F64)?.to_scalar()?)
+    }
+
+    fn layer_by_layer(&self, gradients: &mut Gradients) -> Result<f64> {
+        let blank = Tape::new([]);
+        let on = self.attached.recorded(&blank);
+        let mut inputs = vec![self.embed(&on)?];
+        for i in 0..self.model.layer_count() {
+            inputs.push(self.model.layer(i, &inputs[i], &self.layout, &on, None)?);
+        }
+        let tape = self.tape();
+        let Some(last) = inputs.pop() else { return Ok(0.0) };
+        tape.track(&last);
+        let loss = self.loss(&last, &self.attached.recorded(&tape))?;
+        let seed = self.seed(&loss)?;
+        tape.backward(&loss, seed, gradients)?;
+        let mut gradient = gradients.remove(&last);
+        for i in (0..inputs.len()).rev() {
+            let (Some(g), Some(input)) = (gradient.take(), inputs.pop()) else { break };
+            let tape = self.tape();
+            // Below the first layer only a trained embedding wants a gradient.
+            if i > 0 || self.attached.parameter(EMBEDDING).is_some() {
+                tape.track(&input);
+            }
+            let output = self.model.layer(i, &input, &self.layout, &self.attached.recorded(&tape), None)?;
+            if tape.tracks(&output) {
+                tape.backward(&output, g, gradients)?;
+            }
+            gradient = gradients.remove(&input);
+        }
+        if let Some(g) = gradient {
+            let tape = self.tape();
+            let output = self.embed(&self.attached.recorded(&tape))?;
+            if tape.tracks(&output) {
+                tape.backward(&output, g, gradients)?;
+            }
+        }
+        Ok(loss.to_dtype(DType::F64)?.to_scalar()?)
+    }
+}
