@@ -3,6 +3,8 @@
 use std::cell::RefCell;
 
 use candle_core::{CpuStorage, Error, InplaceOp1, Layout, Result, Storage, Tensor, WithDType};
+use faer::linalg::matmul::matmul;
+use faer::{Accum, MatMut, MatRef, Par};
 
 /// The two floating-point types that a CPU kernel computes in.
 pub(crate) trait Real: WithDType + num_traits::Float + std::iter::Sum {
@@ -10,6 +12,44 @@ pub(crate) trait Real: WithDType + num_traits::Float + std::iter::Sum {
     fn mut_slice(storage: &mut CpuStorage) -> Result<&mut [Self]>;
     /// eˣ, to within rounding.
     fn exp_fast(self) -> Self;
+    /// A product on all threads: see [`product_raw`].
+    ///
+    /// # Safety
+    /// As [`product_raw`].
+    unsafe fn product_parallel(
+        shape: (usize, usize, usize),
+        dst: (*mut Self, Strides),
+        keep: bool,
+        lhs: (*const Self, Strides),
+        rhs: (*const Self, Strides),
+        scale: Self,
+    );
+}
+
+/// [`Real::product_parallel`] on faer, whose products are up to a quarter faster than gemm's at training shapes (`lorimer bench
+/// train` prints the machine's rate).
+macro_rules! product_parallel {
+    ($real:ty) => {
+        unsafe fn product_parallel(
+            (m, n, k): (usize, usize, usize),
+            (dst, d): (*mut $real, Strides),
+            keep: bool,
+            (lhs, l): (*const $real, Strides),
+            (rhs, r): (*const $real, Strides),
+            scale: $real,
+        ) {
+            // SAFETY: the caller's pointers are valid for these shapes and strides, and `dst` overlaps neither.
+            let (dst, lhs, rhs) = unsafe {
+                (
+                    MatMut::from_raw_parts_mut(dst, m, n, d.0 as isize, d.1 as isize),
+                    MatRef::from_raw_parts(lhs, m, k, l.0 as isize, l.1 as isize),
+                    MatRef::from_raw_parts(rhs, k, n, r.0 as isize, r.1 as isize),
+                )
+            };
+            let accum = if keep { Accum::Add } else { Accum::Replace };
+            matmul(dst, accum, lhs, rhs, scale, Par::rayon(0));
+        }
+    };
 }
 
 impl Real for f32 {
@@ -23,6 +63,7 @@ impl Real for f32 {
     fn exp_fast(self) -> f32 {
         crate::wide::exp_f32(self)
     }
+    product_parallel!(f32);
 }
 
 impl Real for f64 {
@@ -36,6 +77,7 @@ impl Real for f64 {
     fn exp_fast(self) -> f64 {
         self.exp()
     }
+    product_parallel!(f64);
 }
 
 /// The elements of a contiguous CPU storage.
@@ -103,7 +145,12 @@ pub(crate) unsafe fn product_raw<T: Real>(
     scale: T,
     parallel: bool,
 ) {
-    let threads = if parallel { gemm::Parallelism::Rayon(0) } else { gemm::Parallelism::None };
+    if parallel {
+        // SAFETY: the caller's contract is the same.
+        return unsafe {
+            T::product_parallel((m, n, k), (dst, dst_strides), keep, (lhs, lhs_strides), (rhs, rhs_strides), scale)
+        };
+    }
     // SAFETY: the caller's contract is gemm's.
     unsafe {
         gemm::gemm(
@@ -125,7 +172,7 @@ pub(crate) unsafe fn product_raw<T: Real>(
             false,
             false,
             false,
-            threads,
+            gemm::Parallelism::None,
         )
     }
 }

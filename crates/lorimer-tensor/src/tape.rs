@@ -19,6 +19,9 @@ use crate::project::{FrozenWeight, frozen_accumulate_input, frozen_linear};
 use crate::raw::{Real, Strides, product, with_mut_slice, with_slices};
 use crate::rotary::{Rotary, RotaryTable};
 
+/// Elements up to which a pass over memory is quicker on one thread than shared out.
+const SERIAL: usize = 1 << 17;
+
 type Backward = Box<dyn FnOnce(&Tensor, &mut Gradients) -> Result<()>>;
 
 struct Node {
@@ -106,7 +109,7 @@ impl Gradients {
 fn add(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     fn run<T: Real>(a: &Tensor, b: &Tensor) -> Result<Tensor> {
         with_slices([a, b], |[a_values, b_values]: [&[T]; 2]| {
-            let sum: Vec<T> = a_values.par_iter().zip(b_values).with_min_len(1 << 14).map(|(&a, &b)| a + b).collect();
+            let sum: Vec<T> = a_values.par_iter().zip(b_values).with_min_len(SERIAL).map(|(&a, &b)| a + b).collect();
             Tensor::from_vec(sum, a.shape(), a.device())
         })
     }
@@ -125,7 +128,7 @@ fn add_into(a: &Tensor, b: &Tensor) -> Result<()> {
     fn run<T: Real>(a: &Tensor, b: &Tensor) -> Result<()> {
         with_slices([b], |[b]: [&[T]; 1]| {
             with_mut_slice(a, |a: &mut [T]| {
-                a.par_iter_mut().zip(b).with_min_len(1 << 14).for_each(|(a, &b)| *a += b);
+                a.par_iter_mut().zip(b).with_min_len(SERIAL).for_each(|(a, &b)| *a += b);
                 Ok(())
             })
         })
@@ -413,50 +416,62 @@ impl<'a> Ops<'a> {
         }
         let s = T::from_f64(scaling);
         let y = frozen_linear(&x.detach(), weight)?;
+        // The thin products are cut by rows, each task computing all of them for its rows on one thread.
+        let chunk = rows.div_ceil(rayon::current_num_threads()).max(1);
+        let (thin, wide, long) = (Strides(rank, 1), Strides(outputs, 1), Strides(inputs, 1));
         let mut u = vec![T::zero(); rows * rank];
         with_slices([x, a, b], |[x, a, b]: [&[T]; 3]| {
-            let (thin, wide) = ((rows, rank, inputs), (rows, outputs, rank));
-            product(thin, &mut u, Strides(rank, 1), false, x, Strides(inputs, 1), a, Strides(1, inputs), s, true);
             with_mut_slice(&y, |y: &mut [T]| {
-                let b_strides = Strides(1, rank);
-                product(wide, y, Strides(outputs, 1), true, &u, Strides(rank, 1), b, b_strides, T::one(), true);
+                let parts = x.par_chunks(chunk * inputs).zip(y.par_chunks_mut(chunk * outputs));
+                parts.zip(u.par_chunks_mut(chunk * rank)).for_each(|((x, y), u)| {
+                    let n = u.len() / rank;
+                    product((n, rank, inputs), u, thin, false, x, long, a, Strides(1, inputs), s, false);
+                    product((n, outputs, rank), y, wide, true, u, thin, b, Strides(1, rank), T::one(), false);
+                });
                 Ok(())
             })
         })?;
         let Some(tape) = self.tape(&[x, a, b]) else { return Ok(y) };
-        let (wants_x, wants_a, wants_b) = (tape.tracks(x), tape.tracks(a), tape.tracks(b));
+        let wants_x = tape.tracks(x);
         let (x, a, b, weight) = (x.clone(), a.clone(), b.clone(), weight.clone());
         tape.record(&y, move |g, gradients| {
             let g = g.contiguous()?;
-            with_slices([&g, &x, &a, &b], |[gv, xv, av, bv]: [&[T]; 4]| {
-                if wants_b {
+            with_slices([&g, &x, &a, &b], |[g, x_values, a_values, b_values]: [&[T]; 4]| {
+                let one = T::one();
+                let task = |(g, (x, u)): (&[T], (&[T], &[T])), dx: Option<(&mut [T], bool)>| {
+                    let n = u.len() / rank;
+                    let (mut da, mut db) = (vec![T::zero(); rank * inputs], vec![T::zero(); outputs * rank]);
+                    let mut du = vec![T::zero(); n * rank];
                     // u holds the scaling already.
-                    gradients.accumulate(b.id(), (outputs, rank), |db: &mut [T], keep| {
-                        let (shape, g_strides) = ((outputs, rank, rows), Strides(1, outputs));
-                        product(shape, db, Strides(rank, 1), keep, gv, g_strides, &u, Strides(rank, 1), T::one(), true);
-                        Ok(())
-                    })?;
-                }
-                let mut du = vec![T::zero(); rows * rank];
-                let (shape, g_strides) = ((rows, rank, outputs), Strides(outputs, 1));
-                product(shape, &mut du, Strides(rank, 1), false, gv, g_strides, bv, Strides(rank, 1), s, true);
-                if wants_a {
-                    gradients.accumulate(a.id(), (rank, inputs), |da: &mut [T], keep| {
-                        let (shape, x_strides) = ((rank, inputs, rows), Strides(inputs, 1));
-                        let one = T::one();
-                        product(shape, da, Strides(inputs, 1), keep, &du, Strides(1, rank), xv, x_strides, one, true);
-                        Ok(())
-                    })?;
-                }
+                    product((outputs, rank, n), &mut db, thin, false, g, Strides(1, outputs), u, thin, one, false);
+                    product((n, rank, outputs), &mut du, thin, false, g, wide, b_values, thin, s, false);
+                    product((rank, inputs, n), &mut da, long, false, &du, Strides(1, rank), x, long, one, false);
+                    if let Some((dx, keep)) = dx {
+                        product((n, inputs, rank), dx, long, keep, &du, thin, a_values, long, one, false);
+                    }
+                    (da, db)
+                };
+                let rows_of = (x_values.par_chunks(chunk * inputs), u.par_chunks(chunk * rank));
+                let parts = g.par_chunks(chunk * outputs).zip(rows_of.0.zip(rows_of.1));
+                let mut sums = Vec::new();
                 if wants_x {
                     gradients.accumulate(x.id(), (rows, inputs), |dx: &mut [T], keep| {
-                        let (shape, a_strides) = ((rows, inputs, rank), Strides(inputs, 1));
-                        let one = T::one();
-                        product(shape, dx, Strides(inputs, 1), keep, &du, Strides(rank, 1), av, a_strides, one, true);
+                        let parts = parts.zip(dx.par_chunks_mut(chunk * inputs));
+                        sums = parts.map(|(part, dx)| task(part, Some((dx, keep)))).collect();
                         Ok(())
                     })?;
+                } else {
+                    sums = parts.map(|part| task(part, None)).collect();
                 }
-                Ok(())
+                let (da, db): (Vec<_>, Vec<_>) = sums.into_iter().unzip();
+                gradients.accumulate(a.id(), (rank, inputs), |sum: &mut [T], keep| {
+                    sum_parts(sum, keep, &da);
+                    Ok(())
+                })?;
+                gradients.accumulate(b.id(), (outputs, rank), |sum: &mut [T], keep| {
+                    sum_parts(sum, keep, &db);
+                    Ok(())
+                })
             })?;
             if wants_x { input_gradient(&g, &weight, x.id(), gradients) } else { Ok(()) }
         });
@@ -485,6 +500,16 @@ impl<'a> Ops<'a> {
     /// Without a tape, `f` in candle's graph; with one, an island.
     fn fallback(&self, inputs: &[&Tensor], f: impl FnOnce(&[Tensor]) -> Result<Tensor>) -> Result<Tensor> {
         self.island(inputs, &[], f)
+    }
+}
+
+/// `sum = keep·sum + Σ parts`, in the order of the parts.
+fn sum_parts<T: Real>(sum: &mut [T], keep: bool, parts: &[Vec<T>]) {
+    if !keep {
+        sum.fill(T::zero());
+    }
+    for part in parts {
+        sum.iter_mut().zip(part).for_each(|(sum, &v)| *sum += v);
     }
 }
 
