@@ -66,8 +66,10 @@ pub fn accumulate_gradients(
     options: StepOptions,
     gradients: &mut Gradients,
 ) -> Result<StepLoss> {
-    let sequences = rows.iter().map(|e| e.tokens.as_slice());
     let independent = attached.rows_are_independent();
+    // What comes after the last predicting row is seen by nobody.
+    let seen = |e: &&Example| e.targets().last().unwrap_or(0);
+    let sequences = rows.iter().map(|e| &e.tokens[..if independent { seen(e) } else { e.tokens.len() }]);
     let batch = match options.share_prefixes && independent {
         true => Batch::share(sequences),
         false => Batch::pack(sequences),
