@@ -62,12 +62,12 @@ fn score(model: &Llama, adaptation: &dyn Adaptation, items: &[Item<'_>]) -> Resu
             to += 1;
         }
         let chunk = &items[from..to];
-        let batch = Batch::pack(chunk.iter().map(|i| i.tokens.as_slice()));
+        let batch = Batch::share(chunk.iter().map(|i| i.tokens.as_slice()));
         let hidden = model.hidden(&batch, &adaptation)?;
         let wanted: Vec<(u32, u32)> = chunk
             .iter()
-            .zip(&batch.segments)
-            .flat_map(|(item, s)| item.wanted.iter().map(|&(row, target)| ((s.q_start + row) as u32, target)))
+            .zip(&batch.rows)
+            .flat_map(|(item, rows)| item.wanted.iter().map(|&(row, target)| (rows[row], target)))
             .collect();
         let mut flat = Vec::with_capacity(wanted.len());
         for part in wanted.chunks(256) {

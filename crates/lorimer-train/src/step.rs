@@ -1,5 +1,7 @@
 //! One forward and backward over a few rows: the plain form, and the fast form that equals it.
 
+use std::time::Instant;
+
 use candle_core::{DType, Device, Tensor, Var};
 use lorimer_adapter::Attached;
 use lorimer_model::llama::{EMBEDDING, Layout};
@@ -37,6 +39,10 @@ pub struct StepLoss {
     pub tokens: usize,
     /// Token rows that were computed, which is less where prefixes are shared.
     pub computed: usize,
+    /// Seconds of the forward.
+    pub forward_seconds: f64,
+    /// Seconds of the backward (with checkpointing, of computing layers again too).
+    pub backward_seconds: f64,
 }
 
 /// Rows of a batch that predict a learnt token, with the token.
@@ -80,6 +86,7 @@ pub fn accumulate_gradients(
         supervised: targets.len(),
         tokens: rows.iter().map(|e| e.tokens.len()).sum(),
         computed: batch.tokens.len(),
+        ..Default::default()
     };
     if targets.is_empty() {
         return Ok(loss);
@@ -97,10 +104,14 @@ pub fn accumulate_gradients(
     };
     let layout = model.layout(&batch.positions, &batch.segments, needed.as_deref());
     let pass = Pass { model, attached, parameters, batch: &batch, layout, place, targets, scale };
-    loss.sum = match options.checkpointing {
+    let clock = Instant::now();
+    let forward;
+    (loss.sum, forward) = match options.checkpointing {
         false => pass.whole(gradients)?,
         true => pass.layer_by_layer(gradients)?,
     };
+    loss.forward_seconds = forward.duration_since(clock).as_secs_f64();
+    loss.backward_seconds = forward.elapsed().as_secs_f64();
     Ok(loss)
 }
 
@@ -134,7 +145,8 @@ impl Pass<'_> {
         Tensor::new(self.scale, &Device::Cpu)?.to_dtype(loss.dtype())
     }
 
-    fn whole(&self, gradients: &mut Gradients) -> Result<f64> {
+    /// The loss, and when the forward was done.
+    fn whole(&self, gradients: &mut Gradients) -> Result<(f64, Instant)> {
         let tape = self.tape();
         let on = self.attached.recorded(&tape);
         let mut h = self.embed(&on)?;
@@ -143,12 +155,14 @@ impl Pass<'_> {
         }
         let loss = self.loss(&h, &on)?;
         drop(h);
+        let forward = Instant::now();
         let seed = self.seed(&loss)?;
         tape.backward(&loss, seed, gradients)?;
-        Ok(loss.to_dtype(DType::F64)?.to_scalar()?)
+        Ok((loss.to_dtype(DType::F64)?.to_scalar()?, forward))
     }
 
-    fn layer_by_layer(&self, gradients: &mut Gradients) -> Result<f64> {
+    /// As [`Self::whole`], with each layer computed again in the backward.
+    fn layer_by_layer(&self, gradients: &mut Gradients) -> Result<(f64, Instant)> {
         let blank = Tape::new([]);
         let on = self.attached.recorded(&blank);
         let mut inputs = vec![self.embed(&on)?];
@@ -156,9 +170,10 @@ impl Pass<'_> {
             inputs.push(self.model.layer(i, &inputs[i], &self.layout, &on, None)?);
         }
         let tape = self.tape();
-        let Some(last) = inputs.pop() else { return Ok(0.0) };
+        let Some(last) = inputs.pop() else { return Ok((0.0, Instant::now())) };
         tape.track(&last);
         let loss = self.loss(&last, &self.attached.recorded(&tape))?;
+        let forward = Instant::now();
         let seed = self.seed(&loss)?;
         tape.backward(&loss, seed, gradients)?;
         let mut gradient = gradients.remove(&last);
@@ -182,6 +197,6 @@ impl Pass<'_> {
                 tape.backward(&output, g, gradients)?;
             }
         }
-        Ok(loss.to_dtype(DType::F64)?.to_scalar()?)
+        Ok((loss.to_dtype(DType::F64)?.to_scalar()?, forward))
     }
 }

@@ -54,6 +54,8 @@ enum Verb {
     Inspect(verbs::inspect::Inspect),
     /// Check that an adapter fits its base, does something, and answers as it did when it was trained
     Check(verbs::check::Check),
+    /// Measure speed and memory, alone or against a peer
+    Bench(verbs::bench::Bench),
     /// List the methods
     Methods(verbs::methods::Methods),
 }
@@ -76,6 +78,7 @@ fn main() -> ExitCode {
         Verb::Convert(v) => v.run(cli.global),
         Verb::Inspect(v) => v.run(cli.global),
         Verb::Check(v) => v.run(cli.global),
+        Verb::Bench(v) => v.run(cli.global),
         Verb::Methods(v) => v.run(cli.global),
     };
     tracing::debug!("peak memory {} bytes", common::peak_bytes().unwrap_or_default());

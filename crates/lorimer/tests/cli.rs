@@ -257,6 +257,25 @@ fn a_run_is_not_overwritten_or_resumed_with_other_settings() {
     ok(&f.train(&out, &["--max-steps", "2", "--overwrite"]));
 }
 
+/// A measurement and one of a peer, which here is the same program on fewer savings.
+#[test]
+fn bench_train_measures_itself_and_a_peer() {
+    let f = Fixture::new();
+    let ours = ["bench", "train", "--model", &f.model, "--steps", "3", "--rounds", "1", "--work"];
+    let script = f.path("peer.sh");
+    let binary = env!("CARGO_BIN_EXE_lorimer");
+    let line = "bench train -q --once --no-share-prefixes --checkpointing --model";
+    let text = format!("exec {binary} {line} {} --work \"$1\" --steps \"$2\" --batch-size \"$3\"\n", f.model);
+    std::fs::write(&script, text).unwrap();
+    let found = json(&[&ours[..], &[&f.data, "--peer", &format!("sh {script}")]].concat());
+    let (row, peer) = (&found["rows"][0], &found["peers"][0]);
+    assert!(row["computed_tokens"].as_u64() < row["tokens"].as_u64(), "{row}");
+    assert!(row["gflops"].as_f64().unwrap() > 0.0 && row["losses"].as_array().unwrap().len() == 3);
+    assert!(peer["speed_ratio"].as_f64().unwrap() > 0.0);
+    assert!(peer["largest_loss_difference"].as_f64().unwrap() < 1e-4, "{peer}");
+    assert!(error(&[&ours[..], &[&f.data, "--peer", "false"]].concat()).contains("`false` failed"));
+}
+
 #[test]
 fn help_is_as_documented() {
     insta::assert_snapshot!("help", ok(&["--help"]));

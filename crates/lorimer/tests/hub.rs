@@ -133,7 +133,17 @@ impl Hub {
 
     fn pull(&self, more: &[(&str, &str)]) -> Output {
         let mut command = Command::new(env!("CARGO_BIN_EXE_lorimer"));
-        for name in ["HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_TOKEN", "HF_TOKEN_PATH", "LORIMER_LOG", "http_proxy"] {
+        for name in [
+            "HF_HUB_CACHE",
+            "HF_HUB_OFFLINE",
+            "HF_TOKEN",
+            "HF_TOKEN_PATH",
+            "LORIMER_LOG",
+            "http_proxy",
+            "HTTP_PROXY",
+            "all_proxy",
+            "ALL_PROXY",
+        ] {
             command.env_remove(name);
         }
         command.args(["pull", "owner/name", "--json", "-q"]).envs(more.iter().copied());

@@ -26,7 +26,7 @@ pub struct Quickstart {
     #[arg(long, short, default_value = "runs/quickstart")]
     output: PathBuf,
     /// Optimiser steps of 8 rows each
-    #[arg(long, default_value_t = 60)]
+    #[arg(long, default_value_t = 91)]
     steps: usize,
 }
 

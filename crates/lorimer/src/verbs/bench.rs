@@ -1,0 +1,324 @@
+//! `lorimer bench`
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::time::Instant;
+
+use anyhow::{Context, Result, anyhow, bail};
+use candle_core::Tensor;
+use clap::{Args, Subcommand, ValueEnum};
+use lorimer::adapter::{Adapter, Attached, Step, methods};
+use lorimer::model::BaseModel;
+use lorimer::tensor::Gradients;
+use lorimer::train::optimizer::{AdamW, AdamWConfig, Optimizer, clip};
+use lorimer::train::step::{StepOptions, accumulate_gradients};
+use lorimer::train::{EncodeOptions, Example};
+use rand::{Rng, SeedableRng};
+use serde_json::{Map, Value, json};
+
+use crate::Global;
+use crate::common::{self, ModelArgs};
+
+/// Measure speed and memory, alone or against a peer
+#[derive(Args)]
+pub struct Bench {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Subcommand)]
+enum What {
+    /// Training: tokens/s, GFLOP/s, share of the machine's own rate, peak memory, time by stage
+    Train(BenchTrain),
+}
+
+/// Each measurement runs in a process of its own, so that its peak memory is its own; measurements and peers alternate
+#[derive(Args)]
+struct BenchTrain {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// What to train on: `dense` (4 rows of 256 random tokens, all learnt) or a file of rows; repeatable
+    #[arg(long, default_value = "dense")]
+    work: Vec<String>,
+    /// Optimiser steps of a measurement; the first is not counted in the speed
+    #[arg(long, default_value_t = 12)]
+    steps: usize,
+    /// Measurements of each; medians are shown
+    #[arg(long, default_value_t = 3)]
+    rounds: usize,
+    /// Rows in a step
+    #[arg(long, default_value_t = 8)]
+    batch_size: usize,
+    /// Method
+    #[arg(long, default_value = "lora")]
+    method: String,
+    /// Rank r
+    #[arg(long, default_value_t = 8)]
+    rank: usize,
+    /// Compute every row whole, even what rows of a batch begin with in common
+    #[arg(long)]
+    no_share_prefixes: bool,
+    /// Keep less in memory and compute layers again in the backward
+    #[arg(long)]
+    checkpointing: bool,
+    /// A command that does the same work: it is given WORK, STEPS and BATCH and prints one JSON object with `name`,
+    /// `examples_per_second`, `tokens_per_second`, `peak_bytes`; repeatable
+    #[arg(long, value_name = "COMMAND")]
+    peer: Vec<String>,
+    /// Measure once, in this process
+    #[arg(long, hide = true)]
+    once: bool,
+}
+
+impl Bench {
+    pub fn run(self, global: Global) -> Result<ExitCode> {
+        match self.what {
+            What::Train(bench) => bench.run(global),
+        }
+    }
+}
+
+/// GFLOP/s of a large f32 product on all threads: the median of some.
+fn sgemm_rate() -> Result<f64> {
+    let (m, n, k) = (1024, 1536, 576);
+    let x = Tensor::rand(-1f32, 1.0, (m, k), &candle_core::Device::Cpu)?;
+    let w = lorimer::tensor::FrozenWeight::Dense(Tensor::rand(-1f32, 1.0, (n, k), &candle_core::Device::Cpu)?);
+    let mut rates = Vec::new();
+    for _ in 0..25 {
+        let clock = Instant::now();
+        for _ in 0..4 {
+            lorimer::tensor::frozen_linear(&x, &w)?;
+        }
+        rates.push(4.0 * 2.0 * (m * n * k) as f64 / clock.elapsed().as_secs_f64() / 1e9);
+    }
+    Ok(median(rates))
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+/// The value of a field in every object, its median.
+fn median_of(objects: &[Value], field: &str) -> f64 {
+    median(objects.iter().filter_map(|o| o[field].as_f64()).collect())
+}
+
+impl BenchTrain {
+    fn run(self, global: Global) -> Result<ExitCode> {
+        if self.steps < 2 || self.rounds == 0 || self.batch_size == 0 {
+            bail!("--steps should be at least 2, --rounds and --batch-size at least 1");
+        }
+        if self.once {
+            println!("{}", self.measure(&self.work[0], global)?);
+            return Ok(ExitCode::SUCCESS);
+        }
+        let (mut rows, mut peers) = (Vec::new(), Vec::new());
+        for work in &self.work {
+            let (mut ours, mut theirs) = (Vec::new(), vec![Vec::new(); self.peer.len()]);
+            for round in 1..=self.rounds {
+                tracing::info!("{work}: round {round} of {}", self.rounds);
+                ours.push(self.child(work)?);
+                for (peer, results) in self.peer.iter().zip(&mut theirs) {
+                    results.push(self.ask(peer, work)?);
+                }
+            }
+            let mut row = ours[0].clone();
+            let fields = [
+                "examples_per_second",
+                "tokens_per_second",
+                "gflops",
+                "sgemm_gflops",
+                "share_of_sgemm",
+                "peak_bytes",
+                "forward_seconds",
+                "backward_seconds",
+                "optimizer_seconds",
+            ];
+            for field in fields {
+                row[field] = json!(median_of(&ours, field));
+            }
+            for results in &theirs {
+                let mut peer = json!({ "work": work, "name": results[0]["name"] });
+                for field in ["examples_per_second", "tokens_per_second", "peak_bytes"] {
+                    peer[field] = json!(median_of(results, field));
+                }
+                let ratio = |field| median_of(&ours, field) / median_of(results, field);
+                peer["speed_ratio"] = json!(ratio("examples_per_second"));
+                peer["memory_ratio"] = json!(ratio("peak_bytes"));
+                let differences = ours[0]["losses"]
+                    .as_array()
+                    .into_iter()
+                    .flatten()
+                    .zip(results[0]["losses"].as_array().into_iter().flatten());
+                peer["largest_loss_difference"] =
+                    json!(differences.filter_map(|(a, b)| Some((a.as_f64()? - b.as_f64()?).abs())).fold(0.0, f64::max));
+                peers.push(peer);
+            }
+            rows.push(row);
+        }
+        let machine = json!({ "threads": std::thread::available_parallelism().map_or(1, usize::from), "os": std::env::consts::OS, "arch": std::env::consts::ARCH });
+        let result = json!({ "rows": rows, "machine": machine, "peers": peers });
+        common::print(global, &result, || {
+            let mut out = format!(
+                "{:<34} {:>10} {:>9} {:>8} {:>8} {:>9}\n",
+                "work", "examples/s", "tokens/s", "GFLOP/s", "of sgemm", "peak MB"
+            );
+            let number = |v: &Value, field: &str| v[field].as_f64().unwrap_or(f64::NAN);
+            for row in &rows {
+                out += &format!(
+                    "{:<34} {:>10.2} {:>9.0} {:>8.0} {:>7.0}% {:>9.0}\n  forward {:.3} s, backward {:.3} s, optimiser {:.3} s a step; {:.0} of {:.0} token rows computed\n",
+                    short_name(row["work"].as_str().unwrap_or_default()),
+                    number(row, "examples_per_second"),
+                    number(row, "tokens_per_second"),
+                    number(row, "gflops"),
+                    100.0 * number(row, "share_of_sgemm"),
+                    number(row, "peak_bytes") / 1e6,
+                    number(row, "forward_seconds"),
+                    number(row, "backward_seconds"),
+                    number(row, "optimizer_seconds"),
+                    number(row, "computed_tokens"),
+                    number(row, "tokens"),
+                );
+                for peer in peers.iter().filter(|p| p["work"] == row["work"]) {
+                    out += &format!(
+                        "  {:<32} {:>10.2} {:>9.0} {:>8} {:>8} {:>9.0}   ours is {:.2} times as fast in {:.2} times the memory\n",
+                        peer["name"].as_str().unwrap_or("peer"),
+                        number(peer, "examples_per_second"),
+                        number(peer, "tokens_per_second"),
+                        "",
+                        "",
+                        number(peer, "peak_bytes") / 1e6,
+                        number(peer, "speed_ratio"),
+                        number(peer, "memory_ratio"),
+                    );
+                }
+            }
+            out.trim_end().to_string()
+        })
+    }
+
+    /// This measurement in a process of its own.
+    fn child(&self, work: &str) -> Result<Value> {
+        let mut command = Command::new(std::env::current_exe()?);
+        command.args(["bench", "train", "--once", "-q", "--work", work, "--method", &self.method, "--model"]);
+        command.arg(&self.model.model).arg("--dtype");
+        command.args(self.model.dtype.to_possible_value().map(|v| v.get_name().to_string()));
+        for (flag, value) in [("--steps", self.steps), ("--batch-size", self.batch_size), ("--rank", self.rank)] {
+            command.args([flag, &value.to_string()]);
+        }
+        if let Some(tokenizer) = &self.model.tokenizer {
+            command.arg("--tokenizer").arg(tokenizer);
+        }
+        command.args(self.no_share_prefixes.then_some("--no-share-prefixes"));
+        command.args(self.checkpointing.then_some("--checkpointing"));
+        answer(command, "the measurement")
+    }
+
+    fn ask(&self, peer: &str, work: &str) -> Result<Value> {
+        let mut words = peer.split_whitespace();
+        let mut command = Command::new(words.next().ok_or_else(|| anyhow!("--peer is empty; give a command"))?);
+        command.args(words).arg(work).arg(self.steps.to_string()).arg(self.batch_size.to_string());
+        answer(command, peer)
+    }
+
+    fn rows(&self, work: &str, base: &lorimer::model::Base) -> Result<(Vec<Example>, usize)> {
+        if work == "dense" {
+            let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(0);
+            let vocabulary = base.model.config.vocab_size as u32;
+            let row = |_| Example {
+                tokens: (0..256).map(|_| rng.random_range(3.min(vocabulary - 1)..vocabulary)).collect(),
+                learnt: vec![true; 256],
+                answer: None,
+            };
+            return Ok(((0..4 * self.steps).map(row).collect(), 4));
+        }
+        let options = EncodeOptions { limit: Some(self.batch_size * self.steps), ..Default::default() };
+        Ok((common::load_data(Path::new(work), base, &options)?.0, self.batch_size))
+    }
+
+    fn measure(&self, work: &str, global: Global) -> Result<Value> {
+        let clock = Instant::now();
+        let (base, _) = common::open_base(&self.model, global)?;
+        let load_seconds = clock.elapsed().as_secs_f64();
+        let clock = Instant::now();
+        let (rows, size) = self.rows(work, &base)?;
+        let encode_seconds = clock.elapsed().as_secs_f64();
+        let mut settings = Map::new();
+        settings.insert("r".into(), json!(self.rank));
+        settings.insert("lora_alpha".into(), json!(2 * self.rank));
+        settings.insert("target_modules".into(), json!("all-linear"));
+        let adapter = Adapter::attach(&base.model, methods::build(&self.method, &settings)?, 0)?;
+        let attached = Attached::one(&adapter);
+        let parameters = adapter.trainable();
+        let options = StepOptions { share_prefixes: !self.no_share_prefixes, checkpointing: self.checkpointing };
+        let mut optimizer = AdamW::new(AdamWConfig::default());
+        let (mut losses, mut counted) = (Vec::new(), 0.0);
+        let (mut tokens, mut computed, mut supervised, mut examples) = (0, 0, 0, 0);
+        let (mut forward, mut backward, mut optimizing) = (0.0, 0.0, 0.0);
+        let steps = rows.len().div_ceil(size);
+        for (step, batch) in rows.chunks(size).enumerate() {
+            let clock = Instant::now();
+            let batch: Vec<&Example> = batch.iter().collect();
+            let learnt: usize = batch.iter().map(|e| e.targets().count()).sum();
+            let mut sums = Gradients::default();
+            let on = attached.at(Step { training: Some(step as u64) });
+            let scale = 1.0 / learnt.max(1) as f64;
+            let found = accumulate_gradients(&base.model, &on, &parameters, &batch, scale, options, &mut sums)?;
+            let optimizer_clock = Instant::now();
+            let mut gradients: Vec<_> = parameters.iter().map(|(_, v)| sums.remove(v.as_tensor())).collect();
+            clip(&mut gradients, 1.0)?;
+            optimizer.step(&parameters, &gradients, 5e-4 * (1.0 - step as f64 / self.steps as f64))?;
+            losses.push(found.sum * scale);
+            if step > 0 {
+                counted += clock.elapsed().as_secs_f64();
+                optimizing += optimizer_clock.elapsed().as_secs_f64();
+                forward += found.forward_seconds;
+                backward += found.backward_seconds;
+                tokens += found.tokens;
+                computed += found.computed;
+                supervised += found.supervised;
+                examples += batch.len();
+            }
+        }
+        let peak_bytes = common::peak_bytes();
+        let rate = sgemm_rate()?;
+        // Products with frozen weights, forward and for the inputs' gradients: what every method pays.
+        let sizes = |head: bool| -> usize {
+            let sites = base.model.projections().into_iter().map(|(site, _)| site);
+            sites.filter(|s| s.is_head == head).map(|s| s.inputs * s.outputs).sum()
+        };
+        let flops = 4.0 * (computed as f64 * sizes(false) as f64 + supervised as f64 * sizes(true) as f64);
+        let gflops = flops / counted / 1e9;
+        let each = (steps - 1).max(1) as f64;
+        Ok(json!({
+            "work": work, "method": self.method, "rank": self.rank, "batch_size": size, "steps": steps,
+            "storage": base.model.projections().first().map(|(_, p)| p.weight.storage_name()),
+            "examples_per_second": examples as f64 / counted, "tokens_per_second": tokens as f64 / counted,
+            "tokens": tokens, "computed_tokens": computed, "supervised_tokens": supervised,
+            "gflops": gflops, "sgemm_gflops": rate, "share_of_sgemm": gflops / rate, "peak_bytes": peak_bytes,
+            "load_seconds": load_seconds, "encode_seconds": encode_seconds, "forward_seconds": forward / each,
+            "backward_seconds": backward / each, "optimizer_seconds": optimizing / each, "losses": losses,
+        }))
+    }
+}
+
+/// Last part of a path.
+fn short_name(work: &str) -> String {
+    PathBuf::from(work).file_name().map_or(work.to_string(), |n| n.to_string_lossy().into_owned())
+}
+
+/// Runs a command and reads the JSON object on the last line of its output.
+fn answer(mut command: Command, what: &str) -> Result<Value> {
+    let output = command.output().with_context(|| format!("cannot run `{what}`"))?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let last = text.lines().rev().find(|l| !l.trim().is_empty()).unwrap_or_default();
+    match serde_json::from_str(last) {
+        Ok(value) if output.status.success() => Ok(value),
+        _ => {
+            let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+            let reason = errors.lines().rev().find(|l| !l.trim().is_empty()).unwrap_or("it printed no JSON object");
+            bail!("`{what}` failed: {}", reason.trim().trim_start_matches("error: "))
+        }
+    }
+}
