@@ -276,7 +276,7 @@ impl<'a> Ops<'a> {
         }
     }
 
-    /// [`crate::rotary`].
+    /// [`crate::rotary()`].
     pub fn rotary(&self, x: &Tensor, table: &RotaryTable) -> Result<Tensor> {
         match self.on_cpu(x) {
             true => self.one(x, Rotary::new(x, table)?),
@@ -478,7 +478,7 @@ impl<'a> Ops<'a> {
         Ok(y)
     }
 
-    /// Σ −log softmax(x Wᵀ)[target] over rows, with a frozen head `W` (vocabulary, width): logits exist for some rows at a
+    /// Σ −log p of each row's target under softmax(x Wᵀ), with a frozen head `W` (vocabulary, width): logits exist for some rows at a
     /// time only, and the gradient of `x` is formed beside them. `x` (rows, width) → a scalar in x's type.
     pub fn head_loss(&self, x: &Tensor, head: &FrozenWeight, targets: &[u32]) -> Result<Tensor> {
         let (true, Some(tape)) = (self.on_cpu(x), self.tape(&[x])) else {
