@@ -34,7 +34,7 @@ impl Batch {
         // Groups of sequences that agree up to a depth, with the spans of rows that hold what they agree on.
         let mut groups = vec![((0..sequences.len()).collect::<Vec<_>>(), 0, Vec::new())];
         while let Some((group, depth, before)) = groups.pop() {
-            let first = sequences[group[0]];
+            let Some(first) = group.first().map(|&i| sequences[i]) else { continue };
             let common = |other: &[u32]| first[depth..].iter().zip(&other[depth..]).take_while(|(a, b)| a == b).count();
             let length = group.iter().map(|&i| common(sequences[i])).min().unwrap_or(0);
             let mut spans = before;
@@ -115,6 +115,12 @@ mod tests {
             let keys: Vec<u32> = s.keys.iter().flat_map(|&(a, n)| a as u32..(a + n) as u32).collect();
             assert_eq!(&keys[..rows.len()], rows);
         }
+    }
+
+    #[test]
+    fn no_sequences_and_empty_ones_are_no_rows() {
+        assert!(Batch::share([]).tokens.is_empty());
+        assert_eq!(Batch::share([&[][..], &[4]]).tokens, [4]);
     }
 
     #[test]
