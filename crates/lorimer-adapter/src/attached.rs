@@ -371,7 +371,8 @@ impl Adaptation for Attached<'_> {
         let replaced = self.parameter(&site.weight_path());
         let here = || self.adapters.iter().filter_map(|(a, weight)| Some((a.deltas.get(&site.path)?, *weight)));
         let alone = here().next().filter(|(_, weight)| *weight == 1.0 && here().count() == 1 && replaced.is_none());
-        let fused = alone.and_then(|(delta, _)| delta.fused(ops, base, x, &self.step));
+        // Without a tape the plain form runs, so that it is what the fast one is held against.
+        let fused = alone.filter(|_| self.tape.is_some()).and_then(|(delta, _)| delta.fused(ops, base, x, &self.step));
         let y = match fused {
             Some(y) => y?,
             None => {

@@ -34,8 +34,8 @@ pub fn cross_entropy_reference(logits: &Tensor, targets: &[u32]) -> Result<Tenso
 /// Bytes of logits that exist at a time in [`head_loss_and_gradient`].
 const CHUNK_BYTES: usize = 32 << 20;
 
-/// Σ −log p of each row's target under softmax(x Wᵀ) (a scalar) and its gradient (rows, width): `x` (rows, width), `head` (vocabulary,
-/// width). Logits exist for a chunk of rows only.
+/// Σ −log p of each row's target under softmax(x Wᵀ) (a scalar) and its gradient (rows, width): `x` (rows,
+/// width), `head` (vocabulary, width). Logits exist for a chunk of rows only.
 pub(crate) fn head_loss_and_gradient(x: &Tensor, head: &FrozenWeight, targets: &[u32]) -> Result<(Tensor, Tensor)> {
     fn run<T: Real>(x: &Tensor, head: &FrozenWeight, targets: &[u32]) -> Result<(Tensor, Tensor)> {
         let (rows, width) = x.dims2()?;

@@ -391,11 +391,11 @@ impl<'a> Ops<'a> {
         (a, b): (&Tensor, &Tensor),
         scaling: f64,
     ) -> Result<Tensor> {
-        let (true, true) = (self.0.is_some(), self.on_cpu(x)) else {
+        if !self.on_cpu(x) {
             let thin = |t: &[Tensor]| (t[0].matmul(&t[1].t()?)? * scaling)?.matmul(&t[2].t()?);
             let y = self.linear(x, weight)?;
             return self.add(&y, &self.fallback(&[x, a, b], thin)?);
-        };
+        }
         match x.dtype() {
             DType::F64 => self.low_rank_typed::<f64>(x, weight, (a, b), scaling),
             _ => self.low_rank_typed::<f32>(x, weight, (a, b), scaling),
@@ -464,22 +464,21 @@ impl<'a> Ops<'a> {
                     sums = parts.map(|part| task(part, None)).collect();
                 }
                 let (da, db): (Vec<_>, Vec<_>) = sums.into_iter().unzip();
-                gradients.accumulate(a.id(), (rank, inputs), |sum: &mut [T], keep| {
-                    sum_parts(sum, keep, &da);
-                    Ok(())
-                })?;
-                gradients.accumulate(b.id(), (outputs, rank), |sum: &mut [T], keep| {
-                    sum_parts(sum, keep, &db);
-                    Ok(())
-                })
+                for (id, shape, parts) in [(a.id(), (rank, inputs), da), (b.id(), (outputs, rank), db)] {
+                    gradients.accumulate(id, shape, |sum: &mut [T], keep| {
+                        sum_parts(sum, keep, &parts);
+                        Ok(())
+                    })?;
+                }
+                Ok(())
             })?;
             if wants_x { input_gradient(&g, &weight, x.id(), gradients) } else { Ok(()) }
         });
         Ok(y)
     }
 
-    /// Σ −log p of each row's target under softmax(x Wᵀ), with a frozen head `W` (vocabulary, width): logits exist for some rows at a
-    /// time only, and the gradient of `x` is formed beside them. `x` (rows, width) → a scalar in x's type.
+    /// Σ −log p of each row's target under softmax(x Wᵀ), with a frozen head `W` (vocabulary,
+    /// width): logits exist for some rows at a time only, and the gradient of `x` is formed beside them. `x` (rows, width) → a scalar in x's type.
     pub fn head_loss(&self, x: &Tensor, head: &FrozenWeight, targets: &[u32]) -> Result<Tensor> {
         let (true, Some(tape)) = (self.on_cpu(x), self.tape(&[x])) else {
             return self.fallback(&[x], |t| crate::cross_entropy(&frozen_linear(&t[0], head)?, targets)?.sum_all());

@@ -109,6 +109,9 @@ impl BenchTrain {
         if self.steps < 2 || self.rounds == 0 || self.batch_size == 0 {
             bail!("--steps should be at least 2, --rounds and --batch-size at least 1");
         }
+        if self.steps > 10_000 || self.rounds > 1000 || self.batch_size > 1 << 16 {
+            bail!("--steps should be at most 10000, --rounds at most 1000, --batch-size at most 65536");
+        }
         if self.once {
             println!("{}", self.measure(&self.work[0], global)?);
             return Ok(ExitCode::SUCCESS);
