@@ -5,8 +5,8 @@
 //! loss, lets products accumulate straight into gradients, and frees what an operation kept as soon as its backward has run.
 //! Whatever has no operation here is recorded as an *island* ([`Ops::island`]): any function of candle tensors.
 
-use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use candle_core::{CustomOp1, CustomOp2, CustomOp3, DType, Result, Tensor, TensorId, Var};
 use rayon::prelude::*;
@@ -22,7 +22,7 @@ use crate::rotary::{Rotary, RotaryTable};
 /// Elements up to which a pass over memory is quicker on one thread than shared out.
 const SERIAL: usize = 1 << 17;
 
-type Backward = Box<dyn FnOnce(&Tensor, &mut Gradients) -> Result<()>>;
+type Backward = Box<dyn FnOnce(&Tensor, &mut Gradients) -> Result<()> + Send>;
 
 struct Node {
     output: TensorId,
@@ -36,7 +36,7 @@ struct Record {
 }
 
 /// The operations of one forward, in order.
-pub struct Tape(RefCell<Record>);
+pub struct Tape(Mutex<Record>);
 
 struct Slot {
     gradient: Tensor,
@@ -146,21 +146,25 @@ impl Tape {
     /// An empty tape on which gradients of `trainable` are wanted.
     pub fn new<'a>(trainable: impl IntoIterator<Item = &'a Tensor>) -> Self {
         let tracked = trainable.into_iter().map(Tensor::id).collect();
-        Self(RefCell::new(Record { nodes: Vec::new(), tracked }))
+        Self(Mutex::new(Record { nodes: Vec::new(), tracked }))
     }
 
     /// Wants the gradient of another tensor, one that no operation on this tape made.
     pub fn track(&self, t: &Tensor) {
-        self.0.borrow_mut().tracked.insert(t.id());
+        self.lock().tracked.insert(t.id());
     }
 
     /// Whether the tensor depends on something trainable.
     pub fn tracks(&self, t: &Tensor) -> bool {
-        self.0.borrow().tracked.contains(&t.id())
+        self.lock().tracked.contains(&t.id())
     }
 
-    fn record(&self, output: &Tensor, backward: impl FnOnce(&Tensor, &mut Gradients) -> Result<()> + 'static) {
-        let mut record = self.0.borrow_mut();
+    fn lock(&self) -> MutexGuard<'_, Record> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn record(&self, output: &Tensor, backward: impl FnOnce(&Tensor, &mut Gradients) -> Result<()> + Send + 'static) {
+        let mut record = self.lock();
         record.tracked.insert(output.id());
         record.nodes.push(Node { output: output.id(), backward: Box::new(backward) });
     }
@@ -168,7 +172,7 @@ impl Tape {
     /// From the gradient of one output to those of all trainable tensors, which are added to `gradients`.
     pub fn backward(self, output: &Tensor, gradient: Tensor, gradients: &mut Gradients) -> Result<()> {
         gradients.add(output.id(), gradient)?;
-        for node in self.0.into_inner().nodes.into_iter().rev() {
+        for node in self.0.into_inner().unwrap_or_else(PoisonError::into_inner).nodes.into_iter().rev() {
             if let Some(slot) = gradients.0.remove(&node.output) {
                 (node.backward)(&slot.gradient, gradients)?;
             }

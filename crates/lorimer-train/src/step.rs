@@ -106,10 +106,11 @@ pub fn accumulate_gradients(
     let pass = Pass { model, attached, parameters, batch: &batch, layout, place, targets, scale };
     let clock = Instant::now();
     let forward;
-    (loss.sum, forward) = match options.checkpointing {
-        false => pass.whole(gradients)?,
-        true => pass.layer_by_layer(gradients)?,
-    };
+    // In the pool itself: each parallel part then starts without waking a sleeping thread to carry it there.
+    (loss.sum, forward) = rayon::scope(|_| match options.checkpointing {
+        false => pass.whole(gradients),
+        true => pass.layer_by_layer(gradients),
+    })?;
     loss.forward_seconds = forward.duration_since(clock).as_secs_f64();
     loss.backward_seconds = forward.elapsed().as_secs_f64();
     Ok(loss)
