@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use candle_core::{DType, Result as TensorResult, Tensor, Var};
 use lorimer_model::{Adaptation, BaseModel, Projection, Site};
-use lorimer_tensor::{Ops, Tape};
+use lorimer_tensor::{Ops, Part, Tape};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
@@ -361,41 +361,75 @@ impl<'a> Attached<'a> {
     }
 }
 
+impl Attached<'_> {
+    /// What the adapters put on a site, with their weights.
+    fn here(&self, site: &Site) -> impl Iterator<Item = (&dyn Delta, f64)> {
+        self.adapters.iter().filter_map(|(a, weight)| Some((a.deltas.get(&site.path)?.as_ref(), *weight)))
+    }
+
+    /// A projection without its bias, operation by operation.
+    fn project_plain(&self, site: &Site, base: &Projection, x: &Tensor) -> TensorResult<Tensor> {
+        let ops = self.ops();
+        let plain = match self.parameter(&site.weight_path()) {
+            Some(weight) => ops.island(&[x], &[weight], |t| t[0].matmul(&weight.t()?))?,
+            None => ops.linear(x, &base.weight)?,
+        };
+        let mut y = plain.clone();
+        for (delta, weight) in self.here(site) {
+            let trainable: Vec<&Tensor> = delta.trainable().into_iter().map(|(_, v)| v.as_tensor()).collect();
+            let change = ops.island(&[x, &plain], &trainable, |t| {
+                let change = delta.forward(base, &t[0], &t[1], &self.step)?;
+                if weight == 1.0 { Ok(change) } else { change * weight }
+            })?;
+            y = ops.add(&y, &change)?;
+        }
+        Ok(y)
+    }
+}
+
 impl Adaptation for Attached<'_> {
     fn ops(&self) -> Ops<'_> {
         self.tape.map_or(Ops::plain(), Ops::recorded)
     }
 
     fn project(&self, site: &Site, base: &Projection, x: &Tensor) -> TensorResult<Tensor> {
+        let mut found = self.project_all(&[(site, base)], x)?;
+        found.pop().ok_or_else(|| candle_core::Error::Msg("no projection".into()))
+    }
+
+    fn project_all(&self, targets: &[(&Site, &Projection)], x: &Tensor) -> TensorResult<Vec<Tensor>> {
         let ops = self.ops();
-        let replaced = self.parameter(&site.weight_path());
-        let here = || self.adapters.iter().filter_map(|(a, weight)| Some((a.deltas.get(&site.path)?, *weight)));
-        let alone = here().next().filter(|(_, weight)| *weight == 1.0 && here().count() == 1 && replaced.is_none());
+        let mut parts = Vec::new();
+        let mut places = Vec::new();
         // Without a tape the plain form runs, so that it is what the fast one is held against.
-        let fused = alone.filter(|_| self.tape.is_some()).and_then(|(delta, _)| delta.fused(ops, base, x, &self.step));
-        let y = match fused {
-            Some(y) => y?,
-            None => {
-                let plain = match replaced {
-                    Some(weight) => ops.island(&[x], &[weight], |t| t[0].matmul(&weight.t()?))?,
-                    None => ops.linear(x, &base.weight)?,
-                };
-                let mut y = plain.clone();
-                for (delta, weight) in here() {
-                    let trainable: Vec<&Tensor> = delta.trainable().into_iter().map(|(_, v)| v.as_tensor()).collect();
-                    let change = ops.island(&[x, &plain], &trainable, |t| {
-                        let change = delta.forward(base, &t[0], &t[1], &self.step)?;
-                        if weight == 1.0 { Ok(change) } else { change * weight }
-                    })?;
-                    y = ops.add(&y, &change)?;
-                }
-                y
+        for (place, (site, base)) in targets.iter().enumerate().filter(|_| self.tape.is_some()) {
+            if self.parameter(&site.weight_path()).is_some() {
+                continue;
             }
-        };
-        match self.parameter(&site.bias_path()).or(base.bias.as_ref()) {
-            Some(bias) => ops.add_bias(&y, bias),
-            None => Ok(y),
+            let low_rank = match self.here(site).collect::<Vec<_>>()[..] {
+                [] => None,
+                [(delta, 1.0)] => match delta.thin(x, &self.step)? {
+                    Some(thin) => Some(thin),
+                    None => continue,
+                },
+                _ => continue,
+            };
+            parts.push(Part { weight: &base.weight, low_rank });
+            places.push(place);
         }
+        let mut together = places.into_iter().zip(ops.project(x, &parts)?).peekable();
+        let mut outputs = Vec::with_capacity(targets.len());
+        for (place, (site, base)) in targets.iter().enumerate() {
+            let y = match together.next_if(|(i, _)| *i == place) {
+                Some((_, y)) => y,
+                None => self.project_plain(site, base, x)?,
+            };
+            outputs.push(match self.parameter(&site.bias_path()).or(base.bias.as_ref()) {
+                Some(bias) => ops.add_bias(&y, bias)?,
+                None => y,
+            });
+        }
+        Ok(outputs)
     }
 
     fn touches(&self, site: &Site) -> bool {

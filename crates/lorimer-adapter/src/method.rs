@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use candle_core::{DType, Tensor, Var};
 use lorimer_model::{Projection, Site};
-use lorimer_tensor::Ops;
+use lorimer_tensor::LowRankTerm;
 use rand_chacha::ChaCha8Rng;
 use serde_json::{Map, Value};
 
@@ -51,16 +51,11 @@ pub trait Delta: Send + Sync {
     /// The change Δy of the projection's output. `x` (rows, inputs), `y` = x Wᵀ (rows, outputs) without
     /// bias, which an adapter may have replaced.
     fn forward(&self, base: &Projection, x: &Tensor, y: &Tensor, step: &Step) -> candle_core::Result<Tensor>;
-    /// The whole output x Wᵀ + Δy in one recorded operation, where the method has one; it is taken in place of
-    /// [`Self::forward`], which it equals, in training and where this is the only adapter.
-    fn fused(
-        &self,
-        _ops: Ops<'_>,
-        _base: &Projection,
-        _x: &Tensor,
-        _step: &Step,
-    ) -> Option<candle_core::Result<Tensor>> {
-        None
+    /// The change as one product of trainable thin matrices, where it is nothing else in this step. In training, and where
+    /// this is the only adapter, it is then computed in one operation with the frozen projection, in place of
+    /// [`Self::forward`], which it equals. `x` (rows, inputs).
+    fn thin(&self, _x: &Tensor, _step: &Step) -> candle_core::Result<Option<LowRankTerm<'_>>> {
+        Ok(None)
     }
     /// Whether the change of a row depends on which other rows are in the batch (dropout does, since its mask goes by the
     /// element), so that rows which sequences share cannot be computed once for all.

@@ -31,6 +31,13 @@ impl Linear {
     }
 }
 
+/// Projections of one input.
+fn all<const N: usize>(of: [&Linear; N], x: &Tensor, adaptation: &dyn Adaptation) -> TensorResult<[Tensor; N]> {
+    let targets = of.map(|linear| (&linear.site, &linear.base));
+    let found = adaptation.project_all(&targets, x)?;
+    found.try_into().map_err(|_| candle_core::Error::Msg("an adaptation left out a projection".into()))
+}
+
 struct Norm {
     path: String,
     weight: Tensor,
@@ -250,13 +257,19 @@ impl Llama {
         let (layer, ops) = (&self.layers[i], adaptation.ops());
         let last = layout.last.as_ref().filter(|_| i + 1 == self.layers.len());
         let x = layer.input_norm.forward(h, adaptation)?;
-        let (mut k, mut v) = (layer.k.forward(&x, adaptation)?, layer.v.forward(&x, adaptation)?);
-        // From here on only the queries count.
-        let (h, x, segments, table) = match last {
-            Some(l) => (ops.rows(h, &l.needed)?, ops.rows(&x, &l.needed)?, &l.segments, &l.table),
-            None => (h.clone(), x, &layout.segments, &layout.table),
+        let (mut q, mut k, mut v);
+        // In the last layer only the queries of some rows count from here on.
+        let (h, segments, table) = match last {
+            Some(l) => {
+                [k, v] = all([&layer.k, &layer.v], &x, adaptation)?;
+                q = layer.q.forward(&ops.rows(&x, &l.needed)?, adaptation)?;
+                (ops.rows(h, &l.needed)?, &l.segments, &l.table)
+            }
+            None => {
+                [q, k, v] = all([&layer.q, &layer.k, &layer.v], &x, adaptation)?;
+                (h.clone(), &layout.segments, &layout.table)
+            }
         };
-        let mut q = layer.q.forward(&x, adaptation)?;
         if let Some((q_norm, k_norm)) = &layer.head_norms {
             q = self.norm_heads(q, q_norm, adaptation)?;
             k = self.norm_heads(k, k_norm, adaptation)?;
@@ -277,7 +290,8 @@ impl Llama {
         let attended = adaptation.attend(Point::Layer(i), call)?;
         let h = ops.add(&h, &layer.o.forward(&attended, adaptation)?)?;
         let x = layer.post_norm.forward(&h, adaptation)?;
-        let gated = ops.silu_mul(&layer.gate.forward(&x, adaptation)?, &layer.up.forward(&x, adaptation)?)?;
+        let [gate, up] = all([&layer.gate, &layer.up], &x, adaptation)?;
+        let gated = ops.silu_mul(&gate, &up)?;
         adaptation.hidden(Point::Layer(i), ops.add(&h, &layer.down.forward(&gated, adaptation)?)?)
     }
 

@@ -122,6 +122,11 @@ pub trait Adaptation {
         base.forward_with(self.ops(), x)
     }
 
+    /// Frozen projections that read the same `x`, to be computed together where that is quicker.
+    fn project_all(&self, targets: &[(&Site, &Projection)], x: &Tensor) -> Result<Vec<Tensor>> {
+        targets.iter().map(|(site, base)| self.project(site, base, x)).collect()
+    }
+
     /// One attention.
     fn attend(&self, _point: Point, call: AttentionCall<'_>) -> Result<Tensor> {
         call.run(self.ops())

@@ -8,24 +8,31 @@
 //! This is the only crate of the workspace that contains `unsafe` code.
 
 pub mod attention;
+pub mod blockwise;
 pub mod gated;
 pub mod linalg;
 pub mod loss;
+pub mod low_rank;
 pub mod mapped;
 pub mod memory;
+pub mod nf4;
 pub mod norm;
+mod products;
 pub mod project;
 mod raw;
 pub mod rotary;
+pub mod storage;
 pub mod tape;
 mod wide;
 
 pub use attention::{Segment, attention};
 pub use gated::silu_mul;
 pub use loss::cross_entropy;
+pub use low_rank::{LowRankTerm, Part};
 pub use norm::rms_norm;
-pub use project::{FrozenWeight, frozen_linear};
+pub use project::frozen_linear;
 pub use rotary::{RotaryTable, rotary};
+pub use storage::FrozenWeight;
 pub use tape::{Gradients, Ops, Tape};
 
 #[cfg(test)]

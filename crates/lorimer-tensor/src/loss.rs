@@ -3,8 +3,9 @@
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use crate::project::{FrozenWeight, frozen_accumulate_input, frozen_linear};
+use crate::project::{frozen_accumulate_input, frozen_linear};
 use crate::raw::{Real, slice, with_mut_slice, with_slices};
+use crate::storage::FrozenWeight;
 use crate::wide::{exp_in_place, wide};
 
 /// `−log softmax(logits)[target]` of every row: `logits` (rows, vocabulary) f32 or f64, one target a row → (rows).

@@ -6,12 +6,21 @@ use candle_core::{CpuStorage, Error, InplaceOp1, Layout, Result, Storage, Tensor
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 
+use crate::products::Product;
+use crate::storage::View;
+
 /// The two floating-point types that a CPU kernel computes in.
 pub(crate) trait Real: WithDType + num_traits::Float + std::iter::Sum {
     /// The elements of a CPU storage of this type.
     fn mut_slice(storage: &mut CpuStorage) -> Result<&mut [Self]>;
     /// eˣ, to within rounding.
     fn exp_fast(self) -> Self;
+    /// The numbers of a frozen weight that is stored in this type, with the length of a row.
+    fn of_view(view: View<'_>) -> Option<(&[Self], usize)>;
+    /// Computes checked products together, where there is a kernel for it; else `false`, and nothing is done.
+    fn run_products(_products: &mut [Product<'_, Self>]) -> bool {
+        false
+    }
     /// A product on all threads: see [`product_raw`].
     ///
     /// # Safety
@@ -63,6 +72,20 @@ impl Real for f32 {
     fn exp_fast(self) -> f32 {
         crate::wide::exp_f32(self)
     }
+    fn of_view(view: View<'_>) -> Option<(&[f32], usize)> {
+        match view {
+            View::F32(values, length) => Some((values, length)),
+            _ => None,
+        }
+    }
+    #[cfg(target_arch = "x86_64")]
+    fn run_products(products: &mut [Product<'_, f32>]) -> bool {
+        let available = crate::products::kernel::available();
+        if available {
+            crate::products::kernel::run(products);
+        }
+        available
+    }
     product_parallel!(f32);
 }
 
@@ -77,6 +100,12 @@ impl Real for f64 {
     fn exp_fast(self) -> f64 {
         self.exp()
     }
+    fn of_view(view: View<'_>) -> Option<(&[f64], usize)> {
+        match view {
+            View::F64(values, length) => Some((values, length)),
+            _ => None,
+        }
+    }
     product_parallel!(f64);
 }
 
@@ -89,21 +118,27 @@ pub(crate) fn slice<'a, T: Real>(storage: &'a CpuStorage, layout: &Layout) -> Re
     }
 }
 
-/// Calls `f` with the elements of contiguous CPU tensors, in order.
+/// Calls `f` with the elements of CPU tensors, in order.
 pub(crate) fn with_slices<T: Real, R, const N: usize>(
     tensors: [&Tensor; N],
     f: impl FnOnce([&[T]; N]) -> Result<R>,
 ) -> Result<R> {
+    with_slice_list(&tensors, |list| {
+        let mut slices: [&[T]; N] = [&[]; N];
+        slices.copy_from_slice(list);
+        f(slices)
+    })
+}
+
+/// [`with_slices`] of any number of tensors.
+pub(crate) fn with_slice_list<T: Real, R>(tensors: &[&Tensor], f: impl FnOnce(&[&[T]]) -> Result<R>) -> Result<R> {
     let tensors: Vec<Tensor> = tensors.iter().map(|t| t.contiguous()).collect::<Result<_>>()?;
     let guards: Vec<_> = tensors.iter().map(|t| t.storage_and_layout()).collect();
-    let mut slices: [&[T]; N] = [&[]; N];
-    for (out, (storage, layout)) in slices.iter_mut().zip(&guards) {
-        match &**storage {
-            Storage::Cpu(storage) => *out = slice(storage, layout)?,
-            _ => candle_core::bail!("lorimer kernel: the tensor is not on the CPU"),
-        }
-    }
-    f(slices)
+    let slices = guards.iter().map(|(storage, layout)| match &**storage {
+        Storage::Cpu(storage) => slice(storage, layout),
+        _ => candle_core::bail!("lorimer kernel: the tensor is not on the CPU"),
+    });
+    f(&slices.collect::<Result<Vec<_>>>()?)
 }
 
 /// Calls `f` with the elements of a contiguous CPU tensor, to be changed in place. Whoever shares the storage sees it.

@@ -14,18 +14,20 @@ use rayon::prelude::*;
 use crate::attention::{Attention, Segment};
 use crate::gated::SiluMul;
 use crate::loss::head_loss_and_gradient;
+use crate::low_rank::{self, Part};
 use crate::norm::RmsNorm;
-use crate::project::{FrozenWeight, frozen_accumulate_input, frozen_linear};
-use crate::raw::{Real, Strides, product, with_mut_slice, with_slices};
+use crate::project::frozen_linear;
+use crate::raw::{Real, with_mut_slice, with_slices};
 use crate::rotary::{Rotary, RotaryTable};
+use crate::storage::FrozenWeight;
 
 /// Elements up to which a pass over memory is quicker on one thread than shared out.
 const SERIAL: usize = 1 << 17;
 
-type Backward = Box<dyn FnOnce(&Tensor, &mut Gradients) -> Result<()> + Send>;
+type Backward = Box<dyn FnOnce(&[Option<Tensor>], &mut Gradients) -> Result<()> + Send>;
 
 struct Node {
-    output: TensorId,
+    outputs: Vec<TensorId>,
     backward: Backward,
 }
 
@@ -88,7 +90,7 @@ impl Gradients {
 
     /// Lets `write(destination, keep)` add to a gradient of `shape` in place; with `keep` false the destination is new and
     /// is to be overwritten.
-    fn accumulate<T: Real>(
+    pub(crate) fn accumulate<T: Real>(
         &mut self,
         id: TensorId,
         shape: (usize, usize),
@@ -164,17 +166,32 @@ impl Tape {
     }
 
     fn record(&self, output: &Tensor, backward: impl FnOnce(&Tensor, &mut Gradients) -> Result<()> + Send + 'static) {
+        self.record_all(std::slice::from_ref(output), |found, gradients| match found {
+            [Some(gradient)] => backward(gradient, gradients),
+            _ => Ok(()),
+        });
+    }
+
+    /// An operation with several outputs; its backward runs where a gradient of any of them has arrived.
+    fn record_all(
+        &self,
+        outputs: &[Tensor],
+        backward: impl FnOnce(&[Option<Tensor>], &mut Gradients) -> Result<()> + Send + 'static,
+    ) {
+        let outputs: Vec<TensorId> = outputs.iter().map(Tensor::id).collect();
         let mut record = self.lock();
-        record.tracked.insert(output.id());
-        record.nodes.push(Node { output: output.id(), backward: Box::new(backward) });
+        record.tracked.extend(&outputs);
+        record.nodes.push(Node { outputs, backward: Box::new(backward) });
     }
 
     /// From the gradient of one output to those of all trainable tensors, which are added to `gradients`.
     pub fn backward(self, output: &Tensor, gradient: Tensor, gradients: &mut Gradients) -> Result<()> {
         gradients.add(output.id(), gradient)?;
         for node in self.0.into_inner().unwrap_or_else(PoisonError::into_inner).nodes.into_iter().rev() {
-            if let Some(slot) = gradients.0.remove(&node.output) {
-                (node.backward)(&slot.gradient, gradients)?;
+            let found = |id| gradients.0.remove(id).map(|slot| slot.gradient);
+            let found: Vec<Option<Tensor>> = node.outputs.iter().map(found).collect();
+            if found.iter().any(Option::is_some) {
+                (node.backward)(&found, gradients)?;
             }
         }
         Ok(())
@@ -376,109 +393,32 @@ impl<'a> Ops<'a> {
 
     /// [`frozen_linear`].
     pub fn linear(&self, x: &Tensor, weight: &FrozenWeight) -> Result<Tensor> {
-        let (true, Some(tape)) = (self.on_cpu(x), self.tape(&[x])) else {
-            return self.fallback(&[x], |t| frozen_linear(&t[0], weight));
-        };
-        let y = frozen_linear(&x.detach(), weight)?;
-        let (x, weight) = (x.id(), weight.clone());
-        tape.record(&y, move |g, gradients| input_gradient(g, &weight, x, gradients));
-        Ok(y)
+        one(self.project(x, &[Part { weight, low_rank: None }])?)
     }
 
-    /// `x Wᵀ + scaling · (x Aᵀ) Bᵀ`: a frozen projection with a trainable product of thin matrices beside it. `x`
-    /// (rows, inputs), `a` (rank, inputs), `b` (outputs, rank) → (rows, outputs). Gradients of x, A and B:
-    /// dU = scaling · g B, dA = dUᵀ x, dB = scaling · gᵀ (x Aᵀ), dx = g W + dU A.
-    pub fn low_rank(
-        &self,
-        x: &Tensor,
-        weight: &FrozenWeight,
-        (a, b): (&Tensor, &Tensor),
-        scaling: f64,
-    ) -> Result<Tensor> {
+    /// Frozen projections of one input, each with or without a low-rank change beside it: see [`crate::low_rank`].
+    pub fn project(&self, x: &Tensor, parts: &[Part<'_>]) -> Result<Vec<Tensor>> {
+        let trainable = parts.iter().filter_map(|p| p.low_rank.as_ref()).flat_map(|l| [l.a, l.b]);
+        let followed: Vec<&Tensor> = std::iter::once(x).chain(trainable).collect();
         if !self.on_cpu(x) {
-            let thin = |t: &[Tensor]| (t[0].matmul(&t[1].t()?)? * scaling)?.matmul(&t[2].t()?);
-            let y = self.linear(x, weight)?;
-            return self.add(&y, &self.fallback(&[x, a, b], thin)?);
+            return parts.iter().map(|part| self.fallback(&followed, |t| part.reference(&t[0]))).collect();
         }
         match x.dtype() {
-            DType::F64 => self.low_rank_typed::<f64>(x, weight, (a, b), scaling),
-            _ => self.low_rank_typed::<f32>(x, weight, (a, b), scaling),
+            DType::F64 => self.project_typed::<f64>(x, parts, &followed),
+            _ => self.project_typed::<f32>(x, parts, &followed),
         }
     }
 
-    fn low_rank_typed<T: Real>(
-        &self,
-        x: &Tensor,
-        weight: &FrozenWeight,
-        (a, b): (&Tensor, &Tensor),
-        scaling: f64,
-    ) -> Result<Tensor> {
-        let (rows, inputs) = x.dims2()?;
-        let (outputs, rank) = b.dims2()?;
-        if a.dims() != [rank, inputs] || weight.dims()? != (outputs, inputs) {
-            candle_core::bail!("low-rank product: A is {:?}, B is {:?} on {:?}", a.shape(), b.shape(), weight.dims()?);
+    fn project_typed<T: Real>(&self, x: &Tensor, parts: &[Part<'_>], followed: &[&Tensor]) -> Result<Vec<Tensor>> {
+        let (outputs, thin) = low_rank::forward::<T>(x, parts)?;
+        if let Some(tape) = self.tape(followed) {
+            let wants_x = tape.tracks(x);
+            let (x, parts) = (x.clone(), parts.iter().map(Part::kept).collect::<Vec<_>>());
+            tape.record_all(&outputs, move |found, gradients| {
+                low_rank::backward::<T>(found, &x, &parts, &thin, wants_x, gradients)
+            });
         }
-        let s = T::from_f64(scaling);
-        let y = frozen_linear(&x.detach(), weight)?;
-        // The thin products are cut by rows, each task computing all of them for its rows on one thread.
-        let chunk = rows.div_ceil(rayon::current_num_threads()).max(1);
-        let (thin, wide, long) = (Strides(rank, 1), Strides(outputs, 1), Strides(inputs, 1));
-        let mut u = vec![T::zero(); rows * rank];
-        with_slices([x, a, b], |[x, a, b]: [&[T]; 3]| {
-            with_mut_slice(&y, |y: &mut [T]| {
-                let parts = x.par_chunks(chunk * inputs).zip(y.par_chunks_mut(chunk * outputs));
-                parts.zip(u.par_chunks_mut(chunk * rank)).for_each(|((x, y), u)| {
-                    let n = u.len() / rank;
-                    product((n, rank, inputs), u, thin, false, x, long, a, Strides(1, inputs), s, false);
-                    product((n, outputs, rank), y, wide, true, u, thin, b, Strides(1, rank), T::one(), false);
-                });
-                Ok(())
-            })
-        })?;
-        let Some(tape) = self.tape(&[x, a, b]) else { return Ok(y) };
-        let wants_x = tape.tracks(x);
-        let (x, a, b, weight) = (x.clone(), a.clone(), b.clone(), weight.clone());
-        tape.record(&y, move |g, gradients| {
-            let g = g.contiguous()?;
-            with_slices([&g, &x, &a, &b], |[g, x_values, a_values, b_values]: [&[T]; 4]| {
-                let one = T::one();
-                let task = |(g, (x, u)): (&[T], (&[T], &[T])), dx: Option<(&mut [T], bool)>| {
-                    let n = u.len() / rank;
-                    let (mut da, mut db) = (vec![T::zero(); rank * inputs], vec![T::zero(); outputs * rank]);
-                    let mut du = vec![T::zero(); n * rank];
-                    // u holds the scaling already.
-                    product((outputs, rank, n), &mut db, thin, false, g, Strides(1, outputs), u, thin, one, false);
-                    product((n, rank, outputs), &mut du, thin, false, g, wide, b_values, thin, s, false);
-                    product((rank, inputs, n), &mut da, long, false, &du, Strides(1, rank), x, long, one, false);
-                    if let Some((dx, keep)) = dx {
-                        product((n, inputs, rank), dx, long, keep, &du, thin, a_values, long, one, false);
-                    }
-                    (da, db)
-                };
-                let rows_of = (x_values.par_chunks(chunk * inputs), u.par_chunks(chunk * rank));
-                let parts = g.par_chunks(chunk * outputs).zip(rows_of.0.zip(rows_of.1));
-                let mut sums = Vec::new();
-                if wants_x {
-                    gradients.accumulate(x.id(), (rows, inputs), |dx: &mut [T], keep| {
-                        let parts = parts.zip(dx.par_chunks_mut(chunk * inputs));
-                        sums = parts.map(|(part, dx)| task(part, Some((dx, keep)))).collect();
-                        Ok(())
-                    })?;
-                } else {
-                    sums = parts.map(|part| task(part, None)).collect();
-                }
-                let (da, db): (Vec<_>, Vec<_>) = sums.into_iter().unzip();
-                for (id, shape, parts) in [(a.id(), (rank, inputs), da), (b.id(), (outputs, rank), db)] {
-                    gradients.accumulate(id, shape, |sum: &mut [T], keep| {
-                        sum_parts(sum, keep, &parts);
-                        Ok(())
-                    })?;
-                }
-                Ok(())
-            })?;
-            if wants_x { input_gradient(&g, &weight, x.id(), gradients) } else { Ok(()) }
-        });
-        Ok(y)
+        Ok(outputs)
     }
 
     /// Σ −log p of each row's target under softmax(x Wᵀ), with a frozen head `W` (vocabulary,
@@ -506,14 +446,9 @@ impl<'a> Ops<'a> {
     }
 }
 
-/// `sum = keep·sum + Σ parts`, in the order of the parts.
-fn sum_parts<T: Real>(sum: &mut [T], keep: bool, parts: &[Vec<T>]) {
-    if !keep {
-        sum.fill(T::zero());
-    }
-    for part in parts {
-        sum.iter_mut().zip(part).for_each(|(sum, &v)| *sum += v);
-    }
+/// The only one of a list.
+fn one(mut list: Vec<Tensor>) -> Result<Tensor> {
+    list.pop().ok_or_else(|| candle_core::Error::Msg("an operation gave nothing".into()))
 }
 
 /// Adds the rows of `g` to the rows `index` of the gradient of `x`.
@@ -536,15 +471,4 @@ fn scatter<T: Real>(
             Ok(())
         })
     })
-}
-
-/// Adds `g W` to the gradient of `x`.
-fn input_gradient(g: &Tensor, weight: &FrozenWeight, x: TensorId, gradients: &mut Gradients) -> Result<()> {
-    let shape = (g.dim(0)?, weight.dims()?.1);
-    match g.dtype() {
-        DType::F64 => {
-            gradients.accumulate(x, shape, |dx: &mut [f64], keep| frozen_accumulate_input(g, weight, dx, keep))
-        }
-        _ => gradients.accumulate(x, shape, |dx: &mut [f32], keep| frozen_accumulate_input(g, weight, dx, keep)),
-    }
 }

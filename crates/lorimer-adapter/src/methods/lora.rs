@@ -17,9 +17,10 @@
 use candle_core::{DType, Device, Result as TensorResult, Tensor, Var};
 use indexmap::IndexMap;
 use lorimer_model::{Projection, Site};
-use lorimer_tensor::{Ops, linalg};
+use lorimer_tensor::{LowRankTerm, linalg};
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
@@ -492,17 +493,28 @@ fn mix(n: u64) -> u64 {
 }
 
 impl LoraDelta {
-    /// x with dropout, or None where none applies. The mask depends on the step's seed, the site and the
-    /// element only, so that a resumed run draws the same.
+    /// x with dropout, or None where none applies.
     pub(super) fn dropped(&self, x: &Tensor, step: &Step) -> TensorResult<Option<Tensor>> {
+        self.mask(x, step)?.map(|mask| x * mask).transpose()
+    }
+
+    /// The dropout mask of x's shape: 0 or 1/(1 − p), or None where none applies. It depends on the step's seed, the site and
+    /// the element only, so that a resumed run draws the same.
+    fn mask(&self, x: &Tensor, step: &Step) -> TensorResult<Option<Tensor>> {
         let Some(seed) = step.training.filter(|_| self.dropout > 0.0) else { return Ok(None) };
         let key = mix(seed ^ self.seed);
         let threshold = (self.dropout * (1u64 << 53) as f64) as u64;
         let keep = 1.0 / (1.0 - self.dropout);
-        let mask =
-            (0..x.elem_count() as u64).map(|i| if mix(key.wrapping_add(i)) >> 11 < threshold { 0.0 } else { keep });
-        let mask = Tensor::from_vec(mask.collect::<Vec<f64>>(), x.shape(), &Device::Cpu)?.to_dtype(x.dtype())?;
-        (x * mask).map(Some)
+        let one = |i: usize| if mix(key.wrapping_add(i as u64)) >> 11 < threshold { 0.0 } else { keep };
+        let count = x.elem_count();
+        let mask = match x.dtype() {
+            DType::F64 => Tensor::from_vec((0..count).map(one).collect::<Vec<_>>(), x.shape(), &Device::Cpu)?,
+            dtype => {
+                let mask: Vec<f32> = (0..count).into_par_iter().with_min_len(1 << 14).map(|i| one(i) as f32).collect();
+                Tensor::from_vec(mask, x.shape(), &Device::Cpu)?.to_dtype(dtype)?
+            }
+        };
+        Ok(Some(mask))
     }
 
     /// scaling · (x Aᵀ) Bᵀ, less the same of A₀ and B₀.
@@ -533,9 +545,11 @@ impl Delta for LoraDelta {
         }
     }
 
-    fn fused(&self, ops: Ops<'_>, base: &Projection, x: &Tensor, step: &Step) -> Option<TensorResult<Tensor>> {
-        let plain = self.origin.is_none() && self.rows_are_independent(step);
-        plain.then(|| ops.low_rank(x, &base.weight, (&self.a, &self.b), self.scaling))
+    fn thin(&self, x: &Tensor, step: &Step) -> TensorResult<Option<LowRankTerm<'_>>> {
+        if self.origin.is_some() {
+            return Ok(None);
+        }
+        Ok(Some(LowRankTerm { a: &self.a, b: &self.b, scaling: self.scaling, mask: self.mask(x, step)? }))
     }
 
     fn rows_are_independent(&self, step: &Step) -> bool {

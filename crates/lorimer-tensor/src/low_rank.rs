@@ -1,0 +1,263 @@
+//! Frozen projections of one input, with a trainable product of thin matrices beside them, as one operation.
+//!
+//! y = x Wᵀ + s·(x' Aᵀ) Bᵀ with `x` (rows, inputs), `W` (outputs, inputs), `A` (rank, inputs), `B` (outputs, rank)
+//! (Hu et al. 2021, arXiv:2106.09685, equation 3), where x' is x, or x under a dropout mask. Its backward: dU = s·g B,
+//! dA = dUᵀ x', dB = s·gᵀ (x' Aᵀ), dx = g W + dU A (the latter under the mask). Forward and backward each take
+//! two parallel parts for all projections of the input together.
+
+use candle_core::{Device, Result, Tensor};
+use rayon::prelude::*;
+
+use crate::products::{Product, Right, Term, run};
+use crate::project::frozen_linear;
+use crate::raw::{Real, with_slice_list};
+use crate::storage::FrozenWeight;
+use crate::tape::Gradients;
+
+/// A trainable change of rank r beside a frozen weight.
+#[derive(Clone)]
+pub struct LowRankTerm<'a> {
+    /// (rank, inputs).
+    pub a: &'a Tensor,
+    /// (outputs, rank).
+    pub b: &'a Tensor,
+    /// α/r, or what the method has in its place.
+    pub scaling: f64,
+    /// Multiplies the input of the change only, (rows, inputs): 0 where an element is dropped, 1/(1 − p) elsewhere.
+    pub mask: Option<Tensor>,
+}
+
+/// One projection of an input that several may share.
+#[derive(Clone)]
+pub struct Part<'a> {
+    /// (outputs, inputs).
+    pub weight: &'a FrozenWeight,
+    /// The change.
+    pub low_rank: Option<LowRankTerm<'a>>,
+}
+
+impl Part<'_> {
+    /// The reference form out of plain candle operations.
+    pub fn reference(&self, x: &Tensor) -> Result<Tensor> {
+        let y = frozen_linear(x, self.weight)?;
+        let Some(LowRankTerm { a, b, scaling, mask }) = &self.low_rank else { return Ok(y) };
+        let dropped = mask.as_ref().map_or(Ok(x.clone()), |mask| x * mask)?;
+        y + (dropped.matmul(&a.t()?)?.matmul(&b.t()?)? * *scaling)?
+    }
+
+    pub(crate) fn kept(&self) -> Kept {
+        let low_rank = self.low_rank.as_ref().map(|l| (l.a.clone(), l.b.clone(), l.scaling, l.mask.clone()));
+        Kept { weight: self.weight.clone(), low_rank }
+    }
+
+    fn check(&self, (rows, inputs): (usize, usize)) -> Result<()> {
+        let (outputs, expected) = self.weight.dims()?;
+        if inputs != expected {
+            candle_core::bail!("projection: x is ({rows}, {inputs}) but the weight is ({outputs}, {expected})");
+        }
+        if let Some(LowRankTerm { a, b, mask, .. }) = &self.low_rank {
+            let rank = a.dim(0)?;
+            let masked = mask.as_ref().is_none_or(|m| m.dims() == [rows, inputs]);
+            if a.dims() != [rank, inputs] || b.dims() != [outputs, rank] || !masked {
+                candle_core::bail!(
+                    "low-rank product: A is {:?}, B is {:?} on a weight of ({outputs}, {inputs})",
+                    a.shape(),
+                    b.shape()
+                );
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What the backward needs of a [`Part`].
+pub(crate) struct Kept {
+    weight: FrozenWeight,
+    low_rank: Option<(Tensor, Tensor, f64, Option<Tensor>)>,
+}
+
+/// `a ∘ b`, on all threads.
+fn masked<T: Real>(a: &[T], b: &[T]) -> Vec<T> {
+    a.par_iter().zip(b).with_min_len(1 << 16).map(|(&a, &b)| a * b).collect()
+}
+
+/// The factors and the mask of a change, as numbers.
+struct Change<'a, T> {
+    rank: usize,
+    a: &'a [T],
+    b: &'a [T],
+    scaling: T,
+    mask: Option<&'a [T]>,
+    /// x under the mask; empty without one.
+    dropped: Vec<T>,
+}
+
+impl<'a, T: Real> Change<'a, T> {
+    /// Takes the slices of `a`, `b` and the mask from `next`.
+    fn new(x: &[T], scaling: f64, inputs: usize, masks: bool, next: &mut impl Iterator<Item = &'a [T]>) -> Self {
+        let mut take = || next.next().unwrap_or_default();
+        let (a, b) = (take(), take());
+        let mask = masks.then(take);
+        let dropped = mask.map_or(Vec::new(), |mask| masked(x, mask));
+        Self { rank: a.len() / inputs.max(1), a, b, scaling: T::from_f64(scaling), mask, dropped }
+    }
+
+    /// The input of the change.
+    fn input<'b>(&'b self, x: &'b [T]) -> &'b [T] {
+        if self.mask.is_some() { &self.dropped } else { x }
+    }
+}
+
+/// Outputs, and s·x' Aᵀ (rows, rank) of every part, empty for parts without a change.
+pub(crate) fn forward<T: Real>(x: &Tensor, parts: &[Part<'_>]) -> Result<(Vec<Tensor>, Vec<Vec<T>>)> {
+    let (rows, inputs) = x.dims2()?;
+    parts.iter().try_for_each(|part| part.check((rows, inputs)))?;
+    let terms = parts.iter().filter_map(|p| p.low_rank.as_ref());
+    let of = terms.flat_map(|l| [Some(l.a), Some(l.b), l.mask.as_ref()].into_iter().flatten());
+    let tensors: Vec<&Tensor> = std::iter::once(x).chain(of).collect();
+    with_slice_list(&tensors, |slices: &[&[T]]| {
+        let mut slices = slices.iter().copied();
+        let x = slices.next().unwrap_or_default();
+        let mut change = |l: &LowRankTerm<'_>| Change::new(x, l.scaling, inputs, l.mask.is_some(), &mut slices);
+        let changes: Vec<_> = parts.iter().map(|p| p.low_rank.as_ref().map(&mut change)).collect();
+
+        let rank = |c: &Option<Change<'_, T>>| c.as_ref().map_or(0, |c| c.rank);
+        let mut thin: Vec<Vec<T>> = changes.iter().map(|c| vec![T::zero(); rows * rank(c)]).collect();
+        let products = thin.iter_mut().zip(&changes).filter_map(|(out, c)| {
+            let c = c.as_ref()?;
+            let terms = vec![Term::forward(c.input(x), inputs, Right::Slice(c.a, inputs))];
+            Some(Product { out, rows, columns: c.rank, keep: false, terms })
+        });
+        run(products.collect())?;
+        for (thin, c) in thin.iter_mut().zip(&changes) {
+            let scaling = c.as_ref().map_or(T::one(), |c| c.scaling);
+            thin.iter_mut().for_each(|v| *v *= scaling);
+        }
+
+        let guards: Vec<_> = parts.iter().map(|part| part.weight.guard()).collect();
+        let views = guards.iter().map(|guard| guard.view()).collect::<Result<Vec<_>>>()?;
+        let mut outs: Vec<Vec<T>> = views.iter().map(|view| vec![T::zero(); rows * view.shape().0]).collect();
+        let products = outs.iter_mut().zip(&views).zip(changes.iter().zip(&thin)).map(|((out, view), (c, thin))| {
+            let mut terms = vec![Term::forward(x, inputs, Right::Weight(*view))];
+            terms.extend(c.as_ref().map(|c| Term::forward(thin, c.rank, Right::Slice(c.b, c.rank))));
+            Product { out, rows, columns: view.shape().0, keep: false, terms }
+        });
+        run(products.collect())?;
+        let outs = outs.into_iter().zip(&views);
+        let outs = outs.map(|(out, view)| Tensor::from_vec(out, (rows, view.shape().0), &Device::Cpu));
+        Ok((outs.collect::<Result<_>>()?, thin))
+    })
+}
+
+/// From the outputs' gradients (where there are any) to those of x, A and B.
+pub(crate) fn backward<T: Real>(
+    found: &[Option<Tensor>],
+    x: &Tensor,
+    parts: &[Kept],
+    thin: &[Vec<T>],
+    wants_x: bool,
+    gradients: &mut Gradients,
+) -> Result<()> {
+    let (rows, inputs) = x.dims2()?;
+    let live = found.iter().zip(parts).zip(thin).filter_map(|((g, part), thin)| Some((g.as_ref()?, part, thin)));
+    let live: Vec<(&Tensor, &Kept, &Vec<T>)> = live.collect();
+    let mut tensors = vec![x];
+    for (g, part, _) in &live {
+        tensors.push(g);
+        tensors.extend(part.low_rank.iter().flat_map(|(a, b, _, mask)| [Some(a), Some(b), mask.as_ref()]).flatten());
+    }
+    with_slice_list(&tensors, |slices: &[&[T]]| {
+        let mut slices = slices.iter().copied();
+        let x_values = slices.next().unwrap_or_default();
+        let mut all = Vec::new();
+        for (_, part, _) in &live {
+            let g = slices.next().unwrap_or_default();
+            let change = part
+                .low_rank
+                .as_ref()
+                .map(|(_, _, scaling, mask)| Change::new(x_values, *scaling, inputs, mask.is_some(), &mut slices));
+            all.push((g, part.weight.dims()?.0, change));
+        }
+
+        // dU = s·g B.
+        let rank = |c: &Option<Change<'_, T>>| c.as_ref().map_or(0, |c| c.rank);
+        let new = |count: usize| vec![T::zero(); count];
+        let mut du: Vec<Vec<T>> = all.iter().map(|(_, _, c)| new(rows * rank(c))).collect();
+        let products = du.iter_mut().zip(&all).filter_map(|(out, (g, outputs, c))| {
+            let c = c.as_ref()?;
+            let terms = vec![Term::backward(g, *outputs, Right::Slice(c.b, c.rank))];
+            Some(Product { out, rows, columns: c.rank, keep: false, terms })
+        });
+        run(products.collect())?;
+        for (du, (_, _, c)) in du.iter_mut().zip(&all) {
+            let scaling = c.as_ref().map_or(T::one(), |c| c.scaling);
+            du.iter_mut().for_each(|v| *v *= scaling);
+        }
+
+        // dx, dA and dBᵀ = (s·x' Aᵀ)ᵀ g, all at once.
+        let guards: Vec<_> = live.iter().map(|(_, part, _)| part.weight.guard()).collect();
+        let mut da: Vec<Vec<T>> = all.iter().map(|(_, _, c)| new(rank(c) * inputs)).collect();
+        let mut db: Vec<Vec<T>> = all.iter().map(|(_, outputs, c)| new(rank(c) * outputs)).collect();
+        let under_mask = |c: &Option<Change<'_, T>>| wants_x && c.as_ref().is_some_and(|c| c.mask.is_some());
+        let mut dropped_dx: Vec<Vec<T>> =
+            all.iter().map(|(_, _, c)| if under_mask(c) { new(rows * inputs) } else { Vec::new() }).collect();
+        let mut into_x = Vec::new();
+        let mut products = Vec::new();
+        let outs = da.iter_mut().zip(&mut db).zip(&mut dropped_dx);
+        for ((((g, outputs, c), guard), ((da, db), dropped_dx)), (du, (_, _, thin))) in
+            all.iter().zip(&guards).zip(outs).zip(du.iter().zip(&live))
+        {
+            let outputs = *outputs;
+            if wants_x {
+                into_x.push(Term::backward(g, outputs, Right::Weight(guard.view()?)));
+            }
+            let Some(c) = c else { continue };
+            let rank = c.rank;
+            let terms = vec![Term::outer(du, (rows, rank), Right::Slice(c.input(x_values), inputs))];
+            products.push(Product { out: da, rows: rank, columns: inputs, keep: false, terms });
+            let terms = vec![Term::outer(thin, (rows, rank), Right::Slice(g, outputs))];
+            products.push(Product { out: db, rows: rank, columns: outputs, keep: false, terms });
+            let term = Term::backward(du, rank, Right::Slice(c.a, inputs));
+            match (wants_x, c.mask.is_some()) {
+                (true, false) => into_x.push(term),
+                (true, true) => {
+                    let terms = vec![term];
+                    products.push(Product { out: dropped_dx, rows, columns: inputs, keep: false, terms });
+                }
+                (false, _) => {}
+            }
+        }
+        match into_x.is_empty() {
+            true => run(products)?,
+            false => gradients.accumulate(x.id(), (rows, inputs), |dx: &mut [T], keep| {
+                let mut products = products;
+                products.push(Product { out: dx, rows, columns: inputs, keep, terms: into_x });
+                run(products)
+            })?,
+        }
+
+        for ((((_, part, _), (_, outputs, c)), (da, db)), dropped_dx) in
+            live.iter().zip(&all).zip(da.iter().zip(&db)).zip(&dropped_dx)
+        {
+            let (Some((a, b, _, _)), Some(c)) = (&part.low_rank, c) else { continue };
+            let put = |sum: &mut T, v: T, keep: bool| *sum = if keep { *sum + v } else { v };
+            gradients.accumulate(a.id(), (c.rank, inputs), |sum: &mut [T], keep| {
+                sum.iter_mut().zip(da).for_each(|(sum, &v)| put(sum, v, keep));
+                Ok(())
+            })?;
+            gradients.accumulate(b.id(), (*outputs, c.rank), |sum: &mut [T], keep| {
+                for (o, sum) in sum.chunks_exact_mut(c.rank.max(1)).enumerate() {
+                    sum.iter_mut().enumerate().for_each(|(r, sum)| put(sum, db[r * outputs + o], keep));
+                }
+                Ok(())
+            })?;
+            if let (Some(mask), false) = (c.mask, dropped_dx.is_empty()) {
+                gradients.accumulate(x.id(), (rows, inputs), |dx: &mut [T], keep| {
+                    dx.iter_mut().zip(dropped_dx.iter().zip(mask)).for_each(|(dx, (&v, &m))| put(dx, v * m, keep));
+                    Ok(())
+                })?;
+            }
+        }
+        Ok(())
+    })
+}

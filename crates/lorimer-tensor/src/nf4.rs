@@ -1,0 +1,144 @@
+//! NormalFloat-4 with double quantisation (Dettmers et al. 2023, "QLoRA", arXiv:2305.14314, section 3 and appendix E).
+//!
+//! Blocks of 64 weights of a row are divided by their largest absolute value and kept as the nearest of 16 quantiles of a
+//! normal distribution. The scales, less their mean, are themselves kept in 8 bits, in blocks of 256 with one f32 scale:
+//! 4 + 8/64 + 32/(64·256) = 4.127 bits a weight. Where 64 divides the inputs, the bytes are those of bitsandbytes.
+
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use crate::blockwise::SIGNED;
+
+/// Weights in a block.
+pub const BLOCK: usize = 64;
+/// Scales that share one f32 scale.
+const SCALES: usize = 256;
+
+/// The sixteen values: QLoRA, appendix E.
+pub const VALUES: [f32; 16] = [
+    -1.0,
+    -0.696_192_8,
+    -0.525_073_05,
+    -0.394_917_5,
+    -0.284_441_38,
+    -0.184_773_43,
+    -0.091_050_036,
+    0.0,
+    0.079_580_3,
+    0.160_930_2,
+    0.246_112_3,
+    0.337_915_24,
+    0.440_709_83,
+    0.562_617,
+    0.722_956_84,
+    1.0,
+];
+
+/// A matrix (outputs, inputs) in NF4.
+#[derive(Debug)]
+pub struct Nf4 {
+    /// Two weights a byte, the first in the upper half; every row starts a byte.
+    codes: Vec<u8>,
+    /// A byte for each block's scale, row by row.
+    scales: Vec<u8>,
+    /// A scale for every 256 of `scales`.
+    scale_scales: Vec<f32>,
+    /// The mean of the scales.
+    mean: f32,
+    shape: (usize, usize),
+}
+
+impl Nf4 {
+    /// Quantises row-major values.
+    pub fn quantise(values: &[f32], (outputs, inputs): (usize, usize)) -> Self {
+        let (row_bytes, row_blocks) = (inputs.div_ceil(2), inputs.div_ceil(BLOCK));
+        let mut codes = vec![0u8; outputs * row_bytes];
+        let mut largest = vec![0f32; outputs * row_blocks];
+        let middles: [f32; 15] = std::array::from_fn(|i| (VALUES[i] + VALUES[i + 1]) / 2.0);
+        if inputs > 0 {
+            let parts = codes.par_chunks_mut(row_bytes).zip(largest.par_chunks_mut(row_blocks));
+            parts.zip(values.par_chunks(inputs)).for_each(|((codes, largest), row)| {
+                for ((block, codes), largest) in
+                    row.chunks(BLOCK).zip(codes.chunks_mut(BLOCK / 2)).zip(largest.iter_mut())
+                {
+                    *largest = block.iter().fold(0f32, |max, v| max.max(v.abs()));
+                    let inverse = if *largest > 0.0 { largest.recip() } else { 0.0 };
+                    let code = |v: f32| middles.iter().filter(|&&m| m < v * inverse).count() as u8;
+                    for (byte, pair) in codes.iter_mut().zip(block.chunks(2)) {
+                        *byte = code(pair[0]) << 4 | pair.get(1).map_or(7, |&v| code(v));
+                    }
+                }
+            });
+        }
+        let mean = (largest.iter().map(|&v| f64::from(v)).sum::<f64>() / largest.len().max(1) as f64) as f32;
+        largest.iter_mut().for_each(|v| *v -= mean);
+        let mut scales = vec![0u8; largest.len()];
+        let blocks = largest.chunks(SCALES).zip(scales.chunks_mut(SCALES));
+        let scale_scales = blocks.map(|(block, indices)| SIGNED.encode(block, indices)).collect();
+        Self { codes, scales, scale_scales, mean, shape: (outputs, inputs) }
+    }
+
+    /// (outputs, inputs).
+    pub fn shape(&self) -> (usize, usize) {
+        self.shape
+    }
+
+    /// Bytes taken.
+    pub fn bytes(&self) -> usize {
+        self.codes.len() + self.scales.len() + self.scale_scales.len() * 4
+    }
+
+    /// Columns of a row as f32; the first column is a multiple of [`BLOCK`].
+    pub(crate) fn expand(&self, row: usize, columns: Range<usize>, out: &mut [f32]) {
+        let inputs = self.shape.1;
+        let (row_bytes, row_blocks) = (inputs.div_ceil(2), inputs.div_ceil(BLOCK));
+        let codes = &self.codes[row * row_bytes + columns.start / 2..];
+        let first = row * row_blocks + columns.start / BLOCK;
+        for (i, (out, codes)) in out[..columns.len()].chunks_mut(BLOCK).zip(codes.chunks(BLOCK / 2)).enumerate() {
+            let block = first + i;
+            let scale = SIGNED.value(self.scales[block]) * self.scale_scales[block / SCALES] + self.mean;
+            let table = VALUES.map(|v| v * scale);
+            for (pair, &code) in out.chunks_mut(2).zip(codes) {
+                pair[0] = table[usize::from(code >> 4)];
+                if let Some(second) = pair.get_mut(1) {
+                    *second = table[usize::from(code & 15)];
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::check::random;
+    use candle_core::{DType, Result};
+
+    #[test]
+    fn values_come_back_within_half_a_step_and_the_scales_error() -> Result<()> {
+        for shape in [(3usize, 64usize), (300, 128), (5, 100), (2, 7)] {
+            let values = random(shape, 1, DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+            let packed = Nf4::quantise(&values, shape);
+            let mut back = vec![0f32; shape.1];
+            for row in 0..shape.0 {
+                packed.expand(row, 0..shape.1, &mut back);
+                for (a, b) in values[row * shape.1..].iter().zip(&back) {
+                    assert!((a - b).abs() < 0.17, "{a} {b}");
+                }
+            }
+            if shape.1 > BLOCK {
+                let mut part = vec![0f32; shape.1 - BLOCK];
+                packed.expand(shape.0 - 1, BLOCK..shape.1, &mut part);
+                assert_eq!(part[..], back[BLOCK..]);
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn it_takes_little_more_than_four_bits_a_weight() {
+        let bits = Nf4::quantise(&vec![0.5; 1024 * 512], (1024, 512)).bytes() as f64 * 8.0 / (1024.0 * 512.0);
+        assert!(bits < 4.13, "{bits}");
+    }
+}

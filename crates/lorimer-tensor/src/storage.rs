@@ -1,0 +1,244 @@
+//! How a frozen weight is kept: as numbers, or in fewer bits that are expanded where a product needs them.
+
+use std::ops::{Deref, Range};
+use std::sync::Arc;
+
+use candle_core::quantized::GgmlDType;
+use candle_core::quantized::k_quants::{
+    BlockQ2K, BlockQ3K, BlockQ4_0, BlockQ4_1, BlockQ4K, BlockQ5_0, BlockQ5_1, BlockQ5K, BlockQ6K, BlockQ8_0, BlockQ8_1,
+    BlockQ8K, GgmlType,
+};
+use candle_core::{CpuStorage, DType, Device, Layout, Result, Storage, Tensor};
+use half::{bf16, f16};
+use rayon::prelude::*;
+
+use crate::nf4::{self, Nf4};
+
+/// A frozen weight `(outputs, inputs)` in whatever storage the base uses. Cheap to clone.
+#[derive(Clone, Debug)]
+pub enum FrozenWeight {
+    /// f32, f64, f16 or bf16, row-major.
+    Dense(Tensor),
+    /// GGUF blocks.
+    Quantised(Arc<Blocks>),
+    /// NormalFloat-4.
+    Nf4(Arc<Nf4>),
+}
+
+/// GGUF blocks of a matrix, row by row.
+#[derive(Debug)]
+pub struct Blocks {
+    bytes: Vec<u8>,
+    shape: (usize, usize),
+    dtype: GgmlDType,
+}
+
+impl Blocks {
+    fn row_bytes(&self) -> usize {
+        self.shape.1 / self.dtype.block_size() * self.dtype.type_size()
+    }
+
+    /// Columns of a row as f32; the first is a multiple of the block's size.
+    fn expand(&self, row: usize, columns: Range<usize>, out: &mut [f32]) {
+        fn run<B: GgmlType>(bytes: &[u8], out: &mut [f32]) {
+            for (bytes, out) in bytes.chunks_exact(size_of::<B>()).zip(out.chunks_exact_mut(B::BLCK_SIZE)) {
+                // SAFETY: `bytes` has the size of a block, and every pattern of bytes is one: blocks are `repr(C)` out of
+                // integers and half-precision numbers.
+                let block = unsafe { bytes.as_ptr().cast::<B>().read_unaligned() };
+                B::to_float(&[block], out);
+            }
+        }
+        let start = row * self.row_bytes() + columns.start / self.dtype.block_size() * self.dtype.type_size();
+        let bytes = &self.bytes[start..];
+        let out = &mut out[..columns.len()];
+        match self.dtype {
+            GgmlDType::F32 => run::<f32>(bytes, out),
+            GgmlDType::F16 => run::<f16>(bytes, out),
+            GgmlDType::BF16 => run::<bf16>(bytes, out),
+            GgmlDType::Q4_0 => run::<BlockQ4_0>(bytes, out),
+            GgmlDType::Q4_1 => run::<BlockQ4_1>(bytes, out),
+            GgmlDType::Q5_0 => run::<BlockQ5_0>(bytes, out),
+            GgmlDType::Q5_1 => run::<BlockQ5_1>(bytes, out),
+            GgmlDType::Q8_0 => run::<BlockQ8_0>(bytes, out),
+            GgmlDType::Q8_1 => run::<BlockQ8_1>(bytes, out),
+            GgmlDType::Q2K => run::<BlockQ2K>(bytes, out),
+            GgmlDType::Q3K => run::<BlockQ3K>(bytes, out),
+            GgmlDType::Q4K => run::<BlockQ4K>(bytes, out),
+            GgmlDType::Q5K => run::<BlockQ5K>(bytes, out),
+            GgmlDType::Q6K => run::<BlockQ6K>(bytes, out),
+            GgmlDType::Q8K => run::<BlockQ8K>(bytes, out),
+        }
+    }
+}
+
+impl FrozenWeight {
+    /// The raw GGUF bytes of an `(outputs, inputs)` matrix.
+    pub fn from_ggml(dtype: GgmlDType, bytes: &[u8], shape: (usize, usize)) -> Result<Self> {
+        let (outputs, inputs) = shape;
+        if !inputs.is_multiple_of(dtype.block_size()) {
+            candle_core::bail!(
+                "a {dtype:?} row holds blocks of {} values, and {inputs} inputs do not divide into them",
+                dtype.block_size()
+            );
+        }
+        let blocks = Blocks { bytes: bytes.to_vec(), shape, dtype };
+        if bytes.len() != outputs * blocks.row_bytes() {
+            let row_bytes = blocks.row_bytes();
+            candle_core::bail!("{outputs} rows of {row_bytes} bytes expected, found {} bytes", bytes.len());
+        }
+        Ok(Self::Quantised(Arc::new(blocks)))
+    }
+
+    /// The weight in NF4 with double quantisation.
+    pub fn to_nf4(&self) -> Result<Self> {
+        let values = self.dense(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+        Ok(Self::Nf4(Arc::new(Nf4::quantise(&values, self.dims()?))))
+    }
+
+    /// `(outputs, inputs)`.
+    pub fn dims(&self) -> Result<(usize, usize)> {
+        match self {
+            Self::Dense(w) => w.dims2(),
+            Self::Quantised(blocks) => Ok(blocks.shape),
+            Self::Nf4(packed) => Ok(packed.shape()),
+        }
+    }
+
+    /// The whole weight, `(outputs, inputs)`, in `dtype` (f32, f64, f16 or bf16).
+    pub fn dense(&self, dtype: DType) -> Result<Tensor> {
+        if let Self::Dense(w) = self {
+            return w.to_dtype(dtype);
+        }
+        let (outputs, inputs) = self.dims()?;
+        let guard = self.guard();
+        let view = guard.view()?;
+        let mut values = vec![0f32; outputs * inputs];
+        values.par_chunks_mut(inputs.max(1)).enumerate().for_each(|(row, out)| view.expand(row, 0..inputs, out));
+        Tensor::from_vec(values, (outputs, inputs), &Device::Cpu)?.to_dtype(dtype)
+    }
+
+    /// Single rows of the weight, expanded: (ids, inputs) in `dtype`. An embedding is this.
+    pub fn rows(&self, ids: &[u32], dtype: DType) -> Result<Tensor> {
+        let (outputs, inputs) = self.dims()?;
+        if let Some(bad) = ids.iter().find(|&&id| id as usize >= outputs) {
+            candle_core::bail!("row {bad} of a weight with {outputs} rows");
+        }
+        if let Self::Dense(w) = self {
+            return w.index_select(&Tensor::from_slice(ids, ids.len(), w.device())?, 0)?.to_dtype(dtype);
+        }
+        let guard = self.guard();
+        let view = guard.view()?;
+        let mut rows = vec![0f32; ids.len() * inputs];
+        for (&id, out) in ids.iter().zip(rows.chunks_mut(inputs.max(1))) {
+            view.expand(id as usize, 0..inputs, out);
+        }
+        Tensor::from_vec(rows, (ids.len(), inputs), &Device::Cpu)?.to_dtype(dtype)
+    }
+
+    /// Bytes that the stored form takes.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Self::Dense(w) => w.elem_count() * w.dtype().size_in_bytes(),
+            Self::Quantised(blocks) => blocks.bytes.len(),
+            Self::Nf4(packed) => packed.bytes(),
+        }
+    }
+
+    /// How it is stored, for people: `f32`, `bf16`, `Q4_1`, `nf4`.
+    pub fn storage_name(&self) -> String {
+        match self {
+            Self::Dense(w) => w.dtype().as_str().to_string(),
+            Self::Quantised(blocks) => format!("{:?}", blocks.dtype),
+            Self::Nf4(_) => "nf4".to_string(),
+        }
+    }
+
+    /// Holds the weight for reading.
+    pub(crate) fn guard(&self) -> Guard<'_> {
+        match self {
+            Self::Dense(w) => {
+                let (storage, layout) = w.storage_and_layout();
+                Guard::Dense(Box::new(storage), layout)
+            }
+            other => Guard::Packed(other),
+        }
+    }
+}
+
+/// A weight held for reading.
+pub(crate) enum Guard<'a> {
+    Dense(Box<dyn Deref<Target = Storage> + 'a>, &'a Layout),
+    Packed(&'a FrozenWeight),
+}
+
+impl Guard<'_> {
+    pub(crate) fn view(&self) -> Result<View<'_>> {
+        Ok(match self {
+            Self::Packed(FrozenWeight::Quantised(blocks)) => View::Blocks(blocks),
+            Self::Packed(FrozenWeight::Nf4(packed)) => View::Nf4(packed),
+            Self::Packed(FrozenWeight::Dense(_)) => candle_core::bail!("a dense weight is not packed"),
+            Self::Dense(storage, layout) => {
+                let (_, inputs) = layout.shape().dims2()?;
+                let Some((start, end)) = layout.contiguous_offsets() else {
+                    candle_core::bail!("a frozen weight must be contiguous");
+                };
+                match &***storage {
+                    Storage::Cpu(CpuStorage::F32(w)) => View::F32(&w[start..end], inputs),
+                    Storage::Cpu(CpuStorage::F64(w)) => View::F64(&w[start..end], inputs),
+                    Storage::Cpu(CpuStorage::F16(w)) => View::F16(&w[start..end], inputs),
+                    Storage::Cpu(CpuStorage::BF16(w)) => View::Bf16(&w[start..end], inputs),
+                    _ => candle_core::bail!("a frozen weight on the CPU must be f64, f32, f16 or bf16"),
+                }
+            }
+        })
+    }
+}
+
+/// Row-major numbers to read, with the length of a row.
+#[derive(Clone, Copy)]
+pub(crate) enum View<'a> {
+    F32(&'a [f32], usize),
+    F64(&'a [f64], usize),
+    F16(&'a [f16], usize),
+    Bf16(&'a [bf16], usize),
+    Blocks(&'a Blocks),
+    Nf4(&'a Nf4),
+}
+
+impl View<'_> {
+    /// (outputs, inputs).
+    pub(crate) fn shape(&self) -> (usize, usize) {
+        let of = |length: usize, inputs: usize| (length.checked_div(inputs).unwrap_or(0), inputs);
+        match self {
+            Self::F32(w, inputs) => of(w.len(), *inputs),
+            Self::F64(w, inputs) => of(w.len(), *inputs),
+            Self::F16(w, inputs) => of(w.len(), *inputs),
+            Self::Bf16(w, inputs) => of(w.len(), *inputs),
+            Self::Blocks(blocks) => blocks.shape,
+            Self::Nf4(packed) => packed.shape(),
+        }
+    }
+
+    /// Columns that can only be expanded together.
+    pub(crate) fn granule(&self) -> usize {
+        match self {
+            Self::Blocks(blocks) => blocks.dtype.block_size(),
+            Self::Nf4(_) => nf4::BLOCK,
+            _ => 1,
+        }
+    }
+
+    /// Columns of a row as f32. The first column is a multiple of the granule.
+    #[inline]
+    pub(crate) fn expand(&self, row: usize, columns: Range<usize>, out: &mut [f32]) {
+        let part = |inputs: usize| row * inputs + columns.start..row * inputs + columns.end;
+        match self {
+            Self::F32(w, inputs) => out[..columns.len()].copy_from_slice(&w[part(*inputs)]),
+            Self::F64(w, inputs) => out.iter_mut().zip(&w[part(*inputs)]).for_each(|(o, &v)| *o = v as f32),
+            Self::F16(w, inputs) => out.iter_mut().zip(&w[part(*inputs)]).for_each(|(o, v)| *o = v.to_f32()),
+            Self::Bf16(w, inputs) => out.iter_mut().zip(&w[part(*inputs)]).for_each(|(o, v)| *o = v.to_f32()),
+            Self::Blocks(blocks) => blocks.expand(row, columns, out),
+            Self::Nf4(packed) => packed.expand(row, columns, out),
+        }
+    }
+}
