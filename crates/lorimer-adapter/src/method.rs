@@ -127,6 +127,15 @@ pub trait Method: Send + Sync {
     ) -> Result<Option<Box<dyn Delta>>>;
     /// Number of trainable parameters on a projection: the formula of the method's header.
     fn parameters(&self, site: &Site) -> Result<usize>;
+    /// Whether, in training, the output of a row depends on that row alone: see [`Delta::rows_are_independent`].
+    fn rows_are_independent(&self) -> bool {
+        true
+    }
+    /// Floats that training keeps for each row of a projection's input until the backward, beside the input itself: for the
+    /// plan of a run. The default is what [`Delta::forward`] keeps as a graph of some operations.
+    fn kept(&self, site: &Site) -> usize {
+        2 * site.inputs + 5 * site.outputs
+    }
     /// The low-rank change of a module in a file, where the method has one that needs no base.
     fn low_rank(&self, module: &str, tensors: &BTreeMap<String, Tensor>) -> Result<Option<LowRank>>;
 }

@@ -199,6 +199,7 @@ fn read_tensors(path: &Path) -> Result<BTreeMap<String, Tensor>> {
 pub fn raw_bytes(t: &Tensor) -> Result<Vec<u8>> {
     let flat = t.flatten_all()?;
     Ok(match t.dtype() {
+        DType::U8 => flat.to_vec1::<u8>()?,
         DType::F64 => flat.to_vec1::<f64>()?.iter().flat_map(|v| v.to_le_bytes()).collect(),
         DType::F32 => flat.to_vec1::<f32>()?.iter().flat_map(|v| v.to_le_bytes()).collect(),
         DType::F16 => flat.to_vec1::<half::f16>()?.iter().flat_map(|v| v.to_le_bytes()).collect(),
@@ -210,6 +211,7 @@ pub fn raw_bytes(t: &Tensor) -> Result<Vec<u8>> {
 /// The safetensors name of a tensor's type.
 pub fn safetensors_dtype(dtype: DType) -> Result<safetensors::Dtype> {
     Ok(match dtype {
+        DType::U8 => safetensors::Dtype::U8,
         DType::F64 => safetensors::Dtype::F64,
         DType::F32 => safetensors::Dtype::F32,
         DType::F16 => safetensors::Dtype::F16,

@@ -79,6 +79,11 @@ fn single_gguf(folder: &Path) -> Result<Option<PathBuf>> {
 impl Base {
     /// Loads a base from a Hugging Face folder or a GGUF file.
     pub fn open(path: &Path, options: &OpenOptions) -> Result<Self> {
+        Self::prepare(path, options)?.load()
+    }
+
+    /// Everything but the weights: what is needed to encode data and to plan.
+    pub fn prepare(path: &Path, options: &OpenOptions) -> Result<Prepared> {
         let (config, weights) = open_weights(path, options.dtype)?;
         let text = match (weights.gguf(), &options.tokenizer) {
             (Some(file), None) => TextModel::from_gguf(file)?,
@@ -96,9 +101,26 @@ impl Base {
                 ),
             ));
         }
-        let fingerprint = weights.fingerprint()?;
-        let model = Llama::load(config, &weights)?;
-        let path = weights.origin().to_path_buf();
-        Ok(Self { model, text, path, fingerprint })
+        Ok(Prepared { config, weights, text })
+    }
+}
+
+/// A base whose weights have not been read yet.
+pub struct Prepared {
+    /// Shape and constants.
+    pub config: LlamaConfig,
+    /// The files.
+    pub weights: Weights,
+    /// Tokenizer and chat template.
+    pub text: TextModel,
+}
+
+impl Prepared {
+    /// Reads the weights.
+    pub fn load(self) -> Result<Base> {
+        let fingerprint = self.weights.fingerprint()?;
+        let model = Llama::load(self.config, &self.weights)?;
+        let path = self.weights.origin().to_path_buf();
+        Ok(Base { model, text: self.text, path, fingerprint })
     }
 }

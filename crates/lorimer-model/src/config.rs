@@ -129,6 +129,16 @@ fn short(value: &Value) -> String {
 }
 
 impl LlamaConfig {
+    /// Whether projections of this role add a bias.
+    pub fn has_bias(&self, role: &str) -> bool {
+        match role {
+            "q_proj" | "k_proj" | "v_proj" => self.qkv_bias,
+            "o_proj" => self.output_bias,
+            "gate_proj" | "up_proj" | "down_proj" => self.mlp_bias,
+            _ => false,
+        }
+    }
+
     /// Reads what transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`) wrote; `path` is for errors.
     pub fn from_json(json: &Value, path: &Path) -> Result<Self> {
         let map = json.as_object().ok_or_else(|| Error::invalid(path, "should hold a JSON object"))?;

@@ -99,6 +99,11 @@ impl Walk<'_> {
 }
 
 impl Gguf {
+    /// Bytes of the file.
+    pub fn file_bytes(&self) -> u64 {
+        self.bytes.len() as u64
+    }
+
     /// Maps and checks a GGUF file.
     pub fn open(path: &Path) -> Result<Self> {
         let bytes = MappedFile::open(path).map_err(Error::io("read", path))?;

@@ -10,7 +10,7 @@ use crate::batch::{Batch, only_queries};
 use crate::config::LlamaConfig;
 use crate::error::{Error, Result};
 use crate::seam::{Adaptation, AttentionCall, BaseModel, Point, Projection, Site};
-use crate::weights::Weights;
+use crate::weights::{LoadDtype, Weights};
 
 /// A projection with its site.
 struct Linear {
@@ -157,6 +157,36 @@ impl Llama {
             dtype: weights.compute_dtype(),
             config,
         })
+    }
+
+    /// Every projection's site in the order of the forward, without loading anything.
+    pub fn sites(c: &LlamaConfig) -> Vec<Site> {
+        let (h, q_width, kv_width) = (c.hidden_size, c.heads * c.head_dim, c.kv_heads * c.head_dim);
+        let mut sites = Vec::new();
+        for i in 0..c.layers {
+            for (name, shape) in [
+                ("self_attn.q_proj", (q_width, h)),
+                ("self_attn.k_proj", (kv_width, h)),
+                ("self_attn.v_proj", (kv_width, h)),
+                ("self_attn.o_proj", (h, q_width)),
+                ("mlp.gate_proj", (c.intermediate_size, h)),
+                ("mlp.up_proj", (c.intermediate_size, h)),
+                ("mlp.down_proj", (h, c.intermediate_size)),
+            ] {
+                sites.push(Site::new(&format!("model.layers.{i}.{name}"), shape));
+            }
+        }
+        sites.push(Site::new("lm_head", (c.vocab_size, h)));
+        sites
+    }
+
+    /// Bytes that the weights would take in memory under `dtype`, found without reading them.
+    pub fn planned_bytes(config: &LlamaConfig, weights: &Weights, dtype: LoadDtype) -> Result<usize> {
+        let mut bytes = weights.weight_bytes(EMBEDDING, (config.vocab_size, config.hidden_size), dtype)?;
+        for site in Self::sites(config).iter().filter(|site| !(site.is_head && config.tied)) {
+            bytes += weights.weight_bytes(&site.weight_path(), (site.outputs, site.inputs), dtype)?;
+        }
+        Ok(bytes)
     }
 
     /// Bytes that the weights take in memory.

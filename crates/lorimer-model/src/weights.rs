@@ -12,6 +12,7 @@ use sha2::{Digest, Sha256};
 use crate::config::LlamaConfig;
 use crate::error::{Error, Result};
 use crate::files::{MAX_HEADER_BYTES, MAX_JSON_BYTES, is_plain_file_name, read_json};
+use crate::llama::EMBEDDING;
 use crate::gguf::{Gguf, module_from_gguf, module_to_gguf, reorder_rows};
 
 /// In which type a base's projections are kept in memory. Computation is in f32 whatever it is.
@@ -26,6 +27,8 @@ pub enum LoadDtype {
     Bf16,
     /// As the file has it: 16-bit weights stay so, GGUF blocks stay quantised.
     Stored,
+    /// NormalFloat-4 with double quantisation (QLoRA), 4.13 bits a weight; embedding and head as the file has them.
+    Nf4,
 }
 
 impl LoadDtype {
@@ -34,8 +37,13 @@ impl LoadDtype {
             Self::F32 => DType::F32,
             Self::F16 => DType::F16,
             Self::Bf16 => DType::BF16,
-            Self::Stored => stored,
+            Self::Stored | Self::Nf4 => stored,
         }
+    }
+
+    /// Whether a weight becomes NF4: all projections but the head.
+    fn packs(self, name: &str) -> bool {
+        self == Self::Nf4 && name != EMBEDDING && !name.starts_with("lm_head.")
     }
 }
 
@@ -207,6 +215,20 @@ impl Weights {
         }
     }
 
+    /// How weights are kept.
+    pub fn load_dtype(&self) -> LoadDtype {
+        self.dtype
+    }
+
+    /// Bytes of the files.
+    pub fn file_bytes(&self) -> u64 {
+        match &self.source {
+            Source::Safetensors { files, .. } => files.iter().map(|f| f.bytes.len() as u64).sum(),
+            Source::Gguf { file, .. } => file.file_bytes(),
+            Source::Memory(_) => 0,
+        }
+    }
+
     /// The type that activations are computed in.
     pub fn compute_dtype(&self) -> DType {
         match &self.source {
@@ -243,6 +265,38 @@ impl Weights {
 
     /// A frozen weight of the given shape, kept as [`LoadDtype`] says.
     pub fn weight(&self, name: &str, shape: (usize, usize)) -> Result<FrozenWeight> {
+        let weight = self.weight_unpacked(name, shape)?;
+        Ok(if self.dtype.packs(name) { weight.to_nf4()? } else { weight })
+    }
+
+    /// Bytes that [`Self::weight`] would take in memory under `dtype`, found without reading it.
+    pub fn weight_bytes(&self, name: &str, shape: (usize, usize), dtype: LoadDtype) -> Result<usize> {
+        let (outputs, inputs) = shape;
+        self.check(name, &[outputs, inputs])?;
+        if dtype.packs(name) {
+            return Ok(lorimer_tensor::nf4::bytes(shape));
+        }
+        let of = |stored: DType| outputs * inputs * dtype.of(stored).size_in_bytes();
+        let stored = match &self.source {
+            Source::Gguf { file, .. } => match file.tensor(&gguf_name(name).unwrap_or_default())? {
+                Some((GgmlDType::F32, ..)) => DType::F32,
+                Some((GgmlDType::F16, ..)) => DType::F16,
+                Some((GgmlDType::BF16, ..)) => DType::BF16,
+                Some((_, _, bytes)) if matches!(dtype, LoadDtype::Stored | LoadDtype::Nf4) => return Ok(bytes.len()),
+                _ => DType::F32,
+            },
+            Source::Safetensors { files, index } => match index.get(name).and_then(|&i| files[i].metadata.info(name)) {
+                Some(info) if info.dtype == safetensors::Dtype::F64 => return Ok(outputs * inputs * 8),
+                Some(info) if info.dtype == safetensors::Dtype::F16 => DType::F16,
+                Some(info) if info.dtype == safetensors::Dtype::BF16 => DType::BF16,
+                _ => DType::F32,
+            },
+            Source::Memory(tensors) => tensors.get(name).map_or(DType::F32, Tensor::dtype),
+        };
+        Ok(of(stored))
+    }
+
+    fn weight_unpacked(&self, name: &str, shape: (usize, usize)) -> Result<FrozenWeight> {
         let (outputs, inputs) = shape;
         self.check(name, &[outputs, inputs])?;
         match &self.source {
@@ -267,6 +321,8 @@ impl Weights {
                 let blocks = FrozenWeight::from_ggml(dtype, &bytes, shape)?;
                 Ok(match self.dtype {
                     LoadDtype::Stored => blocks,
+                    // What is packed anew is expanded first.
+                    LoadDtype::Nf4 if !self.dtype.packs(name) => blocks,
                     other => FrozenWeight::Dense(blocks.dense(other.of(DType::F32))?),
                 })
             }

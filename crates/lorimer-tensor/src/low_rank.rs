@@ -5,7 +5,7 @@
 //! dA = dUᵀ x', dB = s·gᵀ (x' Aᵀ), dx = g W + dU A (the latter under the mask). Forward and backward each take
 //! two parallel parts for all projections of the input together.
 
-use candle_core::{Device, Result, Tensor};
+use candle_core::{Device, Result, Tensor, TensorId};
 use rayon::prelude::*;
 
 use crate::products::{Product, Right, Term, run};
@@ -74,6 +74,16 @@ impl Part<'_> {
 pub(crate) struct Kept {
     weight: FrozenWeight,
     low_rank: Option<(Tensor, Tensor, f64, Option<Tensor>)>,
+}
+
+/// What the backward needs of the input that projections share.
+pub(crate) struct Input {
+    /// Whose gradient is wanted.
+    pub id: Option<TensorId>,
+    /// (rows, inputs).
+    pub shape: (usize, usize),
+    /// Its numbers, where a change needs them.
+    pub values: Option<Tensor>,
 }
 
 /// `a ∘ b`, on all threads.
@@ -152,23 +162,23 @@ pub(crate) fn forward<T: Real>(x: &Tensor, parts: &[Part<'_>]) -> Result<(Vec<Te
 /// From the outputs' gradients (where there are any) to those of x, A and B.
 pub(crate) fn backward<T: Real>(
     found: &[Option<Tensor>],
-    x: &Tensor,
+    input: &Input,
     parts: &[Kept],
     thin: &[Vec<T>],
-    wants_x: bool,
     gradients: &mut Gradients,
 ) -> Result<()> {
-    let (rows, inputs) = x.dims2()?;
+    let (rows, inputs) = input.shape;
+    let wants_x = input.id.is_some();
     let live = found.iter().zip(parts).zip(thin).filter_map(|((g, part), thin)| Some((g.as_ref()?, part, thin)));
     let live: Vec<(&Tensor, &Kept, &Vec<T>)> = live.collect();
-    let mut tensors = vec![x];
+    let mut tensors: Vec<&Tensor> = input.values.iter().collect();
     for (g, part, _) in &live {
         tensors.push(g);
         tensors.extend(part.low_rank.iter().flat_map(|(a, b, _, mask)| [Some(a), Some(b), mask.as_ref()]).flatten());
     }
     with_slice_list(&tensors, |slices: &[&[T]]| {
         let mut slices = slices.iter().copied();
-        let x_values = slices.next().unwrap_or_default();
+        let x_values = input.values.as_ref().and_then(|_| slices.next()).unwrap_or_default();
         let mut all = Vec::new();
         for (_, part, _) in &live {
             let g = slices.next().unwrap_or_default();
@@ -227,9 +237,9 @@ pub(crate) fn backward<T: Real>(
                 (false, _) => {}
             }
         }
-        match into_x.is_empty() {
-            true => run(products)?,
-            false => gradients.accumulate(x.id(), (rows, inputs), |dx: &mut [T], keep| {
+        match input.id.filter(|_| !into_x.is_empty()) {
+            None => run(products)?,
+            Some(x) => gradients.accumulate(x, (rows, inputs), |dx: &mut [T], keep| {
                 let mut products = products;
                 products.push(Product { out: dx, rows, columns: inputs, keep, terms: into_x });
                 run(products)
@@ -251,8 +261,8 @@ pub(crate) fn backward<T: Real>(
                 }
                 Ok(())
             })?;
-            if let (Some(mask), false) = (c.mask, dropped_dx.is_empty()) {
-                gradients.accumulate(x.id(), (rows, inputs), |dx: &mut [T], keep| {
+            if let (Some(mask), Some(x), false) = (c.mask, input.id, dropped_dx.is_empty()) {
+                gradients.accumulate(x, (rows, inputs), |dx: &mut [T], keep| {
                     dx.iter_mut().zip(dropped_dx.iter().zip(mask)).for_each(|(dx, (&v, &m))| put(dx, v * m, keep));
                     Ok(())
                 })?;

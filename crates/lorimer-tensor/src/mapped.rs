@@ -11,7 +11,11 @@ pub struct MappedFile(memmap2::Mmap);
 impl MappedFile {
     /// Maps the whole file. A folder or an empty file is an error of kind `InvalidInput`.
     pub fn open(path: &Path) -> io::Result<Self> {
-        let file = File::open(path)?;
+        Self::of(&File::open(path)?)
+    }
+
+    /// Maps the whole of an open file, as [`Self::open`].
+    pub fn of(file: &File) -> io::Result<Self> {
         let metadata = file.metadata()?;
         if !metadata.is_file() {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
@@ -21,7 +25,7 @@ impl MappedFile {
         }
         // SAFETY: the map is read-only and private to this process; see the type's documentation for the
         // one remaining hazard, which no reader of mapped files can exclude.
-        Ok(Self(unsafe { memmap2::Mmap::map(&file)? }))
+        Ok(Self(unsafe { memmap2::Mmap::map(file)? }))
     }
 }
 

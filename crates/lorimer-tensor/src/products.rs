@@ -183,6 +183,11 @@ pub(crate) mod kernel {
     /// Up to this many rows a product is limited by reading the weight, and takes dot products with it unpacked.
     const FEW_ROWS: usize = 4;
 
+    /// Numbers in a line of the cache.
+    const LINE: usize = 16;
+    /// Rows that packing asks for ahead.
+    const AHEAD: usize = 16;
+
     struct Task {
         product: usize,
         rows: Range<usize>,
@@ -349,7 +354,15 @@ pub(crate) mod kernel {
         expanded.resize(expanded.len().max(width), 0.0);
         for (i, row) in depths.enumerate() {
             let values = match (plain(term.right), term.right) {
-                (Some((values, length)), _) => &values[row * length + columns.start..][..width],
+                (Some((values, length)), _) => {
+                    // A row is a page further on, where the processor's own prefetching does not reach.
+                    for column in columns.clone().step_by(LINE) {
+                        let ahead = values.as_ptr().wrapping_add((row + AHEAD) * length + column);
+                        // A hint: an address outside of memory is ignored.
+                        _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
+                    }
+                    &values[row * length + columns.start..][..width]
+                }
                 (None, Right::Weight(view)) => {
                     view.expand(row, columns.clone(), expanded);
                     &expanded[..width]

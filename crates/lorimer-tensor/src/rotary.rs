@@ -108,17 +108,22 @@ impl CustomOp1 for Rotary {
         Ok((storage, layout.shape().clone()))
     }
 
-    /// The transpose of a rotation is the rotation backwards.
     fn bwd(&self, _: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        self.gradient(grad).map(Some)
+    }
+}
+
+impl Rotary {
+    /// The gradient of the input from that of the output: the transpose of a rotation is the rotation backwards.
+    pub(crate) fn gradient(&self, grad: &Tensor) -> Result<Tensor> {
         let (_, width) = grad.dims2()?;
         let back = Rotary { table: self.table.clone(), backwards: true };
-        let dx = match grad.dtype() {
+        match grad.dtype() {
             DType::F64 => {
-                with_slices([grad], |[g]| Tensor::from_vec(back.run::<f64>(g, width), grad.shape(), grad.device()))?
+                with_slices([grad], |[g]| Tensor::from_vec(back.run::<f64>(g, width), grad.shape(), grad.device()))
             }
-            _ => with_slices([grad], |[g]| Tensor::from_vec(back.run::<f32>(g, width), grad.shape(), grad.device()))?,
-        };
-        Ok(Some(dx))
+            _ => with_slices([grad], |[g]| Tensor::from_vec(back.run::<f32>(g, width), grad.shape(), grad.device())),
+        }
     }
 }
 

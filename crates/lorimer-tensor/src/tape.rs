@@ -8,7 +8,7 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use candle_core::{CustomOp1, CustomOp2, CustomOp3, DType, Result, Tensor, TensorId, Var};
+use candle_core::{CustomOp2, CustomOp3, DType, Result, Tensor, TensorId, Var};
 use rayon::prelude::*;
 
 use crate::attention::{Attention, Segment};
@@ -218,25 +218,14 @@ impl<'a> Ops<'a> {
         self.0.filter(|tape| inputs.iter().any(|t| tape.tracks(t)))
     }
 
-    fn one(&self, x: &Tensor, op: impl CustomOp1 + Send + Sync + 'static) -> Result<Tensor> {
-        let y = x.contiguous()?.apply_op1_no_bwd(&op)?;
-        if let Some(tape) = self.tape(&[x]) {
-            let (x, kept) = (x.clone(), y.clone());
-            tape.record(&y, move |g, gradients| match op.bwd(&x, &kept, g)? {
-                Some(dx) => gradients.add(x.id(), dx),
-                None => Ok(()),
-            });
-        }
-        Ok(y)
-    }
-
     fn two(&self, a: &Tensor, b: &Tensor, op: impl CustomOp2 + Send + Sync + 'static) -> Result<Tensor> {
         let y = a.contiguous()?.apply_op2_no_bwd(&b.contiguous()?, &op)?;
         if let Some(tape) = self.tape(&[a, b]) {
             let (wants_a, wants_b) = (tape.tracks(a), tape.tracks(b));
-            let (a, b, kept) = (a.clone(), b.clone(), y.clone());
+            let (a, b) = (a.clone(), b.clone());
             tape.record(&y, move |g, gradients| {
-                let (da, db) = op.bwd(&a, &b, &kept, g)?;
+                // Neither of the operations looks at its output, which is not kept for them.
+                let (da, db) = op.bwd(&a, &b, &a, g)?;
                 if let Some(da) = da.filter(|_| wants_a) {
                     gradients.add(a.id(), da)?;
                 }
@@ -299,10 +288,17 @@ impl<'a> Ops<'a> {
 
     /// [`crate::rotary()`].
     pub fn rotary(&self, x: &Tensor, table: &RotaryTable) -> Result<Tensor> {
-        match self.on_cpu(x) {
-            true => self.one(x, Rotary::new(x, table)?),
-            false => self.fallback(&[x], |t| crate::rotary(&t[0], table)),
+        if !self.on_cpu(x) {
+            return self.fallback(&[x], |t| crate::rotary(&t[0], table));
         }
+        let op = Rotary::new(x, table)?;
+        let y = x.contiguous()?.apply_op1_no_bwd(&op)?;
+        if let Some(tape) = self.tape(&[x]) {
+            // Nothing but the angles is kept.
+            let id = x.id();
+            tape.record(&y, move |g, gradients| gradients.add(id, op.gradient(g)?));
+        }
+        Ok(y)
     }
 
     /// [`crate::silu_mul`].
@@ -412,10 +408,15 @@ impl<'a> Ops<'a> {
     fn project_typed<T: Real>(&self, x: &Tensor, parts: &[Part<'_>], followed: &[&Tensor]) -> Result<Vec<Tensor>> {
         let (outputs, thin) = low_rank::forward::<T>(x, parts)?;
         if let Some(tape) = self.tape(followed) {
-            let wants_x = tape.tracks(x);
-            let (x, parts) = (x.clone(), parts.iter().map(Part::kept).collect::<Vec<_>>());
+            let input = low_rank::Input {
+                id: tape.tracks(x).then(|| x.id()),
+                shape: x.dims2()?,
+                // Without a change beside it, a projection's backward does without its input.
+                values: parts.iter().any(|p| p.low_rank.is_some()).then(|| x.clone()),
+            };
+            let parts: Vec<_> = parts.iter().map(Part::kept).collect();
             tape.record_all(&outputs, move |found, gradients| {
-                low_rank::backward::<T>(found, &x, &parts, &thin, wants_x, gradients)
+                low_rank::backward::<T>(found, &input, &parts, &thin, gradients)
             });
         }
         Ok(outputs)

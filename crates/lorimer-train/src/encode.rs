@@ -26,6 +26,13 @@ impl Example {
         (1..self.tokens.len()).filter(|&i| self.learnt[i])
     }
 
+    /// The tokens that a step has to compute. What comes after the last predicting row is seen by nobody, and is left out where
+    /// rows are independent of each other.
+    pub fn seen(&self, independent: bool) -> &[u32] {
+        let end = if independent { self.targets().last().unwrap_or(0) } else { self.tokens.len() };
+        &self.tokens[..end]
+    }
+
     /// Learnt tokens of the last answer up to its end-of-turn token (all of them if it has none).
     pub fn last_answer(&self, eos: &[u32]) -> std::ops::Range<usize> {
         let Some(last) = self.targets().last() else { return 0..0 };

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::encode::Example;
 use crate::error::Result;
+use crate::frozen::{FrozenCache, FrozenLower};
 
 /// How the fast form goes about it. None of these changes the result beyond rounding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -20,11 +21,13 @@ pub struct StepOptions {
     /// Keep only the inputs of the layers in the forward, and compute each layer again in the backward: about half the
     /// memory of activations or less, for up to half more time.
     pub checkpointing: bool,
+    /// Where only upper layers are adapted and rows are seen more than once, what becomes of the frozen lower layers' output.
+    pub frozen_cache: FrozenCache,
 }
 
 impl Default for StepOptions {
     fn default() -> Self {
-        Self { share_prefixes: true, checkpointing: false }
+        Self { share_prefixes: true, checkpointing: false, frozen_cache: FrozenCache::Auto }
     }
 }
 
@@ -62,7 +65,9 @@ pub fn batch_loss(model: &Llama, attached: &Attached<'_>, rows: &[&Example]) -> 
     Ok((lorimer_tensor::cross_entropy(&logits, &targets)?.sum_all()?, targets.len(), batch.tokens.len()))
 }
 
-/// Adds the gradients of `scale` · Σ −log p over learnt tokens of the rows to `gradients`.
+/// Adds the gradients of `scale` · Σ −log p over learnt tokens of the rows to `gradients`. With `lower`, the output of the
+/// frozen lower layers is taken from there, by the rows' places in the training set.
+#[allow(clippy::too_many_arguments)]
 pub fn accumulate_gradients(
     model: &Llama,
     attached: &Attached<'_>,
@@ -70,12 +75,11 @@ pub fn accumulate_gradients(
     rows: &[&Example],
     scale: f64,
     options: StepOptions,
+    lower: Option<(&FrozenLower, &[usize])>,
     gradients: &mut Gradients,
 ) -> Result<StepLoss> {
     let independent = attached.rows_are_independent();
-    // What comes after the last predicting row is seen by nobody.
-    let seen = |e: &&Example| e.targets().last().unwrap_or(0);
-    let sequences = rows.iter().map(|e| &e.tokens[..if independent { seen(e) } else { e.tokens.len() }]);
+    let sequences = rows.iter().map(|e| e.seen(independent));
     let batch = match options.share_prefixes && independent {
         true => Batch::share(sequences),
         false => Batch::pack(sequences),
@@ -103,7 +107,11 @@ pub fn accumulate_gradients(
         false => (None, predicting),
     };
     let layout = model.layout(&batch.positions, &batch.segments, needed.as_deref());
-    let pass = Pass { model, attached, parameters, batch: &batch, layout, place, targets, scale };
+    let start = match lower {
+        Some((lower, places)) => Some((lower.layers(), lower.assemble(places, &batch)?)),
+        None => None,
+    };
+    let pass = Pass { model, attached, parameters, batch: &batch, start, layout, place, targets, scale };
     let clock = Instant::now();
     let forward;
     // In the pool itself: each parallel part then starts without waking a sleeping thread to carry it there.
@@ -121,6 +129,8 @@ struct Pass<'a> {
     attached: &'a Attached<'a>,
     parameters: &'a [(String, &'a Var)],
     batch: &'a Batch,
+    /// The first layer to compute and its input, where that is known.
+    start: Option<(usize, Tensor)>,
     layout: Layout,
     place: Vec<u32>,
     targets: Vec<u32>,
@@ -134,6 +144,11 @@ impl Pass<'_> {
 
     fn embed(&self, on: &Attached<'_>) -> candle_core::Result<Tensor> {
         on.hidden(Point::Embedded, self.model.embed(&self.batch.tokens, on)?)
+    }
+
+    /// The first layer to compute, and its input.
+    fn bottom(&self, on: &Attached<'_>) -> candle_core::Result<(usize, Tensor)> {
+        self.start.clone().map_or_else(|| Ok((0, self.embed(on)?)), Ok)
     }
 
     /// From the last layer's output to the loss.
@@ -150,8 +165,8 @@ impl Pass<'_> {
     fn whole(&self, gradients: &mut Gradients) -> Result<(f64, Instant)> {
         let tape = self.tape();
         let on = self.attached.recorded(&tape);
-        let mut h = self.embed(&on)?;
-        for i in 0..self.model.layer_count() {
+        let (first, mut h) = self.bottom(&on)?;
+        for i in first..self.model.layer_count() {
             h = self.model.layer(i, &h, &self.layout, &on, None)?;
         }
         let loss = self.loss(&h, &on)?;
@@ -166,9 +181,10 @@ impl Pass<'_> {
     fn layer_by_layer(&self, gradients: &mut Gradients) -> Result<(f64, Instant)> {
         let blank = Tape::new([]);
         let on = self.attached.recorded(&blank);
-        let mut inputs = vec![self.embed(&on)?];
-        for i in 0..self.model.layer_count() {
-            inputs.push(self.model.layer(i, &inputs[i], &self.layout, &on, None)?);
+        let (first, h) = self.bottom(&on)?;
+        let mut inputs = vec![h];
+        for i in first..self.model.layer_count() {
+            inputs.push(self.model.layer(i, &inputs[i - first], &self.layout, &on, None)?);
         }
         let tape = self.tape();
         let Some(last) = inputs.pop() else { return Ok((0.0, Instant::now())) };
@@ -178,11 +194,11 @@ impl Pass<'_> {
         let seed = self.seed(&loss)?;
         tape.backward(&loss, seed, gradients)?;
         let mut gradient = gradients.remove(&last);
-        for i in (0..inputs.len()).rev() {
+        for i in (first..first + inputs.len()).rev() {
             let (Some(g), Some(input)) = (gradient.take(), inputs.pop()) else { break };
             let tape = self.tape();
             // Below the first layer only a trained embedding wants a gradient.
-            if i > 0 || self.attached.parameter(EMBEDDING).is_some() {
+            if i > first || self.attached.parameter(EMBEDDING).is_some() {
                 tape.track(&input);
             }
             let output = self.model.layer(i, &input, &self.layout, &self.attached.recorded(&tape), None)?;

@@ -18,8 +18,9 @@ use crate::checkpoint::{Checkpoint, State};
 use crate::encode::Example;
 use crate::error::{Error, Result};
 use crate::evaluate::{Evaluation, evaluate};
+use crate::frozen::FrozenLower;
 use crate::log::{Log, Record, plot};
-use crate::optimizer::{AdamW, AdamWConfig, Optimizer, clip};
+use crate::optimizer::{AdamW, AdamWConfig, Optimizer, OptimizerKind, clip};
 use crate::schedule::{Schedule, Shape};
 use crate::step::{StepOptions, accumulate_gradients};
 
@@ -40,6 +41,8 @@ pub struct TrainSettings {
     pub warmup_steps: usize,
     /// Shape of the rate after that.
     pub schedule: Shape,
+    /// Which optimiser.
+    pub optimizer: OptimizerKind,
     /// The optimiser's constants.
     pub adamw: AdamWConfig,
     /// Limit on the gradient's norm; 0 for none.
@@ -66,6 +69,7 @@ impl Default for TrainSettings {
             gradient_accumulation: 1,
             warmup_steps: 0,
             schedule: Shape::Linear,
+            optimizer: OptimizerKind::default(),
             adamw: AdamWConfig::default(),
             max_grad_norm: 1.0,
             seed: 0,
@@ -110,6 +114,11 @@ impl TrainSettings {
         self.max_steps.unwrap_or(by_epochs.max(1))
     }
 
+    /// Whether a run over `examples` rows sees any of them twice.
+    pub fn repeats(&self, examples: usize) -> bool {
+        self.total_steps(examples) > self.steps_per_epoch(examples)
+    }
+
     /// The order of rows in an epoch.
     fn order(&self, epoch: usize, examples: usize) -> Vec<usize> {
         let mut order: Vec<usize> = (0..examples).collect();
@@ -121,7 +130,7 @@ impl TrainSettings {
     }
 
     /// The rows of one step, each micro-batch a list of indices. `order` keeps the epoch's order between steps.
-    fn rows(&self, step: usize, examples: usize, order: &mut Option<(usize, Vec<usize>)>) -> Vec<Vec<usize>> {
+    pub(crate) fn rows(&self, step: usize, examples: usize, order: &mut Option<(usize, Vec<usize>)>) -> Vec<Vec<usize>> {
         let per_epoch = self.steps_per_epoch(examples);
         let (epoch, within) = (step / per_epoch, step % per_epoch);
         let kept = order.take().filter(|(of, _)| *of == epoch);
@@ -164,6 +173,13 @@ pub struct Run<'a> {
 
 /// What the loop tells while it runs.
 pub enum Event<'a> {
+    /// Rows whose frozen lower layers have been computed, before the run begins.
+    Preparing {
+        /// Rows done.
+        done: usize,
+        /// All rows.
+        total: usize,
+    },
     /// The run begins at a step of so many.
     Begin {
         /// Steps taken before (resumed).
@@ -251,7 +267,7 @@ impl Run<'_> {
         let total = self.settings.total_steps(self.train.len());
         let s = self.settings;
         let schedule = Schedule { peak: s.learning_rate, warmup: s.warmup_steps, total, shape: s.schedule };
-        let mut optimizer = AdamW::new(s.adamw);
+        let mut optimizer = AdamW::new(s.adamw, s.optimizer);
         let mut state = State { settings: self.identity.clone(), ..Default::default() };
         let mut best: BTreeMap<String, Tensor> = BTreeMap::new();
         if self.resume
@@ -281,8 +297,16 @@ impl Run<'_> {
             evaluation: None,
             history: Vec::new(),
         };
-        tell(Event::Begin { step: state.step, total });
         let attached = Attached::one(self.adapter);
+        let lower = match s.repeats(self.train.len()) {
+            true => {
+                let (cache, all) = (s.step.frozen_cache, self.train.len());
+                let tell = |done| tell(Event::Preparing { done, total: all });
+                FrozenLower::build(self.model, &attached, self.train, s.batch_size, cache, self.folder, tell)?
+            }
+            false => None,
+        };
+        tell(Event::Begin { step: state.step, total });
         let mut order = None;
         while state.step < total {
             let clock = Instant::now();
@@ -290,12 +314,14 @@ impl Run<'_> {
             let supervised: usize = micro.iter().flatten().map(|&i| self.train[i].targets().count()).sum();
             let mut sums = Gradients::default();
             let (mut loss, mut tokens) = (0.0, 0);
-            for (m, rows) in micro.iter().enumerate() {
-                let rows: Vec<&Example> = rows.iter().map(|&i| &self.train[i]).collect();
+            for (m, places) in micro.iter().enumerate() {
+                let rows: Vec<&Example> = places.iter().map(|&i| &self.train[i]).collect();
                 let seed = lorimer_adapter::method::site_seed(s.seed, &format!("step {} micro {m}", state.step));
                 let on = attached.at(Step { training: Some(seed) });
                 let scale = 1.0 / supervised.max(1) as f64;
-                let found = accumulate_gradients(self.model, &on, &parameters, &rows, scale, s.step, &mut sums)?;
+                let lower = lower.as_ref().map(|lower| (lower, places.as_slice()));
+                let found =
+                    accumulate_gradients(self.model, &on, &parameters, &rows, scale, s.step, lower, &mut sums)?;
                 loss += found.sum * scale;
                 tokens += found.tokens;
                 outcome.examples += rows.len();

@@ -12,7 +12,7 @@ use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use lorimer::adapter::{Adapter, Attached, StoredAdapter};
 use lorimer::model::pull::{PullOptions, Pulled, pull};
-use lorimer::model::{Base, LoadDtype, OpenOptions};
+use lorimer::model::{Base, LoadDtype, OpenOptions, Prepared, TextModel};
 use lorimer::train::{DataReport, EncodeOptions, Example};
 use serde_json::Value;
 
@@ -102,6 +102,8 @@ pub enum DtypeFlag {
     Bf16,
     /// As the file has it: 16-bit weights and GGUF blocks stay so
     Stored,
+    /// NormalFloat-4 with double quantisation (QLoRA): about half a byte a weight; embedding and head as stored
+    Nf4,
 }
 
 impl From<DtypeFlag> for LoadDtype {
@@ -111,6 +113,7 @@ impl From<DtypeFlag> for LoadDtype {
             DtypeFlag::F16 => Self::F16,
             DtypeFlag::Bf16 => Self::Bf16,
             DtypeFlag::Stored => Self::Stored,
+            DtypeFlag::Nf4 => Self::Nf4,
         }
     }
 }
@@ -134,18 +137,29 @@ pub fn draws(global: Global) -> bool {
     !global.quiet && std::io::stderr().is_terminal()
 }
 
-/// Finds (or fetches) and loads the base.
-pub fn open_base(args: &ModelArgs, global: Global) -> Result<(Base, Pulled)> {
+/// Finds (or fetches) the base and reads everything but its weights.
+pub fn prepare_base(args: &ModelArgs, global: Global) -> Result<(Prepared, Pulled)> {
     let pulled = pull(&args.model, PullOptions { refresh: false, progress: draws(global) })?;
     let options = OpenOptions { dtype: args.dtype.into(), tokenizer: args.tokenizer.clone() };
-    let base = Base::open(&pulled.path, &options)?;
+    Ok((Base::prepare(&pulled.path, &options)?, pulled))
+}
+
+/// Reads the weights.
+pub fn load_base(prepared: Prepared, pulled: &Pulled) -> Result<Base> {
+    let base = prepared.load()?;
     tracing::info!(
         "base {} from {} ({:.0} MB in memory)",
         pulled.name,
         base.path.display(),
         base.model.bytes() as f64 / 1e6
     );
-    Ok((base, pulled))
+    Ok(base)
+}
+
+/// Finds (or fetches) and loads the base.
+pub fn open_base(args: &ModelArgs, global: Global) -> Result<(Base, Pulled)> {
+    let (prepared, pulled) = prepare_base(args, global)?;
+    Ok((load_base(prepared, &pulled)?, pulled))
 }
 
 /// `FOLDER` or `FOLDER=WEIGHT`.
@@ -185,8 +199,8 @@ pub fn attached(adapters: &[(Adapter, f64)]) -> Result<Attached<'_>> {
 }
 
 /// Reads and encodes a data file and says what became of its rows.
-pub fn load_data(path: &Path, base: &Base, options: &EncodeOptions) -> Result<(Vec<Example>, DataReport)> {
-    let (examples, report) = lorimer::train::encode::load(path, &base.text, options)?;
+pub fn load_data(path: &Path, text: &TextModel, options: &EncodeOptions) -> Result<(Vec<Example>, DataReport)> {
+    let (examples, report) = lorimer::train::encode::load(path, text, options)?;
     let mut notes = Vec::new();
     for (count, what) in
         [(report.skipped, "bad rows skipped"), (report.cut, "cut to the length limit"), (report.dropped, "dropped")]

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 
 mod common;
+mod flags;
 mod verbs;
 
 #[global_allocator]
@@ -42,6 +43,8 @@ enum Verb {
     Pull(verbs::pull::Pull),
     /// Fine-tune an adapter
     Train(Box<verbs::train::Train>),
+    /// Predict peak memory and time of a training run, and propose settings that fit
+    Plan(Box<verbs::plan::PlanVerb>),
     /// Measure loss, perplexity, exact matches and choice accuracy
     Eval(verbs::eval::Eval),
     /// Answer a prompt
@@ -72,6 +75,7 @@ fn main() -> ExitCode {
         Verb::Quickstart(v) => v.run(cli.global),
         Verb::Pull(v) => v.run(cli.global),
         Verb::Train(v) => v.run(cli.global),
+        Verb::Plan(v) => v.run(cli.global),
         Verb::Eval(v) => v.run(cli.global),
         Verb::Generate(v) => v.run(cli.global),
         Verb::Merge(v) => v.run(cli.global),

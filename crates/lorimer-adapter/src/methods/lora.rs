@@ -459,6 +459,21 @@ impl Method for Lora {
         Ok(self.config.rank(&site.path)? * (site.inputs + site.outputs) + magnitudes)
     }
 
+    fn rows_are_independent(&self) -> bool {
+        self.config.lora_dropout == 0.0
+    }
+
+    fn kept(&self, site: &Site) -> usize {
+        let rank = self.config.rank(&site.path).unwrap_or_default();
+        let moved = Start::parse(&self.config.init_lora_weights).is_ok_and(Start::moves_base);
+        match (self.config.use_dora, moved) {
+            (true, _) => 3 * site.inputs + 6 * site.outputs + 2 * rank,
+            (false, true) => site.inputs + 4 * site.outputs + 4 * rank,
+            (false, false) if self.config.lora_dropout > 0.0 => rank + site.inputs,
+            (false, false) => rank,
+        }
+    }
+
     fn low_rank(&self, module: &str, tensors: &std::collections::BTreeMap<String, Tensor>) -> Result<Option<LowRank>> {
         let (Some(a), Some(b)) = (tensors.get("lora_A.weight"), tensors.get("lora_B.weight")) else { return Ok(None) };
         let rank = self.config.rank(module)?;

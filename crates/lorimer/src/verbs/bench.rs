@@ -11,13 +11,14 @@ use lorimer::adapter::{Adapter, Attached, Step, methods};
 use lorimer::model::BaseModel;
 use lorimer::tensor::Gradients;
 use lorimer::train::optimizer::{AdamW, AdamWConfig, Optimizer, clip};
-use lorimer::train::step::{StepOptions, accumulate_gradients};
+use lorimer::train::step::accumulate_gradients;
 use lorimer::train::{EncodeOptions, Example};
 use rand::{Rng, SeedableRng};
 use serde_json::{Map, Value, json};
 
 use crate::Global;
 use crate::common::{self, ModelArgs};
+use crate::flags::StepArgs;
 
 /// Measure speed and memory, alone or against a peer
 #[derive(Args)]
@@ -55,12 +56,8 @@ struct BenchTrain {
     /// Rank r
     #[arg(long, default_value_t = 8)]
     rank: usize,
-    /// Compute every row whole, even what rows of a batch begin with in common
-    #[arg(long)]
-    no_share_prefixes: bool,
-    /// Keep less in memory and compute layers again in the backward
-    #[arg(long)]
-    checkpointing: bool,
+    #[command(flatten)]
+    step: StepArgs,
     /// A command that does the same work: it is given WORK, STEPS and BATCH and prints one JSON object with `name`,
     /// `examples_per_second`, `tokens_per_second`, `peak_bytes`; repeatable
     #[arg(long, value_name = "COMMAND")]
@@ -79,7 +76,7 @@ impl Bench {
 }
 
 /// GFLOP/s of a large f32 product on all threads: the median of some.
-fn sgemm_rate() -> Result<f64> {
+pub fn sgemm_rate() -> Result<f64> {
     let (m, n, k) = (1024, 1536, 576);
     let x = Tensor::rand(-1f32, 1.0, (m, k), &candle_core::Device::Cpu)?;
     let w = lorimer::tensor::FrozenWeight::Dense(Tensor::rand(-1f32, 1.0, (n, k), &candle_core::Device::Cpu)?);
@@ -213,8 +210,7 @@ impl BenchTrain {
         if let Some(tokenizer) = &self.model.tokenizer {
             command.arg("--tokenizer").arg(tokenizer);
         }
-        command.args(self.no_share_prefixes.then_some("--no-share-prefixes"));
-        command.args(self.checkpointing.then_some("--checkpointing"));
+        command.args(self.step.to_flags());
         answer(command, "the measurement")
     }
 
@@ -237,7 +233,7 @@ impl BenchTrain {
             return Ok(((0..4 * self.steps).map(row).collect(), 4));
         }
         let options = EncodeOptions { limit: Some(self.batch_size * self.steps), ..Default::default() };
-        Ok((common::load_data(Path::new(work), base, &options)?.0, self.batch_size))
+        Ok((common::load_data(Path::new(work), &base.text, &options)?.0, self.batch_size))
     }
 
     fn measure(&self, work: &str, global: Global) -> Result<Value> {
@@ -254,9 +250,9 @@ impl BenchTrain {
         let adapter = Adapter::attach(&base.model, methods::build(&self.method, &settings)?, 0)?;
         let attached = Attached::one(&adapter);
         let parameters = adapter.trainable();
-        let options = StepOptions { share_prefixes: !self.no_share_prefixes, checkpointing: self.checkpointing };
-        let mut optimizer = AdamW::new(AdamWConfig::default());
-        let (mut losses, mut counted) = (Vec::new(), 0.0);
+        let options = self.step.options(self.step.checkpoints());
+        let mut optimizer = AdamW::new(AdamWConfig::default(), self.step.optimizer());
+        let (mut losses, mut step_seconds, mut counted) = (Vec::new(), Vec::new(), 0.0);
         let (mut tokens, mut computed, mut supervised, mut examples) = (0, 0, 0, 0);
         let (mut forward, mut backward, mut optimizing) = (0.0, 0.0, 0.0);
         let steps = rows.len().div_ceil(size);
@@ -267,12 +263,13 @@ impl BenchTrain {
             let mut sums = Gradients::default();
             let on = attached.at(Step { training: Some(step as u64) });
             let scale = 1.0 / learnt.max(1) as f64;
-            let found = accumulate_gradients(&base.model, &on, &parameters, &batch, scale, options, &mut sums)?;
+            let found = accumulate_gradients(&base.model, &on, &parameters, &batch, scale, options, None, &mut sums)?;
             let optimizer_clock = Instant::now();
             let mut gradients: Vec<_> = parameters.iter().map(|(_, v)| sums.remove(v.as_tensor())).collect();
             clip(&mut gradients, 1.0)?;
             optimizer.step(&parameters, &gradients, 5e-4 * (1.0 - step as f64 / self.steps as f64))?;
             losses.push(found.sum * scale);
+            step_seconds.push(clock.elapsed().as_secs_f64());
             if step > 0 {
                 counted += clock.elapsed().as_secs_f64();
                 optimizing += optimizer_clock.elapsed().as_secs_f64();
@@ -302,6 +299,7 @@ impl BenchTrain {
             "gflops": gflops, "sgemm_gflops": rate, "share_of_sgemm": gflops / rate, "peak_bytes": peak_bytes,
             "load_seconds": load_seconds, "encode_seconds": encode_seconds, "forward_seconds": forward / each,
             "backward_seconds": backward / each, "optimizer_seconds": optimizing / each, "losses": losses,
+            "step_seconds": step_seconds,
         }))
     }
 }

@@ -50,7 +50,7 @@ impl Eval {
             limit: self.limit,
             ..Default::default()
         };
-        let (examples, _) = common::load_data(&self.data, &base, &options)?;
+        let (examples, _) = common::load_data(&self.data, &base.text, &options)?;
         let choices = if self.choices.is_empty() { find_choices(&examples) } else { self.choices };
         let adapters = common::open_adapters(&base, &self.adapter)?;
         let bar = common::bar(examples.len() as u64, "evaluating {bar:30} {pos}/{len} rows {eta}", global);

@@ -8,6 +8,7 @@ pub mod generate;
 pub mod inspect;
 pub mod merge;
 pub mod methods;
+pub mod plan;
 pub mod pull;
 pub mod quickstart;
 pub mod train;

@@ -49,8 +49,8 @@ impl Quickstart {
             lorimer::model::files::write_atomic(&path, rows.as_bytes())?;
             paths.push(path);
         }
-        let (train, _) = common::load_data(&paths[0], &base, &EncodeOptions::default())?;
-        let (valid, _) = common::load_data(&paths[1], &base, &EncodeOptions::default())?;
+        let (train, _) = common::load_data(&paths[0], &base.text, &EncodeOptions::default())?;
+        let (valid, _) = common::load_data(&paths[1], &base.text, &EncodeOptions::default())?;
         let choices = find_choices(&valid);
         let measure = |what: &str, adaptation: &dyn lorimer::model::Adaptation| -> Result<_> {
             let bar = common::bar(

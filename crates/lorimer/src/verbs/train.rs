@@ -3,17 +3,18 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Result, anyhow};
+use anyhow::Result;
 use clap::{Args, ValueEnum};
-use lorimer::adapter::{Adapter, methods};
+use lorimer::adapter::Adapter;
 use lorimer::train::data::Format;
 use lorimer::train::optimizer::AdamWConfig;
 use lorimer::train::schedule::Shape;
-use lorimer::train::step::StepOptions;
+use lorimer::train::plan::Work;
 use lorimer::train::{EncodeOptions, Event, Outcome, Session, TooLong, TrainSettings};
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use crate::common::ModelArgs;
+use crate::flags::{AdapterArgs, Planned, StepArgs, file_name, show_bytes};
 use crate::{Global, common};
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -68,42 +69,8 @@ pub struct Train {
     #[arg(long, help_heading = "Data")]
     skip_bad_rows: bool,
 
-    /// Method; `lorimer methods` lists them
-    #[arg(long, default_value = "lora", help_heading = "Adapter")]
-    method: String,
-    /// Rank r
-    #[arg(long, short, default_value_t = 8, help_heading = "Adapter", visible_aliases = ["lora-r", "lora-rank"])]
-    rank: usize,
-    /// Alpha; the change is multiplied by alpha/rank [default: twice the rank]
-    #[arg(long, help_heading = "Adapter", visible_alias = "lora-alpha")]
-    alpha: Option<f64>,
-    /// Dropout before the adapter, in training
-    #[arg(long, default_value_t = 0.0, help_heading = "Adapter", visible_alias = "lora-dropout")]
-    dropout: f64,
-    /// all-linear, a list (q_proj,v_proj) or a regular expression over the whole path
-    #[arg(long, default_value = "all-linear", help_heading = "Adapter", visible_aliases = ["lora-target-modules", "lora-target"])]
-    target_modules: String,
-    /// Modules to leave out, as a list or a regular expression
-    #[arg(long, help_heading = "Adapter")]
-    exclude_modules: Option<String>,
-    /// Only these layers, counted from 0
-    #[arg(long, value_delimiter = ',', help_heading = "Adapter", visible_alias = "layers-to-transform")]
-    layers: Vec<usize>,
-    /// Modules to train whole and save beside the adapter (lm_head, embed_tokens, norm)
-    #[arg(long, value_delimiter = ',', help_heading = "Adapter")]
-    modules_to_save: Vec<String>,
-    /// Start: true, gaussian, orthogonal, pissa, pissa_niter_N, olora
-    #[arg(long, help_heading = "Adapter", visible_alias = "init-lora-weights")]
-    init: Option<String>,
-    /// alpha/sqrt(rank) in place of alpha/rank
-    #[arg(long, help_heading = "Adapter", visible_alias = "use-rslora")]
-    rslora: bool,
-    /// Biases that are trained: none, all, lora_only
-    #[arg(long, default_value = "none", help_heading = "Adapter")]
-    bias: String,
-    /// Any field of the method's configuration: KEY=VALUE, the value in JSON or plain; repeatable
-    #[arg(long, value_name = "KEY=VALUE", help_heading = "Adapter")]
-    set: Vec<String>,
+    #[command(flatten)]
+    adapter: AdapterArgs,
 
     /// Highest learning rate
     #[arg(long, default_value_t = 2e-4, help_heading = "Training", visible_alias = "learning-rate")]
@@ -145,12 +112,8 @@ pub struct Train {
     #[arg(long, help_heading = "Training", requires = "eval_data")]
     keep_best: bool,
 
-    /// Compute every row whole, even what rows of a batch begin with in common
-    #[arg(long, help_heading = "Training")]
-    no_share_prefixes: bool,
-    /// Keep less in memory and compute layers again in the backward
-    #[arg(long, help_heading = "Training", visible_alias = "gradient-checkpointing")]
-    checkpointing: bool,
+    #[command(flatten)]
+    step: StepArgs,
 
     /// Folder for adapter, log, plots and checkpoints
     #[arg(long, short, default_value = "runs/train", help_heading = "Output", visible_alias = "output-dir")]
@@ -169,48 +132,10 @@ pub struct Train {
     overwrite: bool,
 }
 
-/// `all-linear` or a regular expression stays a text; names with commas, or one plain name, are a list.
-fn names(text: &str) -> Value {
-    let plain = |s: &str| !s.is_empty() && s.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '_' | '.'));
-    let parts: Vec<&str> = text.split(',').map(str::trim).collect();
-    match text != "all-linear" && parts.iter().all(|p| plain(p)) {
-        true => json!(parts),
-        false => json!(text),
-    }
-}
-
 impl Train {
-    /// The method's settings with PEFT's keys.
-    fn method_settings(&self) -> Result<Map<String, Value>> {
-        let mut map = Map::new();
-        map.insert("r".into(), json!(self.rank));
-        map.insert("lora_alpha".into(), json!(self.alpha.unwrap_or(2.0 * self.rank as f64)));
-        map.insert("lora_dropout".into(), json!(self.dropout));
-        map.insert("target_modules".into(), names(&self.target_modules));
-        map.insert("use_rslora".into(), json!(self.rslora));
-        map.insert("bias".into(), json!(self.bias));
-        if let Some(exclude) = &self.exclude_modules {
-            map.insert("exclude_modules".into(), names(exclude));
-        }
-        if !self.layers.is_empty() {
-            map.insert("layers_to_transform".into(), json!(self.layers));
-        }
-        if !self.modules_to_save.is_empty() {
-            map.insert("modules_to_save".into(), json!(self.modules_to_save));
-        }
-        if let Some(init) = &self.init {
-            map.insert("init_lora_weights".into(), json!(init));
-        }
-        for pair in &self.set {
-            let (key, value) = pair.split_once('=').ok_or_else(|| anyhow!("--set {pair} should be KEY=VALUE"))?;
-            map.insert(key.to_string(), serde_json::from_str(value).unwrap_or_else(|_| json!(value)));
-        }
-        Ok(map)
-    }
-
     pub fn run(self, global: Global) -> Result<ExitCode> {
-        let method = methods::build(&self.method, &self.method_settings()?)?;
-        let settings = TrainSettings {
+        let method = self.adapter.build()?;
+        let mut settings = TrainSettings {
             learning_rate: self.lr,
             epochs: self.epochs,
             max_steps: self.max_steps,
@@ -222,16 +147,17 @@ impl Train {
                 ScheduleFlag::Cosine => Shape::Cosine,
                 ScheduleFlag::Constant => Shape::Constant,
             },
+            optimizer: self.step.optimizer(),
             adamw: AdamWConfig { weight_decay: self.weight_decay, ..Default::default() },
             max_grad_norm: self.max_grad_norm,
             seed: self.seed,
             shuffle: !self.no_shuffle,
             eval_steps: self.eval_steps,
             keep_best: self.keep_best,
-            step: StepOptions { share_prefixes: !self.no_share_prefixes, checkpointing: self.checkpointing },
+            step: self.step.options(self.step.checkpoints()),
         };
         settings.check()?;
-        let (base, pulled) = common::open_base(&self.model, global)?;
+        let (prepared, pulled) = common::prepare_base(&self.model, global)?;
         let options = EncodeOptions {
             format: self.format,
             max_length: self.max_length,
@@ -243,12 +169,23 @@ impl Train {
             skip_bad_rows: self.skip_bad_rows,
             limit: self.limit,
         };
-        let (train, _) = common::load_data(&self.data, &base, &options)?;
+        let (train, _) = common::load_data(&self.data, &prepared.text, &options)?;
         let eval = match &self.eval_data {
-            Some(path) => common::load_data(path, &base, &EncodeOptions { limit: None, ..options })?.0,
+            Some(path) => common::load_data(path, &prepared.text, &EncodeOptions { limit: None, ..options })?.0,
             None => Vec::new(),
         };
-        let file_name = |p: &PathBuf| p.file_name().map(|n| n.to_string_lossy().into_owned());
+        let with = |batch_size| TrainSettings { batch_size, ..settings.clone() };
+        let independent = method.rows_are_independent();
+        let (plan, checkpointing) = self.step.check(&Planned {
+            prepared: &prepared,
+            method: method.as_ref(),
+            batch_size: settings.batch_size,
+            work: Box::new(|batch_size| Work::of_rows(&train, &with(batch_size), independent)),
+        })?;
+        let how = if checkpointing { ", computing layers again in the backward" } else { "" };
+        tracing::info!("the run is expected to take {} of memory{how}", show_bytes(plan.peak_bytes));
+        settings.step = self.step.options(checkpointing);
+        let base = common::load_base(prepared, &pulled)?;
         let session = Session {
             base: &base,
             base_name: &pulled.name,
@@ -313,6 +250,11 @@ pub fn progress(global: Global) -> impl FnMut(Event<'_>) {
     let bar = common::bar(0, template, global);
     let (mut clock, mut tokens, mut total) = (std::time::Instant::now(), 0usize, 0usize);
     move |event| match event {
+        Event::Preparing { done, total } => {
+            bar.set_length(total as u64);
+            bar.set_message("computing the frozen layers once");
+            bar.set_position(done as u64);
+        }
         Event::Begin { step, total: all } => {
             total = all;
             clock = std::time::Instant::now();

@@ -1,0 +1,247 @@
+//! How much memory and time a run will take, told before it begins.
+//!
+//! The memory of a training step is known from shapes: what the tape keeps of every layer until the backward, what the backward holds
+//! beside it, logits of one chunk, the adapter with its gradients and moments, and the base. [`Work`] says how many rows the
+//! largest batch computes, exactly where the data are at hand.
+
+use lorimer_adapter::Method;
+use lorimer_adapter::method::Bias;
+use lorimer_adapter::targets::Matcher;
+use lorimer_model::config::LlamaConfig;
+use lorimer_model::{Batch, Llama, Site};
+use serde::Serialize;
+
+use crate::encode::Example;
+use crate::error::Result;
+use crate::frozen::FrozenCache;
+use crate::optimizer::OptimizerKind;
+use crate::trainer::TrainSettings;
+
+/// Micro-batches that are looked at; longer runs are scaled up from these.
+const LOOKED_AT: usize = 2048;
+
+/// What the steps of a run compute.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct Work {
+    /// Token rows that the largest micro-batch computes, prefixes shared.
+    pub rows: usize,
+    /// Rows of it that predict a learnt token.
+    pub predicting: usize,
+    /// Token rows of the whole run.
+    pub total_rows: f64,
+    /// Predicting rows of the whole run.
+    pub total_predicting: f64,
+    /// Tokens of all training rows.
+    pub data_tokens: usize,
+    /// Whether rows are seen more than once.
+    pub repeats: bool,
+}
+
+impl Work {
+    /// From the data itself. `independent` as [`lorimer_adapter::Delta::rows_are_independent`].
+    pub fn of_rows(train: &[Example], settings: &TrainSettings, independent: bool) -> Self {
+        let data_tokens = train.iter().map(|e| e.tokens.len()).sum();
+        let mut work = Self { data_tokens, repeats: settings.repeats(train.len()), ..Self::default() };
+        if train.is_empty() {
+            return work;
+        }
+        let (mut order, mut looked_at, mut steps) = (None, 0, 0);
+        let total = settings.total_steps(train.len());
+        while steps < total && looked_at < LOOKED_AT {
+            for places in settings.rows(steps, train.len(), &mut order) {
+                let sequences = places.iter().map(|&i| train[i].seen(independent));
+                let batch = match settings.step.share_prefixes && independent {
+                    true => Batch::share(sequences),
+                    false => Batch::pack(sequences),
+                };
+                let predicting: usize = places.iter().map(|&i| train[i].targets().count()).sum();
+                work.rows = work.rows.max(batch.tokens.len());
+                work.predicting = work.predicting.max(predicting);
+                work.total_rows += batch.tokens.len() as f64;
+                work.total_predicting += predicting as f64;
+                looked_at += 1;
+            }
+            steps += 1;
+        }
+        let scale = total as f64 / steps.max(1) as f64;
+        work.total_rows *= scale;
+        work.total_predicting *= scale;
+        work
+    }
+
+    /// Without data: `batch` rows of `length` tokens that share nothing, all learnt, for `steps` micro-batches.
+    pub fn worst(batch: usize, length: usize, steps: usize) -> Self {
+        let rows = batch.saturating_mul(length);
+        let total = rows as f64 * steps as f64;
+        Self {
+            rows,
+            predicting: rows,
+            total_rows: total,
+            total_predicting: total,
+            data_tokens: rows.saturating_mul(steps),
+            repeats: false,
+        }
+    }
+}
+
+/// What is asked for.
+pub struct Request<'a> {
+    /// The base's shape.
+    pub config: &'a LlamaConfig,
+    /// Bytes of its weights in memory: [`Llama::planned_bytes`].
+    pub base_bytes: usize,
+    /// Bytes of the base's files, which are mapped while the weights are read.
+    pub file_bytes: u64,
+    /// The method with its configuration.
+    pub method: &'a dyn Method,
+    /// The steps.
+    pub work: Work,
+    /// Whether layers are computed again in the backward.
+    pub checkpointing: bool,
+    /// The optimiser.
+    pub optimizer: OptimizerKind,
+    /// What becomes of frozen lower layers' output.
+    pub frozen_cache: FrozenCache,
+}
+
+/// Peak memory by what it is for, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Breakdown {
+    /// The program, its tokenizer and what it reads.
+    pub program: u64,
+    /// The base's weights.
+    pub base: u64,
+    /// Trainable parameters.
+    pub adapter: u64,
+    /// Their gradients.
+    pub gradients: u64,
+    /// The optimiser's moments.
+    pub optimizer: u64,
+    /// What the forward keeps for the backward.
+    pub activations: u64,
+    /// What one layer's backward holds beside that.
+    pub backward: u64,
+    /// Logits of one chunk of rows.
+    pub logits: u64,
+    /// Output of frozen lower layers kept from epoch to epoch.
+    pub frozen_cache: u64,
+}
+
+impl Breakdown {
+    /// Name and bytes of each part.
+    pub fn parts(&self) -> [(&'static str, u64); 9] {
+        [
+            ("program", self.program),
+            ("base weights", self.base),
+            ("adapter", self.adapter),
+            ("gradients", self.gradients),
+            ("optimiser", self.optimizer),
+            ("activations", self.activations),
+            ("backward", self.backward),
+            ("logits", self.logits),
+            ("frozen layers", self.frozen_cache),
+        ]
+    }
+}
+
+/// A prediction.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Plan {
+    /// Peak resident bytes of the process.
+    pub peak_bytes: u64,
+    /// What they are for.
+    pub breakdown: Breakdown,
+    /// Floating-point operations of all steps.
+    pub flops: f64,
+    /// Trainable parameters.
+    pub trainable_parameters: u64,
+}
+
+/// The program before it has read anything but the tokenizer; measured.
+const PROGRAM: u64 = 70 << 20;
+/// Bytes of logits that exist at a time: `lorimer_tensor`'s loss.
+const LOGITS: u64 = 32 << 20;
+/// Share of freed memory that is not in one piece and so not used again; measured.
+const SLACK: f64 = 0.05;
+
+/// Predicts a run's memory and arithmetic.
+pub fn plan(request: &Request<'_>) -> Result<Plan> {
+    let (c, work) = (request.config, &request.work);
+    let matcher = Matcher::new(request.method.targeting())?;
+    let sites = Llama::sites(c);
+    let adapted = |site: &Site| matcher.targets(site);
+    let mut parameters = 0u64;
+    for site in &sites {
+        if adapted(site) {
+            parameters += request.method.parameters(site)? as u64;
+        }
+        if matcher.saves(&site.path) {
+            parameters += (site.inputs * site.outputs) as u64;
+        }
+        let biases = request.method.bias() == Bias::All || (request.method.bias() == Bias::LoraOnly && adapted(site));
+        if biases && c.has_bias(&site.role) {
+            parameters += site.outputs as u64;
+        }
+    }
+    let embedding = matcher.saves("model.embed_tokens");
+    if embedding {
+        parameters += (c.vocab_size * c.hidden_size) as u64;
+    }
+
+    // Floats that each row keeps in layer i: what norms, rotary, attention and gate need, and the inputs of adapted projections.
+    let (h, f) = (c.hidden_size as u64, c.intermediate_size as u64);
+    let (q, kv) = ((c.heads * c.head_dim) as u64, (c.kv_heads * c.head_dim) as u64);
+    let in_layer = |i: usize| sites.iter().filter(move |s| s.layer == Some(i));
+    let kept = |i: usize| -> u64 {
+        let takes = |roles: &[&str]| in_layer(i).any(|s| adapted(s) && roles.contains(&s.role.as_str()));
+        let mut floats = 2 * h + 2 * q + 2 * kv + c.heads as u64 + 2 * f;
+        floats += if takes(&["q_proj", "k_proj", "v_proj"]) { h } else { 0 };
+        floats += if takes(&["gate_proj", "up_proj"]) { h } else { 0 };
+        floats += if takes(&["down_proj"]) { f } else { 0 };
+        floats + in_layer(i).filter(|s| adapted(s)).map(|s| request.method.kept(s) as u64).sum::<u64>()
+    };
+    let first = match embedding {
+        true => 0,
+        false => (0..c.layers).find(|&i| in_layer(i).any(adapted)).unwrap_or(c.layers.saturating_sub(1)),
+    };
+    let rows = work.rows as u64;
+    let activations = match request.checkpointing {
+        false => rows * (first..c.layers).map(kept).sum::<u64>(),
+        true => rows * (h * (c.layers - first) as u64 + (first..c.layers).map(kept).max().unwrap_or(0)),
+    };
+    let backward = rows * (5 * h + 3 * f + q + 2 * kv);
+    let chunk = (LOGITS / (4 * c.vocab_size.max(1) as u64)).clamp(1, work.predicting.max(1) as u64);
+    let logits = chunk * c.vocab_size as u64;
+    let state = match request.optimizer {
+        OptimizerKind::AdamW => 8.0,
+        OptimizerKind::AdamW8bit => 2.04,
+    };
+    let cached = work.repeats && first > 0;
+    let cache_bytes = if cached { work.data_tokens as u64 * h * 4 } else { 0 };
+    let breakdown = Breakdown {
+        program: PROGRAM,
+        base: request.base_bytes as u64,
+        adapter: 4 * parameters,
+        gradients: 4 * parameters,
+        optimizer: (state * parameters as f64) as u64,
+        activations: 4 * activations,
+        backward: 4 * backward,
+        logits: 4 * logits,
+        frozen_cache: match request.frozen_cache.resolved(cache_bytes) {
+            FrozenCache::Memory | FrozenCache::Disk => cache_bytes,
+            _ => 0,
+        },
+    };
+    let used: u64 = breakdown.parts().iter().map(|(_, bytes)| bytes).sum();
+    let steps = used + ((breakdown.activations + breakdown.backward) as f64 * SLACK) as u64;
+    let loading = breakdown.program + breakdown.base + request.file_bytes;
+
+    let flops_of = |site: &Site| (site.inputs * site.outputs) as f64;
+    let below: f64 = sites.iter().filter(|s| s.layer.is_some_and(|l| l < first)).map(flops_of).sum();
+    let above: f64 = sites.iter().filter(|s| s.layer.is_some_and(|l| l >= first)).map(flops_of).sum();
+    let passes = if request.checkpointing { 6.0 } else { 4.0 };
+    let below = if breakdown.frozen_cache > 0 { 0.0 } else { 2.0 * below };
+    let head = 4.0 * (c.vocab_size * c.hidden_size) as f64;
+    let flops = work.total_rows * (passes * above + below) + work.total_predicting * head;
+    Ok(Plan { peak_bytes: steps.max(loading), breakdown, flops, trainable_parameters: parameters })
+}
