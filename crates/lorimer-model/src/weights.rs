@@ -194,6 +194,11 @@ impl Weights {
         Self { source: Source::Memory(tensors), dtype: LoadDtype::Stored, origin: PathBuf::from("memory") }
     }
 
+    /// The same tensors, kept in another way.
+    pub fn kept_as(self, dtype: LoadDtype) -> Self {
+        Self { dtype, ..self }
+    }
+
     /// The files that the tensors come from.
     pub fn origin(&self) -> &Path {
         &self.origin

@@ -12,7 +12,7 @@ use crate::products::{Product, Right, Term, run};
 use crate::project::frozen_linear;
 use crate::raw::{Real, with_slice_list};
 use crate::storage::FrozenWeight;
-use crate::tape::Gradients;
+use crate::tape::{Gradients, Recipe};
 
 /// A trainable change of rank r beside a frozen weight.
 #[derive(Clone)]
@@ -83,7 +83,7 @@ pub(crate) struct Input {
     /// (rows, inputs).
     pub shape: (usize, usize),
     /// Its numbers, where a change needs them.
-    pub values: Option<Tensor>,
+    pub values: Option<Recipe>,
 }
 
 /// `a ∘ b`, on all threads.
@@ -171,14 +171,15 @@ pub(crate) fn backward<T: Real>(
     let wants_x = input.id.is_some();
     let live = found.iter().zip(parts).zip(thin).filter_map(|((g, part), thin)| Some((g.as_ref()?, part, thin)));
     let live: Vec<(&Tensor, &Kept, &Vec<T>)> = live.collect();
-    let mut tensors: Vec<&Tensor> = input.values.iter().collect();
+    let values = input.values.as_ref().map(|values| values()).transpose()?;
+    let mut tensors: Vec<&Tensor> = values.iter().collect();
     for (g, part, _) in &live {
         tensors.push(g);
         tensors.extend(part.low_rank.iter().flat_map(|(a, b, _, mask)| [Some(a), Some(b), mask.as_ref()]).flatten());
     }
     with_slice_list(&tensors, |slices: &[&[T]]| {
         let mut slices = slices.iter().copied();
-        let x_values = input.values.as_ref().and_then(|_| slices.next()).unwrap_or_default();
+        let x_values = values.as_ref().and_then(|_| slices.next()).unwrap_or_default();
         let mut all = Vec::new();
         for (_, part, _) in &live {
             let g = slices.next().unwrap_or_default();

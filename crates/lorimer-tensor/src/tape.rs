@@ -6,7 +6,7 @@
 //! Whatever has no operation here is recorded as an *island* ([`Ops::island`]): any function of candle tensors.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use candle_core::{CustomOp2, CustomOp3, DType, Result, Tensor, TensorId, Var};
 use rayon::prelude::*;
@@ -31,10 +31,15 @@ struct Node {
     backward: Backward,
 }
 
+/// Computes a tensor again.
+pub(crate) type Recipe = Arc<dyn Fn() -> Result<Tensor> + Send + Sync>;
+
 #[derive(Default)]
 struct Record {
     nodes: Vec<Node>,
     tracked: HashSet<TensorId>,
+    /// How outputs of element-wise operations come about, for nodes that would rather compute than keep them.
+    recipes: HashMap<TensorId, Recipe>,
 }
 
 /// The operations of one forward, in order.
@@ -148,7 +153,7 @@ impl Tape {
     /// An empty tape on which gradients of `trainable` are wanted.
     pub fn new<'a>(trainable: impl IntoIterator<Item = &'a Tensor>) -> Self {
         let tracked = trainable.into_iter().map(Tensor::id).collect();
-        Self(Mutex::new(Record { nodes: Vec::new(), tracked }))
+        Self(Mutex::new(Record { tracked, ..Record::default() }))
     }
 
     /// Wants the gradient of another tensor, one that no operation on this tape made.
@@ -159,6 +164,12 @@ impl Tape {
     /// Whether the tensor depends on something trainable.
     pub fn tracks(&self, t: &Tensor) -> bool {
         self.lock().tracked.contains(&t.id())
+    }
+
+    /// How to have a tensor again: by computing it if that is cheap, else by keeping it.
+    fn recipe(&self, t: &Tensor) -> Recipe {
+        let kept = t.clone();
+        self.lock().recipes.get(&t.id()).cloned().unwrap_or_else(|| Arc::new(move || Ok(kept.clone())))
     }
 
     fn lock(&self) -> MutexGuard<'_, Record> {
@@ -187,7 +198,10 @@ impl Tape {
     /// From the gradient of one output to those of all trainable tensors, which are added to `gradients`.
     pub fn backward(self, output: &Tensor, gradient: Tensor, gradients: &mut Gradients) -> Result<()> {
         gradients.add(output.id(), gradient)?;
-        for node in self.0.into_inner().unwrap_or_else(PoisonError::into_inner).nodes.into_iter().rev() {
+        let record = self.0.into_inner().unwrap_or_else(PoisonError::into_inner);
+        // Whoever needs a recipe holds it; the others are not to keep their inputs alive.
+        drop(record.recipes);
+        for node in record.nodes.into_iter().rev() {
             let found = |id| gradients.0.remove(id).map(|slot| slot.gradient);
             let found: Vec<Option<Tensor>> = node.outputs.iter().map(found).collect();
             if found.iter().any(Option::is_some) {
@@ -222,15 +236,22 @@ impl<'a> Ops<'a> {
         let y = a.contiguous()?.apply_op2_no_bwd(&b.contiguous()?, &op)?;
         if let Some(tape) = self.tape(&[a, b]) {
             let (wants_a, wants_b) = (tape.tracks(a), tape.tracks(b));
-            let (a, b) = (a.clone(), b.clone());
+            let ids = (a.id(), b.id());
+            let (a, b, op) = (a.contiguous()?, b.contiguous()?, Arc::new(op));
+            let recipe = {
+                let (a, b, op) = (a.clone(), b.clone(), op.clone());
+                move || a.apply_op2_no_bwd(&b, op.as_ref())
+            };
+            tape.lock().recipes.insert(y.id(), Arc::new(recipe));
+            let (a_id, b_id) = ids;
             tape.record(&y, move |g, gradients| {
                 // Neither of the operations looks at its output, which is not kept for them.
                 let (da, db) = op.bwd(&a, &b, &a, g)?;
                 if let Some(da) = da.filter(|_| wants_a) {
-                    gradients.add(a.id(), da)?;
+                    gradients.add(a_id, da)?;
                 }
                 if let Some(db) = db.filter(|_| wants_b) {
-                    gradients.add(b.id(), db)?;
+                    gradients.add(b_id, db)?;
                 }
                 Ok(())
             });
@@ -412,7 +433,7 @@ impl<'a> Ops<'a> {
                 id: tape.tracks(x).then(|| x.id()),
                 shape: x.dims2()?,
                 // Without a change beside it, a projection's backward does without its input.
-                values: parts.iter().any(|p| p.low_rank.is_some()).then(|| x.clone()),
+                values: parts.iter().any(|p| p.low_rank.is_some()).then(|| tape.recipe(x)),
             };
             let parts: Vec<_> = parts.iter().map(Part::kept).collect();
             tape.record_all(&outputs, move |found, gradients| {

@@ -188,17 +188,14 @@ pub fn plan(request: &Request<'_>) -> Result<Plan> {
         parameters += (c.vocab_size * c.hidden_size) as u64;
     }
 
-    // Floats that each row keeps in layer i: what norms, rotary, attention and gate need, and the inputs of adapted projections.
+    // Floats that each row keeps in layer i: what norms, rotary, attention and gate need. What adapted projections read is one of
+    // these, or is computed again from them.
     let (h, f) = (c.hidden_size as u64, c.intermediate_size as u64);
     let (q, kv) = ((c.heads * c.head_dim) as u64, (c.kv_heads * c.head_dim) as u64);
     let in_layer = |i: usize| sites.iter().filter(move |s| s.layer == Some(i));
     let kept = |i: usize| -> u64 {
-        let takes = |roles: &[&str]| in_layer(i).any(|s| adapted(s) && roles.contains(&s.role.as_str()));
-        let mut floats = 2 * h + 2 * q + 2 * kv + c.heads as u64 + 2 * f;
-        floats += if takes(&["q_proj", "k_proj", "v_proj"]) { h } else { 0 };
-        floats += if takes(&["gate_proj", "up_proj"]) { h } else { 0 };
-        floats += if takes(&["down_proj"]) { f } else { 0 };
-        floats + in_layer(i).filter(|s| adapted(s)).map(|s| request.method.kept(s) as u64).sum::<u64>()
+        let changes: u64 = in_layer(i).filter(|s| adapted(s)).map(|s| request.method.kept(s) as u64).sum();
+        2 * h + 2 * q + 2 * kv + c.heads as u64 + 2 * f + changes
     };
     let first = match embedding {
         true => 0,
@@ -209,7 +206,7 @@ pub fn plan(request: &Request<'_>) -> Result<Plan> {
         false => rows * (first..c.layers).map(kept).sum::<u64>(),
         true => rows * (h * (c.layers - first) as u64 + (first..c.layers).map(kept).max().unwrap_or(0)),
     };
-    let backward = rows * (5 * h + 3 * f + q + 2 * kv);
+    let backward = rows * (5 * h + 4 * f + q + 2 * kv);
     let chunk = (LOGITS / (4 * c.vocab_size.max(1) as u64)).clamp(1, work.predicting.max(1) as u64);
     let logits = chunk * c.vocab_size as u64;
     let state = match request.optimizer {

@@ -80,8 +80,11 @@ impl Session<'_> {
         let config = method.config();
         let adapter = Adapter::attach(&self.base.model, method, self.settings.seed)?;
         let choices = find_choices(self.eval);
+        // Computing layers again changes no bit, so a run may go on with or without it.
+        let mut settings = self.settings.clone();
+        settings.step.checkpointing = false;
         let identity = json!({
-            "method": adapter.method.name(), "config": config, "settings": self.settings,
+            "method": adapter.method.name(), "config": config, "settings": settings,
             "base": self.base.fingerprint, "train": rows_hash(self.train), "eval": rows_hash(self.eval),
         });
         let run = Run {

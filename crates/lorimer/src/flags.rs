@@ -64,6 +64,29 @@ fn names(text: &str) -> Value {
 }
 
 impl AdapterArgs {
+    /// The same flags for another process.
+    pub fn to_flags(&self) -> Vec<String> {
+        let mut flags = vec![
+            format!("--method={}", self.method),
+            format!("--rank={}", self.rank),
+            format!("--dropout={}", self.dropout),
+            format!("--target-modules={}", self.target_modules),
+            format!("--bias={}", self.bias),
+        ];
+        let join = |list: Vec<String>| Some(list.join(",")).filter(|s| !s.is_empty());
+        let optional = [
+            ("--alpha", self.alpha.map(|a| a.to_string())),
+            ("--exclude-modules", self.exclude_modules.clone()),
+            ("--layers", join(self.layers.iter().map(usize::to_string).collect())),
+            ("--modules-to-save", join(self.modules_to_save.clone())),
+            ("--init", self.init.clone()),
+        ];
+        flags.extend(optional.into_iter().filter_map(|(flag, value)| Some(format!("{flag}={}", value?))));
+        flags.extend(self.rslora.then(|| "--rslora".to_string()));
+        flags.extend(self.set.iter().map(|pair| format!("--set={pair}")));
+        flags
+    }
+
     /// The method with its settings, in PEFT's keys.
     pub fn build(&self) -> Result<Box<dyn Method>> {
         let mut map = Map::new();

@@ -204,21 +204,19 @@ const EXACT: [&str; 4] = ["adapter_model.safetensors", "adapter_config.json", "l
 
 #[test]
 fn killed_runs_resume_to_the_same_bytes() {
+    resumes_exactly("--max-steps 240 --save-steps 7 --dropout 0.2 --eval-data DATA --eval-steps 40 --keep-best --resume");
+}
+
+#[test]
+fn killed_runs_with_every_saving_on_resume_to_the_same_bytes() {
+    let savings = "--dtype nf4 --optimizer adamw-8bit --checkpointing on --layers 1 --rank 32 --frozen-cache disk";
+    resumes_exactly(&format!("--max-steps 240 --save-steps 7 --resume {savings}"));
+}
+
+fn resumes_exactly(flags: &str) {
     let f = Fixture::new();
-    let more = [
-        "--max-steps",
-        "240",
-        "--save-steps",
-        "7",
-        "--dropout",
-        "0.2",
-        "--eval-data",
-        &f.data,
-        "--eval-steps",
-        "40",
-        "--keep-best",
-        "--resume",
-    ];
+    let flags = flags.replace("DATA", &f.data);
+    let more: Vec<&str> = flags.split(' ').collect();
     let whole = f.path("whole");
     ok(&f.train(&whole, &more));
     let killed = f.path("killed");
@@ -264,7 +262,7 @@ fn bench_train_measures_itself_and_a_peer() {
     let ours = ["bench", "train", "--model", &f.model, "--steps", "3", "--rounds", "1", "--work"];
     let script = f.path("peer.sh");
     let binary = env!("CARGO_BIN_EXE_lorimer");
-    let line = "bench train -q --once --no-share-prefixes --checkpointing --model";
+    let line = "bench train -q --once --no-share-prefixes --checkpointing on --model";
     let text = format!("exec {binary} {line} {} --work \"$1\" --steps \"$2\" --batch-size \"$3\"\n", f.model);
     std::fs::write(&script, text).unwrap();
     let found = json(&[&ours[..], &[&f.data, "--peer", &format!("sh {script}")]].concat());
@@ -280,6 +278,7 @@ fn bench_train_measures_itself_and_a_peer() {
 fn help_is_as_documented() {
     insta::assert_snapshot!("help", ok(&["--help"]));
     insta::assert_snapshot!("help-train", ok(&["train", "--help"]));
+    insta::assert_snapshot!("help-plan", ok(&["plan", "--help"]));
     insta::assert_snapshot!("methods", ok(&["methods"]));
 }
 

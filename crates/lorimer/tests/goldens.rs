@@ -7,7 +7,7 @@ use lorimer::model::chat::ChatTemplate;
 use lorimer::model::config::LlamaConfig;
 use lorimer::model::weights::SafetensorsFile;
 use lorimer::prelude::*;
-use lorimer::train::optimizer::{AdamW, AdamWConfig, Optimizer};
+use lorimer::train::optimizer::{AdamW, AdamWConfig, Optimizer, OptimizerKind};
 use lorimer::train::step::batch_loss;
 use serde_json::Value;
 
@@ -168,7 +168,7 @@ fn ten_steps_and_the_merge_equal_peft() {
         let rows = rows(&golden);
         let rows: Vec<&Example> = rows.iter().collect();
         let parameters = adapter.trainable();
-        let mut optimizer = AdamW::new(AdamWConfig { weight_decay: 0.01, ..Default::default() });
+        let mut optimizer = AdamW::new(AdamWConfig { weight_decay: 0.01, ..Default::default() }, OptimizerKind::AdamW);
         for (step, expected) in golden.get("losses").to_vec1::<f32>().unwrap().into_iter().enumerate() {
             let (sum, n, _) = batch_loss(&model, &attached, &rows).unwrap();
             let loss = (sum / n as f64).unwrap();

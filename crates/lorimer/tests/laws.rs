@@ -5,10 +5,11 @@ use std::path::Path;
 
 use candle_core::{DType, Device, Result, Tensor};
 use lorimer::model::config::LlamaConfig;
-use lorimer::model::weights::Weights;
+use lorimer::model::weights::{LoadDtype, Weights};
 use lorimer::prelude::*;
 use lorimer::tensor::Gradients;
-use lorimer::train::optimizer::{AdamW, AdamWConfig, Optimizer};
+use lorimer::train::frozen::{FrozenCache, FrozenLower};
+use lorimer::train::optimizer::{AdamW, AdamWConfig, Optimizer, OptimizerKind};
 use lorimer::train::step::{StepOptions, accumulate_gradients, batch_loss};
 use rand::{Rng, SeedableRng};
 use serde_json::{Value, json};
@@ -37,6 +38,11 @@ fn random(shape: &[usize], scale: f64, rng: &mut impl Rng) -> Tensor {
 
 /// A tiny model with biases, in f64.
 fn model() -> Llama {
+    model_as(DType::F64, LoadDtype::Stored)
+}
+
+/// The same, computing in another type, its weights kept in another way.
+fn model_as(dtype: DType, load: LoadDtype) -> Llama {
     let json = json!({
         "model_type": "qwen2", "hidden_size": 16, "intermediate_size": 20, "vocab_size": 40, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "rope_theta": 10000.0, "tie_word_embeddings": false,
@@ -47,7 +53,7 @@ fn model() -> Llama {
     let mut put = |name: String, shape: &[usize], scale: f64| {
         let t = random(shape, scale, &mut rng);
         let t = if name.ends_with("norm.weight") { (t + 1.0).unwrap() } else { t };
-        tensors.insert(name, t);
+        tensors.insert(name, t.to_dtype(dtype).unwrap());
     };
     put("model.embed_tokens.weight".into(), &[40, 16], 1.0);
     put("lm_head.weight".into(), &[40, 16], 0.5);
@@ -71,7 +77,7 @@ fn model() -> Llama {
         put(at("input_layernorm.weight"), &[16], 0.2);
         put(at("post_attention_layernorm.weight"), &[16], 0.2);
     }
-    Llama::load(config, &Weights::from_memory(tensors)).unwrap()
+    Llama::load(config, &Weights::from_memory(tensors).kept_as(load)).unwrap()
 }
 
 fn examples() -> Vec<Example> {
@@ -102,7 +108,8 @@ fn attach(model: &Llama, name: &str, settings: &str) -> Adapter {
 fn move_all(adapter: &Adapter) {
     let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(8);
     for (_, var) in adapter.trainable() {
-        let moved = (var.as_tensor() + random(var.dims(), 0.2, &mut rng)).unwrap();
+        let moved = random(var.dims(), 0.2, &mut rng).to_dtype(var.dtype()).unwrap();
+        let moved = (var.as_tensor() + moved).unwrap();
         var.set(&moved).unwrap();
     }
 }
@@ -234,10 +241,11 @@ fn law_5_the_fast_gradients_equal_the_plain_ones() {
             let sum = sum.to_scalar::<f64>().unwrap();
             for share_prefixes in [false, true] {
                 for checkpointing in [false, true] {
-                    let options = StepOptions { share_prefixes, checkpointing };
+                    let options = StepOptions { share_prefixes, checkpointing, ..Default::default() };
                     let mut found = Gradients::default();
                     let loss =
-                        accumulate_gradients(model, &attached, &parameters, &rows, 0.5, options, &mut found).unwrap();
+                        accumulate_gradients(model, &attached, &parameters, &rows, 0.5, options, None, &mut found)
+                            .unwrap();
                     assert_eq!((loss.supervised, loss.tokens), (supervised, tokens));
                     // Each row's last token is seen by nobody, so one row of each sequence is saved without sharing.
                     assert_eq!(loss.computed < tokens, !dropout);
@@ -254,6 +262,86 @@ fn law_5_the_fast_gradients_equal_the_plain_ones() {
             }
         }
     });
+}
+
+/// Gradients of the trainer's step in f32, in order, as numbers.
+fn step_gradients(model: &Llama, adapter: &Adapter, checkpointing: bool, lower: Option<&FrozenLower>) -> Vec<Vec<f32>> {
+    let rows = examples();
+    let places: Vec<usize> = (0..rows.len()).collect();
+    let rows: Vec<&Example> = rows.iter().collect();
+    let parameters = adapter.trainable();
+    let attached = Attached::one(adapter).at(Step { training: Some(3) });
+    let options = StepOptions { checkpointing, ..Default::default() };
+    let lower = lower.map(|lower| (lower, places.as_slice()));
+    let mut found = Gradients::default();
+    accumulate_gradients(model, &attached, &parameters, &rows, 0.5, options, lower, &mut found).unwrap();
+    let gradient = |var: &candle_core::Var| found.get(var.as_tensor()).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+    parameters.iter().map(|(_, var)| gradient(var)).collect()
+}
+
+fn worst(a: &[Vec<f32>], b: &[Vec<f32>]) -> f32 {
+    let values = |v: &[Vec<f32>]| v.concat();
+    values(a).iter().zip(values(b)).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+}
+
+/// Computing layers again changes no bit; neither threads nor the storage of the frozen weights change more than rounding does.
+#[test]
+fn savings_do_not_show_in_f32() {
+    for load in [LoadDtype::F32, LoadDtype::Bf16, LoadDtype::Nf4] {
+        let model = model_as(DType::F32, load);
+        for (name, settings, _) in MATRIX {
+            let adapter = attach(&model, name, settings);
+            move_all(&adapter);
+            let plain = step_gradients(&model, &adapter, false, None);
+            assert_eq!(plain, step_gradients(&model, &adapter, true, None), "{name} {settings}");
+            for threads in [1, 5] {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                let found = pool.install(|| step_gradients(&model, &adapter, false, None));
+                let d = worst(&plain, &found);
+                assert!(d < 1e-5, "{name} {settings}, {threads} threads: {d:e}");
+            }
+            let (rows, attached) = (examples(), Attached::one(&adapter).at(Step { training: Some(3) }));
+            let (sum, ..) = batch_loss(&model, &attached, &rows.iter().collect::<Vec<_>>()).unwrap();
+            let oracle = (sum * 0.5).unwrap().backward().unwrap();
+            let flat = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            let oracle: Vec<_> = adapter.trainable().iter().map(|(_, v)| flat(oracle.get(v.as_tensor()).unwrap())).collect();
+            let d = worst(&plain, &oracle);
+            assert!(d < 1e-4, "{name} {settings} in {load:?}: {d:e}");
+        }
+    }
+}
+
+/// What frozen lower layers give may be read from memory or disk in place of being computed.
+#[test]
+fn frozen_lower_layers_may_be_kept() {
+    let model = model_as(DType::F32, LoadDtype::F32);
+    let folder = tempfile::tempdir().unwrap();
+    let rows = examples();
+    let build = |adapter: &Adapter, cache| {
+        let mut done = 0;
+        let attached = Attached::one(adapter);
+        let lower = FrozenLower::build(&model, &attached, &rows, 2, cache, folder.path(), |n| done = n).unwrap();
+        assert!(lower.is_none() || done == rows.len());
+        lower
+    };
+    let upper = attach(&model, "lora", r#"{"r": 4, "layers_to_transform": [1]}"#);
+    move_all(&upper);
+    let plain = step_gradients(&model, &upper, false, None);
+    for cache in [FrozenCache::Auto, FrozenCache::Memory, FrozenCache::Disk] {
+        let lower = build(&upper, cache).unwrap();
+        assert_eq!(lower.layers(), 1);
+        for checkpointing in [false, true] {
+            let d = worst(&plain, &step_gradients(&model, &upper, checkpointing, Some(&lower)));
+            assert!(d < 1e-5, "{cache:?}: {d:e}");
+        }
+    }
+    assert!(build(&upper, FrozenCache::Off).is_none());
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0, "no file is left");
+    let all = attach(&model, "lora", r#"{"r": 4}"#);
+    let embedding = attach(&model, "lora", r#"{"layers_to_transform": [1], "modules_to_save": ["model.embed_tokens"]}"#);
+    for adapter in [all, embedding] {
+        assert!(build(&adapter, FrozenCache::Memory).is_none(), "nothing below is frozen");
+    }
 }
 
 #[test]
@@ -305,7 +393,7 @@ fn law_10_a_tiny_task_is_learnt() {
         let rows = examples();
         let rows: Vec<&Example> = rows.iter().collect();
         let parameters = adapter.trainable();
-        let mut optimizer = AdamW::new(AdamWConfig::default());
+        let mut optimizer = AdamW::new(AdamWConfig::default(), OptimizerKind::AdamW);
         let mut losses = Vec::new();
         for _ in 0..60 {
             let (loss, _, _) = batch_loss(model, &attached, &rows).unwrap();

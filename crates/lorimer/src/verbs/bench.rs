@@ -7,18 +7,19 @@ use std::time::Instant;
 use anyhow::{Context, Result, anyhow, bail};
 use candle_core::Tensor;
 use clap::{Args, Subcommand, ValueEnum};
-use lorimer::adapter::{Adapter, Attached, Step, methods};
-use lorimer::model::BaseModel;
+use lorimer::adapter::{Adapter, Attached, Step};
+use lorimer::model::{BaseModel, Prepared};
 use lorimer::tensor::Gradients;
 use lorimer::train::optimizer::{AdamW, AdamWConfig, Optimizer, clip};
+use lorimer::train::plan::Work;
 use lorimer::train::step::accumulate_gradients;
-use lorimer::train::{EncodeOptions, Example};
+use lorimer::train::{EncodeOptions, Example, TrainSettings};
 use rand::{Rng, SeedableRng};
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use crate::Global;
 use crate::common::{self, ModelArgs};
-use crate::flags::StepArgs;
+use crate::flags::{AdapterArgs, Planned, StepArgs, show_bytes};
 
 /// Measure speed and memory, alone or against a peer
 #[derive(Args)]
@@ -31,6 +32,79 @@ pub struct Bench {
 enum What {
     /// Training: tokens/s, GFLOP/s, share of the machine's own rate, peak memory, time by stage
     Train(BenchTrain),
+    /// How near `lorimer plan` comes to the measured peak memory, for twelve settings
+    Plan(BenchPlan),
+}
+
+/// Each of twelve settings is planned, then run for some steps in a process of its own
+#[derive(Args)]
+struct BenchPlan {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// A file of rows
+    #[arg(long, default_value = "data/sentiment-movies.train.jsonl")]
+    work: String,
+    /// Optimiser steps of each
+    #[arg(long, default_value_t = 6)]
+    steps: usize,
+}
+
+/// Work (a file if not `dense`) and flags of the settings that `bench plan` tries.
+const SETTINGS: [(bool, &str); 12] = [
+    (false, ""),
+    (false, "--dtype bf16"),
+    (false, "--dtype nf4"),
+    (false, "--dtype stored --optimizer adamw-8bit"),
+    (false, "--checkpointing on"),
+    (false, "--batch-size 32 --rank 64"),
+    (false, "--batch-size 16 --no-share-prefixes"),
+    (false, "--target-modules q_proj,v_proj --batch-size 16"),
+    (false, "--batch-size 2 --rank 128 --optimizer adamw-8bit"),
+    (true, ""),
+    (true, "--checkpointing on --dtype nf4"),
+    (false, "--method dora"),
+];
+
+impl BenchPlan {
+    fn run(self, global: Global) -> Result<ExitCode> {
+        if self.steps < 2 || self.steps > 10_000 {
+            bail!("--steps should be 2 to 10000");
+        }
+        let mut rows = Vec::new();
+        for (dense, flags) in SETTINGS {
+            let work = if dense { "dense" } else { &self.work };
+            tracing::info!("{work} {flags}");
+            let mut command = Command::new(std::env::current_exe()?);
+            command.args(["bench", "train", "--once", "-q", "--work", work, "--model"]).arg(&self.model.model);
+            command.args(["--steps", &self.steps.to_string()]).args(flags.split_whitespace());
+            if let Some(tokenizer) = &self.model.tokenizer {
+                command.arg("--tokenizer").arg(tokenizer);
+            }
+            let found = answer(command, &format!("bench train {flags}"))?;
+            let number = |field: &str| found[field].as_f64().unwrap_or(f64::NAN);
+            let error = number("planned_peak_bytes") / number("peak_bytes") - 1.0;
+            rows.push(json!({
+                "work": work, "flags": flags, "planned_peak_bytes": found["planned_peak_bytes"],
+                "peak_bytes": found["peak_bytes"], "error": error,
+            }));
+        }
+        common::print(global, &json!({ "rows": rows }), || {
+            let mut out = format!("{:<30} {:<52} {:>10} {:>10} {:>7}\n", "work", "flags", "planned", "measured", "error");
+            for row in &rows {
+                let text = |field: &str| row[field].as_str().unwrap_or_default().to_string();
+                let bytes = |field: &str| show_bytes(row[field].as_f64().unwrap_or_default() as u64);
+                out += &format!(
+                    "{:<30} {:<52} {:>10} {:>10} {:>6.1}%\n",
+                    short_name(&text("work")),
+                    text("flags"),
+                    bytes("planned_peak_bytes"),
+                    bytes("peak_bytes"),
+                    100.0 * row["error"].as_f64().unwrap_or(f64::NAN)
+                );
+            }
+            out.trim_end().to_string()
+        })
+    }
 }
 
 /// Each measurement runs in a process of its own, so that its peak memory is its own; measurements and peers alternate
@@ -50,12 +124,8 @@ struct BenchTrain {
     /// Rows in a step
     #[arg(long, default_value_t = 8)]
     batch_size: usize,
-    /// Method
-    #[arg(long, default_value = "lora")]
-    method: String,
-    /// Rank r
-    #[arg(long, default_value_t = 8)]
-    rank: usize,
+    #[command(flatten)]
+    adapter: AdapterArgs,
     #[command(flatten)]
     step: StepArgs,
     /// A command that does the same work: it is given WORK, STEPS and BATCH and prints one JSON object with `name`,
@@ -71,6 +141,7 @@ impl Bench {
     pub fn run(self, global: Global) -> Result<ExitCode> {
         match self.what {
             What::Train(bench) => bench.run(global),
+            What::Plan(bench) => bench.run(global),
         }
     }
 }
@@ -201,16 +272,16 @@ impl BenchTrain {
     /// This measurement in a process of its own.
     fn child(&self, work: &str) -> Result<Value> {
         let mut command = Command::new(std::env::current_exe()?);
-        command.args(["bench", "train", "--once", "-q", "--work", work, "--method", &self.method, "--model"]);
+        command.args(["bench", "train", "--once", "-q", "--work", work, "--model"]);
         command.arg(&self.model.model).arg("--dtype");
         command.args(self.model.dtype.to_possible_value().map(|v| v.get_name().to_string()));
-        for (flag, value) in [("--steps", self.steps), ("--batch-size", self.batch_size), ("--rank", self.rank)] {
+        for (flag, value) in [("--steps", self.steps), ("--batch-size", self.batch_size)] {
             command.args([flag, &value.to_string()]);
         }
         if let Some(tokenizer) = &self.model.tokenizer {
             command.arg("--tokenizer").arg(tokenizer);
         }
-        command.args(self.step.to_flags());
+        command.args(self.adapter.to_flags()).args(self.step.to_flags());
         answer(command, "the measurement")
     }
 
@@ -221,10 +292,10 @@ impl BenchTrain {
         answer(command, peer)
     }
 
-    fn rows(&self, work: &str, base: &lorimer::model::Base) -> Result<(Vec<Example>, usize)> {
+    fn rows(&self, work: &str, base: &Prepared) -> Result<(Vec<Example>, usize)> {
         if work == "dense" {
             let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(0);
-            let vocabulary = base.model.config.vocab_size as u32;
+            let vocabulary = base.config.vocab_size as u32;
             let row = |_| Example {
                 tokens: (0..256).map(|_| rng.random_range(3.min(vocabulary - 1)..vocabulary)).collect(),
                 learnt: vec![true; 256],
@@ -237,20 +308,33 @@ impl BenchTrain {
     }
 
     fn measure(&self, work: &str, global: Global) -> Result<Value> {
+        let (prepared, pulled) = common::prepare_base(&self.model, global)?;
         let clock = Instant::now();
-        let (base, _) = common::open_base(&self.model, global)?;
-        let load_seconds = clock.elapsed().as_secs_f64();
-        let clock = Instant::now();
-        let (rows, size) = self.rows(work, &base)?;
+        let (rows, size) = self.rows(work, &prepared)?;
         let encode_seconds = clock.elapsed().as_secs_f64();
-        let mut settings = Map::new();
-        settings.insert("r".into(), json!(self.rank));
-        settings.insert("lora_alpha".into(), json!(2 * self.rank));
-        settings.insert("target_modules".into(), json!("all-linear"));
-        let adapter = Adapter::attach(&base.model, methods::build(&self.method, &settings)?, 0)?;
+        let method = self.adapter.build()?;
+        let independent = method.rows_are_independent();
+        let settings = |batch_size| TrainSettings {
+            batch_size,
+            shuffle: false,
+            step: self.step.options(false),
+            ..Default::default()
+        };
+        let planned = Planned {
+            prepared: &prepared,
+            method: method.as_ref(),
+            batch_size: size,
+            work: Box::new(|batch_size| Work::of_rows(&rows, &settings(batch_size), independent)),
+        };
+        let (plan, checkpointing) = self.step.decide(&planned, self.step.memory_limit)?;
+        drop(planned);
+        let clock = Instant::now();
+        let base = common::load_base(prepared, &pulled)?;
+        let load_seconds = clock.elapsed().as_secs_f64();
+        let adapter = Adapter::attach(&base.model, method, 0)?;
         let attached = Attached::one(&adapter);
         let parameters = adapter.trainable();
-        let options = self.step.options(self.step.checkpoints());
+        let options = self.step.options(checkpointing);
         let mut optimizer = AdamW::new(AdamWConfig::default(), self.step.optimizer());
         let (mut losses, mut step_seconds, mut counted) = (Vec::new(), Vec::new(), 0.0);
         let (mut tokens, mut computed, mut supervised, mut examples) = (0, 0, 0, 0);
@@ -292,11 +376,12 @@ impl BenchTrain {
         let gflops = flops / counted / 1e9;
         let each = (steps - 1).max(1) as f64;
         Ok(json!({
-            "work": work, "method": self.method, "rank": self.rank, "batch_size": size, "steps": steps,
+            "work": work, "method": self.adapter.method, "rank": self.adapter.rank, "batch_size": size, "steps": steps,
             "storage": base.model.projections().first().map(|(_, p)| p.weight.storage_name()),
             "examples_per_second": examples as f64 / counted, "tokens_per_second": tokens as f64 / counted,
             "tokens": tokens, "computed_tokens": computed, "supervised_tokens": supervised,
             "gflops": gflops, "sgemm_gflops": rate, "share_of_sgemm": gflops / rate, "peak_bytes": peak_bytes,
+            "planned_peak_bytes": plan.peak_bytes,
             "load_seconds": load_seconds, "encode_seconds": encode_seconds, "forward_seconds": forward / each,
             "backward_seconds": backward / each, "optimizer_seconds": optimizing / each, "losses": losses,
             "step_seconds": step_seconds,
