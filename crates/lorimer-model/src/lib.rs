@@ -14,7 +14,7 @@ pub mod sentencepiece;
 pub mod text;
 pub mod weights;
 
-pub use base::{Prepared, Base, OpenOptions};
+pub use base::{Base, OpenOptions, Prepared};
 pub use batch::Batch;
 pub use error::{Error, Result};
 pub use llama::{KvCache, Llama};

@@ -12,8 +12,8 @@ use sha2::{Digest, Sha256};
 use crate::config::LlamaConfig;
 use crate::error::{Error, Result};
 use crate::files::{MAX_HEADER_BYTES, MAX_JSON_BYTES, is_plain_file_name, read_json};
-use crate::llama::EMBEDDING;
 use crate::gguf::{Gguf, module_from_gguf, module_to_gguf, reorder_rows};
+use crate::llama::EMBEDDING;
 
 /// In which type a base's projections are kept in memory. Computation is in f32 whatever it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]

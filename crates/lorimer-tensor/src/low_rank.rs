@@ -272,3 +272,79 @@ pub(crate) fn backward<T: Real>(
         Ok(())
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{DType, Var};
+
+    use super::*;
+    use crate::check::{assert_close, random};
+    use crate::tape::{Ops, Tape};
+
+    /// Two projections of one input, one with a change under a mask, one with a plain one, and a third without: outputs and every
+    /// gradient against the reference form in candle's graph, and that against central differences.
+    #[test]
+    fn outputs_and_gradients_equal_the_reference() -> Result<()> {
+        for (dtype, tolerance) in [(DType::F64, 1e-12), (DType::F32, 1e-4)] {
+            let weights =
+                [(40, 64), (24, 64), (33, 64)].map(|shape| random(shape, 1, DType::F32).map(FrozenWeight::Dense));
+            let [w1, w2, w3] = weights;
+            let (w1, w2, w3) = (w1?.to_nf4()?, w2?, w3?);
+            let x = Var::from_tensor(&random((130, 64), 2, dtype)?)?;
+            let a = [random((3, 64), 3, dtype)?, random((5, 64), 4, dtype)?];
+            let b = [random((40, 3), 5, dtype)?, random((24, 5), 6, dtype)?];
+            let [a1, a2] = a.map(|t| Var::from_tensor(&t));
+            let [b1, b2] = b.map(|t| Var::from_tensor(&t));
+            let (a1, a2, b1, b2) = (a1?, a2?, b1?, b2?);
+            let mask = (random((130, 64), 7, dtype)?.gt(0.0)?.to_dtype(dtype)? * 2.0)?;
+            let first = LowRankTerm { a: &a1, b: &b1, scaling: 0.7, mask: Some(mask) };
+            let second = LowRankTerm { a: &a2, b: &b2, scaling: 1.5, mask: None };
+            let parts = [
+                Part { weight: &w1, low_rank: Some(first) },
+                Part { weight: &w2, low_rank: Some(second) },
+                Part { weight: &w3, low_rank: None },
+            ];
+            let seeds = [40, 24, 33].map(|n| random((130, n), 8 + n as u64, dtype));
+            let [s1, s2, s3] = seeds;
+            let seeds = [s1?, s2?, s3?];
+            let objective = |outputs: &[Tensor]| -> Result<Tensor> {
+                let sums = outputs.iter().zip(&seeds).map(|(y, s)| (y * s)?.sum_all());
+                sums.reduce(|a, b| a? + b?).unwrap_or_else(|| Tensor::new(0f64, &Device::Cpu))
+            };
+            let reference: Vec<Tensor> = parts.iter().map(|p| p.reference(&x)).collect::<Result<_>>()?;
+            let expected = objective(&reference)?.backward()?;
+
+            let variables = [&x, &a1, &b1, &a2, &b2];
+            let tape = Tape::new(variables.map(Var::as_tensor));
+            let ops = Ops::recorded(&tape);
+            let outputs = ops.project(&x, &parts)?;
+            for (y, reference) in outputs.iter().zip(&reference) {
+                assert_close(y, reference, 100.0 * tolerance)?;
+            }
+            let total = ops.island(&outputs.iter().collect::<Vec<_>>(), &[], objective)?;
+            let mut found = Gradients::default();
+            tape.backward(&total, Tensor::ones((), dtype, &Device::Cpu)?, &mut found)?;
+            for variable in variables {
+                let (Some(found), Some(expected)) = (found.get(variable), expected.get(variable)) else {
+                    panic!("a gradient is missing");
+                };
+                assert_close(found, expected, 100.0 * tolerance)?;
+                if dtype == DType::F64 {
+                    // One direction of each, by central differences.
+                    let here = variable.as_tensor().copy()?;
+                    let direction = random(variable.shape().clone(), 50, dtype)?;
+                    let at = |h: f64| -> Result<f64> {
+                        variable.set(&(&here + (&direction * h)?)?)?;
+                        let outputs: Vec<Tensor> = parts.iter().map(|p| p.reference(&x)).collect::<Result<_>>()?;
+                        objective(&outputs)?.to_scalar()
+                    };
+                    let numeric = (at(1e-5)? - at(-1e-5)?) / 2e-5;
+                    variable.set(&here)?;
+                    let along: f64 = (found * &direction)?.sum_all()?.to_scalar()?;
+                    assert!((numeric - along).abs() < 1e-5 * (1.0 + along.abs()), "{numeric} against {along}");
+                }
+            }
+        }
+        Ok(())
+    }
+}

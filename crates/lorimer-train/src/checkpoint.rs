@@ -128,7 +128,9 @@ impl Checkpoint {
             state: read_json(&path.join(FILES[3]), MAX_JSON_BYTES)?,
             parameters: tensors(FILES[0])?,
             // 8-bit moments are bytes, which adapter files do not hold.
-            optimizer: candle_core::safetensors::load(path.join(FILES[1]), &candle_core::Device::Cpu)?.into_iter().collect(),
+            optimizer: candle_core::safetensors::load(path.join(FILES[1]), &candle_core::Device::Cpu)?
+                .into_iter()
+                .collect(),
             best: tensors(FILES[2])?,
         })
     }

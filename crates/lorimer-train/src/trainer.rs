@@ -130,7 +130,12 @@ impl TrainSettings {
     }
 
     /// The rows of one step, each micro-batch a list of indices. `order` keeps the epoch's order between steps.
-    pub(crate) fn rows(&self, step: usize, examples: usize, order: &mut Option<(usize, Vec<usize>)>) -> Vec<Vec<usize>> {
+    pub(crate) fn rows(
+        &self,
+        step: usize,
+        examples: usize,
+        order: &mut Option<(usize, Vec<usize>)>,
+    ) -> Vec<Vec<usize>> {
         let per_epoch = self.steps_per_epoch(examples);
         let (epoch, within) = (step / per_epoch, step % per_epoch);
         let kept = order.take().filter(|(of, _)| *of == epoch);
@@ -320,8 +325,7 @@ impl Run<'_> {
                 let on = attached.at(Step { training: Some(seed) });
                 let scale = 1.0 / supervised.max(1) as f64;
                 let lower = lower.as_ref().map(|lower| (lower, places.as_slice()));
-                let found =
-                    accumulate_gradients(self.model, &on, &parameters, &rows, scale, s.step, lower, &mut sums)?;
+                let found = accumulate_gradients(self.model, &on, &parameters, &rows, scale, s.step, lower, &mut sums)?;
                 loss += found.sum * scale;
                 tokens += found.tokens;
                 outcome.examples += rows.len();

@@ -257,7 +257,8 @@ impl StepArgs {
 
     /// The same flags for another process.
     pub fn to_flags(&self) -> Vec<String> {
-        let name = |value: Option<clap::builder::PossibleValue>| value.map(|v| v.get_name().to_string()).unwrap_or_default();
+        let name =
+            |value: Option<clap::builder::PossibleValue>| value.map(|v| v.get_name().to_string()).unwrap_or_default();
         let mut flags = vec![
             format!("--optimizer={}", name(self.optimizer.to_possible_value())),
             format!("--checkpointing={}", name(self.checkpointing.to_possible_value())),
@@ -324,7 +325,10 @@ impl StepArgs {
                     let plan = self.plan_with(run, (true, dtype, batch, optimizer))?;
                     let mut flags = vec!["--checkpointing on".to_string()];
                     if batch != run.batch_size {
-                        flags.push(format!("--batch-size {batch} --gradient-accumulation {}", run.batch_size.div_ceil(batch)));
+                        flags.push(format!(
+                            "--batch-size {batch} --gradient-accumulation {}",
+                            run.batch_size.div_ceil(batch)
+                        ));
                     }
                     match dtype {
                         _ if dtype == now => {}

@@ -204,7 +204,9 @@ const EXACT: [&str; 4] = ["adapter_model.safetensors", "adapter_config.json", "l
 
 #[test]
 fn killed_runs_resume_to_the_same_bytes() {
-    resumes_exactly("--max-steps 240 --save-steps 7 --dropout 0.2 --eval-data DATA --eval-steps 40 --keep-best --resume");
+    resumes_exactly(
+        "--max-steps 240 --save-steps 7 --dropout 0.2 --eval-data DATA --eval-steps 40 --keep-best --resume",
+    );
 }
 
 #[test]

@@ -275,7 +275,8 @@ fn step_gradients(model: &Llama, adapter: &Adapter, checkpointing: bool, lower: 
     let lower = lower.map(|lower| (lower, places.as_slice()));
     let mut found = Gradients::default();
     accumulate_gradients(model, &attached, &parameters, &rows, 0.5, options, lower, &mut found).unwrap();
-    let gradient = |var: &candle_core::Var| found.get(var.as_tensor()).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+    let gradient =
+        |var: &candle_core::Var| found.get(var.as_tensor()).unwrap().flatten_all().unwrap().to_vec1().unwrap();
     parameters.iter().map(|(_, var)| gradient(var)).collect()
 }
 
@@ -304,7 +305,8 @@ fn savings_do_not_show_in_f32() {
             let (sum, ..) = batch_loss(&model, &attached, &rows.iter().collect::<Vec<_>>()).unwrap();
             let oracle = (sum * 0.5).unwrap().backward().unwrap();
             let flat = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-            let oracle: Vec<_> = adapter.trainable().iter().map(|(_, v)| flat(oracle.get(v.as_tensor()).unwrap())).collect();
+            let oracle: Vec<_> =
+                adapter.trainable().iter().map(|(_, v)| flat(oracle.get(v.as_tensor()).unwrap())).collect();
             let d = worst(&plain, &oracle);
             assert!(d < 1e-4, "{name} {settings} in {load:?}: {d:e}");
         }
@@ -338,7 +340,8 @@ fn frozen_lower_layers_may_be_kept() {
     assert!(build(&upper, FrozenCache::Off).is_none());
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0, "no file is left");
     let all = attach(&model, "lora", r#"{"r": 4}"#);
-    let embedding = attach(&model, "lora", r#"{"layers_to_transform": [1], "modules_to_save": ["model.embed_tokens"]}"#);
+    let embedding =
+        attach(&model, "lora", r#"{"layers_to_transform": [1], "modules_to_save": ["model.embed_tokens"]}"#);
     for adapter in [all, embedding] {
         assert!(build(&adapter, FrozenCache::Memory).is_none(), "nothing below is frozen");
     }

@@ -467,7 +467,7 @@ impl Method for Lora {
         let rank = self.config.rank(&site.path).unwrap_or_default();
         let moved = Start::parse(&self.config.init_lora_weights).is_ok_and(Start::moves_base);
         match (self.config.use_dora, moved) {
-            (true, _) => 3 * site.inputs + 6 * site.outputs + 2 * rank,
+            (true, _) => site.inputs + 6 * site.outputs + 2 * rank,
             (false, true) => site.inputs + 4 * site.outputs + 4 * rank,
             (false, false) if self.config.lora_dropout > 0.0 => rank + site.inputs,
             (false, false) => rank,

@@ -89,7 +89,8 @@ impl BenchPlan {
             }));
         }
         common::print(global, &json!({ "rows": rows }), || {
-            let mut out = format!("{:<30} {:<52} {:>10} {:>10} {:>7}\n", "work", "flags", "planned", "measured", "error");
+            let mut out =
+                format!("{:<30} {:<52} {:>10} {:>10} {:>7}\n", "work", "flags", "planned", "measured", "error");
             for row in &rows {
                 let text = |field: &str| row[field].as_str().unwrap_or_default().to_string();
                 let bytes = |field: &str| show_bytes(row[field].as_f64().unwrap_or_default() as u64);

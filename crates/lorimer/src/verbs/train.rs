@@ -8,8 +8,8 @@ use clap::{Args, ValueEnum};
 use lorimer::adapter::Adapter;
 use lorimer::train::data::Format;
 use lorimer::train::optimizer::AdamWConfig;
-use lorimer::train::schedule::Shape;
 use lorimer::train::plan::Work;
+use lorimer::train::schedule::Shape;
 use lorimer::train::{EncodeOptions, Event, Outcome, Session, TooLong, TrainSettings};
 use serde_json::{Value, json};
 
