@@ -83,21 +83,22 @@ fn the_plan_comes_within_a_tenth_and_its_proposals_fit() {
     let peak = free["peak_bytes"].as_u64().unwrap();
     assert!(parts <= peak && peak < parts * 11 / 10);
 
-    // Half of it: layers are computed again. A little: what fits is proposed, and fits.
-    let half = json_of(&[&plan[..], &["--memory-limit", &(peak / 2).to_string()]].concat());
-    assert_eq!((&half["fits"], &half["checkpointing"]), (&json!(true), &json!(true)));
-    let limit = half["peak_bytes"].as_u64().unwrap() * 8 / 10;
+    // Less than that: layers are computed again. Less than that takes: what fits is proposed, and fits.
+    let again = json_of(&[&plan[..], &["--checkpointing", "on"]].concat())["peak_bytes"].as_u64().unwrap();
+    let between = ((peak + again) / 2).to_string();
+    let between = json_of(&[&plan[..], &["--memory-limit", &between]].concat());
+    assert_eq!((&between["fits"], &between["checkpointing"]), (&json!(true), &json!(true)));
+    let limit = again * 8 / 10;
     let small = json_of(&[&plan[..], &["--memory-limit", &limit.to_string()]].concat());
     assert_eq!(small["fits"], false);
     let proposal = &small["proposals"][0];
-    let flags: Vec<&str> = proposal["flags"].as_str().unwrap().split(' ').filter(|f| !f.is_empty()).collect();
-    let without: Vec<&str> = flags
-        .windows(2)
-        .filter(|f| f[0].starts_with("--") && f[0] != "--gradient-accumulation")
-        .flatten()
-        .copied()
-        .collect();
-    let again = json_of(&[&plan[..8], &without, &["--memory-limit", &limit.to_string()]].concat());
+    let pairs: Vec<&str> = proposal["flags"].as_str().unwrap().split(' ').collect();
+    let mut flags: Vec<&str> =
+        pairs.chunks(2).filter(|f| f[0] != "--gradient-accumulation").flatten().copied().collect();
+    if !flags.contains(&"--batch-size") {
+        flags.extend(["--batch-size", "16"]);
+    }
+    let again = json_of(&[&plan[..7], &flags, &["--memory-limit", &limit.to_string()]].concat());
     assert_eq!((&again["fits"], &again["peak_bytes"]), (&json!(true), &proposal["peak_bytes"]), "{flags:?}");
 }
 
