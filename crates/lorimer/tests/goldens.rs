@@ -116,6 +116,17 @@ fn sentencepiece_in_gguf_gives_sentencepieces_tokens() {
 const CASES: [&str; 9] =
     ["lora", "rslora", "dora", "rank_pattern", "modules_to_save", "pissa", "olora", "bias_all", "bias_lora_only"];
 
+/// QLoRA's storage, against bitsandbytes (see tests/goldens/make_nf4.py).
+#[test]
+fn nf4_gives_what_bitsandbytes_gives() {
+    let file = SafetensorsFile::open(&folder("nf4.safetensors")).unwrap();
+    let get = |name: &str| file.load(name).unwrap().unwrap();
+    let packed = lorimer::tensor::FrozenWeight::Dense(get("weight")).to_nf4().unwrap();
+    let d = distance(&packed.dense(DType::F32).unwrap(), &get("dequantised"));
+    assert!(d < 1e-6, "{d:e}");
+}
+
+
 /// The base of a case.
 fn base_of(case: &str) -> &'static str {
     if case.starts_with("bias") { "tiny-llama3" } else { "tiny-llama" }
