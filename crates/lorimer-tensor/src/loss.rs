@@ -32,8 +32,8 @@ pub fn cross_entropy_reference(logits: &Tensor, targets: &[u32]) -> Result<Tenso
     (total - shifted.gather(&index, 1)?)?.squeeze(1)
 }
 
-/// Bytes of logits that exist at a time in [`head_loss_and_gradient`].
-const CHUNK_BYTES: usize = 32 << 20;
+/// Bytes of logits that exist at a time where head and loss are one operation.
+pub const CHUNK_BYTES: usize = 64 << 20;
 
 /// Σ −log p of each row's target under softmax(x Wᵀ) (a scalar) and its gradient (rows, width): `x` (rows,
 /// width), `head` (vocabulary, width). Logits exist for a chunk of rows only.

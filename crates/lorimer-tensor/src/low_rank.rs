@@ -8,7 +8,7 @@
 use candle_core::{Device, Result, Tensor, TensorId};
 use rayon::prelude::*;
 
-use crate::products::{Product, Right, Term, run};
+use crate::products::{Out, Product, Right, Term, run};
 use crate::project::frozen_linear;
 use crate::raw::{Real, with_slice_list};
 use crate::storage::FrozenWeight;
@@ -131,32 +131,37 @@ pub(crate) fn forward<T: Real>(x: &Tensor, parts: &[Part<'_>]) -> Result<(Vec<Te
         let mut change = |l: &LowRankTerm<'_>| Change::new(x, l.scaling, inputs, l.mask.is_some(), &mut slices);
         let changes: Vec<_> = parts.iter().map(|p| p.low_rank.as_ref().map(&mut change)).collect();
 
-        let rank = |c: &Option<Change<'_, T>>| c.as_ref().map_or(0, |c| c.rank);
-        let mut thin: Vec<Vec<T>> = changes.iter().map(|c| vec![T::zero(); rows * rank(c)]).collect();
-        let products = thin.iter_mut().zip(&changes).filter_map(|(out, c)| {
-            let c = c.as_ref()?;
+        let products = changes.iter().flatten().map(|c| {
             let terms = vec![Term::forward(c.input(x), inputs, Right::Slice(c.a, inputs))];
-            Some(Product { out, rows, columns: c.rank, keep: false, terms })
+            Product::new((rows, c.rank), terms)
         });
-        run(products.collect())?;
-        for (thin, c) in thin.iter_mut().zip(&changes) {
-            let scaling = c.as_ref().map_or(T::one(), |c| c.scaling);
-            thin.iter_mut().for_each(|v| *v *= scaling);
-        }
+        let thin = spread(run(products.collect())?, &changes);
 
         let guards: Vec<_> = parts.iter().map(|part| part.weight.guard()).collect();
         let views = guards.iter().map(|guard| guard.view()).collect::<Result<Vec<_>>>()?;
-        let mut outs: Vec<Vec<T>> = views.iter().map(|view| vec![T::zero(); rows * view.shape().0]).collect();
-        let products = outs.iter_mut().zip(&views).zip(changes.iter().zip(&thin)).map(|((out, view), (c, thin))| {
+        let products = views.iter().zip(changes.iter().zip(&thin)).map(|(view, (c, thin))| {
             let mut terms = vec![Term::forward(x, inputs, Right::Weight(*view))];
             terms.extend(c.as_ref().map(|c| Term::forward(thin, c.rank, Right::Slice(c.b, c.rank))));
-            Product { out, rows, columns: view.shape().0, keep: false, terms }
+            Product::new((rows, view.shape().0), terms)
         });
-        run(products.collect())?;
-        let outs = outs.into_iter().zip(&views);
+        let outs = run(products.collect())?.into_iter().zip(&views);
         let outs = outs.map(|(out, view)| Tensor::from_vec(out, (rows, view.shape().0), &Device::Cpu));
         Ok((outs.collect::<Result<_>>()?, thin))
     })
+}
+
+/// Results of parts with a change, times its scaling, among empty ones for parts without.
+fn spread<T: Real>(results: Vec<Vec<T>>, changes: &[Option<Change<'_, T>>]) -> Vec<Vec<T>> {
+    let mut results = results.into_iter();
+    let one = |c: &Option<Change<'_, T>>| match c {
+        Some(c) => {
+            let mut values = results.next().unwrap_or_default();
+            values.iter_mut().for_each(|v| *v *= c.scaling);
+            values
+        }
+        None => Vec::new(),
+    };
+    changes.iter().map(one).collect()
 }
 
 /// From the outputs' gradients (where there are any) to those of x, A and B.
@@ -180,80 +185,73 @@ pub(crate) fn backward<T: Real>(
     with_slice_list(&tensors, |slices: &[&[T]]| {
         let mut slices = slices.iter().copied();
         let x_values = values.as_ref().and_then(|_| slices.next()).unwrap_or_default();
-        let mut all = Vec::new();
+        let (mut gs, mut changes) = (Vec::new(), Vec::new());
         for (_, part, _) in &live {
-            let g = slices.next().unwrap_or_default();
-            let change = part
-                .low_rank
-                .as_ref()
-                .map(|(_, _, scaling, mask)| Change::new(x_values, *scaling, inputs, mask.is_some(), &mut slices));
-            all.push((g, part.weight.dims()?.0, change));
+            gs.push((slices.next().unwrap_or_default(), part.weight.dims()?.0));
+            changes.push(
+                part.low_rank
+                    .as_ref()
+                    .map(|(_, _, scaling, mask)| Change::new(x_values, *scaling, inputs, mask.is_some(), &mut slices)),
+            );
         }
 
         // dU = s·g B.
-        let rank = |c: &Option<Change<'_, T>>| c.as_ref().map_or(0, |c| c.rank);
-        let new = |count: usize| vec![T::zero(); count];
-        let mut du: Vec<Vec<T>> = all.iter().map(|(_, _, c)| new(rows * rank(c))).collect();
-        let products = du.iter_mut().zip(&all).filter_map(|(out, (g, outputs, c))| {
+        let products = gs.iter().zip(&changes).filter_map(|((g, outputs), c)| {
             let c = c.as_ref()?;
             let terms = vec![Term::backward(g, *outputs, Right::Slice(c.b, c.rank))];
-            Some(Product { out, rows, columns: c.rank, keep: false, terms })
+            Some(Product::new((rows, c.rank), terms))
         });
-        run(products.collect())?;
-        for (du, (_, _, c)) in du.iter_mut().zip(&all) {
-            let scaling = c.as_ref().map_or(T::one(), |c| c.scaling);
-            du.iter_mut().for_each(|v| *v *= scaling);
-        }
+        let du = spread(run(products.collect())?, &changes);
 
-        // dx, dA and dBᵀ = (s·x' Aᵀ)ᵀ g, all at once.
+        // dx, dA, dBᵀ = (s·x' Aᵀ)ᵀ g and, under a mask, dU A, all at once.
         let guards: Vec<_> = live.iter().map(|(_, part, _)| part.weight.guard()).collect();
-        let mut da: Vec<Vec<T>> = all.iter().map(|(_, _, c)| new(rank(c) * inputs)).collect();
-        let mut db: Vec<Vec<T>> = all.iter().map(|(_, outputs, c)| new(rank(c) * outputs)).collect();
-        let under_mask = |c: &Option<Change<'_, T>>| wants_x && c.as_ref().is_some_and(|c| c.mask.is_some());
-        let mut dropped_dx: Vec<Vec<T>> =
-            all.iter().map(|(_, _, c)| if under_mask(c) { new(rows * inputs) } else { Vec::new() }).collect();
-        let mut into_x = Vec::new();
-        let mut products = Vec::new();
-        let outs = da.iter_mut().zip(&mut db).zip(&mut dropped_dx);
-        for ((((g, outputs, c), guard), ((da, db), dropped_dx)), (du, (_, _, thin))) in
-            all.iter().zip(&guards).zip(outs).zip(du.iter().zip(&live))
-        {
-            let outputs = *outputs;
+        let (mut into_x, mut products) = (Vec::new(), Vec::new());
+        for (i, ((g, outputs), c)) in gs.iter().zip(&changes).enumerate() {
+            let (outputs, du, thin) = (*outputs, &du[i], live[i].2);
             if wants_x {
-                into_x.push(Term::backward(g, outputs, Right::Weight(guard.view()?)));
+                into_x.push(Term::backward(g, outputs, Right::Weight(guards[i].view()?)));
             }
             let Some(c) = c else { continue };
-            let rank = c.rank;
-            let terms = vec![Term::outer(du, (rows, rank), Right::Slice(c.input(x_values), inputs))];
-            products.push(Product { out: da, rows: rank, columns: inputs, keep: false, terms });
-            let terms = vec![Term::outer(thin, (rows, rank), Right::Slice(g, outputs))];
-            products.push(Product { out: db, rows: rank, columns: outputs, keep: false, terms });
+            let (rank, shape) = (c.rank, (rows, c.rank));
+            let da = vec![Term::outer(du, shape, Right::Slice(c.input(x_values), inputs))];
+            products.push(Product::new((rank, inputs), da));
+            let db = vec![Term::outer(thin, shape, Right::Slice(g, outputs))];
+            products.push(Product::new((rank, outputs), db));
             let term = Term::backward(du, rank, Right::Slice(c.a, inputs));
-            match (wants_x, c.mask.is_some()) {
-                (true, false) => into_x.push(term),
-                (true, true) => {
-                    let terms = vec![term];
-                    products.push(Product { out: dropped_dx, rows, columns: inputs, keep: false, terms });
-                }
+            match (wants_x, c.mask) {
+                (true, None) => into_x.push(term),
+                (true, Some(_)) => products.push(Product::new((rows, inputs), vec![term])),
                 (false, _) => {}
             }
         }
-        match input.id.filter(|_| !into_x.is_empty()) {
+        let new = match input.id.filter(|_| !into_x.is_empty()) {
             None => run(products)?,
-            Some(x) => gradients.accumulate(x, (rows, inputs), |dx: &mut [T], keep| {
-                let mut products = products;
-                products.push(Product { out: dx, rows, columns: inputs, keep, terms: into_x });
-                run(products)
-            })?,
-        }
+            Some(x) if gradients.holds(x) => {
+                let mut new = Vec::new();
+                gradients.accumulate(x, (rows, inputs), |dx: &mut [T], keep| {
+                    let mut products = products;
+                    products.push(Product { out: Out::Into(dx, keep), rows, columns: inputs, terms: into_x });
+                    new = run(products)?;
+                    Ok(())
+                })?;
+                new
+            }
+            Some(x) => {
+                products.push(Product::new((rows, inputs), into_x));
+                let mut new = run(products)?;
+                gradients.add(x, Tensor::from_vec(new.pop().unwrap_or_default(), (rows, inputs), &Device::Cpu)?)?;
+                new
+            }
+        };
 
-        for ((((_, part, _), (_, outputs, c)), (da, db)), dropped_dx) in
-            live.iter().zip(&all).zip(da.iter().zip(&db)).zip(&dropped_dx)
-        {
+        let mut new = new.into_iter();
+        let mut next = || new.next().unwrap_or_default();
+        let put = |sum: &mut T, v: T, keep: bool| *sum = if keep { *sum + v } else { v };
+        for ((_, part, _), ((_, outputs), c)) in live.iter().zip(gs.iter().zip(&changes)) {
             let (Some((a, b, _, _)), Some(c)) = (&part.low_rank, c) else { continue };
-            let put = |sum: &mut T, v: T, keep: bool| *sum = if keep { *sum + v } else { v };
+            let (da, db) = (next(), next());
             gradients.accumulate(a.id(), (c.rank, inputs), |sum: &mut [T], keep| {
-                sum.iter_mut().zip(da).for_each(|(sum, &v)| put(sum, v, keep));
+                sum.iter_mut().zip(&da).for_each(|(sum, &v)| put(sum, v, keep));
                 Ok(())
             })?;
             gradients.accumulate(b.id(), (*outputs, c.rank), |sum: &mut [T], keep| {
@@ -262,9 +260,10 @@ pub(crate) fn backward<T: Real>(
                 }
                 Ok(())
             })?;
-            if let (Some(mask), Some(x), false) = (c.mask, input.id, dropped_dx.is_empty()) {
+            if let (Some(mask), Some(x)) = (c.mask, input.id) {
+                let change = next();
                 gradients.accumulate(x, (rows, inputs), |dx: &mut [T], keep| {
-                    dx.iter_mut().zip(dropped_dx.iter().zip(mask)).for_each(|(dx, (&v, &m))| put(dx, v * m, keep));
+                    dx.iter_mut().zip(change.iter().zip(mask)).for_each(|(dx, (&v, &m))| put(dx, v * m, keep));
                     Ok(())
                 })?;
             }

@@ -12,7 +12,7 @@
 
 use candle_core::Result;
 
-use crate::raw::{Real, Strides, product};
+use crate::raw::{Real, Shared, Strides, product};
 use crate::storage::View;
 
 /// Rows of a weight that are expanded at a time where the kernel below does not run.
@@ -42,16 +42,22 @@ pub(crate) struct Term<'a, T> {
     pub transposed: bool,
 }
 
-/// One result and what is summed into it.
+/// Where a result goes.
+pub(crate) enum Out<'a, T> {
+    /// Into a new vector that [`run`] gives back.
+    New,
+    /// Over these numbers, or added to them if the flag says so.
+    Into(&'a mut [T], bool),
+}
+
+/// One result (rows, columns), row-major, and what is summed into it.
 pub(crate) struct Product<'a, T> {
-    /// (rows, columns), row-major.
-    pub out: &'a mut [T],
+    /// Where it goes.
+    pub out: Out<'a, T>,
     /// Of the result.
     pub rows: usize,
     /// Of the result.
     pub columns: usize,
-    /// Whether to add to what `out` holds.
-    pub keep: bool,
     /// At least one.
     pub terms: Vec<Term<'a, T>>,
 }
@@ -73,9 +79,16 @@ impl<'a, T: Real> Term<'a, T> {
     }
 }
 
-impl<T: Real> Product<'_, T> {
+impl<'a, T: Real> Product<'a, T> {
+    /// A new result.
+    pub(crate) fn new((rows, columns): (usize, usize), terms: Vec<Term<'a, T>>) -> Self {
+        Self { out: Out::New, rows, columns, terms }
+    }
+
     fn check(&self) {
-        assert_eq!(self.out.len(), self.rows * self.columns, "product: destination");
+        if let Out::Into(out, _) = &self.out {
+            assert_eq!(out.len(), self.rows * self.columns, "product: destination");
+        }
         assert!(!self.terms.is_empty(), "product: no term");
         for term in &self.terms {
             let Strides(row, depth) = term.strides;
@@ -90,22 +103,54 @@ impl<T: Real> Product<'_, T> {
             }
         }
     }
+
+    fn keep(&self) -> bool {
+        matches!(self.out, Out::Into(_, true))
+    }
 }
 
-/// Computes all the products.
-pub(crate) fn run<T: Real>(mut products: Vec<Product<'_, T>>) -> Result<()> {
+/// Computes all the products; gives the new results in order.
+pub(crate) fn run<T: Real>(mut products: Vec<Product<'_, T>>) -> Result<Vec<Vec<T>>> {
     products.iter().for_each(Product::check);
-    products.retain(|p| !p.out.is_empty());
-    if !T::run_products(&mut products) {
-        products.iter_mut().for_each(plain);
+    let mut new: Vec<Vec<T>> = Vec::new();
+    for p in products.iter().filter(|p| matches!(p.out, Out::New)) {
+        new.push(Vec::with_capacity(p.rows * p.columns));
     }
-    Ok(())
+    let mut vectors = new.iter_mut();
+    let mut outs = Vec::with_capacity(products.len());
+    for p in &mut products {
+        outs.push(match &mut p.out {
+            Out::Into(out, _) => Shared(out.as_mut_ptr()),
+            Out::New => Shared(vectors.next().map_or(std::ptr::null_mut(), Vec::as_mut_ptr)),
+        });
+    }
+    if !T::run_products(&products, &outs) {
+        for (p, out) in products.iter().zip(&outs) {
+            let length = p.rows * p.columns;
+            // SAFETY: the destination has room for so many numbers, which are written before they are seen as such.
+            let out = unsafe {
+                if !p.keep() {
+                    out.at(0).write_bytes(0, length);
+                }
+                std::slice::from_raw_parts_mut(out.at(0), length)
+            };
+            plain(p, out);
+        }
+    }
+    for (vector, p) in new.iter_mut().zip(products.iter().filter(|p| matches!(p.out, Out::New))) {
+        // SAFETY: the capacity is that, and the kernel (or the plain form) has written every number.
+        unsafe { vector.set_len(p.rows * p.columns) };
+    }
+    Ok(new)
 }
 
 /// One product, term by term.
-fn plain<T: Real>(p: &mut Product<'_, T>) {
+fn plain<T: Real>(p: &Product<'_, T>, out: &mut [T]) {
     let (m, n, one) = (p.rows, p.columns, T::one());
-    let mut keep = p.keep;
+    let mut keep = p.keep();
+    if out.is_empty() {
+        return;
+    }
     for term in &p.terms {
         let k = term.depth;
         let whole = match term.right {
@@ -114,7 +159,7 @@ fn plain<T: Real>(p: &mut Product<'_, T>) {
         };
         if let Some((values, length)) = whole {
             let strides = if term.transposed { Strides(1, length) } else { Strides(length, 1) };
-            product((m, n, k), p.out, Strides(n, 1), keep, term.left, term.strides, values, strides, one, true);
+            product((m, n, k), out, Strides(n, 1), keep, term.left, term.strides, values, strides, one, true);
             keep = true;
         } else if let Right::Weight(view) = term.right {
             let (outputs, inputs) = view.shape();
@@ -128,24 +173,13 @@ fn plain<T: Real>(p: &mut Product<'_, T>) {
                 }
                 let strides = Strides(inputs, 1);
                 if term.transposed {
-                    let out = &mut p.out[start..];
+                    let out = &mut out[start..];
                     let (shape, tile_strides) = ((m, tile_rows, k), Strides(1, inputs));
                     product(shape, out, Strides(n, 1), keep, term.left, term.strides, &tile, tile_strides, one, true);
                 } else {
                     let left = &term.left[(start * term.strides.1).min(term.left.len())..];
                     let keep = keep || start > 0;
-                    product(
-                        (m, n, tile_rows),
-                        p.out,
-                        Strides(n, 1),
-                        keep,
-                        left,
-                        term.strides,
-                        &tile,
-                        strides,
-                        one,
-                        true,
-                    );
+                    product((m, n, tile_rows), out, Strides(n, 1), keep, left, term.strides, &tile, strides, one, true);
                 }
             }
             keep = true;
@@ -175,7 +209,7 @@ pub(crate) mod kernel {
     /// Columns of a task, or the storage's granule where that is more.
     const TASK_COLUMNS: usize = 32;
     /// Longest part of a sum that is packed at a time: a task's panels then stay in the second-level cache.
-    const DEPTH: usize = 512;
+    const DEPTH: usize = 1536;
     /// Results up to this wide are cut by rows too.
     const NARROW: usize = 128;
     /// Rows of a task where rows are cut.
@@ -210,7 +244,7 @@ pub(crate) mod kernel {
     }
 
     /// Computes all the products in one parallel part. Their shapes are checked, and the processor has AVX2 and FMA.
-    pub(crate) fn run(products: &mut [Product<'_, f32>]) {
+    pub(crate) fn run(products: &[Product<'_, f32>], outs: &[Shared<f32>]) {
         let mut tasks = Vec::new();
         for (product, p) in products.iter().enumerate() {
             let granule = p.terms.iter().filter(|t| !t.transposed).map(|t| granule(t.right)).max().unwrap_or(1);
@@ -223,8 +257,6 @@ pub(crate) mod kernel {
                 }
             }
         }
-        let outs: Vec<Shared<f32>> = products.iter_mut().map(|p| Shared(p.out.as_mut_ptr())).collect();
-        let products = &*products;
         tasks.par_iter().with_max_len(1).for_each(|task| {
             SCRATCH.with_borrow_mut(|scratch| {
                 // SAFETY: the caller saw to the processor and the shapes; tasks write to rows and columns of their own.
@@ -254,7 +286,7 @@ pub(crate) mod kernel {
         let (rows, columns) = (task.rows.len(), task.columns.len());
         // SAFETY: inside the result.
         let out = unsafe { out.at(task.rows.start * p.columns + task.columns.start) };
-        let mut keep = p.keep;
+        let mut keep = p.keep();
         for term in &p.terms {
             let left = term.left[(task.rows.start * term.strides.0).min(term.left.len())..].as_ptr();
             if term.transposed && rows <= FEW_ROWS && term.strides.1 == 1 {
@@ -563,38 +595,31 @@ mod tests {
                 let right = Right::Weight(guard.view()?);
                 let mut results = Vec::new();
                 for fast in [true, false] {
-                    let (mut y, mut dx) = (vec![1f32; rows * outputs], vec![2f32; rows * inputs]);
-                    let mut outer = vec![0f32; 5 * outputs];
+                    let mut dx = vec![2f32; rows * inputs];
                     let slice = Right::Slice(a.as_slice(), inputs);
-                    let mut products = vec![
+                    let outer = Term::outer(&u, (rows, 5), Right::Slice(&g, outputs));
+                    let products = vec![
+                        Product::new((rows, outputs), vec![Term::forward(&x, inputs, right)]),
                         Product {
-                            out: &mut y,
-                            rows,
-                            columns: outputs,
-                            keep: false,
-                            terms: vec![Term::forward(&x, inputs, right)],
-                        },
-                        Product {
-                            out: &mut dx,
+                            out: Out::Into(&mut dx, true),
                             rows,
                             columns: inputs,
-                            keep: true,
                             terms: vec![Term::backward(&g, outputs, right), Term::backward(&u, 5, slice)],
                         },
-                        Product {
-                            out: &mut outer,
-                            rows: 5,
-                            columns: outputs,
-                            keep: false,
-                            terms: vec![Term::outer(&u, (rows, 5), Right::Slice(&g, outputs))],
-                        },
+                        Product::new((5, outputs), vec![outer]),
                     ];
-                    if fast {
-                        run(products)?;
-                    } else {
-                        products.iter_mut().for_each(plain);
-                    }
-                    results.push((y, dx, outer));
+                    let mut new = match fast {
+                        true => run(products)?,
+                        false => {
+                            let of = |p: &Product<'_, f32>| vec![if p.keep() { 2f32 } else { 9.0 }; p.rows * p.columns];
+                            let mut all: Vec<Vec<f32>> = products.iter().map(of).collect();
+                            products.iter().zip(&mut all).for_each(|(p, out)| plain(p, out));
+                            dx = all.remove(1);
+                            all
+                        }
+                    };
+                    let outer = new.pop().unwrap_or_default();
+                    results.push((new.pop().unwrap_or_default(), dx, outer));
                 }
                 let what = format!("{rows} x {outputs} x {inputs} in {}", weight.storage_name());
                 assert_same(&results[0].0, &results[1].0, &what);
@@ -612,9 +637,8 @@ mod tests {
         let (x, w) = (values((rows, inputs), 1), values((outputs, inputs), 2));
         let on = |threads: usize| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool");
-            let mut y = vec![0f32; rows * outputs];
             let terms = vec![Term::forward(&x, inputs, Right::Slice(&w, inputs))];
-            pool.install(|| run(vec![Product { out: &mut y, rows, columns: outputs, keep: false, terms }])).map(|()| y)
+            pool.install(|| run(vec![Product::new((rows, outputs), terms)]))
         };
         assert_eq!(on(1)?, on(3)?);
         Ok(())

@@ -2,7 +2,7 @@
 
 use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Result, Shape, Tensor};
 
-use crate::products::{Product, Right, Term, run};
+use crate::products::{Out, Product, Right, Term, run};
 use crate::raw::{Real, slice, with_slices};
 use crate::storage::FrozenWeight;
 
@@ -52,7 +52,7 @@ pub(crate) fn frozen_accumulate_input<T: Real>(
     let view = guard.view()?;
     with_slices([grad], |[g]: [&[T]; 1]| {
         let terms = vec![Term::backward(g, outputs, Right::Weight(view))];
-        run(vec![Product { out: dx, rows, columns: view.shape().1, keep, terms }])
+        run(vec![Product { out: Out::Into(dx, keep), rows, columns: view.shape().1, terms }]).map(|_| ())
     })
 }
 
@@ -66,10 +66,9 @@ impl FrozenLinear {
         let (rows, inputs) = layout.shape().dims2()?;
         let x = slice::<T>(storage, layout)?;
         let guard = self.weight.guard();
-        let mut y = vec![T::zero(); rows * self.outputs];
         let terms = vec![Term::forward(x, inputs, Right::Weight(guard.view()?))];
-        run(vec![Product { out: &mut y, rows, columns: self.outputs, keep: false, terms }])?;
-        Ok(T::to_cpu_storage_owned(y))
+        let mut new = run(vec![Product::new((rows, self.outputs), terms)])?;
+        Ok(T::to_cpu_storage_owned(new.pop().unwrap_or_default()))
     }
 }
 

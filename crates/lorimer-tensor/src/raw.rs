@@ -17,8 +17,8 @@ pub(crate) trait Real: WithDType + num_traits::Float + std::iter::Sum {
     fn exp_fast(self) -> Self;
     /// The numbers of a frozen weight that is stored in this type, with the length of a row.
     fn of_view(view: View<'_>) -> Option<(&[Self], usize)>;
-    /// Computes checked products together, where there is a kernel for it; else `false`, and nothing is done.
-    fn run_products(_products: &mut [Product<'_, Self>]) -> bool {
+    /// Computes checked products together into `outs`, where there is a kernel for it; else `false`, and nothing is done.
+    fn run_products(_products: &[Product<'_, Self>], _outs: &[Shared<Self>]) -> bool {
         false
     }
     /// A product on all threads: see [`product_raw`].
@@ -79,10 +79,10 @@ impl Real for f32 {
         }
     }
     #[cfg(target_arch = "x86_64")]
-    fn run_products(products: &mut [Product<'_, f32>]) -> bool {
+    fn run_products(products: &[Product<'_, f32>], outs: &[Shared<f32>]) -> bool {
         let available = crate::products::kernel::available();
         if available {
-            crate::products::kernel::run(products);
+            crate::products::kernel::run(products, outs);
         }
         available
     }

@@ -66,6 +66,11 @@ impl Gradients {
         self.0.remove(&of.id()).map(|slot| slot.gradient)
     }
 
+    /// Whether a gradient has arrived.
+    pub(crate) fn holds(&self, id: TensorId) -> bool {
+        self.0.contains_key(&id)
+    }
+
     /// Adds a gradient that nobody else holds.
     pub fn add(&mut self, id: TensorId, gradient: Tensor) -> Result<()> {
         self.put(id, gradient, true)

@@ -296,7 +296,8 @@ mod tests {
             ends.push(end);
         }
         let apart = ends[0].iter().zip(&ends[1]).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-        assert!(apart < 0.05 && ends[1].iter().all(|v| v.abs() < 0.3), "{apart}");
+        let mean = |v: &[f32]| v.iter().map(|v| v.abs()).sum::<f32>() / v.len() as f32;
+        assert!(apart < 0.05 && mean(&ends[1]) < 0.2 * mean(&start), "{apart}, {}", mean(&ends[1]));
         Ok(())
     }
 

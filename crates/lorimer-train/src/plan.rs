@@ -9,6 +9,7 @@ use lorimer_adapter::method::Bias;
 use lorimer_adapter::targets::Matcher;
 use lorimer_model::config::LlamaConfig;
 use lorimer_model::{Batch, Llama, Site};
+use lorimer_tensor::loss::CHUNK_BYTES;
 use serde::Serialize;
 
 use crate::encode::Example;
@@ -160,8 +161,6 @@ pub struct Plan {
 /// The program before it has read the base's weights, and what the tokenizer takes for each token; measured.
 const PROGRAM: u64 = 68 << 20;
 const TOKENIZER: u64 = 330;
-/// Bytes of logits that exist at a time: `lorimer_tensor`'s loss.
-const LOGITS: u64 = 32 << 20;
 /// Share of memory taken and freed that is not in one piece and so not used again; measured.
 const SLACK: f64 = 0.05;
 
@@ -208,7 +207,7 @@ pub fn plan(request: &Request<'_>) -> Result<Plan> {
         true => rows * (h * (c.layers - first) as u64 + (first..c.layers).map(kept).max().unwrap_or(0)),
     };
     let backward = rows * (5 * h + 4 * f + q + 2 * kv);
-    let chunk = (LOGITS / (4 * c.vocab_size.max(1) as u64)).clamp(1, work.predicting.max(1) as u64);
+    let chunk = (CHUNK_BYTES as u64 / (4 * c.vocab_size.max(1) as u64)).clamp(1, work.predicting.max(1) as u64);
     let logits = chunk * c.vocab_size as u64;
     let state = match request.optimizer {
         OptimizerKind::AdamW => 8.0,

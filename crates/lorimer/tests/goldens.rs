@@ -126,7 +126,6 @@ fn nf4_gives_what_bitsandbytes_gives() {
     assert!(d < 1e-6, "{d:e}");
 }
 
-
 /// The base of a case.
 fn base_of(case: &str) -> &'static str {
     if case.starts_with("bias") { "tiny-llama3" } else { "tiny-llama" }
