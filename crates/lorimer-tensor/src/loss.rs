@@ -6,7 +6,7 @@ use rayon::prelude::*;
 use crate::project::{frozen_accumulate_input, frozen_linear};
 use crate::raw::{Real, slice, with_mut_slice, with_slices};
 use crate::storage::FrozenWeight;
-use crate::wide::{exp_in_place, wide};
+use crate::wide::{exp_in_place, sum2, wide};
 
 /// `−log softmax(logits)[target]` of every row: `logits` (rows, vocabulary) f32 or f64, one target a row → (rows).
 pub fn cross_entropy(logits: &Tensor, targets: &[u32]) -> Result<Tensor> {
@@ -51,15 +51,18 @@ pub(crate) fn head_loss_and_gradient(x: &Tensor, head: &FrozenWeight, targets: &
             with_mut_slice(&logits, |logits: &mut [T]| {
                 let losses = logits.par_chunks_mut(vocabulary).zip(targets).map(|(row, &t)| {
                     let target = row[t as usize];
+                    let wide_of = |v: T| num_traits::ToPrimitive::to_f64(&v).unwrap_or(f64::NAN);
                     let (max, sum) = wide(|| {
-                        let (max, sum) = exp_in_place(row);
-                        let inverse = sum.recip();
+                        let (max, _) = exp_in_place(row);
+                        // Parts in the row's type, their sum in f64.
+                        let sum: f64 = row.chunks(1024).map(|part| wide_of(sum2(part, part, |v, _| v))).sum();
+                        let inverse = T::from_f64(sum.recip());
                         row.iter_mut().for_each(|v| *v *= inverse);
                         (max, sum)
                     });
-                    let own = target - max;
+                    let own = wide_of(target) - wide_of(max);
                     row[t as usize] -= T::one();
-                    num_traits::ToPrimitive::to_f64(&(sum.ln() - own)).unwrap_or(f64::NAN)
+                    sum.ln() - own
                 });
                 total += losses.collect::<Vec<f64>>().into_iter().sum::<f64>();
                 Ok(())
@@ -86,8 +89,9 @@ struct CrossEntropy {
 /// `(maximum, log Σ exp(v − maximum))`.
 fn log_sum<T: Real>(row: &[T]) -> (T, T) {
     let max = row.iter().copied().fold(T::neg_infinity(), num_traits::Float::max);
-    let total: T = row.iter().map(|&v| (v - max).exp()).sum();
-    (max, total.ln())
+    // Tens of thousands of terms: one after the other in f32 they would lose four digits.
+    let total: f64 = row.iter().map(|&v| num_traits::ToPrimitive::to_f64(&(v - max).exp()).unwrap_or(f64::NAN)).sum();
+    (max, T::from_f64(total.ln()))
 }
 
 impl CrossEntropy {

@@ -518,6 +518,11 @@ pub(crate) mod kernel {
     ) {
         // SAFETY: the caller's pointers hold M rows, `depth` by 16 packed numbers, and M rows of n results.
         unsafe {
+            // The result's lines come from memory while the sums are formed.
+            for i in 0..M {
+                _mm_prefetch::<_MM_HINT_T0>(c.wrapping_add(i * c_row).cast());
+                _mm_prefetch::<_MM_HINT_T0>(c.wrapping_add(i * c_row + n - 1).cast());
+            }
             let mut sums = [[_mm256_setzero_ps(); W]; M];
             for d in 0..depth {
                 let b: [__m256; W] = std::array::from_fn(|w| _mm256_loadu_ps(b.add(d * PANEL + w * 8)));

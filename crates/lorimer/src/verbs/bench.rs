@@ -5,14 +5,14 @@ use std::process::{Command, ExitCode};
 use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, bail};
-use candle_core::Tensor;
+use candle_core::{Tensor, Var};
 use clap::{Args, Subcommand, ValueEnum};
 use lorimer::adapter::{Adapter, Attached, Step};
-use lorimer::model::{BaseModel, Prepared};
+use lorimer::model::{BaseModel, Llama, Prepared};
 use lorimer::tensor::Gradients;
 use lorimer::train::optimizer::{AdamW, AdamWConfig, Optimizer, clip};
 use lorimer::train::plan::Work;
-use lorimer::train::step::accumulate_gradients;
+use lorimer::train::step::{StepLoss, accumulate_gradients, batch_loss};
 use lorimer::train::{EncodeOptions, Example, TrainSettings};
 use rand::{Rng, SeedableRng};
 use serde_json::{Value, json};
@@ -129,6 +129,9 @@ struct BenchTrain {
     adapter: AdapterArgs,
     #[command(flatten)]
     step: StepArgs,
+    /// Measure the reference form too: candle's own graph, every row whole, nothing in parts
+    #[arg(long)]
+    reference: bool,
     /// A command that does the same work: it is given WORK, STEPS and BATCH and prints one JSON object with `name`,
     /// `examples_per_second`, `tokens_per_second`, `peak_bytes`; repeatable
     #[arg(long, value_name = "COMMAND")]
@@ -187,12 +190,15 @@ impl BenchTrain {
         }
         let (mut rows, mut peers) = (Vec::new(), Vec::new());
         for work in &self.work {
-            let (mut ours, mut theirs) = (Vec::new(), vec![Vec::new(); self.peer.len()]);
+            let (mut ours, mut theirs) = (Vec::new(), vec![Vec::new(); self.peer.len() + usize::from(self.reference)]);
             for round in 1..=self.rounds {
                 tracing::info!("{work}: round {round} of {}", self.rounds);
-                ours.push(self.child(work)?);
+                ours.push(self.child(work, false)?);
                 for (peer, results) in self.peer.iter().zip(&mut theirs) {
                     results.push(self.ask(peer, work)?);
+                }
+                if let Some(results) = theirs.last_mut().filter(|_| self.reference) {
+                    results.push(self.child(work, true)?);
                 }
             }
             let mut row = ours[0].clone();
@@ -254,7 +260,8 @@ impl BenchTrain {
                 );
                 for peer in peers.iter().filter(|p| p["work"] == row["work"]) {
                     out += &format!(
-                        "  {:<32} {:>10.2} {:>9.0} {:>8} {:>8} {:>9.0}   ours is {:.2} times as fast in {:.2} times the memory\n",
+                        "  {:<32} {:>10.2} {:>9.0} {:>8} {:>8} {:>9.0}   ours is {:.2} times as fast in {:.2} times the memory; \
+                         losses differ by at most {:.1e}\n",
                         peer["name"].as_str().unwrap_or("peer"),
                         number(peer, "examples_per_second"),
                         number(peer, "tokens_per_second"),
@@ -263,6 +270,7 @@ impl BenchTrain {
                         number(peer, "peak_bytes") / 1e6,
                         number(peer, "speed_ratio"),
                         number(peer, "memory_ratio"),
+                        number(peer, "largest_loss_difference"),
                     );
                 }
             }
@@ -271,7 +279,7 @@ impl BenchTrain {
     }
 
     /// This measurement in a process of its own.
-    fn child(&self, work: &str) -> Result<Value> {
+    fn child(&self, work: &str, reference: bool) -> Result<Value> {
         let mut command = Command::new(std::env::current_exe()?);
         command.args(["bench", "train", "--once", "-q", "--work", work, "--model"]);
         command.arg(&self.model.model).arg("--dtype");
@@ -282,7 +290,7 @@ impl BenchTrain {
         if let Some(tokenizer) = &self.model.tokenizer {
             command.arg("--tokenizer").arg(tokenizer);
         }
-        command.args(self.adapter.to_flags()).args(self.step.to_flags());
+        command.args(self.adapter.to_flags()).args(self.step.to_flags()).args(reference.then_some("--reference"));
         answer(command, "the measurement")
     }
 
@@ -348,9 +356,16 @@ impl BenchTrain {
             let mut sums = Gradients::default();
             let on = attached.at(Step { training: Some(step as u64) });
             let scale = 1.0 / learnt.max(1) as f64;
-            let found = accumulate_gradients(&base.model, &on, &parameters, &batch, scale, options, None, &mut sums)?;
+            let (found, mut gradients) = match self.reference {
+                true => reference_step(&base.model, &on, &parameters, &batch, scale)?,
+                false => {
+                    let sums = &mut sums;
+                    let found =
+                        accumulate_gradients(&base.model, &on, &parameters, &batch, scale, options, None, sums)?;
+                    (found, parameters.iter().map(|(_, v)| sums.remove(v.as_tensor())).collect())
+                }
+            };
             let optimizer_clock = Instant::now();
-            let mut gradients: Vec<_> = parameters.iter().map(|(_, v)| sums.remove(v.as_tensor())).collect();
             clip(&mut gradients, 1.0)?;
             optimizer.step(&parameters, &gradients, 5e-4 * (1.0 - step as f64 / self.steps as f64))?;
             losses.push(found.sum * scale);
@@ -377,7 +392,7 @@ impl BenchTrain {
         let gflops = flops / counted / 1e9;
         let each = (steps - 1).max(1) as f64;
         Ok(json!({
-            "work": work, "method": self.adapter.method, "rank": self.adapter.rank, "batch_size": size, "steps": steps,
+            "name": if self.reference { "reference form" } else { "lorimer" }, "work": work, "method": self.adapter.method, "rank": self.adapter.rank, "batch_size": size, "steps": steps,
             "storage": base.model.projections().first().map(|(_, p)| p.weight.storage_name()),
             "examples_per_second": examples as f64 / counted, "tokens_per_second": tokens as f64 / counted,
             "tokens": tokens, "computed_tokens": computed, "supervised_tokens": supervised,
@@ -388,6 +403,25 @@ impl BenchTrain {
             "step_seconds": step_seconds,
         }))
     }
+}
+
+/// One step in candle's own graph.
+fn reference_step(
+    model: &Llama,
+    on: &Attached<'_>,
+    parameters: &[(String, &Var)],
+    rows: &[&Example],
+    scale: f64,
+) -> Result<(StepLoss, Vec<Option<Tensor>>)> {
+    let clock = Instant::now();
+    let (sum, supervised, tokens) = batch_loss(model, on, rows)?;
+    let forward_seconds = clock.elapsed().as_secs_f64();
+    let clock = Instant::now();
+    let mut found = (&sum * scale)?.backward()?;
+    let gradients = parameters.iter().map(|(_, v)| found.remove(v.as_tensor())).collect();
+    let sum = f64::from(sum.to_scalar::<f32>()?);
+    let backward_seconds = clock.elapsed().as_secs_f64();
+    Ok((StepLoss { sum, supervised, tokens, computed: tokens, forward_seconds, backward_seconds }, gradients))
 }
 
 /// Last part of a path.
