@@ -1,6 +1,6 @@
 //! Flags that several verbs share: the adapter's, and those of memory and speed.
 
-use std::path::PathBuf;
+use std::path::Path;
 
 use anyhow::{Result, anyhow, bail};
 use clap::{Args, ValueEnum};
@@ -387,7 +387,7 @@ impl StepArgs {
 }
 
 /// A folder or file name without its path.
-pub fn file_name(path: &PathBuf) -> Option<String> {
+pub fn file_name(path: &Path) -> Option<String> {
     path.file_name().map(|n| n.to_string_lossy().into_owned())
 }
 

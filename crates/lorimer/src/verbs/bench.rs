@@ -31,7 +31,7 @@ pub struct Bench {
 #[derive(Subcommand)]
 enum What {
     /// Training: tokens/s, GFLOP/s, share of the machine's own rate, peak memory, time by stage
-    Train(BenchTrain),
+    Train(Box<BenchTrain>),
     /// How near `lorimer plan` comes to the measured peak memory, for twelve settings
     Plan(BenchPlan),
 }

@@ -200,7 +200,7 @@ impl Train {
             data_names: [Some(&self.data), self.eval_data.as_ref()]
                 .into_iter()
                 .flatten()
-                .filter_map(file_name)
+                .filter_map(|path| file_name(path))
                 .collect(),
             stop: &common::stop_flag(),
         };
