@@ -323,6 +323,17 @@ pub(crate) mod kernel {
         }
     }
 
+    /// Asks for a line of memory. A hint: an address outside of memory is ignored.
+    #[inline]
+    #[target_feature(enable = "avx2,fma")]
+    fn prefetch(address: *const f32) {
+        // SAFETY: nothing is read; older compilers count the intrinsic as unsafe all the same.
+        #[allow(unused_unsafe)]
+        unsafe {
+            _mm_prefetch::<_MM_HINT_T0>(address.cast());
+        }
+    }
+
     /// Dot products of few rows with rows of the right side.
     #[target_feature(enable = "avx2,fma")]
     unsafe fn few(
@@ -390,8 +401,7 @@ pub(crate) mod kernel {
                     // A row is a page further on, where the processor's own prefetching does not reach.
                     for column in columns.clone().step_by(LINE) {
                         let ahead = values.as_ptr().wrapping_add((row + AHEAD) * length + column);
-                        // A hint: an address outside of memory is ignored.
-                        _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
+                        prefetch(ahead);
                     }
                     &values[row * length + columns.start..][..width]
                 }
@@ -520,8 +530,8 @@ pub(crate) mod kernel {
         unsafe {
             // The result's lines come from memory while the sums are formed.
             for i in 0..M {
-                _mm_prefetch::<_MM_HINT_T0>(c.wrapping_add(i * c_row).cast());
-                _mm_prefetch::<_MM_HINT_T0>(c.wrapping_add(i * c_row + n - 1).cast());
+                prefetch(c.wrapping_add(i * c_row));
+                prefetch(c.wrapping_add(i * c_row + n - 1));
             }
             let mut sums = [[_mm256_setzero_ps(); W]; M];
             for d in 0..depth {

@@ -202,11 +202,12 @@ pub fn plan(request: &Request<'_>) -> Result<Plan> {
         false => (0..c.layers).find(|&i| in_layer(i).any(adapted)).unwrap_or(c.layers.saturating_sub(1)),
     };
     let rows = work.rows as u64;
-    let activations = match request.checkpointing {
-        false => rows * (first..c.layers).map(kept).sum::<u64>(),
-        true => rows * (h * (c.layers - first) as u64 + (first..c.layers).map(kept).max().unwrap_or(0)),
+    let row = match request.checkpointing {
+        false => (first..c.layers).map(kept).sum::<u64>(),
+        true => h * (c.layers - first) as u64 + (first..c.layers).map(kept).max().unwrap_or(0),
     };
-    let backward = rows * (5 * h + 4 * f + q + 2 * kv);
+    let activations = rows.saturating_mul(row);
+    let backward = rows.saturating_mul(5 * h + 4 * f + q + 2 * kv);
     let chunk = (CHUNK_BYTES as u64 / (4 * c.vocab_size.max(1) as u64)).clamp(1, work.predicting.max(1) as u64);
     let logits = chunk * c.vocab_size as u64;
     let state = match request.optimizer {
@@ -214,24 +215,24 @@ pub fn plan(request: &Request<'_>) -> Result<Plan> {
         OptimizerKind::AdamW8bit => 2.04,
     };
     let cached = work.repeats && first > 0;
-    let cache_bytes = if cached { work.data_tokens as u64 * h * 4 } else { 0 };
+    let cache_bytes = if cached { (work.data_tokens as u64).saturating_mul(4 * h) } else { 0 };
     let breakdown = Breakdown {
         program: PROGRAM + TOKENIZER * c.vocab_size as u64,
         base: request.base_bytes as u64,
         adapter: 4 * parameters,
         gradients: 4 * parameters,
         optimizer: (state * parameters as f64) as u64,
-        activations: 4 * activations,
-        backward: 4 * backward,
+        activations: activations.saturating_mul(4),
+        backward: backward.saturating_mul(4),
         logits: 4 * logits,
         frozen_cache: match request.frozen_cache.resolved(cache_bytes) {
             FrozenCache::Memory | FrozenCache::Disk => cache_bytes,
             _ => 0,
         },
     };
-    let used: u64 = breakdown.parts().iter().map(|(_, bytes)| bytes).sum();
-    let moving = breakdown.base + breakdown.activations + breakdown.backward;
-    let steps = used + (moving as f64 * SLACK) as u64;
+    let used = breakdown.parts().iter().fold(0u64, |sum, (_, bytes)| sum.saturating_add(*bytes));
+    let moving = breakdown.base.saturating_add(breakdown.activations).saturating_add(breakdown.backward);
+    let steps = used.saturating_add((moving as f64 * SLACK) as u64);
     let loading = breakdown.program + breakdown.base + request.file_bytes;
 
     let flops_of = |site: &Site| (site.inputs * site.outputs) as f64;

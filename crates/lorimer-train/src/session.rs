@@ -6,8 +6,8 @@ use std::sync::atomic::AtomicBool;
 use lorimer_adapter::card::card;
 use lorimer_adapter::store::CONFIG_FILE;
 use lorimer_adapter::{Adapter, Attached, BaseIdentity, Golden, Manifest, Method, StoredAdapter};
-use lorimer_model::Base;
 use lorimer_model::weights::hex;
+use lorimer_model::{Base, BaseModel};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
@@ -85,7 +85,7 @@ impl Session<'_> {
         settings.step.checkpointing = false;
         let identity = json!({
             "method": adapter.method.name(), "config": config, "settings": settings,
-            "base": self.base.fingerprint, "train": rows_hash(self.train), "eval": rows_hash(self.eval),
+            "base": self.base.fingerprint, "storage": self.storage(), "train": rows_hash(self.train), "eval": rows_hash(self.eval),
         });
         let run = Run {
             model: &self.base.model,
@@ -110,6 +110,11 @@ impl Session<'_> {
         Ok((outcome, adapter))
     }
 
+    /// How the base's projections are kept in memory: `f32`, `nf4`, `Q4_1`.
+    fn storage(&self) -> Option<String> {
+        self.base.model.projections().first().map(|(_, p)| p.weight.storage_name())
+    }
+
     fn write(&self, adapter: &Adapter, outcome: &Outcome, config: &serde_json::Map<String, Value>) -> Result<()> {
         let mut stored = adapter.to_stored(self.base_name)?;
         let golden = self.goldens(adapter)?;
@@ -127,7 +132,7 @@ impl Session<'_> {
             training: json!({
                 "data": self.data_names, "examples": self.train.len(), "steps": outcome.steps,
                 "best_step": outcome.best.filter(|_| self.settings.keep_best).map(|b| b.0),
-                "settings": self.settings, "method_settings": config,
+                "settings": self.settings, "method_settings": config, "storage": self.storage(),
             }),
             golden,
         });

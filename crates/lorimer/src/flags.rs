@@ -312,47 +312,38 @@ impl StepArgs {
     /// Changes that make the run fit, the least costly first; the last is the smallest there is, if none fits.
     pub fn proposals(&self, run: &Planned<'_>, limit: u64) -> Result<Vec<Proposal>> {
         let now = run.prepared.weights.load_dtype();
-        let mut batches: Vec<usize> =
-            std::iter::successors(Some(run.batch_size), |b| Some(b / 2).filter(|&b| b > 0)).collect();
-        batches.dedup();
-        let mut dtypes = vec![now];
-        dtypes.extend([LoadDtype::Bf16, LoadDtype::Nf4].into_iter().filter(|d| *d != now && now == LoadDtype::F32));
+        let batches = std::iter::successors(Some(run.batch_size), |b| Some(b / 2).filter(|&b| b > 0));
+        let mut optimizers = vec![self.optimizer(), OptimizerKind::AdamW8bit];
+        optimizers.dedup();
+        let tries: Vec<(usize, OptimizerKind)> =
+            batches.flat_map(|b| optimizers.iter().map(move |&o| (b, o))).collect();
+        let smaller = [LoadDtype::Bf16, LoadDtype::Nf4].into_iter().filter(|_| now == LoadDtype::F32);
         let mut found: Vec<Proposal> = Vec::new();
         let mut smallest: Option<Proposal> = None;
-        for &dtype in &dtypes {
-            for &batch in &batches {
-                for optimizer in [self.optimizer(), OptimizerKind::AdamW8bit] {
-                    let plan = self.plan_with(run, (true, dtype, batch, optimizer))?;
-                    let mut flags = vec!["--checkpointing on".to_string()];
-                    if batch != run.batch_size {
-                        flags.push(format!(
-                            "--batch-size {batch} --gradient-accumulation {}",
-                            run.batch_size.div_ceil(batch)
-                        ));
-                    }
-                    match dtype {
-                        _ if dtype == now => {}
-                        LoadDtype::Nf4 => flags.push("--dtype nf4".into()),
-                        _ => flags.push("--dtype bf16".into()),
-                    }
-                    if optimizer != self.optimizer() {
-                        flags.push("--optimizer adamw-8bit".into());
-                    }
-                    let proposal = Proposal { flags: flags.join(" "), plan };
-                    if plan.peak_bytes <= limit {
-                        found.push(proposal);
-                        break;
-                    }
-                    if smallest.as_ref().is_none_or(|s| plan.peak_bytes < s.plan.peak_bytes) {
-                        smallest = Some(proposal);
-                    }
+        // For each way to keep the base, the largest batch that fits: smaller ones only cost time.
+        for dtype in std::iter::once(now).chain(smaller) {
+            for &(batch, optimizer) in &tries {
+                let plan = self.plan_with(run, (true, dtype, batch, optimizer))?;
+                let mut flags = vec!["--checkpointing on".to_string()];
+                if batch != run.batch_size {
+                    let steps = run.batch_size.div_ceil(batch);
+                    flags.push(format!("--batch-size {batch} --gradient-accumulation {steps}"));
                 }
-                if found.last().is_some_and(|p| p.plan.peak_bytes <= limit && found.len() >= 3) {
-                    return Ok(found);
+                match dtype {
+                    _ if dtype == now => {}
+                    LoadDtype::Nf4 => flags.push("--dtype nf4".into()),
+                    _ => flags.push("--dtype bf16".into()),
                 }
-                // With one batch size that fits, smaller ones only cost time.
-                if found.last().is_some_and(|p| p.flags.contains("--dtype") == (dtype != now)) {
+                if optimizer != self.optimizer() {
+                    flags.push("--optimizer adamw-8bit".into());
+                }
+                let proposal = Proposal { flags: flags.join(" "), plan };
+                if plan.peak_bytes <= limit {
+                    found.push(proposal);
                     break;
+                }
+                if smallest.as_ref().is_none_or(|s| plan.peak_bytes < s.plan.peak_bytes) {
+                    smallest = Some(proposal);
                 }
             }
         }

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::Args;
 use lorimer::adapter::{Adapter, StoredAdapter};
+use lorimer::model::BaseModel;
 use lorimer::train::session::replay;
 use serde_json::json;
 
@@ -47,7 +48,15 @@ impl Check {
             problems.push("configuration or tensors are not those that lorimer.json names".into());
         }
         if let Some(d) = golden.filter(|d| *d > TOLERANCE) {
-            let why = if same_base == Some(false) { "; this is not the base it was trained on" } else { "" };
+            let storage = base.model.projections().first().map(|(_, p)| p.weight.storage_name());
+            let trained = stored.manifest.as_ref().and_then(|m| m.training["storage"].as_str());
+            let why = match (same_base, trained, storage) {
+                (Some(false), ..) => "; this is not the base it was trained on".to_string(),
+                (_, Some(then), Some(now)) if then != now => {
+                    format!("; the base was kept as {then} in training and is {now} now: see --dtype")
+                }
+                _ => String::new(),
+            };
             problems.push(format!("golden prompts differ by {d:.4} in log p, at most {TOLERANCE} is expected{why}"));
         }
         let ok = problems.is_empty();
