@@ -1,0 +1,375 @@
+//! The kernel for AVX2 and FMA in f32.
+
+use std::arch::x86_64::*;
+use std::cell::RefCell;
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use super::{Product, Right, Term};
+use crate::raw::Shared;
+use crate::storage::View;
+use crate::wide::sum2;
+
+/// Rows of a tile.
+const TILE: usize = 6;
+/// Columns of a panel: two registers.
+const PANEL: usize = 16;
+/// Columns of a task, or the storage's granule where that is more.
+const TASK_COLUMNS: usize = 32;
+/// Longest part of a sum that is packed at a time: a task's panels then stay in the second-level cache.
+const DEPTH: usize = 1536;
+/// Results up to this wide are cut by rows too.
+const NARROW: usize = 128;
+/// Rows of a task where rows are cut.
+const TASK_ROWS: usize = 96;
+/// Up to this many rows a product is limited by reading the weight, and takes dot products with it unpacked.
+const FEW_ROWS: usize = 4;
+
+/// Numbers in a line of the cache.
+const LINE: usize = 16;
+/// Rows that packing asks for ahead.
+const AHEAD: usize = 16;
+
+struct Task {
+    product: usize,
+    rows: Range<usize>,
+    columns: Range<usize>,
+}
+
+#[derive(Default)]
+struct Scratch {
+    packed: Vec<f32>,
+    expanded: Vec<f32>,
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+/// Whether the processor can.
+pub(crate) fn available() -> bool {
+    is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma")
+}
+
+/// Computes all the products in one parallel part. Their shapes are checked, and the processor has AVX2 and FMA.
+pub(crate) fn run(products: &[Product<'_, f32>], outs: &[Shared<f32>]) {
+    let mut tasks = Vec::new();
+    for (product, p) in products.iter().enumerate() {
+        let granule = p.terms.iter().filter(|t| !t.transposed).map(|t| granule(t.right)).max().unwrap_or(1);
+        let width = TASK_COLUMNS.next_multiple_of(granule);
+        let height = if p.columns <= NARROW { TASK_ROWS } else { p.rows };
+        for row in (0..p.rows).step_by(height) {
+            for column in (0..p.columns).step_by(width) {
+                let rows = row..(row + height).min(p.rows);
+                tasks.push(Task { product, rows, columns: column..(column + width).min(p.columns) });
+            }
+        }
+    }
+    tasks.par_iter().with_max_len(1).for_each(|task| {
+        SCRATCH.with_borrow_mut(|scratch| {
+            // SAFETY: the caller saw to the processor and the shapes; tasks write to rows and columns of their own.
+            unsafe { one(&products[task.product], outs[task.product], task, scratch) };
+        });
+    });
+}
+
+fn granule(right: Right<'_, f32>) -> usize {
+    match right {
+        Right::Slice(..) => 1,
+        Right::Weight(view) => view.granule(),
+    }
+}
+
+/// A right side as plain numbers, where it is that.
+fn plain<'a>(right: Right<'a, f32>) -> Option<(&'a [f32], usize)> {
+    match right {
+        Right::Slice(values, length) => Some((values, length)),
+        Right::Weight(View::F32(values, length)) => Some((values, length)),
+        Right::Weight(_) => None,
+    }
+}
+
+#[target_feature(enable = "avx2,fma")]
+unsafe fn one(p: &Product<'_, f32>, out: Shared<f32>, task: &Task, scratch: &mut Scratch) {
+    let (rows, columns) = (task.rows.len(), task.columns.len());
+    // SAFETY: inside the result.
+    let out = unsafe { out.at(task.rows.start * p.columns + task.columns.start) };
+    let mut keep = p.keep();
+    for term in &p.terms {
+        let left = term.left[(task.rows.start * term.strides.0).min(term.left.len())..].as_ptr();
+        if term.transposed && rows <= FEW_ROWS && term.strides.1 == 1 {
+            // SAFETY: as this function's.
+            unsafe { few(term, left, out, (rows, p.columns), task.columns.clone(), keep, scratch) };
+            keep = true;
+            continue;
+        }
+        let unit = if term.transposed { granule(term.right) } else { 1 };
+        let parts = term.depth.div_ceil(DEPTH).max(1);
+        let step = term.depth.div_ceil(parts).next_multiple_of(8).next_multiple_of(unit);
+        let mut start = 0;
+        while start < term.depth {
+            let depth = step.min(term.depth - start);
+            let panels = columns.div_ceil(PANEL);
+            scratch.packed.resize(panels * PANEL * depth, 0.0);
+            pack(term, start..start + depth, task.columns.clone(), scratch);
+            // SAFETY: the left side, the packed panels and the result are as long as the shapes say.
+            unsafe {
+                let left = left.add(start * term.strides.1);
+                let strides = (term.strides.0, term.strides.1, p.columns);
+                block((rows, columns, depth), left, scratch.packed.as_ptr(), out, strides, keep);
+            }
+            keep = true;
+            start += depth;
+        }
+        if term.depth == 0 && !keep {
+            for row in 0..rows {
+                // SAFETY: inside the result.
+                unsafe { out.add(row * p.columns).write_bytes(0, columns) };
+            }
+            keep = true;
+        }
+    }
+}
+
+/// Asks for a line of memory. A hint: an address outside of memory is ignored.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn prefetch(address: *const f32) {
+    // SAFETY: nothing is read; older compilers count the intrinsic as unsafe all the same.
+    #[allow(unused_unsafe)]
+    unsafe {
+        _mm_prefetch::<_MM_HINT_T0>(address.cast());
+    }
+}
+
+/// Dot products of few rows with rows of the right side.
+#[target_feature(enable = "avx2,fma")]
+unsafe fn few(
+    term: &Term<'_, f32>,
+    left: *const f32,
+    out: *mut f32,
+    (rows, stride): (usize, usize),
+    columns: Range<usize>,
+    keep: bool,
+    scratch: &mut Scratch,
+) {
+    let depth = term.depth;
+    scratch.expanded.resize(depth, 0.0);
+    for (j, column) in columns.enumerate() {
+        let w = match (plain(term.right), term.right) {
+            (Some((values, length)), _) => &values[column * length..][..depth],
+            (None, Right::Weight(view)) => {
+                view.expand(column, 0..depth, &mut scratch.expanded);
+                &scratch.expanded[..depth]
+            }
+            (None, Right::Slice(..)) => return,
+        };
+        for row in 0..rows {
+            // SAFETY: the caller's shapes.
+            unsafe {
+                let x = std::slice::from_raw_parts(left.add(row * term.strides.0), depth);
+                let sum = sum2(x, w, |a, b| a * b);
+                let out = out.add(row * stride + j);
+                *out = if keep { *out + sum } else { sum };
+            }
+        }
+    }
+}
+
+/// Packs (depth, columns) of the right side into panels of 16 columns, each (depth, 16), short ones filled with zeros.
+#[target_feature(enable = "avx2,fma")]
+fn pack(term: &Term<'_, f32>, depths: Range<usize>, columns: Range<usize>, scratch: &mut Scratch) {
+    let depth = depths.len();
+    let Scratch { packed, expanded } = scratch;
+    let panels = packed.chunks_exact_mut(PANEL * depth);
+    if term.transposed {
+        for (panel, first) in panels.zip(columns.clone().step_by(PANEL)) {
+            let n = PANEL.min(columns.end - first);
+            match (plain(term.right), term.right) {
+                (Some((values, length)), _) => {
+                    transpose(&values[first * length + depths.start..], length, n, depth, panel);
+                }
+                (None, Right::Weight(view)) => {
+                    expanded.resize(PANEL * depth, 0.0);
+                    for (i, row) in expanded.chunks_exact_mut(depth).take(n).enumerate() {
+                        view.expand(first + i, depths.clone(), row);
+                    }
+                    transpose(expanded, depth, n, depth, panel);
+                }
+                (None, Right::Slice(..)) => {}
+            }
+        }
+        return;
+    }
+    let width = columns.len();
+    expanded.resize(expanded.len().max(width), 0.0);
+    for (i, row) in depths.enumerate() {
+        let values = match (plain(term.right), term.right) {
+            (Some((values, length)), _) => {
+                // A row is a page further on, where the processor's own prefetching does not reach.
+                for column in columns.clone().step_by(LINE) {
+                    let ahead = values.as_ptr().wrapping_add((row + AHEAD) * length + column);
+                    prefetch(ahead);
+                }
+                &values[row * length + columns.start..][..width]
+            }
+            (None, Right::Weight(view)) => {
+                view.expand(row, columns.clone(), expanded);
+                &expanded[..width]
+            }
+            (None, Right::Slice(..)) => return,
+        };
+        for (c, values) in values.chunks(PANEL).enumerate() {
+            let to = &mut packed[c * PANEL * depth + i * PANEL..][..PANEL];
+            match <&[f32; PANEL]>::try_from(values) {
+                Ok(values) => to.copy_from_slice(values),
+                Err(_) => {
+                    to[..values.len()].copy_from_slice(values);
+                    to[values.len()..].fill(0.0);
+                }
+            }
+        }
+    }
+}
+
+/// `n` rows of `depth` numbers, `length` apart, to (depth, 16).
+#[target_feature(enable = "avx2,fma")]
+fn transpose(from: &[f32], length: usize, n: usize, depth: usize, to: &mut [f32]) {
+    let mut done = 0;
+    if n == PANEL && depth > 0 {
+        assert!((PANEL - 1) * length + depth <= from.len() && depth * PANEL <= to.len());
+        while done + 8 <= depth {
+            for half in [0, 8] {
+                // SAFETY: the assertion above bounds both sides.
+                unsafe {
+                    let source = from.as_ptr().add(half * length + done);
+                    transpose_8x8(source, length, to.as_mut_ptr().add(done * PANEL + half));
+                }
+            }
+            done += 8;
+        }
+    }
+    for d in done..depth {
+        let to = &mut to[d * PANEL..][..PANEL];
+        for (j, to) in to.iter_mut().enumerate() {
+            *to = if j < n { from[j * length + d] } else { 0.0 };
+        }
+    }
+}
+
+/// Eight rows of eight numbers, `length` apart, to eight rows [`PANEL`] apart.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn transpose_8x8(from: *const f32, length: usize, to: *mut f32) {
+    // SAFETY: the caller's pointers hold eight rows of eight.
+    unsafe {
+        let r: [__m256; 8] = std::array::from_fn(|i| _mm256_loadu_ps(from.add(i * length)));
+        let t: [__m256; 8] = std::array::from_fn(|i| match i % 2 {
+            0 => _mm256_unpacklo_ps(r[i], r[i + 1]),
+            _ => _mm256_unpackhi_ps(r[i - 1], r[i]),
+        });
+        for half in [0, 4] {
+            let (a, b, c, d) = (t[half], t[half + 1], t[half + 2], t[half + 3]);
+            let u = [
+                _mm256_shuffle_ps::<0x44>(a, c),
+                _mm256_shuffle_ps::<0xEE>(a, c),
+                _mm256_shuffle_ps::<0x44>(b, d),
+                _mm256_shuffle_ps::<0xEE>(b, d),
+            ];
+            // Each holds column i of rows half.. in its lower four lanes, and column i + 4 in its upper.
+            for (i, u) in u.into_iter().enumerate() {
+                _mm_storeu_ps(to.add(i * PANEL + half), _mm256_castps256_ps128(u));
+                _mm_storeu_ps(to.add((i + 4) * PANEL + half), _mm256_extractf128_ps::<1>(u));
+            }
+        }
+    }
+}
+
+/// All tiles of a task: `left` (rows, depth) by packed panels.
+#[target_feature(enable = "avx2,fma")]
+unsafe fn block(
+    (rows, columns, depth): (usize, usize, usize),
+    left: *const f32,
+    packed: *const f32,
+    out: *mut f32,
+    strides: (usize, usize, usize),
+    keep: bool,
+) {
+    for row in (0..rows).step_by(TILE) {
+        for column in (0..columns).step_by(PANEL) {
+            let n = PANEL.min(columns - column);
+            // SAFETY: the tile lies inside the caller's matrices.
+            unsafe {
+                let a = left.add(row * strides.0);
+                let b = packed.add(column * depth);
+                let c = out.add(row * strides.2 + column);
+                match (rows - row, n <= 8) {
+                    (1, false) => tile::<1, 2>(depth, a, b, c, strides, keep, n),
+                    (2, false) => tile::<2, 2>(depth, a, b, c, strides, keep, n),
+                    (3, false) => tile::<3, 2>(depth, a, b, c, strides, keep, n),
+                    (4, false) => tile::<4, 2>(depth, a, b, c, strides, keep, n),
+                    (5, false) => tile::<5, 2>(depth, a, b, c, strides, keep, n),
+                    (_, false) => tile::<TILE, 2>(depth, a, b, c, strides, keep, n),
+                    (1, true) => tile::<1, 1>(depth, a, b, c, strides, keep, n),
+                    (2, true) => tile::<2, 1>(depth, a, b, c, strides, keep, n),
+                    (3, true) => tile::<3, 1>(depth, a, b, c, strides, keep, n),
+                    (4, true) => tile::<4, 1>(depth, a, b, c, strides, keep, n),
+                    (5, true) => tile::<5, 1>(depth, a, b, c, strides, keep, n),
+                    (_, true) => tile::<TILE, 1>(depth, a, b, c, strides, keep, n),
+                }
+            }
+        }
+    }
+}
+
+/// M rows by W registers of columns, of which `n` numbers count.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn tile<const M: usize, const W: usize>(
+    depth: usize,
+    mut a: *const f32,
+    b: *const f32,
+    c: *mut f32,
+    (a_row, a_depth, c_row): (usize, usize, usize),
+    keep: bool,
+    n: usize,
+) {
+    // SAFETY: the caller's pointers hold M rows, `depth` by 16 packed numbers, and M rows of n results.
+    unsafe {
+        // The result's lines come from memory while the sums are formed.
+        for i in 0..M {
+            prefetch(c.wrapping_add(i * c_row));
+            prefetch(c.wrapping_add(i * c_row + n - 1));
+        }
+        let mut sums = [[_mm256_setzero_ps(); W]; M];
+        for d in 0..depth {
+            let b: [__m256; W] = std::array::from_fn(|w| _mm256_loadu_ps(b.add(d * PANEL + w * 8)));
+            for (i, sums) in sums.iter_mut().enumerate() {
+                let a = _mm256_broadcast_ss(&*a.add(i * a_row));
+                for (sum, &b) in sums.iter_mut().zip(&b) {
+                    *sum = _mm256_fmadd_ps(a, b, *sum);
+                }
+            }
+            a = a.add(a_depth);
+        }
+        for (i, sums) in sums.iter().enumerate() {
+            let c = c.add(i * c_row);
+            if n == W * 8 {
+                for (w, &sum) in sums.iter().enumerate() {
+                    let c = c.add(w * 8);
+                    let sum = if keep { _mm256_add_ps(sum, _mm256_loadu_ps(c)) } else { sum };
+                    _mm256_storeu_ps(c, sum);
+                }
+            } else {
+                let mut row = [0f32; PANEL];
+                for (w, &sum) in sums.iter().enumerate() {
+                    _mm256_storeu_ps(row.as_mut_ptr().add(w * 8), sum);
+                }
+                for (j, &sum) in row.iter().enumerate().take(n) {
+                    *c.add(j) = if keep { *c.add(j) + sum } else { sum };
+                }
+            }
+        }
+    }
+}
