@@ -213,7 +213,12 @@ pub fn free_memory() -> Option<u64> {
     let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
     let machine = line.trim().trim_end_matches("kB").trim().parse::<u64>().ok()? * 1024;
     let group = number("/sys/fs/cgroup/memory.max").zip(number("/sys/fs/cgroup/memory.current"));
-    Some(group.map_or(machine, |(max, used)| machine.min(max.saturating_sub(used))))
+    let Some((most, used)) = group else { return Some(machine) };
+    // Cached files count as used by the group, and are given up when memory is wanted.
+    let statistics = std::fs::read_to_string("/sys/fs/cgroup/memory.stat").unwrap_or_default();
+    let cached = |name: &str| statistics.lines().find_map(|l| l.strip_prefix(name)?.trim().parse::<u64>().ok());
+    let cached = cached("active_file ").unwrap_or(0) + cached("inactive_file ").unwrap_or(0);
+    Some(machine.min(most.saturating_sub(used.saturating_sub(cached))))
 }
 
 /// What to change so that a run fits.
