@@ -4,13 +4,12 @@ use std::collections::{BTreeMap, HashMap};
 
 use candle_core::{DType, Result as TensorResult, Tensor, Var};
 use lorimer_model::{Adaptation, BaseModel, Projection, Site};
-use lorimer_tensor::{Ops, Part, Tape};
-use rand::SeedableRng;
-use rand_chacha::ChaCha8Rng;
+use lorimer_tensor::{LowRankTerm, Ops, Part, Tape};
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
-use crate::method::{Bias, Delta, Method, ModuleTensors, Step, site_seed};
+use crate::frozen::FrozenParts;
+use crate::method::{Bias, Change, Delta, Findings, LowRank, Method, ModuleTensors, Source, Step};
 use crate::store::StoredAdapter;
 use crate::targets::Matcher;
 
@@ -89,6 +88,17 @@ fn base_parameter(model: &dyn BaseModel, path: &str) -> Result<Option<Tensor>> {
 impl Adapter {
     /// A new adapter on every targeted projection. The same seed gives the same bytes.
     pub fn attach(model: &dyn BaseModel, method: Box<dyn Method>, seed: u64) -> Result<Self> {
+        Self::attach_calibrated(model, method, &Findings::new(), seed)
+    }
+
+    /// [`Self::attach`] with what calibration found out, for methods that ask for it.
+    pub fn attach_calibrated(
+        model: &dyn BaseModel,
+        mut method: Box<dyn Method>,
+        findings: &Findings,
+        seed: u64,
+    ) -> Result<Self> {
+        settle(method.as_mut(), model, findings)?;
         let matcher = Matcher::new(method.targeting())?;
         let projections = model.projections();
         let targeted: Vec<_> = projections.iter().filter(|(site, _)| matcher.targets(site)).collect();
@@ -115,8 +125,8 @@ impl Adapter {
         }
         let dtype = model.dtype();
         let attach = |(site, base): &&(&Site, &Projection)| -> Result<(String, Box<dyn Delta>)> {
-            let mut rng = ChaCha8Rng::seed_from_u64(site_seed(seed, &site.path));
-            Ok((site.path.clone(), method.attach(site, base, dtype, &mut rng)?))
+            let mut source = Source::start(site, dtype, seed, findings);
+            Ok((site.path.clone(), method.attach(site, base, &mut source)?))
         };
         let deltas = targeted.par_iter().map(attach).collect::<Result<BTreeMap<_, _>>>()?;
         let mut parameters = BTreeMap::new();
@@ -144,7 +154,7 @@ impl Adapter {
     /// Puts a stored adapter on a model and says what became of each of its tensors. Shapes must fit; whether an
     /// incomplete account is an error is the caller's choice (see [`Self::load_whole`]).
     pub fn load(model: &dyn BaseModel, stored: &StoredAdapter) -> Result<(Self, Accounting)> {
-        let method = crate::methods::from_adapter_config(&stored.config)?;
+        let mut method = crate::methods::from_adapter_config(&stored.config)?;
         let matcher = Matcher::new(method.targeting())?;
         let projections = model.projections();
         let sites: HashMap<&str, _> = projections.iter().map(|p| (p.0.path.as_str(), p)).collect();
@@ -153,7 +163,10 @@ impl Adapter {
         let mut accounting = Accounting::default();
         for (key, tensor) in &stored.tensors {
             let Some(path) = key.strip_prefix(PREFIX) else {
-                accounting.refused.push(key.clone());
+                match method.take_shared(key, tensor) {
+                    true => accounting.used.push(key.clone()),
+                    false => accounting.refused.push(key.clone()),
+                }
                 continue;
             };
             // PEFT keeps a trained bias of an adapted projection under `base_layer`.
@@ -177,14 +190,31 @@ impl Adapter {
                     let rest = path[site.len() + 1..].to_string();
                     modules.entry(site.to_string()).or_default().tensors.insert(rest, tensor.clone());
                 }
+                None if method.take_shared(key, tensor) => accounting.used.push(key.clone()),
                 None => accounting.refused.push(key.clone()),
             }
         }
+        settle(method.as_mut(), model, &Findings::new())?;
         let mut deltas: BTreeMap<String, Box<dyn Delta>> = BTreeMap::new();
-        for (site, base) in &projections {
-            let mut tensors = modules.remove(&site.path).unwrap_or_default();
+        let mut work: Vec<_> = projections
+            .iter()
+            .map(|&(site, base)| (site, base, modules.remove(&site.path).unwrap_or_default()))
+            .collect();
+        let (dtype, manifest) = (model.dtype(), stored.manifest.as_ref());
+        let load = |(site, base, tensors): &mut (&Site, &Projection, ModuleTensors)| -> Result<_> {
             let before: Vec<String> = tensors.tensors.keys().cloned().collect();
-            if let Some(delta) = method.load(site, base, model.dtype(), &mut tensors)? {
+            if before.is_empty() {
+                return Ok((before, None));
+            }
+            let delta = method.attach(site, base, &mut Source::file(site, dtype, tensors))?;
+            if let Some(frozen) = manifest.and_then(|m| m.frozen.get(&site.path)) {
+                frozen.check(&site.path, delta.as_ref())?;
+            }
+            Ok((before, Some(delta)))
+        };
+        let loaded = work.par_iter_mut().map(load).collect::<Result<Vec<_>>>()?;
+        for ((site, _, tensors), (before, delta)) in work.iter().zip(loaded) {
+            if let Some(delta) = delta {
                 deltas.insert(site.path.clone(), delta);
             } else if matcher.targets(site) {
                 accounting.missing.push(site.path.clone());
@@ -279,6 +309,15 @@ impl Adapter {
         &self.parameters
     }
 
+    /// What stands in `lorimer.json` for the frozen parts of every module.
+    pub fn frozen_parts(&self) -> Result<BTreeMap<String, FrozenParts>> {
+        let all: Vec<_> = self.deltas.iter().collect();
+        let of = |(path, delta): &(&String, &Box<dyn Delta>)| {
+            Ok(FrozenParts::of(delta.as_ref())?.map(|parts| ((*path).clone(), parts)))
+        };
+        Ok(all.par_iter().map(of).collect::<Result<Vec<_>>>()?.into_iter().flatten().collect())
+    }
+
     /// The adapter as a file holds it, for the base named `base`.
     pub fn to_stored(&self, base: &str) -> Result<StoredAdapter> {
         let mut config = self.method.stored_config();
@@ -296,6 +335,9 @@ impl Adapter {
                 tensors.insert(format!("{PREFIX}{path}.{key}"), detached(&tensor)?);
             }
         }
+        for (name, tensor) in self.method.shared()? {
+            tensors.insert(name, detached(&tensor)?);
+        }
         for (path, var) in &self.parameters {
             let module = path.strip_suffix(".bias").filter(|m| self.deltas.contains_key(*m));
             let key = match module {
@@ -308,8 +350,26 @@ impl Adapter {
     }
 }
 
+/// Tells a method which projections it targets.
+fn settle(method: &mut dyn Method, model: &dyn BaseModel, findings: &Findings) -> Result<()> {
+    let matcher = Matcher::new(method.targeting())?;
+    let projections = model.projections();
+    let targeted: Vec<&Site> = projections.iter().map(|(site, _)| *site).filter(|site| matcher.targets(site)).collect();
+    method.settle(&targeted, findings)
+}
+
 fn detached(t: &Tensor) -> TensorResult<Tensor> {
     t.detach().contiguous()
+}
+
+/// Refuses to sum or scale what is not additive.
+pub(crate) fn refuse_sum(method: &dyn Method, adapters: usize, weight: f64) -> Result<()> {
+    match method.not_additive() {
+        Some(why) if adapters > 1 || weight != 1.0 => {
+            Err(Error::Refused(format!("a `{}` adapter can only be used alone and at weight 1: {why}", method.name())))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Adapters at work on a model: their changes add up, each times its weight.
@@ -328,6 +388,9 @@ impl<'a> Attached<'a> {
     /// Several adapters with weights. Whole parameters cannot be mixed, so at most one adapter may bring any of a name,
     /// and at weight 1.
     pub fn weighted(adapters: Vec<(&'a Adapter, f64)>) -> Result<Self> {
+        for (adapter, weight) in &adapters {
+            refuse_sum(adapter.method.as_ref(), adapters.len(), *weight)?;
+        }
         let mut seen = std::collections::HashSet::new();
         for (adapter, weight) in &adapters {
             for path in adapter.parameters.keys() {
@@ -370,14 +433,28 @@ impl Attached<'_> {
     /// A projection without its bias, operation by operation.
     fn project_plain(&self, site: &Site, base: &Projection, x: &Tensor) -> TensorResult<Tensor> {
         let ops = self.ops();
-        let plain = match self.parameter(&site.weight_path()) {
+        let own = self.parameter(&site.weight_path());
+        if own.is_none()
+            && self.tape.is_some()
+            && let [(delta, 1.0)] = self.here(site).collect::<Vec<_>>()[..]
+        {
+            let mut whole = false;
+            let found = ops.island_all(&[x], &parameters(delta), |t| {
+                let output = delta.output(base, &t[0], &self.step)?;
+                whole = output.is_some();
+                Ok(output.into_iter().collect())
+            })?;
+            if let (true, Some(y)) = (whole, found.into_iter().next()) {
+                return Ok(y);
+            }
+        }
+        let plain = match own {
             Some(weight) => ops.island(&[x], &[weight], |t| t[0].matmul(&weight.t()?))?,
             None => ops.linear(x, &base.weight)?,
         };
         let mut y = plain.clone();
         for (delta, weight) in self.here(site) {
-            let trainable: Vec<&Tensor> = delta.trainable().into_iter().map(|(_, v)| v.as_tensor()).collect();
-            let change = ops.island(&[x, &plain], &trainable, |t| {
+            let change = ops.island(&[x, &plain], &parameters(delta), |t| {
                 let change = delta.forward(base, &t[0], &t[1], &self.step)?;
                 if weight == 1.0 { Ok(change) } else { change * weight }
             })?;
@@ -385,6 +462,50 @@ impl Attached<'_> {
         }
         Ok(y)
     }
+
+    /// The form of the only adapter's change on a site, where it has one that is computed with the frozen projection: recorded as
+    /// a function of its parameters.
+    fn form(&self, delta: &dyn Delta, base: &Projection, x: &Tensor) -> TensorResult<Option<Change>> {
+        let mut scaling = None;
+        let rows = x.dim(0)?;
+        let found = self.ops().island_all(&[], &parameters(delta), |_| {
+            Ok(match delta.change(base, rows)? {
+                None => vec![],
+                Some(Change::Weight(weight)) => vec![weight],
+                Some(Change::Thin(low)) => {
+                    scaling = Some(low.scaling);
+                    vec![low.a, low.b]
+                }
+            })
+        })?;
+        let mut found = found.into_iter();
+        Ok(match (found.next(), found.next(), scaling) {
+            (Some(a), Some(b), Some(scaling)) => Some(Change::Thin(LowRank { a, b, scaling })),
+            (Some(weight), None, _) => Some(Change::Weight(weight)),
+            _ => None,
+        })
+    }
+
+    /// The output with all biases, from the one without.
+    fn with_biases(&self, site: &Site, base: &Projection, mut y: Tensor) -> TensorResult<Tensor> {
+        let ops = self.ops();
+        if let Some(bias) = self.parameter(&site.bias_path()).or(base.bias.as_ref()) {
+            y = ops.add_bias(&y, bias)?;
+        }
+        for (delta, weight) in self.here(site) {
+            let change =
+                ops.island_all(&[], &parameters(delta), |_| Ok(delta.bias_change(base)?.into_iter().collect()))?;
+            if let Some(change) = change.first() {
+                y = ops.add_bias(&y, &if weight == 1.0 { change.clone() } else { (change * weight)? })?;
+            }
+        }
+        Ok(y)
+    }
+}
+
+/// The tensors that a delta trains.
+fn parameters(delta: &dyn Delta) -> Vec<&Tensor> {
+    delta.trainable().into_iter().map(|(_, v)| v.as_tensor()).collect()
 }
 
 impl Adaptation for Attached<'_> {
@@ -401,6 +522,7 @@ impl Adaptation for Attached<'_> {
         let ops = self.ops();
         let mut parts = Vec::new();
         let mut places = Vec::new();
+        let mut outputs: Vec<Option<Tensor>> = vec![None; targets.len()];
         // Without a tape the plain form runs, so that it is what the fast one is held against.
         for (place, (site, base)) in targets.iter().enumerate().filter(|_| self.tape.is_some()) {
             if self.parameter(&site.weight_path()).is_some() {
@@ -408,8 +530,14 @@ impl Adaptation for Attached<'_> {
             }
             let low_rank = match self.here(site).collect::<Vec<_>>()[..] {
                 [] => None,
-                [(delta, 1.0)] => match delta.thin(x, &self.step)? {
-                    Some(thin) => Some(thin),
+                [(delta, 1.0)] => match self.form(delta, base, x)? {
+                    Some(Change::Thin(LowRank { a, b, scaling })) => {
+                        Some(LowRankTerm { a, b, scaling, mask: delta.mask(x, &self.step)? })
+                    }
+                    Some(Change::Weight(weight)) => {
+                        outputs[place] = Some(ops.dense(x, &weight)?);
+                        continue;
+                    }
                     None => continue,
                 },
                 _ => continue,
@@ -417,19 +545,14 @@ impl Adaptation for Attached<'_> {
             parts.push(Part { weight: &base.weight, low_rank });
             places.push(place);
         }
-        let mut together = places.into_iter().zip(ops.project(x, &parts)?).peekable();
-        let mut outputs = Vec::with_capacity(targets.len());
-        for (place, (site, base)) in targets.iter().enumerate() {
-            let y = match together.next_if(|(i, _)| *i == place) {
-                Some((_, y)) => y,
-                None => self.project_plain(site, base, x)?,
-            };
-            outputs.push(match self.parameter(&site.bias_path()).or(base.bias.as_ref()) {
-                Some(bias) => ops.add_bias(&y, bias)?,
-                None => y,
-            });
+        for (place, y) in places.into_iter().zip(ops.project(x, &parts)?) {
+            outputs[place] = Some(y);
         }
-        Ok(outputs)
+        let all = targets.iter().zip(outputs).map(|((site, base), y)| {
+            let y = y.map_or_else(|| self.project_plain(site, base, x), Ok)?;
+            self.with_biases(site, base, y)
+        });
+        all.collect()
     }
 
     fn touches(&self, site: &Site) -> bool {

@@ -5,6 +5,8 @@ pub mod attached;
 pub mod card;
 pub mod convert;
 pub mod error;
+pub mod example;
+pub mod frozen;
 pub mod inspect;
 pub mod merge;
 pub mod method;
@@ -14,5 +16,6 @@ pub mod targets;
 
 pub use attached::{Accounting, Adapter, Attached};
 pub use error::{Error, Result};
-pub use method::{Delta, LowRank, Method, NotMergeable, Step};
+pub use frozen::FrozenParts;
+pub use method::{Calibration, Change, Delta, Findings, LowRank, Method, NotMergeable, Step};
 pub use store::{BaseIdentity, Golden, Manifest, StoredAdapter};

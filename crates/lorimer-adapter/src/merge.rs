@@ -11,14 +11,16 @@ use lorimer_model::config::LlamaConfig;
 use lorimer_model::files::{create_folder, write_atomic, write_atomic_with, write_json};
 use lorimer_model::gguf::{module_to_gguf, row_order};
 use lorimer_model::llama::EMBEDDING;
-use lorimer_model::{LoadDtype, Projection, Site, TextModel, Weights};
+use lorimer_model::{Llama, LoadDtype, Projection, Site, TextModel, Weights};
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::attached::PREFIX;
+use crate::attached::{PREFIX, refuse_sum};
 use crate::error::{Error, Result};
-use crate::method::{Method, ModuleTensors};
+use crate::frozen::FrozenParts;
+use crate::method::{Delta, Method, ModuleTensors, Source};
 use crate::store::{StoredAdapter, raw_bytes, safetensors_dtype};
+use crate::targets::Matcher;
 
 /// What a merge gave.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -41,22 +43,32 @@ const SHARD_BYTES: usize = 4 << 30;
 /// Tensors of an adapter by module and key.
 type Modules = BTreeMap<String, BTreeMap<String, Tensor>>;
 
+/// One adapter of a merge.
+struct Part {
+    method: Box<dyn Method>,
+    modules: Modules,
+    weight: f64,
+    frozen: BTreeMap<String, FrozenParts>,
+}
+
 /// Adapters grouped by module, ready to be merged into one tensor after another.
-struct Plan {
-    adapters: Vec<(Box<dyn Method>, Modules, f64)>,
+struct Plan<'a> {
+    weights: &'a Weights,
+    adapters: Vec<Part>,
     /// Whole parameters by on-disk name.
     parameters: BTreeMap<String, Tensor>,
 }
 
-impl Plan {
-    fn new(adapters: &[(StoredAdapter, f64)], config: &LlamaConfig, weights: &Weights) -> Result<Self> {
+impl<'a> Plan<'a> {
+    fn new(adapters: &[(StoredAdapter, f64)], config: &LlamaConfig, weights: &'a Weights) -> Result<Self> {
         let mut names: BTreeSet<String> = weights.names().into_iter().collect();
         if config.tied {
             names.insert("lm_head.weight".into());
         }
-        let mut plan = Self { adapters: Vec::new(), parameters: BTreeMap::new() };
+        let mut plan = Self { weights, adapters: Vec::new(), parameters: BTreeMap::new() };
         for (stored, weight) in adapters {
-            let method = crate::methods::from_adapter_config(&stored.config)?;
+            let mut method = crate::methods::from_adapter_config(&stored.config)?;
+            refuse_sum(method.as_ref(), adapters.len(), *weight)?;
             let mut modules = Modules::new();
             for (key, tensor) in &stored.tensors {
                 let path = key.strip_prefix(PREFIX).unwrap_or(key).replace(".base_layer.", ".");
@@ -76,6 +88,7 @@ impl Plan {
                         let rest = path[module.len() + 1..].to_string();
                         modules.entry(module.to_string()).or_default().insert(rest, tensor.clone());
                     }
+                    None if method.take_shared(key, tensor) => {}
                     None => {
                         return Err(Error::Mismatch(format!(
                             "`{}`: the adapter does not fit the base: its tensor `{key}` belongs to no module there",
@@ -84,14 +97,54 @@ impl Plan {
                     }
                 }
             }
-            plan.adapters.push((method, modules, *weight));
+            let matcher = Matcher::new(method.targeting())?;
+            let sites = Llama::sites(config);
+            let targeted: Vec<&Site> = sites.iter().filter(|site| matcher.targets(site)).collect();
+            method.settle(&targeted, &Default::default())?;
+            let frozen = stored.manifest.as_ref().map(|m| m.frozen.clone()).unwrap_or_default();
+            plan.adapters.push(Part { method, modules, weight: *weight, frozen });
         }
         Ok(plan)
     }
 
     fn touches(&self, name: &str) -> bool {
-        let module = name.strip_suffix(".weight").unwrap_or(name);
-        self.parameters.contains_key(name) || self.adapters.iter().any(|(_, modules, _)| modules.contains_key(module))
+        let module = name.strip_suffix(".weight").or(name.strip_suffix(".bias")).unwrap_or(name);
+        self.parameters.contains_key(name) || self.adapters.iter().any(|p| p.modules.contains_key(module))
+    }
+
+    /// What an adapter has on a projection.
+    fn delta(&self, part: &Part, site: &Site, projection: &Projection) -> Result<Option<Box<dyn Delta>>> {
+        let Some(tensors) = part.modules.get(&site.path) else { return Ok(None) };
+        let mut tensors = ModuleTensors { tensors: tensors.clone() };
+        let delta = part.method.attach(site, projection, &mut Source::file(site, DType::F32, &mut tensors))?;
+        if let Some(key) = tensors.tensors.keys().next() {
+            return Err(Error::Mismatch(format!(
+                "`{}`: `{key}` is not understood by `{}`",
+                site.path,
+                part.method.name()
+            )));
+        }
+        if let Some(frozen) = part.frozen.get(&site.path) {
+            frozen.check(&site.path, delta.as_ref())?;
+        }
+        Ok(Some(delta))
+    }
+
+    /// The merged bias of a module, where an adapter changes it.
+    fn merge_bias(&self, module: &str, base: &Tensor) -> Result<Option<Tensor>> {
+        let name = format!("{module}.weight");
+        let mut result = None;
+        for part in self.adapters.iter().filter(|p| p.modules.contains_key(module)) {
+            let Some(shape) = self.weights.shape(&name)? else { continue };
+            let [rows, columns] = shape[..] else { continue };
+            let weight = self.weights.weight(&name, (rows, columns))?;
+            let projection = Projection { weight, bias: Some(base.clone()) };
+            let Some(delta) = self.delta(part, &Site::new(module, (rows, columns)), &projection)? else { continue };
+            if let Some(change) = delta.bias_change(&projection)? {
+                result = Some((result.unwrap_or_else(|| base.clone()) + (change.detach() * part.weight)?)?);
+            }
+        }
+        Ok(result)
     }
 
     /// The merged tensor in f32, given the base's in f32; None where nothing touches it.
@@ -106,25 +159,20 @@ impl Plan {
             }
             return Ok(Some(t.to_dtype(DType::F32)?));
         }
+        if let Some(module) = name.strip_suffix(".bias") {
+            return self.merge_bias(module, base);
+        }
         let Some(module) = name.strip_suffix(".weight") else { return Ok(None) };
         let mut result = None;
-        for (method, modules, weight) in &self.adapters {
-            let Some(tensors) = modules.get(module) else { continue };
+        for part in self.adapters.iter().filter(|p| p.modules.contains_key(module)) {
             let site = Site::new(module, base.dims2()?);
             let projection = Projection { weight: lorimer_tensor::FrozenWeight::Dense(base.clone()), bias: None };
-            let mut tensors = ModuleTensors { tensors: tensors.clone() };
-            let delta = method.load(&site, &projection, DType::F32, &mut tensors)?;
-            if let (Some(key), _) | (None, Some(key)) =
-                (tensors.tensors.keys().next(), delta.is_none().then_some(&site.path))
-            {
-                return Err(Error::Mismatch(format!("`{module}`: `{key}` is not understood by `{}`", method.name())));
-            }
-            let Some(delta) = delta else { continue };
+            let Some(delta) = self.delta(part, &site, &projection)? else { continue };
             let merged = delta
                 .merged(&projection)?
                 .map_err(|why| Error::Refused(format!("`{module}` cannot be merged: {}", why.0)))?;
             let so_far = result.unwrap_or_else(|| base.clone());
-            result = Some((so_far + ((merged - base)? * *weight)?)?);
+            result = Some((so_far + ((merged - base)? * part.weight)?)?);
         }
         Ok(result)
     }

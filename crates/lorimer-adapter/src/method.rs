@@ -2,10 +2,11 @@
 
 use std::collections::BTreeMap;
 
-use candle_core::{DType, Tensor, Var};
+use candle_core::{DType, Result as TensorResult, Tensor, Var};
 use lorimer_model::{Projection, Site};
-use lorimer_tensor::LowRankTerm;
+use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
+use serde::Serialize;
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
@@ -28,6 +29,7 @@ pub enum Bias {
     /// All that the base has.
     All,
     /// Those of adapted projections.
+    #[serde(alias = "MiSS_only", alias = "bone_only", alias = "randlora_only", alias = "vera_only")]
     LoraOnly,
 }
 
@@ -46,15 +48,49 @@ pub struct LowRank {
     pub scaling: f64,
 }
 
+/// A changed projection in a form that is computed together with the frozen one.
+pub enum Change {
+    /// ΔW = scaling · b a.
+    Thin(LowRank),
+    /// The whole weight W' (outputs, inputs).
+    Weight(Tensor),
+}
+
 /// What a method put on one projection.
+///
+/// Most methods say in [`Self::change`] what they are, as a function of their trainable parameters, and have everything else from
+/// the defaults: the forward, the fast form in training, the merged weight, the LoRA that `convert` writes.
 pub trait Delta: Send + Sync {
+    /// The change as a function of the trainable parameters, in candle's graph; None where it has no such form, and
+    /// [`Self::forward`] and [`Self::merged`] are the method's own. `rows`: of the input, for methods that choose by
+    /// arithmetic; 0 where the factors themselves are wanted.
+    fn change(&self, _base: &Projection, _rows: usize) -> TensorResult<Option<Change>> {
+        Ok(None)
+    }
+    /// What multiplies the input of the change only, (rows, inputs), where the change is [`Change::Thin`]: dropout.
+    fn mask(&self, _x: &Tensor, _step: &Step) -> TensorResult<Option<Tensor>> {
+        Ok(None)
+    }
     /// The change Δy of the projection's output. `x` (rows, inputs), `y` = x Wᵀ (rows, outputs) without
     /// bias, which an adapter may have replaced.
-    fn forward(&self, base: &Projection, x: &Tensor, y: &Tensor, step: &Step) -> candle_core::Result<Tensor>;
-    /// The change as one product of trainable thin matrices, where it is nothing else in this step. In training, and where
-    /// this is the only adapter, it is then computed in one operation with the frozen projection, in place of
-    /// [`Self::forward`], which it equals. `x` (rows, inputs).
-    fn thin(&self, _x: &Tensor, _step: &Step) -> candle_core::Result<Option<LowRankTerm<'_>>> {
+    fn forward(&self, base: &Projection, x: &Tensor, y: &Tensor, step: &Step) -> TensorResult<Tensor> {
+        match self.change(base, x.dim(0)?)? {
+            // The scaling goes onto the thin matrix, where it costs next to nothing.
+            Some(Change::Thin(LowRank { a, b, scaling })) => {
+                let x = self.mask(x, step)?.map_or_else(|| Ok(x.clone()), |mask| x * mask)?;
+                (x.matmul(&a.t()?)? * scaling)?.matmul(&b.t()?)
+            }
+            Some(Change::Weight(weight)) => x.matmul(&weight.t()?)? - y,
+            None => candle_core::bail!("a method without a form has to bring its forward"),
+        }
+    }
+    /// The whole output without bias, where that is less work than [`Self::forward`] beside the frozen projection; in candle's
+    /// graph. It is used where this is the only adapter.
+    fn output(&self, _base: &Projection, _x: &Tensor, _step: &Step) -> TensorResult<Option<Tensor>> {
+        Ok(None)
+    }
+    /// What the change adds to the output of every row (outputs), where the method works on W x + b.
+    fn bias_change(&self, _base: &Projection) -> TensorResult<Option<Tensor>> {
         Ok(None)
     }
     /// Whether the change of a row depends on which other rows are in the batch (dropout does, since its mask goes by the
@@ -63,21 +99,40 @@ pub trait Delta: Send + Sync {
         true
     }
     /// The plain weight (outputs, inputs) that gives the same output, in f32 (f64 for f64 adapters).
-    fn merged(&self, base: &Projection) -> candle_core::Result<Result<Tensor, NotMergeable>>;
-    /// Trainable parameters, in a fixed order, by PEFT's parameter names.
-    fn trainable(&self) -> Vec<(&'static str, &Var)>;
-    /// What the file holds for this module, by key below the module's path, for the base as it is on disk.
-    fn stored(&self) -> candle_core::Result<Vec<(&'static str, Tensor)>>;
-    /// Whether the output changes at all.
-    fn has_effect(&self, base: &Projection) -> candle_core::Result<bool> {
-        let Ok(merged) = self.merged(base)? else { return Ok(true) };
-        let largest = |t: Tensor| -> candle_core::Result<f64> {
-            t.abs()?.flatten_all()?.max(0)?.to_dtype(DType::F64)?.to_scalar::<f64>()
+    fn merged(&self, base: &Projection) -> TensorResult<Result<Tensor, NotMergeable>> {
+        let merged = match self.change(base, 0)? {
+            Some(Change::Thin(low)) => {
+                let change = (low.b.matmul(&low.a)? * low.scaling)?;
+                (base.dense(change.dtype())? + change)?
+            }
+            Some(Change::Weight(weight)) => weight,
+            None => return Ok(Err(NotMergeable("the method has no plain weight".into()))),
         };
+        Ok(Ok(merged.detach()))
+    }
+    /// Trainable parameters, in a fixed order, by their keys in the file (without `.weight`, where PEFT adds that).
+    fn trainable(&self) -> Vec<(&'static str, &Var)>;
+    /// What is not trained but found from the base, from a seed or from data when the adapter is made, by key. Its hash stands in
+    /// `lorimer.json`, so that a file without it is not used on another base.
+    fn frozen(&self) -> Vec<(&'static str, &Tensor)> {
+        Vec::new()
+    }
+    /// What the file holds for this module, by key below the module's path, for the base as it is on disk.
+    fn stored(&self) -> TensorResult<Vec<(&'static str, Tensor)>> {
+        Ok(self.trainable().into_iter().map(|(key, var)| (key, var.detach())).collect())
+    }
+    /// Whether the output changes at all.
+    fn has_effect(&self, base: &Projection) -> TensorResult<bool> {
+        let Ok(merged) = self.merged(base)? else { return Ok(true) };
         let dense = base.dense(merged.dtype())?;
         // What rounding alone can do to a decomposed weight is no effect.
-        Ok(largest((&merged - &dense)?)? > 1e-6 * largest(dense)?)
+        Ok(largest(&(&merged - &dense)?)? > 1e-6 * largest(&dense)?)
     }
+}
+
+/// The largest absolute value.
+pub(crate) fn largest(t: &Tensor) -> TensorResult<f64> {
+    t.abs()?.flatten_all()?.max(0)?.to_dtype(DType::F64)?.to_scalar::<f64>()
 }
 
 /// Tensors of one module in an adapter file, by the key below the module's path; taking one accounts for it.
@@ -101,6 +156,115 @@ impl ModuleTensors {
     }
 }
 
+/// What calibration found out about a module, by name.
+pub type Found = BTreeMap<String, Tensor>;
+
+/// What calibration found out, by module.
+pub type Findings = BTreeMap<String, Found>;
+
+/// What a method wants to know of the training data before it is attached.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub enum Calibration {
+    /// Nothing.
+    Nothing,
+    /// Principal directions of every targeted projection's inputs, batch by batch until those that the method needs
+    /// ([`Method::allocate`]) hold still.
+    Inputs {
+        /// Cosine between a direction and what it was a batch ago from which on it holds still.
+        threshold: f64,
+        /// Only positions whose own token is learnt.
+        learnt_only: bool,
+        /// Rows of data at a time.
+        batch_size: usize,
+        /// Batches after which what there is will do.
+        max_batches: usize,
+    },
+    /// The sum of every targeted weight's gradient over this many rows of data, handed to [`Method::digest`].
+    Gradients {
+        /// Rows of data.
+        samples: usize,
+        /// Rows at a time.
+        batch_size: usize,
+    },
+}
+
+/// Where an adapter on one projection comes from: a start, or a file.
+pub struct Source<'a> {
+    site: &'a Site,
+    dtype: DType,
+    from: From<'a>,
+}
+
+enum From<'a> {
+    Start(Box<ChaCha8Rng>, Option<&'a Found>),
+    File(&'a mut ModuleTensors),
+}
+
+impl<'a> Source<'a> {
+    /// A new adapter whose random values follow from `seed` and the site.
+    pub fn start(site: &'a Site, dtype: DType, seed: u64, findings: &'a Findings) -> Self {
+        let rng = Box::new(ChaCha8Rng::seed_from_u64(site_seed(seed, &site.path)));
+        Self { site, dtype, from: From::Start(rng, findings.get(&site.path)) }
+    }
+
+    /// What a file holds for the site.
+    pub fn file(site: &'a Site, dtype: DType, tensors: &'a mut ModuleTensors) -> Self {
+        Self { site, dtype, from: From::File(tensors) }
+    }
+
+    /// The type that the adapter computes in.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Whether this is a file.
+    pub fn is_file(&self) -> bool {
+        matches!(self.from, From::File(_))
+    }
+
+    /// What calibration found out about the site; an error where that is needed and missing.
+    pub fn found(&self, name: &str) -> Result<&'a Tensor> {
+        let found = match &self.from {
+            From::Start(_, found) => found.and_then(|f| f.get(name)),
+            From::File(_) => None,
+        };
+        found.ok_or_else(|| Error::Config(format!("`{}` has not been calibrated: `{name}` is missing", self.site.path)))
+    }
+
+    /// A trainable parameter: from the file, where a missing one is an error, or as `start` makes it.
+    pub fn trainable(
+        &mut self,
+        key: &str,
+        shape: &[usize],
+        start: impl FnOnce(&mut ChaCha8Rng) -> Result<Tensor>,
+    ) -> Result<Var> {
+        let t = match &mut self.from {
+            From::Start(rng, _) => start(rng)?,
+            From::File(tensors) => tensors
+                .take(&self.site.path, key, shape)?
+                .ok_or_else(|| Error::Mismatch(format!("tensor `{}.{key}` is missing", self.site.path)))?,
+        };
+        Ok(Var::from_tensor(&t.to_dtype(self.dtype)?.contiguous()?.detach())?)
+    }
+
+    /// A frozen part: from the file where that has it, else as `make` finds it.
+    pub fn frozen(&mut self, key: &str, shape: &[usize], make: impl FnOnce() -> Result<Tensor>) -> Result<Tensor> {
+        let given = match &mut self.from {
+            From::Start(..) => None,
+            From::File(tensors) => tensors.take(&self.site.path, key, shape)?,
+        };
+        Ok(given.map_or_else(make, Ok)?.to_dtype(self.dtype)?.contiguous()?.detach())
+    }
+
+    /// A tensor of the file that need not be there.
+    pub fn optional(&mut self, key: &str, shape: &[usize]) -> Result<Option<Tensor>> {
+        match &mut self.from {
+            From::Start(..) => Ok(None),
+            From::File(tensors) => tensors.take(&self.site.path, key, shape),
+        }
+    }
+}
+
 /// A method with its configuration.
 pub trait Method: Send + Sync {
     /// Name in the registry.
@@ -112,32 +276,110 @@ pub trait Method: Send + Sync {
         Bias::None
     }
     /// Configuration for `adapter_config.json`, describing what [`Delta::stored`] gives.
-    fn stored_config(&self) -> Map<String, Value>;
+    fn stored_config(&self) -> Map<String, Value> {
+        self.config()
+    }
     /// The configuration as it was given, for training provenance and exact resumption.
     fn config(&self) -> Map<String, Value>;
-    /// A new adapter on one projection.
-    fn attach(&self, site: &Site, base: &Projection, dtype: DType, rng: &mut ChaCha8Rng) -> Result<Box<dyn Delta>>;
-    /// An adapter out of a file; `None` if the module has no tensors there.
-    fn load(
-        &self,
-        site: &Site,
-        base: &Projection,
-        dtype: DType,
-        tensors: &mut ModuleTensors,
-    ) -> Result<Option<Box<dyn Delta>>>;
+    /// What it wants to know of the training data.
+    fn calibration(&self) -> Calibration {
+        Calibration::Nothing
+    }
+    /// With [`Calibration::Inputs`]: the most directions that a projection may need.
+    fn components(&self, _site: &Site) -> Result<usize> {
+        Ok(0)
+    }
+    /// With [`Calibration::Inputs`]: how many directions each projection needs, from the shares of variance that its
+    /// directions explain (falling).
+    fn allocate(&self, _explained: &[(&Site, &[f64])]) -> Result<Vec<usize>> {
+        Ok(Vec::new())
+    }
+    /// With [`Calibration::Gradients`]: what to keep of the summed gradient (outputs, inputs) of a frozen weight.
+    fn digest(&self, _site: &Site, _gradient: &Tensor) -> Result<Found> {
+        Ok(Found::new())
+    }
+    /// Told once, before anything is attached or loaded, which projections are targeted and what calibration found (nothing
+    /// where a file is loaded).
+    fn settle(&mut self, _targeted: &[&Site], _findings: &Findings) -> Result<()> {
+        Ok(())
+    }
+    /// A tensor of a file that belongs to no module; whether it is of use. Before [`Self::settle`].
+    fn take_shared(&mut self, _name: &str, _tensor: &Tensor) -> bool {
+        false
+    }
+    /// Tensors that belong to no module, by full name, to be written beside the modules' own.
+    fn shared(&self) -> TensorResult<Vec<(String, Tensor)>> {
+        Ok(Vec::new())
+    }
+    /// The adapter on one projection, new or out of a file.
+    fn attach(&self, site: &Site, base: &Projection, source: &mut Source<'_>) -> Result<Box<dyn Delta>>;
     /// Number of trainable parameters on a projection: the formula of the method's header.
     fn parameters(&self, site: &Site) -> Result<usize>;
     /// Whether, in training, the output of a row depends on that row alone: see [`Delta::rows_are_independent`].
     fn rows_are_independent(&self) -> bool {
         true
     }
+    /// Why its changes may not be summed or scaled, if they may not.
+    fn not_additive(&self) -> Option<&'static str> {
+        None
+    }
     /// Floats that training keeps for each row of a projection's input until the backward, beside the input itself: for the
     /// plan of a run. The default is what [`Delta::forward`] keeps as a graph of some operations.
     fn kept(&self, site: &Site) -> usize {
         2 * site.inputs + 5 * site.outputs
     }
+    /// Floats that training keeps of a projection however many rows there are, beside the trainable parameters.
+    fn held(&self, _site: &Site) -> usize {
+        0
+    }
+    /// Figures of a module in a file that only this method has, for `inspect`.
+    fn remarks(&self, _tensors: &BTreeMap<String, Tensor>) -> Result<Vec<(String, f64)>> {
+        Ok(Vec::new())
+    }
     /// The low-rank change of a module in a file, where the method has one that needs no base.
-    fn low_rank(&self, module: &str, tensors: &BTreeMap<String, Tensor>) -> Result<Option<LowRank>>;
+    fn low_rank(&self, _module: &str, _tensors: &BTreeMap<String, Tensor>) -> Result<Option<LowRank>> {
+        Ok(None)
+    }
+}
+
+/// All of a configuration, with PEFT's type and what PEFT expects of every file beside it.
+pub fn peft_json<T: Serialize>(peft_type: &str, config: &T) -> Map<String, Value> {
+    let mut all = Map::new();
+    for (key, value) in [
+        ("peft_type", peft_type.into()),
+        ("task_type", "CAUSAL_LM".into()),
+        ("auto_mapping", Value::Null),
+        ("inference_mode", true.into()),
+    ] {
+        all.insert(key.into(), value);
+    }
+    if let Ok(Value::Object(fields)) = serde_json::to_value(config) {
+        all.extend(fields);
+    }
+    all
+}
+
+/// A configuration out of `adapter_config.json`: the keys that it knows; those in `refused` may not be set there.
+pub fn from_peft_json<T: Default + Serialize + serde::de::DeserializeOwned>(
+    method: &str,
+    config: &Map<String, Value>,
+    refused: &[&str],
+) -> Result<T> {
+    let set = |v: &Value| match v {
+        Value::Null | Value::Bool(false) => false,
+        Value::Array(a) => !a.is_empty(),
+        Value::Object(o) => !o.is_empty(),
+        _ => true,
+    };
+    if let Some(key) = refused.iter().find(|k| config.get(**k).is_some_and(set)) {
+        return Err(Error::Config(format!("adapter_config.json sets `{key}`, which is not understood here")));
+    }
+    let known = match serde_json::to_value(T::default()) {
+        Ok(Value::Object(map)) => map,
+        _ => Map::new(),
+    };
+    let given = config.iter().filter(|(k, v)| known.contains_key(*k) && !v.is_null());
+    configure(method, &given.map(|(k, v)| (k.clone(), v.clone())).collect())
 }
 
 /// Seed for one site, so that neither the order of sites nor threads matter (FNV-1a).

@@ -11,6 +11,7 @@ use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
+use crate::frozen::FrozenParts;
 
 /// Largest `adapter_config.json` and `lorimer.json`.
 const MAX_CONFIG_BYTES: u64 = 4 << 20;
@@ -69,6 +70,9 @@ pub struct Manifest {
     /// Log-probabilities to replay.
     #[serde(default)]
     pub golden: Vec<Golden>,
+    /// What stands for the frozen parts of the method that the file may leave out, by module.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub frozen: BTreeMap<String, FrozenParts>,
 }
 
 /// An adapter as a file holds it.

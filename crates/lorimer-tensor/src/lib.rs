@@ -8,7 +8,9 @@
 //! This is the only crate of the workspace that contains `unsafe` code.
 
 pub mod attention;
+pub mod bases;
 pub mod blockwise;
+mod dense;
 pub mod gated;
 pub mod linalg;
 pub mod loss;
@@ -26,11 +28,12 @@ pub mod tape;
 mod wide;
 
 pub use attention::{Segment, attention};
+pub use bases::scaled_bases;
 pub use gated::silu_mul;
 pub use loss::cross_entropy;
 pub use low_rank::{LowRankTerm, Part};
 pub use norm::rms_norm;
-pub use project::frozen_linear;
+pub use project::{frozen_left, frozen_linear};
 pub use rotary::{RotaryTable, rotary};
 pub use storage::FrozenWeight;
 pub use tape::{Gradients, Ops, Tape};

@@ -12,15 +12,15 @@ use crate::products::{Out, Product, Right, Term, run};
 use crate::project::frozen_linear;
 use crate::raw::{Real, with_slice_list};
 use crate::storage::FrozenWeight;
-use crate::tape::{Gradients, Recipe};
+use crate::tape::{Gradients, Recipe, Tape};
 
-/// A trainable change of rank r beside a frozen weight.
+/// A change of rank r beside a frozen weight. Of the two factors, those get a gradient that the tape follows.
 #[derive(Clone)]
-pub struct LowRankTerm<'a> {
+pub struct LowRankTerm {
     /// (rank, inputs).
-    pub a: &'a Tensor,
+    pub a: Tensor,
     /// (outputs, rank).
-    pub b: &'a Tensor,
+    pub b: Tensor,
     /// α/r, or what the method has in its place.
     pub scaling: f64,
     /// Multiplies the input of the change only, (rows, inputs): 0 where an element is dropped, 1/(1 − p) elsewhere.
@@ -33,7 +33,13 @@ pub struct Part<'a> {
     /// (outputs, inputs).
     pub weight: &'a FrozenWeight,
     /// The change.
-    pub low_rank: Option<LowRankTerm<'a>>,
+    pub low_rank: Option<LowRankTerm>,
+}
+
+impl LowRankTerm {
+    fn tensors(&self) -> impl Iterator<Item = &Tensor> {
+        [Some(&self.a), Some(&self.b), self.mask.as_ref()].into_iter().flatten()
+    }
 }
 
 impl Part<'_> {
@@ -45,9 +51,9 @@ impl Part<'_> {
         y + (dropped.matmul(&a.t()?)?.matmul(&b.t()?)? * *scaling)?
     }
 
-    pub(crate) fn kept(&self) -> Kept {
-        let low_rank = self.low_rank.as_ref().map(|l| (l.a.clone(), l.b.clone(), l.scaling, l.mask.clone()));
-        Kept { weight: self.weight.clone(), low_rank }
+    pub(crate) fn kept(&self, tape: &Tape) -> Kept {
+        let wants = self.low_rank.as_ref().map_or((false, false), |l| (tape.tracks(&l.a), tape.tracks(&l.b)));
+        Kept { weight: self.weight.clone(), low_rank: self.low_rank.clone(), wants }
     }
 
     fn check(&self, (rows, inputs): (usize, usize)) -> Result<()> {
@@ -73,7 +79,16 @@ impl Part<'_> {
 /// What the backward needs of a [`Part`].
 pub(crate) struct Kept {
     weight: FrozenWeight,
-    low_rank: Option<(Tensor, Tensor, f64, Option<Tensor>)>,
+    low_rank: Option<LowRankTerm>,
+    /// Whether gradients of A and of B are wanted.
+    wants: (bool, bool),
+}
+
+impl Kept {
+    /// Whether the backward looks at the input's numbers.
+    pub(crate) fn needs_input(&self) -> bool {
+        self.wants.0
+    }
 }
 
 /// What the backward needs of the input that projections share.
@@ -104,12 +119,12 @@ struct Change<'a, T> {
 
 impl<'a, T: Real> Change<'a, T> {
     /// Takes the slices of `a`, `b` and the mask from `next`.
-    fn new(x: &[T], scaling: f64, inputs: usize, masks: bool, next: &mut impl Iterator<Item = &'a [T]>) -> Self {
+    fn new(x: &[T], term: &LowRankTerm, inputs: usize, next: &mut impl Iterator<Item = &'a [T]>) -> Self {
         let mut take = || next.next().unwrap_or_default();
         let (a, b) = (take(), take());
-        let mask = masks.then(take);
-        let dropped = mask.map_or(Vec::new(), |mask| masked(x, mask));
-        Self { rank: a.len() / inputs.max(1), a, b, scaling: T::from_f64(scaling), mask, dropped }
+        let mask = term.mask.is_some().then(take);
+        let dropped = mask.filter(|_| !x.is_empty()).map_or(Vec::new(), |mask| masked(x, mask));
+        Self { rank: a.len() / inputs.max(1), a, b, scaling: T::from_f64(term.scaling), mask, dropped }
     }
 
     /// The input of the change.
@@ -123,12 +138,12 @@ pub(crate) fn forward<T: Real>(x: &Tensor, parts: &[Part<'_>]) -> Result<(Vec<Te
     let (rows, inputs) = x.dims2()?;
     parts.iter().try_for_each(|part| part.check((rows, inputs)))?;
     let terms = parts.iter().filter_map(|p| p.low_rank.as_ref());
-    let of = terms.flat_map(|l| [Some(l.a), Some(l.b), l.mask.as_ref()].into_iter().flatten());
+    let of = terms.flat_map(LowRankTerm::tensors);
     let tensors: Vec<&Tensor> = std::iter::once(x).chain(of).collect();
     with_slice_list(&tensors, |slices: &[&[T]]| {
         let mut slices = slices.iter().copied();
         let x = slices.next().unwrap_or_default();
-        let mut change = |l: &LowRankTerm<'_>| Change::new(x, l.scaling, inputs, l.mask.is_some(), &mut slices);
+        let mut change = |l: &LowRankTerm| Change::new(x, l, inputs, &mut slices);
         let changes: Vec<_> = parts.iter().map(|p| p.low_rank.as_ref().map(&mut change)).collect();
 
         let products = changes.iter().flatten().map(|c| {
@@ -180,7 +195,7 @@ pub(crate) fn backward<T: Real>(
     let mut tensors: Vec<&Tensor> = values.iter().collect();
     for (g, part, _) in &live {
         tensors.push(g);
-        tensors.extend(part.low_rank.iter().flat_map(|(a, b, _, mask)| [Some(a), Some(b), mask.as_ref()]).flatten());
+        tensors.extend(part.low_rank.iter().flat_map(LowRankTerm::tensors));
     }
     with_slice_list(&tensors, |slices: &[&[T]]| {
         let mut slices = slices.iter().copied();
@@ -188,11 +203,7 @@ pub(crate) fn backward<T: Real>(
         let (mut gs, mut changes) = (Vec::new(), Vec::new());
         for (_, part, _) in &live {
             gs.push((slices.next().unwrap_or_default(), part.weight.dims()?.0));
-            changes.push(
-                part.low_rank
-                    .as_ref()
-                    .map(|(_, _, scaling, mask)| Change::new(x_values, *scaling, inputs, mask.is_some(), &mut slices)),
-            );
+            changes.push(part.low_rank.as_ref().map(|l| Change::new(x_values, l, inputs, &mut slices)));
         }
 
         // dU = s·g B.
@@ -212,11 +223,15 @@ pub(crate) fn backward<T: Real>(
                 into_x.push(Term::backward(g, outputs, Right::Weight(guards[i].view()?)));
             }
             let Some(c) = c else { continue };
-            let (rank, shape) = (c.rank, (rows, c.rank));
-            let da = vec![Term::outer(du, shape, Right::Slice(c.input(x_values), inputs))];
-            products.push(Product::new((rank, inputs), da));
-            let db = vec![Term::outer(thin, shape, Right::Slice(g, outputs))];
-            products.push(Product::new((rank, outputs), db));
+            let (rank, shape, (wants_a, wants_b)) = (c.rank, (rows, c.rank), live[i].1.wants);
+            if wants_a {
+                let da = vec![Term::outer(du, shape, Right::Slice(c.input(x_values), inputs))];
+                products.push(Product::new((rank, inputs), da));
+            }
+            if wants_b {
+                let db = vec![Term::outer(thin, shape, Right::Slice(g, outputs))];
+                products.push(Product::new((rank, outputs), db));
+            }
             let term = Term::backward(du, rank, Right::Slice(c.a, inputs));
             match (wants_x, c.mask) {
                 (true, None) => into_x.push(term),
@@ -248,18 +263,23 @@ pub(crate) fn backward<T: Real>(
         let mut next = || new.next().unwrap_or_default();
         let put = |sum: &mut T, v: T, keep: bool| *sum = if keep { *sum + v } else { v };
         for ((_, part, _), ((_, outputs), c)) in live.iter().zip(gs.iter().zip(&changes)) {
-            let (Some((a, b, _, _)), Some(c)) = (&part.low_rank, c) else { continue };
-            let (da, db) = (next(), next());
-            gradients.accumulate(a.id(), (c.rank, inputs), |sum: &mut [T], keep| {
-                sum.iter_mut().zip(&da).for_each(|(sum, &v)| put(sum, v, keep));
-                Ok(())
-            })?;
-            gradients.accumulate(b.id(), (*outputs, c.rank), |sum: &mut [T], keep| {
-                for (o, sum) in sum.chunks_exact_mut(c.rank.max(1)).enumerate() {
-                    sum.iter_mut().enumerate().for_each(|(r, sum)| put(sum, db[r * outputs + o], keep));
-                }
-                Ok(())
-            })?;
+            let (Some(term), Some(c)) = (&part.low_rank, c) else { continue };
+            if part.wants.0 {
+                let da = next();
+                gradients.accumulate(term.a.id(), (c.rank, inputs), |sum: &mut [T], keep| {
+                    sum.iter_mut().zip(&da).for_each(|(sum, &v)| put(sum, v, keep));
+                    Ok(())
+                })?;
+            }
+            if part.wants.1 {
+                let db = next();
+                gradients.accumulate(term.b.id(), (*outputs, c.rank), |sum: &mut [T], keep| {
+                    for (o, sum) in sum.chunks_exact_mut(c.rank.max(1)).enumerate() {
+                        sum.iter_mut().enumerate().for_each(|(r, sum)| put(sum, db[r * outputs + o], keep));
+                    }
+                    Ok(())
+                })?;
+            }
             if let (Some(mask), Some(x)) = (c.mask, input.id) {
                 let change = next();
                 gradients.accumulate(x, (rows, inputs), |dx: &mut [T], keep| {
@@ -296,8 +316,9 @@ mod tests {
             let [b1, b2] = b.map(|t| Var::from_tensor(&t));
             let (a1, a2, b1, b2) = (a1?, a2?, b1?, b2?);
             let mask = (random((130, 64), 7, dtype)?.gt(0.0)?.to_dtype(dtype)? * 2.0)?;
-            let first = LowRankTerm { a: &a1, b: &b1, scaling: 0.7, mask: Some(mask) };
-            let second = LowRankTerm { a: &a2, b: &b2, scaling: 1.5, mask: None };
+            let first =
+                LowRankTerm { a: a1.as_tensor().clone(), b: b1.as_tensor().clone(), scaling: 0.7, mask: Some(mask) };
+            let second = LowRankTerm { a: a2.as_tensor().clone(), b: b2.as_tensor().clone(), scaling: 1.5, mask: None };
             let parts = [
                 Part { weight: &w1, low_rank: Some(first) },
                 Part { weight: &w2, low_rank: Some(second) },

@@ -26,6 +26,55 @@ pub fn frozen_linear_reference(x: &Tensor, weight: &FrozenWeight) -> Result<Tens
     x.matmul(&weight.dense(x.dtype())?.to_device(x.device())?.t()?)
 }
 
+/// `x W`: `x` (rows, outputs) → (rows, inputs), the frozen weight (outputs, inputs) from the other side. The backward gives the
+/// gradient of `x` only.
+pub fn frozen_left(x: &Tensor, weight: &FrozenWeight) -> Result<Tensor> {
+    let ((rows, outputs), (expected, inputs)) = (x.dims2()?, weight.dims()?);
+    if outputs != expected {
+        candle_core::bail!("projection: x is ({rows}, {outputs}) but the weight is ({expected}, {inputs})");
+    }
+    if !x.device().is_cpu() {
+        return x.matmul(&weight.dense(x.dtype())?.to_device(x.device())?);
+    }
+    x.contiguous()?.apply_op1(FrozenLeft { weight: weight.clone() })
+}
+
+struct FrozenLeft {
+    weight: FrozenWeight,
+}
+
+impl FrozenLeft {
+    fn forward<T: Real>(&self, storage: &CpuStorage, layout: &Layout) -> Result<CpuStorage> {
+        let (rows, outputs) = layout.shape().dims2()?;
+        let x = slice::<T>(storage, layout)?;
+        let guard = self.weight.guard();
+        let view = guard.view()?;
+        let terms = vec![Term::backward(x, outputs, Right::Weight(view))];
+        let mut new = run(vec![Product::new((rows, view.shape().1), terms)])?;
+        Ok(T::to_cpu_storage_owned(new.pop().unwrap_or_default()))
+    }
+}
+
+impl CustomOp1 for FrozenLeft {
+    fn name(&self) -> &'static str {
+        "frozen-left"
+    }
+
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let shape = Shape::from((layout.shape().dims2()?.0, self.weight.dims()?.1));
+        let y = match storage {
+            CpuStorage::F64(_) => self.forward::<f64>(storage, layout)?,
+            CpuStorage::F32(_) => self.forward::<f32>(storage, layout)?,
+            _ => candle_core::bail!("projection: x must be f32 or f64"),
+        };
+        Ok((y, shape))
+    }
+
+    fn bwd(&self, _x: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        frozen_linear(&grad.contiguous()?.detach(), &self.weight).map(Some)
+    }
+}
+
 /// `g W`: the gradient of `x` from the gradient `g` (rows, outputs) of `x Wᵀ`; (rows, inputs).
 pub fn frozen_backward_input(grad: &Tensor, weight: &FrozenWeight) -> Result<Tensor> {
     fn run<T: Real>(grad: &Tensor, weight: &FrozenWeight, shape: (usize, usize)) -> Result<Tensor> {
@@ -124,6 +173,9 @@ mod tests {
     #[test]
     fn gradient_equals_central_differences() -> Result<()> {
         let weight = FrozenWeight::Dense(random((5, 7), 1, DType::F64)?);
-        gradient_matches(&random((6, 7), 2, DType::F64)?, |x| frozen_linear(x, &weight))
+        gradient_matches(&random((6, 7), 2, DType::F64)?, |x| frozen_linear(x, &weight))?;
+        let x = random((6, 5), 2, DType::F64)?;
+        assert_close(&frozen_left(&x, &weight)?, &x.matmul(&weight.dense(DType::F64)?)?, 1e-12)?;
+        gradient_matches(&x, |x| frozen_left(x, &weight))
     }
 }

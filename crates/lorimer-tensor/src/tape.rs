@@ -12,6 +12,7 @@ use candle_core::{CustomOp2, CustomOp3, DType, Result, Tensor, TensorId, Var};
 use rayon::prelude::*;
 
 use crate::attention::{Attention, Segment};
+use crate::dense;
 use crate::gated::SiluMul;
 use crate::loss::head_loss_and_gradient;
 use crate::low_rank::{self, Part};
@@ -272,11 +273,24 @@ impl<'a> Ops<'a> {
         parameters: &[&Tensor],
         f: impl FnOnce(&[Tensor]) -> Result<Tensor>,
     ) -> Result<Tensor> {
+        one(self.island_all(inputs, parameters, |t| Ok(vec![f(t)?]))?)
+    }
+
+    /// [`Self::island`] with several outputs. An output that is a parameter as it is, or depends on none, is passed on.
+    pub fn island_all(
+        &self,
+        inputs: &[&Tensor],
+        parameters: &[&Tensor],
+        f: impl FnOnce(&[Tensor]) -> Result<Vec<Tensor>>,
+    ) -> Result<Vec<Tensor>> {
         let both: Vec<&Tensor> = inputs.iter().chain(parameters).copied().collect();
         let Some(tape) = self.tape(&both) else {
-            let y = f(&inputs.iter().map(|&t| t.clone()).collect::<Vec<_>>())?;
+            let outputs = f(&inputs.iter().map(|&t| t.clone()).collect::<Vec<_>>())?;
             // On a tape that does not follow it, nobody will ask for its graph.
-            return Ok(if self.0.is_some() { y.detach() } else { y });
+            return Ok(match self.0 {
+                Some(_) => outputs.iter().map(Tensor::detach).collect(),
+                None => outputs,
+            });
         };
         let mut leaves = Vec::new();
         let mut given = Vec::new();
@@ -290,10 +304,26 @@ impl<'a> Ops<'a> {
             }
         }
         leaves.extend(parameters.iter().filter(|p| tape.tracks(p)).map(|&p| (p.id(), p.clone())));
-        let graph = f(&given)?;
-        let y = graph.detach();
-        tape.record(&y, move |g, gradients| {
-            let mut found = (graph * g)?.sum_all()?.backward()?;
+        let graphs = f(&given)?;
+        let passed = |t: &Tensor| !t.track_op() || parameters.iter().any(|p| p.id() == t.id());
+        let outputs: Vec<Tensor> = graphs.iter().map(|t| if passed(t) { t.clone() } else { t.detach() }).collect();
+        let (ids, graphs): (Vec<Tensor>, Vec<Tensor>) =
+            outputs.iter().cloned().zip(graphs).filter(|(_, t)| !passed(t)).unzip();
+        if graphs.is_empty() {
+            return Ok(outputs);
+        }
+        tape.record_all(&ids, move |found, gradients| {
+            let mut total: Option<Tensor> = None;
+            for (graph, g) in graphs.iter().zip(found) {
+                let Some(g) = g else { continue };
+                let sum = (graph * g)?.sum_all()?;
+                total = Some(match total {
+                    Some(total) => (total + sum)?,
+                    None => sum,
+                });
+            }
+            let Some(total) = total else { return Ok(()) };
+            let mut found = total.backward()?;
             for (id, leaf) in leaves {
                 if let Some(gradient) = found.remove(&leaf) {
                     gradients.add(id, gradient.contiguous()?)?;
@@ -301,7 +331,7 @@ impl<'a> Ops<'a> {
             }
             Ok(())
         });
-        Ok(y)
+        Ok(outputs)
     }
 
     /// [`crate::rms_norm`].
@@ -418,9 +448,33 @@ impl<'a> Ops<'a> {
         one(self.project(x, &[Part { weight, low_rank: None }])?)
     }
 
+    /// `x Wᵀ` with a weight (outputs, inputs) that may have a gradient too.
+    pub fn dense(&self, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+        if !self.on_cpu(x) {
+            return self.fallback(&[x, weight], |t| t[0].matmul(&t[1].t()?));
+        }
+        fn run<T: Real>(tape: Option<&Tape>, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+            let y = dense::forward::<T>(x, weight)?;
+            if let Some(tape) = tape {
+                let id = |t: &Tensor| tape.tracks(t).then(|| t.id());
+                let (x_id, w_id, weight) = (id(x), id(weight), weight.clone());
+                let values = w_id.map(|_| tape.recipe(x));
+                tape.record(&y, move |g, gradients| {
+                    dense::backward::<T>(g, (x_id, values.as_ref()), (w_id, &weight), gradients)
+                });
+            }
+            Ok(y)
+        }
+        let tape = self.tape(&[x, weight]);
+        match x.dtype() {
+            DType::F64 => run::<f64>(tape, x, weight),
+            _ => run::<f32>(tape, x, weight),
+        }
+    }
+
     /// Frozen projections of one input, each with or without a low-rank change beside it: see [`crate::low_rank`].
     pub fn project(&self, x: &Tensor, parts: &[Part<'_>]) -> Result<Vec<Tensor>> {
-        let trainable = parts.iter().filter_map(|p| p.low_rank.as_ref()).flat_map(|l| [l.a, l.b]);
+        let trainable = parts.iter().filter_map(|p| p.low_rank.as_ref()).flat_map(|l| [&l.a, &l.b]);
         let followed: Vec<&Tensor> = std::iter::once(x).chain(trainable).collect();
         if !self.on_cpu(x) {
             return parts.iter().map(|part| self.fallback(&followed, |t| part.reference(&t[0]))).collect();
@@ -434,13 +488,13 @@ impl<'a> Ops<'a> {
     fn project_typed<T: Real>(&self, x: &Tensor, parts: &[Part<'_>], followed: &[&Tensor]) -> Result<Vec<Tensor>> {
         let (outputs, thin) = low_rank::forward::<T>(x, parts)?;
         if let Some(tape) = self.tape(followed) {
+            let parts: Vec<_> = parts.iter().map(|p| p.kept(tape)).collect();
             let input = low_rank::Input {
                 id: tape.tracks(x).then(|| x.id()),
                 shape: x.dims2()?,
-                // Without a change beside it, a projection's backward does without its input.
-                values: parts.iter().any(|p| p.low_rank.is_some()).then(|| tape.recipe(x)),
+                // Without an A to be trained, a projection's backward does without its input.
+                values: parts.iter().any(low_rank::Kept::needs_input).then(|| tape.recipe(x)),
             };
-            let parts: Vec<_> = parts.iter().map(Part::kept).collect();
             tape.record_all(&outputs, move |found, gradients| {
                 low_rank::backward::<T>(found, &input, &parts, &thin, gradients)
             });

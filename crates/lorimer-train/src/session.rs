@@ -5,12 +5,17 @@ use std::sync::atomic::AtomicBool;
 
 use lorimer_adapter::card::card;
 use lorimer_adapter::store::CONFIG_FILE;
-use lorimer_adapter::{Adapter, Attached, BaseIdentity, Golden, Manifest, Method, StoredAdapter};
+use lorimer_adapter::{Adapter, Attached, BaseIdentity, Findings, Golden, Manifest, Method, StoredAdapter};
+use lorimer_model::pull::own_cache;
 use lorimer_model::weights::hex;
 use lorimer_model::{Base, BaseModel};
+use rand::SeedableRng;
+use rand::seq::SliceRandom;
+use rand_chacha::ChaCha8Rng;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
+use crate::calibrate::{Data, calibrate};
 use crate::checkpoint::Checkpoint;
 use crate::encode::Example;
 use crate::error::{Error, Result};
@@ -50,7 +55,7 @@ pub struct Session<'a> {
 }
 
 /// Identity of encoded rows.
-fn rows_hash(examples: &[Example]) -> String {
+pub(crate) fn rows_hash(examples: &[&Example]) -> String {
     let mut hash = Sha256::new();
     for e in examples {
         e.tokens.iter().for_each(|t| hash.update(t.to_le_bytes()));
@@ -63,7 +68,7 @@ fn rows_hash(examples: &[Example]) -> String {
 impl Session<'_> {
     /// Trains and writes the adapter. The output folder then holds the adapter, the log, the plots and the card; or, if
     /// interrupted, a checkpoint to resume from. The adapter itself is returned too.
-    pub fn run(&self, method: Box<dyn Method>, tell: impl FnMut(Event<'_>)) -> Result<(Outcome, Adapter)> {
+    pub fn run(&self, method: Box<dyn Method>, mut tell: impl FnMut(Event<'_>)) -> Result<(Outcome, Adapter)> {
         self.settings.check()?;
         let begun = self.output.join(CONFIG_FILE).exists() || Checkpoint::any(&self.output);
         if begun && !self.resume && !self.overwrite {
@@ -78,14 +83,17 @@ impl Session<'_> {
         let longest = self.train.iter().chain(self.eval).map(|e| e.tokens.len()).max().unwrap_or(0);
         self.base.model.check_length(longest)?;
         let config = method.config();
-        let adapter = Adapter::attach(&self.base.model, method, self.settings.seed)?;
+        let findings = self.calibrate(method.as_ref(), &mut tell)?;
+        let adapter = Adapter::attach_calibrated(&self.base.model, method, &findings, self.settings.seed)?;
+        drop(findings);
+        let hash = |rows: &[Example]| rows_hash(&rows.iter().collect::<Vec<_>>());
         let choices = find_choices(self.eval);
         // Computing layers again changes no bit, so a run may go on with or without it.
         let mut settings = self.settings.clone();
         settings.step.checkpointing = false;
         let identity = json!({
             "method": adapter.method.name(), "config": config, "settings": settings,
-            "base": self.base.fingerprint, "storage": self.storage(), "train": rows_hash(self.train), "eval": rows_hash(self.eval),
+            "base": self.base.fingerprint, "storage": self.storage(), "train": hash(self.train), "eval": hash(self.eval),
         });
         let run = Run {
             model: &self.base.model,
@@ -102,12 +110,22 @@ impl Session<'_> {
             resume: self.resume,
             stop: self.stop,
         };
-        let outcome = run.train(tell)?;
+        let outcome = run.train(&mut tell)?;
         if !outcome.interrupted {
             self.write(&adapter, &outcome, &config)?;
             Checkpoint::clear(&self.output)?;
         }
         Ok((outcome, adapter))
+    }
+
+    /// What the method wants to know of the data, looked at in an order of its own that follows from the seed.
+    fn calibrate(&self, method: &dyn Method, tell: &mut impl FnMut(Event<'_>)) -> Result<Findings> {
+        let mut rows: Vec<&Example> = self.train.iter().collect();
+        let seed = lorimer_adapter::method::site_seed(self.settings.seed, "calibration");
+        rows.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));
+        let base = format!("{} {}", self.base.fingerprint, self.storage().unwrap_or_default());
+        let data = Data { rows, base, cache: Some(own_cache().join("calibration")) };
+        calibrate(&self.base.model, method, &data, |done, total| tell(Event::Calibrating { done, total }))
     }
 
     /// How the base's projections are kept in memory: `f32`, `nf4`, `Q4_1`.
@@ -135,6 +153,7 @@ impl Session<'_> {
                 "settings": self.settings, "method_settings": config, "storage": self.storage(),
             }),
             golden,
+            frozen: adapter.frozen_parts()?,
         });
         let mut metrics =
             vec![("last training loss".to_string(), format!("{:.4}", outcome.losses.last().unwrap_or(&f64::NAN)))];

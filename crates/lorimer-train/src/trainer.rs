@@ -178,6 +178,13 @@ pub struct Run<'a> {
 
 /// What the loop tells while it runs.
 pub enum Event<'a> {
+    /// The data are looked at before the adapter is attached.
+    Calibrating {
+        /// How much is done.
+        done: usize,
+        /// Of how much.
+        total: usize,
+    },
     /// Rows whose frozen lower layers have been computed, before the run begins.
     Preparing {
         /// Rows done.

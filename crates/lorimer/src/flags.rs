@@ -5,6 +5,7 @@ use std::path::Path;
 use anyhow::{Result, anyhow, bail};
 use clap::{Args, ValueEnum};
 use lorimer::adapter::Method;
+use lorimer::adapter::methods::{self, Entry};
 use lorimer::model::{Llama, LoadDtype, Prepared};
 use lorimer::train::frozen::FrozenCache;
 use lorimer::train::optimizer::OptimizerKind;
@@ -18,15 +19,15 @@ pub struct AdapterArgs {
     /// Method; `lorimer methods` lists them
     #[arg(long, default_value = "lora", help_heading = "Adapter")]
     pub method: String,
-    /// Rank r
-    #[arg(long, short, default_value_t = 8, help_heading = "Adapter", visible_aliases = ["lora-r", "lora-rank"])]
-    pub rank: usize,
-    /// Alpha; the change is multiplied by alpha/rank [default: twice the rank]
+    /// Rank r [default: the method's own; 8 for lora]
+    #[arg(long, short, help_heading = "Adapter", visible_aliases = ["lora-r", "lora-rank"])]
+    pub rank: Option<usize>,
+    /// Alpha; the change is multiplied by alpha/rank [default: the method's own; twice the rank for lora]
     #[arg(long, help_heading = "Adapter", visible_alias = "lora-alpha")]
     alpha: Option<f64>,
     /// Dropout before the adapter, in training
-    #[arg(long, default_value_t = 0.0, help_heading = "Adapter", visible_alias = "lora-dropout")]
-    dropout: f64,
+    #[arg(long, help_heading = "Adapter", visible_alias = "lora-dropout")]
+    dropout: Option<f64>,
     /// all-linear, a list (q_proj,v_proj) or a regular expression over the whole path
     #[arg(long, default_value = "all-linear", help_heading = "Adapter", visible_aliases = ["lora-target-modules", "lora-target"])]
     target_modules: String,
@@ -39,15 +40,15 @@ pub struct AdapterArgs {
     /// Modules to train whole and save beside the adapter (lm_head, embed_tokens, norm)
     #[arg(long, value_delimiter = ',', help_heading = "Adapter")]
     modules_to_save: Vec<String>,
-    /// Start: true, gaussian, orthogonal, pissa, pissa_niter_N, olora
+    /// Start; for lora: true, gaussian, orthogonal, pissa, pissa_niter_N, olora, eva
     #[arg(long, help_heading = "Adapter", visible_alias = "init-lora-weights")]
     init: Option<String>,
     /// alpha/sqrt(rank) in place of alpha/rank
     #[arg(long, help_heading = "Adapter", visible_alias = "use-rslora")]
     rslora: bool,
     /// Biases that are trained: none, all, lora_only
-    #[arg(long, default_value = "none", help_heading = "Adapter")]
-    bias: String,
+    #[arg(long, help_heading = "Adapter")]
+    bias: Option<String>,
     /// Any field of the method's configuration: KEY=VALUE, the value in JSON or plain; repeatable
     #[arg(long, value_name = "KEY=VALUE", help_heading = "Adapter")]
     set: Vec<String>,
@@ -66,20 +67,17 @@ fn names(text: &str) -> Value {
 impl AdapterArgs {
     /// The same flags for another process.
     pub fn to_flags(&self) -> Vec<String> {
-        let mut flags = vec![
-            format!("--method={}", self.method),
-            format!("--rank={}", self.rank),
-            format!("--dropout={}", self.dropout),
-            format!("--target-modules={}", self.target_modules),
-            format!("--bias={}", self.bias),
-        ];
+        let mut flags = vec![format!("--method={}", self.method), format!("--target-modules={}", self.target_modules)];
         let join = |list: Vec<String>| Some(list.join(",")).filter(|s| !s.is_empty());
         let optional = [
+            ("--rank", self.rank.map(|r| r.to_string())),
             ("--alpha", self.alpha.map(|a| a.to_string())),
+            ("--dropout", self.dropout.map(|d| d.to_string())),
             ("--exclude-modules", self.exclude_modules.clone()),
             ("--layers", join(self.layers.iter().map(usize::to_string).collect())),
             ("--modules-to-save", join(self.modules_to_save.clone())),
             ("--init", self.init.clone()),
+            ("--bias", self.bias.clone()),
         ];
         flags.extend(optional.into_iter().filter_map(|(flag, value)| Some(format!("{flag}={}", value?))));
         flags.extend(self.rslora.then(|| "--rslora".to_string()));
@@ -87,15 +85,36 @@ impl AdapterArgs {
         flags
     }
 
-    /// The method with its settings, in PEFT's keys.
-    pub fn build(&self) -> Result<Box<dyn Method>> {
+    /// The method's line in the registry.
+    pub fn entry(&self) -> Result<&'static Entry> {
+        Ok(methods::entry(&self.method)?)
+    }
+
+    /// The method with its settings, in PEFT's keys. `lr`: the run's learning rate, which a method's start may depend on.
+    pub fn build(&self, lr: Option<f64>) -> Result<Box<dyn Method>> {
+        let entry = self.entry()?;
+        let given = [
+            ("rank", self.rank.map(|r| json!(r))),
+            ("alpha", self.alpha.map(|a| json!(a))),
+            ("dropout", self.dropout.map(|d| json!(d))),
+            ("init", self.init.as_ref().map(|i| json!(i))),
+            ("rslora", self.rslora.then(|| json!(true))),
+            ("bias", self.bias.as_ref().map(|b| json!(b))),
+        ];
         let mut map = Map::new();
-        map.insert("r".into(), json!(self.rank));
-        map.insert("lora_alpha".into(), json!(self.alpha.unwrap_or(2.0 * self.rank as f64)));
-        map.insert("lora_dropout".into(), json!(self.dropout));
         map.insert("target_modules".into(), names(&self.target_modules));
-        map.insert("use_rslora".into(), json!(self.rslora));
-        map.insert("bias".into(), json!(self.bias));
+        let key_of = |flag: &str| entry.flags.iter().find(|(f, _)| *f == flag).map(|(_, key)| key.to_string());
+        for (flag, value) in given {
+            let Some(value) = value else { continue };
+            let key = key_of(flag).ok_or_else(|| {
+                let known: Vec<String> = entry.flags.iter().map(|(f, _)| format!("--{f}")).collect();
+                anyhow!("`{}` has no --{flag}; it has {}", entry.name, known.join(", "))
+            })?;
+            map.insert(key, value);
+        }
+        if let (Some(lr), Some(key)) = (lr, key_of("lr")) {
+            map.insert(key, json!(lr));
+        }
         if let Some(exclude) = &self.exclude_modules {
             map.insert("exclude_modules".into(), names(exclude));
         }
@@ -105,14 +124,11 @@ impl AdapterArgs {
         if !self.modules_to_save.is_empty() {
             map.insert("modules_to_save".into(), json!(self.modules_to_save));
         }
-        if let Some(init) = &self.init {
-            map.insert("init_lora_weights".into(), json!(init));
-        }
         for pair in &self.set {
             let (key, value) = pair.split_once('=').ok_or_else(|| anyhow!("--set {pair} should be KEY=VALUE"))?;
             map.insert(key.to_string(), serde_json::from_str(value).unwrap_or_else(|_| json!(value)));
         }
-        Ok(lorimer::adapter::methods::build(&self.method, &map)?)
+        Ok(methods::build(&self.method, &map)?)
     }
 }
 

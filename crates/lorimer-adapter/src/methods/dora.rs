@@ -11,14 +11,14 @@
 //! Good for: low ranks, where it is often a little better than LoRA, at about a third more time.
 
 use candle_core::{DType, Device, Result as TensorResult, Tensor, Var};
-use lorimer_model::Projection;
+use lorimer_model::{Projection, Site};
 use lorimer_tensor::frozen_linear;
 use serde_json::Value;
 
 use super::lora::{Lora, LoraConfig, LoraDelta, is_lora};
 use super::{Entry, Served};
 use crate::error::Result;
-use crate::method::{Delta, Method, NotMergeable, Step};
+use crate::method::{Delta, Method, NotMergeable, Source, Step};
 
 /// The registry's line.
 pub const ENTRY: Entry = Entry {
@@ -30,6 +30,9 @@ pub const ENTRY: Entry = Entry {
     peft_type: "LORA",
     mergeable: true,
     served: Served::Converted,
+    lr: 2e-4,
+    flags: super::lora::FLAGS,
+    source: include_str!("dora.rs"),
     build: |settings| {
         let mut settings = settings.clone();
         settings.insert("use_dora".into(), Value::Bool(true));
@@ -53,17 +56,18 @@ pub(super) struct DoraDelta {
 }
 
 impl DoraDelta {
-    pub(super) fn new(low_rank: LoraDelta, base: &Projection, magnitude: Option<Tensor>) -> Result<Self> {
+    pub(super) fn new(low_rank: LoraDelta, base: &Projection, site: &Site, source: &mut Source<'_>) -> Result<Self> {
         let dtype = low_rank.a.dtype();
         let exact = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
         let squares = base.dense(exact)?.to_dtype(DType::F64)?.sqr()?.sum(1)?;
         let mut delta =
             Self { low_rank, magnitude: Var::zeros(1, dtype, &Device::Cpu)?, squares: squares.to_dtype(dtype)? };
-        let magnitude = match magnitude {
-            Some(m) => m,
-            None => delta.norms(base)?,
+        // Older files say `.weight`.
+        let shape = [site.outputs];
+        delta.magnitude = match source.optional("lora_magnitude_vector.weight", &shape)? {
+            Some(m) => Var::from_tensor(&m.to_dtype(dtype)?)?,
+            None => source.trainable("lora_magnitude_vector", &shape, |_| Ok(delta.norms(base)?))?,
         };
-        delta.magnitude = Var::from_tensor(&magnitude)?;
         Ok(delta)
     }
 
@@ -85,7 +89,8 @@ impl Delta for DoraDelta {
     fn forward(&self, base: &Projection, x: &Tensor, y: &Tensor, step: &Step) -> TensorResult<Tensor> {
         let ratio = self.ratio(base)?;
         // As in PEFT, dropout acts on all that the magnitude scales.
-        let (low_rank, plain) = match self.low_rank.dropped(x, step)? {
+        let dropped = self.low_rank.dropout.mask(x, step)?.map(|mask| x * mask).transpose()?;
+        let (low_rank, plain) = match dropped {
             Some(x) => (self.low_rank.product(&x)?, frozen_linear(&x, &base.weight)?),
             None => (self.low_rank.product(x)?, y.clone()),
         };

@@ -17,16 +17,19 @@
 use candle_core::{DType, Device, Result as TensorResult, Tensor, Var};
 use indexmap::IndexMap;
 use lorimer_model::{Projection, Site};
-use lorimer_tensor::{LowRankTerm, linalg};
-use rand::Rng;
+use lorimer_tensor::linalg;
 use rand_chacha::ChaCha8Rng;
-use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
+use super::dropout::{Dropout, check_dropout};
+use super::eva::{self, EvaConfig};
+use super::random::{kaiming, normal};
 use super::{Entry, Served, dora};
 use crate::error::{Error, Result};
-use crate::method::{Bias, Delta, LowRank, Method, ModuleTensors, NotMergeable, Step, configure, site_seed};
+use crate::method::{
+    Bias, Calibration, Change, Delta, Findings, LowRank, Method, Source, Step, configure, from_peft_json,
+};
 use crate::targets::{Targeting, pattern_value};
 
 /// The registry's line.
@@ -39,10 +42,23 @@ pub const ENTRY: Entry = Entry {
     peft_type: "LORA",
     mergeable: true,
     served: Served::Batched,
+    lr: 2e-4,
+    flags: FLAGS,
+    source: include_str!("lora.rs"),
     build: |settings| Ok(Box::new(Lora { config: LoraConfig::given("lora", settings)?, name: "lora" })),
     recognises: |config| is_lora(config, false),
     from_file: |config| Ok(Box::new(Lora { config: LoraConfig::from_file(config)?, name: "lora" })),
 };
+
+/// What the command line's flags set.
+pub(super) const FLAGS: &[(&str, &str)] = &[
+    ("rank", "r"),
+    ("alpha", "lora_alpha"),
+    ("dropout", "lora_dropout"),
+    ("rslora", "use_rslora"),
+    ("bias", "bias"),
+    ("init", "init_lora_weights"),
+];
 
 /// Whether a file's configuration is LoRA's, with `use_dora` as asked.
 pub(super) fn is_lora(config: &Map<String, Value>, dora: bool) -> bool {
@@ -72,8 +88,10 @@ pub struct LoraConfig {
     pub use_dora: bool,
     /// Which biases are trained.
     pub bias: Bias,
-    /// How A and B begin: true, false, `gaussian`, `orthogonal`, `pissa`, `pissa_niter_N`, `olora`.
+    /// How A and B begin: true, false, `gaussian`, `orthogonal`, `pissa`, `pissa_niter_N`, `olora`, `eva`.
     pub init_lora_weights: Value,
+    /// Settings of the start `eva`.
+    pub eva_config: Option<EvaConfig>,
     /// Other ranks for modules whose path a pattern matches.
     pub rank_pattern: IndexMap<String, usize>,
     /// Other α for modules whose path a pattern matches.
@@ -91,6 +109,7 @@ impl Default for LoraConfig {
             use_dora: false,
             bias: Bias::None,
             init_lora_weights: Value::Bool(true),
+            eva_config: None,
             rank_pattern: IndexMap::new(),
             alpha_pattern: IndexMap::new(),
         }
@@ -105,6 +124,7 @@ enum Start {
     Orthogonal,
     Pissa(Option<usize>),
     Olora,
+    Eva,
 }
 
 impl Start {
@@ -112,7 +132,7 @@ impl Start {
         let unknown = || {
             let shown: String = value.to_string().chars().take(40).collect();
             Error::Config(format!(
-                "init_lora_weights {shown} is not one of true, gaussian, orthogonal, pissa, pissa_niter_N, olora"
+                "init_lora_weights {shown} is not one of true, gaussian, orthogonal, pissa, pissa_niter_N, olora, eva"
             ))
         };
         match value {
@@ -122,6 +142,7 @@ impl Start {
                 "gaussian" => Ok(Self::Gaussian),
                 "orthogonal" => Ok(Self::Orthogonal),
                 "olora" => Ok(Self::Olora),
+                "eva" => Ok(Self::Eva),
                 "pissa" => Ok(Self::Pissa(None)),
                 other => match other.strip_prefix("pissa_niter_").and_then(|n| n.parse().ok()) {
                     Some(n) if n <= 1000 => Ok(Self::Pissa(Some(n))),
@@ -145,7 +166,11 @@ fn alpha_json(alpha: f64) -> Value {
 
 impl LoraConfig {
     pub(super) fn given(method: &str, settings: &Map<String, Value>) -> Result<Self> {
-        let config: Self = configure(method, settings)?;
+        let mut settings = settings.clone();
+        if let (Some(r), None) = (settings.get("r").and_then(Value::as_u64), settings.get("lora_alpha")) {
+            settings.insert("lora_alpha".into(), json!(2 * r));
+        }
+        let config: Self = configure(method, &settings)?;
         config.checked()
     }
 
@@ -169,29 +194,13 @@ impl LoraConfig {
             "lora_ga_config",
             "loftq_config",
         ];
-        let set = |v: &Value| match v {
-            Value::Null | Value::Bool(false) => false,
-            Value::Array(a) => !a.is_empty(),
-            Value::Object(o) => !o.is_empty(),
-            _ => true,
-        };
-        if let Some(key) = UNSUPPORTED.iter().find(|k| config.get(**k).is_some_and(set)) {
-            return Err(Error::Config(format!("adapter_config.json sets `{key}`, which is not understood here")));
-        }
-        let known = match serde_json::to_value(Self::default()) {
-            Ok(Value::Object(map)) => map,
-            _ => Map::new(),
-        };
-        let mut given: Map<String, Value> = config
-            .iter()
-            .filter(|(k, v)| known.contains_key(*k) && !v.is_null())
-            .map(|(k, v)| (k.clone(), v.clone()))
-            .collect();
+        let mut given = config.clone();
+        given.remove("eva_config");
         // EVA and MiCA leave the base as it is, so the file's tensors are all there is to know.
         if matches!(given.get("init_lora_weights").and_then(Value::as_str), Some("eva" | "mica")) {
             given.remove("init_lora_weights");
         }
-        let config: Self = configure("lora", &given)?;
+        let config: Self = from_peft_json("lora", &given, &UNSUPPORTED)?;
         if matches!(Start::parse(&config.init_lora_weights)?, Start::Pissa(Some(_))) {
             return Err(Error::Config(
                 "adapter_config.json says `pissa_niter_N`: its start was random and cannot be formed again; save it in PEFT with `path_initial_model_for_weight_conversion`".into(),
@@ -210,13 +219,13 @@ impl LoraConfig {
         if let Some(alpha) = [self.lora_alpha].iter().chain(self.alpha_pattern.values()).find(|a| !a.is_finite()) {
             return Err(Error::Config(format!("lora_alpha = {alpha} should be a finite number")));
         }
-        if !(0.0..1.0).contains(&self.lora_dropout) {
-            return Err(Error::Config(format!(
-                "lora_dropout = {} should be at least 0 and below 1",
-                self.lora_dropout
-            )));
-        }
+        check_dropout("lora_dropout", self.lora_dropout)?;
         let start = Start::parse(&self.init_lora_weights)?;
+        match (&self.eva_config, start) {
+            (Some(eva), Start::Eva) => eva.check()?,
+            (Some(_), _) => return Err(Error::Config("eva_config is for init_lora_weights eva".into())),
+            (None, _) => {}
+        }
         if self.use_dora && start.moves_base() {
             return Err(Error::Config(format!(
                 "init_lora_weights {} does not combine with DoRA: DoRA's magnitudes belong to the original base, which this start moves",
@@ -234,10 +243,15 @@ impl LoraConfig {
         Ok(pattern_value(&self.rank_pattern, module)?.unwrap_or(self.r))
     }
 
+    /// α of a module.
+    pub fn alpha(&self, module: &str) -> Result<f64> {
+        Ok(pattern_value(&self.alpha_pattern, module)?.unwrap_or(self.lora_alpha))
+    }
+
     /// What B A is multiplied by on a module.
     pub fn scaling(&self, module: &str) -> Result<f64> {
         let rank = self.rank(module)? as f64;
-        let alpha = pattern_value(&self.alpha_pattern, module)?.unwrap_or(self.lora_alpha);
+        let alpha = self.alpha(module)?;
         Ok(alpha / if self.use_rslora { rank.sqrt() } else { rank })
     }
 
@@ -255,10 +269,11 @@ impl LoraConfig {
             "bias": self.bias, "init_lora_weights": self.init_lora_weights,
             "use_rslora": self.use_rslora, "use_dora": self.use_dora, "fan_in_fan_out": false,
         });
-        match object {
-            Value::Object(map) => map,
-            _ => Map::new(),
+        let Value::Object(mut map) = object else { return Map::new() };
+        if let Some(eva) = &self.eva_config {
+            map.insert("eva_config".into(), json!(eva));
         }
+        map
     }
 
     /// The configuration that describes the stored form: twice the rank where the start moved the base.
@@ -272,6 +287,7 @@ impl LoraConfig {
             config.alpha_pattern.values_mut().for_each(|a| *a *= factor);
         }
         config.init_lora_weights = Value::Bool(true);
+        config.eva_config = None;
         Ok(config)
     }
 }
@@ -282,22 +298,13 @@ pub(super) struct Lora {
     pub(super) name: &'static str,
 }
 
-fn uniform(shape: (usize, usize), bound: f64, dtype: DType, rng: &mut ChaCha8Rng) -> TensorResult<Tensor> {
-    let data: Vec<f64> = (0..shape.0 * shape.1).map(|_| rng.random_range(-bound..bound)).collect();
-    Tensor::from_vec(data, shape, &Device::Cpu)?.to_dtype(dtype)
-}
-
-/// Standard normal values (Box and Muller).
-fn normal(shape: (usize, usize), rng: &mut ChaCha8Rng) -> TensorResult<Tensor> {
-    let mut one = || {
-        let (u, v): (f64, f64) = (1.0 - rng.random::<f64>(), rng.random());
-        (-2.0 * u.ln()).sqrt() * (std::f64::consts::TAU * v).cos()
-    };
-    Tensor::from_vec((0..shape.0 * shape.1).map(|_| one()).collect::<Vec<f64>>(), shape, &Device::Cpu)
-}
-
 impl Lora {
-    /// A (r, inputs) and B (outputs, r).
+    fn eva(&self) -> Option<EvaConfig> {
+        let is_eva = Start::parse(&self.config.init_lora_weights).is_ok_and(|s| s == Start::Eva);
+        is_eva.then(|| self.config.eva_config.clone().unwrap_or_default())
+    }
+
+    /// A (r, inputs) and B (outputs, r), for a start that draws at most from `rng`.
     fn start(&self, site: &Site, base: &Projection, dtype: DType, rng: &mut ChaCha8Rng) -> Result<(Tensor, Tensor)> {
         let (outputs, inputs) = (site.outputs, site.inputs);
         let (rank, scaling) = (self.config.rank(&site.path)?, self.config.scaling(&site.path)?);
@@ -312,7 +319,7 @@ impl Lora {
             )));
         }
         let (a, b) = match start {
-            Start::Default => (uniform((rank, inputs), (inputs as f64).powf(-0.5), dtype, rng)?, zero_b()?),
+            Start::Default | Start::Eva => (kaiming((rank, inputs), dtype, rng)?, zero_b()?),
             Start::Gaussian => ((normal((rank, inputs), rng)? / rank as f64)?, zero_b()?),
             Start::Orthogonal => {
                 let (q, _) = linalg::qr(&normal((rank, rank), rng)?)?;
@@ -341,28 +348,6 @@ impl Lora {
             }
         };
         Ok((a.to_dtype(dtype)?.contiguous()?, b.to_dtype(dtype)?.contiguous()?))
-    }
-
-    fn delta(
-        &self,
-        site: &Site,
-        base: &Projection,
-        (a, b): (Tensor, Tensor),
-        origin: Option<(Tensor, Tensor)>,
-        magnitude: Option<Tensor>,
-    ) -> Result<Box<dyn Delta>> {
-        let low_rank = LoraDelta {
-            scaling: self.config.scaling(&site.path)?,
-            dropout: self.config.lora_dropout,
-            seed: site_seed(0, &site.path),
-            a: Var::from_tensor(&a)?,
-            b: Var::from_tensor(&b)?,
-            origin,
-        };
-        match self.config.use_dora {
-            true => Ok(Box::new(dora::DoraDelta::new(low_rank, base, magnitude)?)),
-            false => Ok(Box::new(low_rank)),
-        }
     }
 }
 
@@ -407,51 +392,59 @@ impl Method for Lora {
         self.config.peft_json()
     }
 
-    fn attach(&self, site: &Site, base: &Projection, dtype: DType, rng: &mut ChaCha8Rng) -> Result<Box<dyn Delta>> {
-        let (a, b) = self.start(site, base, dtype, rng)?;
-        let moves = Start::parse(&self.config.init_lora_weights)?.moves_base();
-        let origin = moves.then(|| (a.clone(), b.clone()));
-        self.delta(site, base, (a, b), origin, None)
+    fn calibration(&self) -> Calibration {
+        self.eva().map_or(Calibration::Nothing, |eva| eva.calibration())
     }
 
-    fn load(
-        &self,
-        site: &Site,
-        base: &Projection,
-        dtype: DType,
-        tensors: &mut ModuleTensors,
-    ) -> Result<Option<Box<dyn Delta>>> {
-        let rank = self.config.rank(&site.path)?;
-        let a = tensors.take(&site.path, "lora_A.weight", &[rank, site.inputs])?;
-        let b = tensors.take(&site.path, "lora_B.weight", &[site.outputs, rank])?;
-        let mut magnitude = None;
-        if self.config.use_dora {
-            magnitude = tensors.take(&site.path, "lora_magnitude_vector", &[site.outputs])?;
-            if magnitude.is_none() {
-                magnitude = tensors.take(&site.path, "lora_magnitude_vector.weight", &[site.outputs])?;
-            }
+    fn components(&self, site: &Site) -> Result<usize> {
+        Ok(self.eva().map_or(0, |eva| eva.most(self.config.rank(&site.path).unwrap_or(0))))
+    }
+
+    fn allocate(&self, explained: &[(&Site, &[f64])]) -> Result<Vec<usize>> {
+        let budget = explained.iter().map(|(site, _)| self.config.rank(&site.path)).sum::<Result<usize>>()?;
+        Ok(eva::allocate(&explained.iter().map(|(_, shares)| *shares).collect::<Vec<_>>(), budget))
+    }
+
+    fn settle(&mut self, targeted: &[&Site], findings: &Findings) -> Result<()> {
+        match self.eva() {
+            Some(eva) if !findings.is_empty() => eva.settle(&mut self.config, targeted, findings),
+            _ => Ok(()),
         }
-        let missing = |key: &str| Err(Error::Mismatch(format!("tensor `{}.{key}` is missing", site.path)));
-        let (a, b) = match (a, b) {
-            (None, None) => return Ok(None),
-            (Some(a), Some(b)) => (a.to_dtype(dtype)?, b.to_dtype(dtype)?),
-            (None, _) => return missing("lora_A.weight"),
-            (_, None) => return missing("lora_B.weight"),
+    }
+
+    fn attach(&self, site: &Site, base: &Projection, source: &mut Source<'_>) -> Result<Box<dyn Delta>> {
+        let (rank, dtype) = (self.config.rank(&site.path)?, source.dtype());
+        let start = Start::parse(&self.config.init_lora_weights)?;
+        let shapes = ([rank, site.inputs], [site.outputs, rank]);
+        let (a, b) = if source.is_file() {
+            let none = |_: &mut ChaCha8Rng| Err(Error::Config("a file gives its tensors".into()));
+            let a = source.trainable("lora_A.weight", &shapes.0, none)?;
+            (a, source.trainable("lora_B.weight", &shapes.1, none)?)
+        } else if let (Start::Eva, Some(eva)) = (start, self.eva()) {
+            let a = eva.start(source, rank)?;
+            let b = Tensor::zeros((site.outputs, rank), dtype, &Device::Cpu)?;
+            (Var::from_tensor(&a.to_dtype(dtype)?.contiguous()?)?, Var::from_tensor(&b)?)
+        } else {
+            let mut b = None;
+            let a = source.trainable("lora_A.weight", &shapes.0, |rng| {
+                let (a, start_b) = self.start(site, base, dtype, rng)?;
+                b = Some(start_b);
+                Ok(a)
+            })?;
+            (a, source.trainable("lora_B.weight", &shapes.1, |_| b.ok_or(Error::Config("no start".into())))?)
         };
-        if self.config.use_dora && magnitude.is_none() {
-            return missing("lora_magnitude_vector");
-        }
         // A file that PEFT saved without conversion counts from the start that PEFT forms again at load.
-        let moves = Start::parse(&self.config.init_lora_weights)?.moves_base();
-        let origin = match moves {
-            true => {
-                let mut rng = rand::SeedableRng::seed_from_u64(0);
-                Some(self.start(site, base, dtype, &mut rng)?)
-            }
-            false => None,
+        let origin = match (start.moves_base(), source.is_file()) {
+            (false, _) => None,
+            (true, false) => Some((a.copy()?.detach(), b.copy()?.detach())),
+            (true, true) => Some(self.start(site, base, dtype, &mut rand::SeedableRng::seed_from_u64(0))?),
         };
-        let magnitude = magnitude.map(|m| m.to_dtype(dtype)).transpose()?;
-        self.delta(site, base, (a, b), origin, magnitude).map(Some)
+        let scaling = self.config.scaling(&site.path)?;
+        let low_rank = LoraDelta { scaling, dropout: Dropout::new(self.config.lora_dropout, &site.path), a, b, origin };
+        Ok(match self.config.use_dora {
+            true => Box::new(dora::DoraDelta::new(low_rank, base, site, source)?),
+            false => Box::new(low_rank),
+        })
     }
 
     fn parameters(&self, site: &Site) -> Result<usize> {
@@ -468,7 +461,7 @@ impl Method for Lora {
         let moved = Start::parse(&self.config.init_lora_weights).is_ok_and(Start::moves_base);
         match (self.config.use_dora, moved) {
             (true, _) => site.inputs + 6 * site.outputs + 2 * rank,
-            (false, true) => site.inputs + 4 * site.outputs + 4 * rank,
+            (false, true) => 2 * rank,
             (false, false) if self.config.lora_dropout > 0.0 => rank + site.inputs,
             (false, false) => rank,
         }
@@ -493,45 +486,12 @@ pub(super) struct LoraDelta {
     pub(super) a: Var,
     pub(super) b: Var,
     pub(super) scaling: f64,
-    pub(super) dropout: f64,
-    seed: u64,
+    pub(super) dropout: Dropout,
     /// A₀ and B₀, where the start moved the base.
     origin: Option<(Tensor, Tensor)>,
 }
 
-/// One step of SplitMix64, as a hash of `n`.
-fn mix(n: u64) -> u64 {
-    let mut z = n.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
-}
-
 impl LoraDelta {
-    /// x with dropout, or None where none applies.
-    pub(super) fn dropped(&self, x: &Tensor, step: &Step) -> TensorResult<Option<Tensor>> {
-        self.mask(x, step)?.map(|mask| x * mask).transpose()
-    }
-
-    /// The dropout mask of x's shape: 0 or 1/(1 − p), or None where none applies. It depends on the step's seed, the site and
-    /// the element only, so that a resumed run draws the same.
-    fn mask(&self, x: &Tensor, step: &Step) -> TensorResult<Option<Tensor>> {
-        let Some(seed) = step.training.filter(|_| self.dropout > 0.0) else { return Ok(None) };
-        let key = mix(seed ^ self.seed);
-        let threshold = (self.dropout * (1u64 << 53) as f64) as u64;
-        let keep = 1.0 / (1.0 - self.dropout);
-        let one = |i: usize| if mix(key.wrapping_add(i as u64)) >> 11 < threshold { 0.0 } else { keep };
-        let count = x.elem_count();
-        let mask = match x.dtype() {
-            DType::F64 => Tensor::from_vec((0..count).map(one).collect::<Vec<_>>(), x.shape(), &Device::Cpu)?,
-            dtype => {
-                let mask: Vec<f32> = (0..count).into_par_iter().with_min_len(1 << 14).map(|i| one(i) as f32).collect();
-                Tensor::from_vec(mask, x.shape(), &Device::Cpu)?.to_dtype(dtype)?
-            }
-        };
-        Ok(Some(mask))
-    }
-
     /// scaling · (x Aᵀ) Bᵀ, less the same of A₀ and B₀.
     pub(super) fn product(&self, x: &Tensor) -> TensorResult<Tensor> {
         // The scaling goes onto the thin matrix, where it costs next to nothing.
@@ -553,26 +513,20 @@ impl LoraDelta {
 }
 
 impl Delta for LoraDelta {
-    fn forward(&self, _base: &Projection, x: &Tensor, _y: &Tensor, step: &Step) -> TensorResult<Tensor> {
-        match self.dropped(x, step)? {
-            Some(x) => self.product(&x),
-            None => self.product(x),
+    fn change(&self, _base: &Projection, _rows: usize) -> TensorResult<Option<Change>> {
+        let (mut a, mut b) = (self.a.as_tensor().clone(), self.b.as_tensor().clone());
+        if let Some((a0, b0)) = &self.origin {
+            (a, b) = (Tensor::cat(&[&a, a0], 0)?, Tensor::cat(&[&b, &b0.neg()?], 1)?);
         }
+        Ok(Some(Change::Thin(LowRank { a, b, scaling: self.scaling })))
     }
 
-    fn thin(&self, x: &Tensor, step: &Step) -> TensorResult<Option<LowRankTerm<'_>>> {
-        if self.origin.is_some() {
-            return Ok(None);
-        }
-        Ok(Some(LowRankTerm { a: &self.a, b: &self.b, scaling: self.scaling, mask: self.mask(x, step)? }))
+    fn mask(&self, x: &Tensor, step: &Step) -> TensorResult<Option<Tensor>> {
+        self.dropout.mask(x, step)
     }
 
     fn rows_are_independent(&self, step: &Step) -> bool {
-        step.training.is_none() || self.dropout == 0.0
-    }
-
-    fn merged(&self, base: &Projection) -> TensorResult<Result<Tensor, NotMergeable>> {
-        Ok(Ok((base.dense(self.a.dtype())? + self.change()?)?))
+        self.dropout.is_off(step)
     }
 
     fn trainable(&self) -> Vec<(&'static str, &Var)> {

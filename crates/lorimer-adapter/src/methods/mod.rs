@@ -5,8 +5,20 @@ use serde_json::{Map, Value};
 use crate::error::{Error, Result};
 use crate::method::Method;
 
+pub mod bone;
 pub mod dora;
+pub mod dropout;
+pub mod eva;
+pub mod hydra;
+pub mod loldu;
 pub mod lora;
+pub mod lora_sb;
+pub mod lora_xs;
+pub mod mt19937;
+pub mod nlora;
+pub mod randlora;
+pub mod random;
+pub mod tlora;
 
 /// How a method is served beside others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
@@ -41,6 +53,12 @@ pub struct Entry {
     pub mergeable: bool,
     /// How it is served.
     pub served: Served,
+    /// Learning rate that `train` takes unless told otherwise: the best of the sweep in `docs/comparison.md`.
+    pub lr: f64,
+    /// The command line's flags that the method has, each with the setting it stands for.
+    pub flags: &'static [(&'static str, &'static str)],
+    /// Its source, whose header is its page in `docs/`.
+    pub source: &'static str,
     /// Builds the method from settings with PEFT's keys; unknown keys are errors.
     pub build: Build,
     /// Whether an `adapter_config.json` is this method's.
@@ -50,7 +68,19 @@ pub struct Entry {
 }
 
 /// Every method, in the order of `lorimer methods`.
-pub const REGISTRY: &[Entry] = &[lora::ENTRY, dora::ENTRY];
+pub const REGISTRY: &[Entry] = &[
+    lora::ENTRY,
+    dora::ENTRY,
+    bone::ENTRY,
+    randlora::ENTRY,
+    lora_xs::ENTRY,
+    lora_sb::ENTRY,
+    eva::ENTRY,
+    loldu::ENTRY,
+    nlora::ENTRY,
+    tlora::ENTRY,
+    hydra::ENTRY,
+];
 
 fn names() -> String {
     REGISTRY.iter().map(|e| e.name).collect::<Vec<_>>().join(", ")

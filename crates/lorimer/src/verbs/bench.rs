@@ -321,7 +321,7 @@ impl BenchTrain {
         let clock = Instant::now();
         let (rows, size) = self.rows(work, &prepared)?;
         let encode_seconds = clock.elapsed().as_secs_f64();
-        let method = self.adapter.build()?;
+        let method = self.adapter.build(None)?;
         let independent = method.rows_are_independent();
         let settings = |batch_size| TrainSettings {
             batch_size,

@@ -75,6 +75,7 @@ impl Convert {
                     chat_template: None,
                     training: json!({ "converted_from": self.input.file_name().map(|n| n.to_string_lossy()) }),
                     golden: Vec::new(),
+                    frozen: Default::default(),
                 });
                 adapter.write(&self.output, None)?;
             }

@@ -47,7 +47,7 @@ impl PlanVerb {
         if self.batch_size == 0 || self.batch_size > 1 << 16 || self.max_length == 0 || self.max_length > 1 << 24 {
             bail!("--batch-size should be 1 to 65536 and --max-length 1 to 16777216");
         }
-        let method = self.adapter.build()?;
+        let method = self.adapter.build(None)?;
         let (prepared, pulled) = common::prepare_base(&self.model, global)?;
         let rows = match &self.data {
             Some(path) => {

@@ -72,9 +72,9 @@ pub struct Train {
     #[command(flatten)]
     adapter: AdapterArgs,
 
-    /// Highest learning rate
-    #[arg(long, default_value_t = 2e-4, help_heading = "Training", visible_alias = "learning-rate")]
-    lr: f64,
+    /// Highest learning rate [default: the method's own; `lorimer methods` shows it]
+    #[arg(long, help_heading = "Training", visible_alias = "learning-rate")]
+    lr: Option<f64>,
     /// Passes over the data
     #[arg(long, default_value_t = 1.0, help_heading = "Training", visible_alias = "num-train-epochs")]
     epochs: f64,
@@ -134,9 +134,10 @@ pub struct Train {
 
 impl Train {
     pub fn run(self, global: Global) -> Result<ExitCode> {
-        let method = self.adapter.build()?;
+        let lr = self.lr.unwrap_or(self.adapter.entry()?.lr);
+        let method = self.adapter.build(Some(lr))?;
         let mut settings = TrainSettings {
-            learning_rate: self.lr,
+            learning_rate: lr,
             epochs: self.epochs,
             max_steps: self.max_steps,
             batch_size: self.batch_size,
@@ -250,6 +251,14 @@ pub fn progress(global: Global) -> impl FnMut(Event<'_>) {
     let bar = common::bar(0, template, global);
     let (mut clock, mut tokens, mut total) = (std::time::Instant::now(), 0usize, 0usize);
     move |event| match event {
+        Event::Calibrating { done, total } => {
+            bar.set_length(total as u64);
+            bar.set_message("looking at the data");
+            bar.set_position(done as u64);
+            if bar.is_hidden() && done == total {
+                tracing::info!("looked at the data: {total} of {total}");
+            }
+        }
         Event::Preparing { done, total } => {
             bar.set_length(total as u64);
             bar.set_message("computing the frozen layers once");

@@ -1,0 +1,539 @@
+//! A look at the training data before an adapter is attached: what the projections' inputs are like, or which way the frozen weights'
+//! gradients point. A *recorder* stands at the seam while the plain model runs; what it finds goes to the method.
+//!
+//! - [`inputs`]: the principal directions of every projection's inputs, incrementally (Ross et al. 2008, "Incremental learning for robust
+//!   visual tracking", section 3.1: mean-free, each batch joined to what is there by one small SVD), until those that the method
+//!   needs hold still. Projections that read the same input share one.
+//! - [`gradients`]: the sum over some rows of the gradient of each frozen weight. The hidden states between layers are kept from one
+//!   forward; then layer by layer from the last one, so that only one layer's gradients exist at a time.
+//!
+//! [`calibrate`] does what a method asks for and keeps the result in a cache on disk, by the content of all that decides it.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+
+use candle_core::{DType, Device, Result as TensorResult, Tensor, TensorId, Var};
+use lorimer_adapter::store::safetensors_bytes;
+use lorimer_adapter::targets::Matcher;
+use lorimer_adapter::{Calibration, Findings, Method};
+use lorimer_model::weights::{SafetensorsFile, hex};
+use lorimer_model::{Adaptation, BaseModel, Batch, Frozen, Inference, Llama, Projection, Site};
+use lorimer_tensor::linalg::truncated_svd;
+use lorimer_tensor::{Gradients, Ops, Tape};
+use rayon::prelude::*;
+use sha2::{Digest, Sha256};
+
+use crate::encode::Example;
+use crate::error::{Error, Result};
+
+/// Version of what is cached.
+const CACHE_VERSION: u32 = 1;
+/// Results kept on disk; the oldest go.
+const CACHED: usize = 32;
+
+/// Principal directions of rows that come batch by batch.
+#[derive(Clone, Debug)]
+pub struct IncrementalPca {
+    wanted: usize,
+    seen: f64,
+    /// Mean of each column, and sum of squared distances from it.
+    mean: Vec<f64>,
+    spread: Vec<f64>,
+    /// Singular values times directions, (k, width); the values alone.
+    components: Option<(Tensor, Vec<f64>)>,
+    /// Rows that are too few for a step.
+    pending: Vec<Tensor>,
+    /// Cosine of each direction with what it was before the last step.
+    cosines: Vec<f64>,
+}
+
+impl IncrementalPca {
+    /// For `wanted` directions.
+    pub fn new(wanted: usize) -> Self {
+        Self {
+            wanted,
+            seen: 0.0,
+            mean: Vec::new(),
+            spread: Vec::new(),
+            components: None,
+            pending: Vec::new(),
+            cosines: Vec::new(),
+        }
+    }
+
+    /// Takes rows (n, width). They wait until there are as many as directions are wanted.
+    pub fn add(&mut self, rows: &Tensor) -> TensorResult<()> {
+        self.pending.push(rows.to_dtype(DType::F64)?);
+        let waiting: usize = self.pending.iter().map(|t| t.dim(0)).sum::<TensorResult<usize>>()?;
+        if waiting >= self.wanted {
+            self.step()?;
+        }
+        Ok(())
+    }
+
+    /// Takes in the rows that wait, however few.
+    pub fn finish(&mut self) -> TensorResult<()> {
+        if self.pending.is_empty() { Ok(()) } else { self.step() }
+    }
+
+    fn step(&mut self) -> TensorResult<()> {
+        let x = Tensor::cat(&std::mem::take(&mut self.pending), 0)?;
+        let (n, width) = x.dims2()?;
+        let batch_mean = x.mean_keepdim(0)?;
+        let centred = x.broadcast_sub(&batch_mean)?;
+        let own = batch_mean.flatten_all()?.to_vec1::<f64>()?;
+        let spread = centred.sqr()?.sum(0)?.to_vec1::<f64>()?;
+        let (n, seen) = (n as f64, self.seen);
+        let before = self.components.take();
+        let joined = match &before {
+            None => {
+                (self.mean, self.spread) = (own, spread);
+                centred
+            }
+            Some((components, values)) => {
+                // The means differ; their difference is one more direction.
+                let weight = seen * n / (seen + n);
+                let between: Vec<f64> = self.mean.iter().zip(&own).map(|(a, b)| weight.sqrt() * (a - b)).collect();
+                for (i, b) in own.iter().enumerate() {
+                    let difference = self.mean[i] - b;
+                    self.spread[i] += spread[i] + weight * difference * difference;
+                    self.mean[i] = (seen * self.mean[i] + n * b) / (seen + n);
+                }
+                let values = Tensor::from_slice(values, (values.len(), 1), &Device::Cpu)?;
+                let between = Tensor::from_vec(between, (1, width), &Device::Cpu)?;
+                Tensor::cat(&[&components.broadcast_mul(&values)?, &centred, &between], 0)?
+            }
+        };
+        self.seen += n;
+        let k = self.wanted.min(joined.dim(0)?).min(width);
+        let (_, values, components) = truncated_svd(&joined, k)?;
+        self.cosines = match before {
+            None => vec![-1.0; k],
+            Some((old, _)) => {
+                let both = old.dim(0)?.min(k);
+                let product = (old.narrow(0, 0, both)? * components.narrow(0, 0, both)?)?.sum(1)?;
+                let mut cosines = product.to_vec1::<f64>()?;
+                cosines.resize(k, -1.0);
+                cosines
+            }
+        };
+        self.components = Some((components, values.to_vec1::<f64>()?));
+        Ok(())
+    }
+
+    /// Share of the rows' whole variance that each direction explains.
+    pub fn explained(&self) -> Vec<f64> {
+        let total: f64 = self.spread.iter().sum();
+        let values = self.components.as_ref().map(|(_, values)| values.as_slice()).unwrap_or_default();
+        values.iter().map(|s| if total > 0.0 { s * s / total } else { 0.0 }).collect()
+    }
+
+    /// Directions (k, width) and singular values, once there are any.
+    pub fn components(&self) -> Option<(&Tensor, &[f64])> {
+        self.components.as_ref().map(|(t, values)| (t, values.as_slice()))
+    }
+
+    /// Whether the first `needed` directions have a cosine of at least `threshold` with what they were.
+    fn holds_still(&self, needed: usize, threshold: f64) -> bool {
+        self.components.is_some() && self.cosines.iter().take(needed).all(|c| *c >= threshold)
+    }
+}
+
+/// Which projections a method targets, in the model's order.
+fn targeted<'a>(model: &'a Llama, method: &dyn Method) -> Result<Vec<(&'a Site, &'a Projection)>> {
+    let matcher = Matcher::new(method.targeting())?;
+    Ok(model.projections().into_iter().filter(|(site, _)| matcher.targets(site)).collect())
+}
+
+/// Hears every projection's input.
+struct InputRecorder<'a> {
+    /// Rows of the batch that count; None for all.
+    rows: Option<Tensor>,
+    hear: &'a (dyn Fn(&Site, TensorId, &Tensor) -> TensorResult<()> + Sync),
+}
+
+impl Adaptation for InputRecorder<'_> {
+    fn project(&self, site: &Site, base: &Projection, x: &Tensor) -> TensorResult<Tensor> {
+        let counted = match &self.rows {
+            Some(rows) => x.index_select(rows, 0)?,
+            None => x.clone(),
+        };
+        (self.hear)(site, x.id(), &counted.detach())?;
+        base.forward(x)
+    }
+}
+
+/// The principal directions of the targeted projections' inputs: for each site `components` (k, inputs), `singular` (k) and `explained`
+/// (k). `rows` are taken in order, over and over if need be. `tell` hears of batches, how many projections hold still, and of how many.
+pub fn inputs(
+    model: &Llama,
+    method: &dyn Method,
+    rows: &[&Example],
+    mut tell: impl FnMut(usize, usize),
+) -> Result<Findings> {
+    let Calibration::Inputs { threshold, learnt_only, batch_size, max_batches } = method.calibration() else {
+        return Ok(Findings::new());
+    };
+    let sites: Vec<&Site> = targeted(model, method)?.into_iter().map(|(site, _)| site).collect();
+    let mut wanted: Vec<usize> =
+        sites.iter().map(|s| Ok(method.components(s)?.min(s.inputs))).collect::<Result<_>>()?;
+    let place: HashMap<&str, usize> = sites.iter().enumerate().map(|(i, s)| (s.path.as_str(), i)).collect();
+    // The first site of each input hears for all that read it.
+    let mut leader: Vec<usize> = (0..sites.len()).collect();
+    let mut learners: Vec<IncrementalPca> = Vec::new();
+    let (mut still, mut needed) = (vec![false; sites.len()], wanted.clone());
+    for step in 0..max_batches {
+        let chunk: Vec<&Example> = (0..batch_size).map(|i| rows[(step * batch_size + i) % rows.len()]).collect();
+        let tokens = chunk.iter().map(|e| e.tokens.as_slice());
+        let batch = if learnt_only { Batch::share(tokens) } else { Batch::pack(tokens) };
+        let counted: Vec<u32> = chunk
+            .iter()
+            .zip(&batch.rows)
+            .flat_map(|(e, at)| e.learnt.iter().zip(at).filter(|(learnt, _)| **learnt).map(|(_, row)| *row))
+            .collect();
+        if learnt_only && counted.is_empty() {
+            continue;
+        }
+        let count = counted.len();
+        let counted = if learnt_only { Some(Tensor::from_vec(counted, count, &Device::Cpu)?) } else { None };
+        if learners.is_empty() {
+            let heard: Mutex<Vec<(TensorId, usize)>> = Mutex::default();
+            let hear = |site: &Site, id: TensorId, _: &Tensor| {
+                if let Some(&i) = place.get(site.path.as_str()) {
+                    heard.lock().unwrap_or_else(PoisonError::into_inner).push((id, i));
+                }
+                Ok(())
+            };
+            forward(model, &batch, &InputRecorder { rows: None, hear: &hear })?;
+            let mut first: HashMap<TensorId, usize> = HashMap::new();
+            for (id, i) in heard.into_inner().unwrap_or_else(PoisonError::into_inner) {
+                leader[i] = *first.entry(id).or_insert(i);
+            }
+            for i in 0..sites.len() {
+                wanted[leader[i]] = wanted[leader[i]].max(wanted[i]);
+            }
+            learners = (0..sites.len()).map(|i| IncrementalPca::new(wanted[leader[i]])).collect();
+        }
+        // As in PEFT, a projection whose directions hold still looks away until more of them are needed.
+        for i in (0..sites.len()).filter(|&i| leader[i] == i) {
+            still[i] = learners[i].holds_still(needed[i], threshold);
+        }
+        let done = (0..sites.len()).filter(|&i| still[leader[i]]).count();
+        tell(step, done);
+        if done == sites.len() {
+            break;
+        }
+        let heard: Mutex<Vec<(usize, Tensor)>> = Mutex::default();
+        let hear = |site: &Site, _: TensorId, x: &Tensor| {
+            match place.get(site.path.as_str()) {
+                Some(&i) if leader[i] == i && !still[i] => {
+                    heard.lock().unwrap_or_else(PoisonError::into_inner).push((i, x.clone()));
+                }
+                _ => {}
+            }
+            Ok(())
+        };
+        forward(model, &batch, &InputRecorder { rows: counted, hear: &hear })?;
+        let mut heard: HashMap<usize, Tensor> =
+            heard.into_inner().unwrap_or_else(PoisonError::into_inner).into_iter().collect();
+        let mut work: Vec<(&mut IncrementalPca, Tensor)> =
+            learners.iter_mut().enumerate().filter_map(|(i, pca)| Some((pca, heard.remove(&i)?))).collect();
+        work.par_iter_mut().try_for_each(|(pca, x)| pca.add(x))?;
+        if (0..sites.len()).all(|i| learners[leader[i]].components().is_some()) {
+            let shares: Vec<Vec<f64>> = (0..sites.len()).map(|i| learners[leader[i]].explained()).collect();
+            let all: Vec<(&Site, &[f64])> = sites.iter().copied().zip(shares.iter().map(Vec::as_slice)).collect();
+            let found = method.allocate(&all)?;
+            needed = (0..sites.len())
+                .map(|i| (0..sites.len()).filter(|&j| leader[j] == i).map(|j| found[j]).max().unwrap_or(0))
+                .collect();
+        }
+    }
+    if learners.is_empty() {
+        return Err(Error::Settings(
+            "no row of the data has a learnt token, so that there is nothing to calibrate on".into(),
+        ));
+    }
+    learners
+        .par_iter_mut()
+        .enumerate()
+        .filter(|(i, _)| leader[*i] == *i)
+        .try_for_each(|(_, pca)| if pca.components().is_none() { pca.finish() } else { Ok(()) })?;
+    let mut findings = Findings::new();
+    for (i, site) in sites.iter().enumerate() {
+        let pca = &learners[leader[i]];
+        let Some((components, values)) = pca.components() else { continue };
+        let explained = pca.explained();
+        let k = explained.len();
+        let found = [
+            ("components", components.to_dtype(DType::F32)?),
+            ("singular", Tensor::from_slice(values, k, &Device::Cpu)?),
+            ("explained", Tensor::from_vec(explained, k, &Device::Cpu)?),
+        ];
+        findings.insert(site.path.clone(), found.into_iter().map(|(name, t)| (name.to_string(), t)).collect());
+    }
+    Ok(findings)
+}
+
+fn forward(model: &Llama, batch: &Batch, recorder: &InputRecorder<'_>) -> Result<()> {
+    model.hidden(batch, &Inference(recorder))?;
+    Ok(())
+}
+
+/// Gives the frozen weights of some sites a gradient.
+struct GradientRecorder<'a> {
+    weights: &'a HashMap<String, Var>,
+    tape: &'a Tape,
+}
+
+impl Adaptation for GradientRecorder<'_> {
+    fn ops(&self) -> Ops<'_> {
+        Ops::recorded(self.tape)
+    }
+
+    fn project(&self, site: &Site, base: &Projection, x: &Tensor) -> TensorResult<Tensor> {
+        let Some(weight) = self.weights.get(&site.path) else { return base.forward_with(self.ops(), x) };
+        let y = self.ops().dense(x, weight)?;
+        match &base.bias {
+            Some(bias) => self.ops().add_bias(&y, bias),
+            None => Ok(y),
+        }
+    }
+
+    fn touches(&self, site: &Site) -> bool {
+        self.weights.contains_key(&site.path)
+    }
+}
+
+/// The gradient of the mean loss of `rows` in every targeted frozen weight, handed to `hear` one site after the other, last layer
+/// first. `tell` hears of layers done, and of how many.
+pub fn gradients(
+    model: &Llama,
+    method: &dyn Method,
+    rows: &[&Example],
+    batch_size: usize,
+    mut hear: impl FnMut(&Site, &Tensor) -> Result<()>,
+    mut tell: impl FnMut(usize, usize),
+) -> Result<()> {
+    let sites = targeted(model, method)?;
+    let lowest = sites.iter().filter_map(|(s, _)| s.layer).min().unwrap_or(model.layer_count());
+    let steps = model.layer_count() - lowest + 1;
+    let total: usize = rows.iter().map(|e| e.targets().count()).sum();
+    if total == 0 {
+        return Err(Error::Settings(
+            "no row of the data has a learnt token, so that there is nothing to calibrate on".into(),
+        ));
+    }
+    struct Part {
+        layout: lorimer_model::llama::Layout,
+        /// The input of each layer from the lowest one, and the output of the last.
+        hidden: Vec<Tensor>,
+        gradient: Option<Tensor>,
+    }
+    // The weights of a layer's sites as variables, and their gradients once all parts have been through.
+    let variables = |layer: Option<usize>| -> Result<HashMap<String, Var>> {
+        let of = sites.iter().filter(|(site, _)| site.layer == layer);
+        of.map(|(site, base)| Ok((site.path.clone(), Var::from_tensor(&base.dense(model.dtype())?)?))).collect()
+    };
+    let tape_of = |weights: &HashMap<String, Var>| Tape::new(weights.values().map(Var::as_tensor));
+    let mut deliver = |layer: Option<usize>, weights: &HashMap<String, Var>, mut found: Gradients| -> Result<()> {
+        for (site, _) in sites.iter().filter(|(site, _)| site.layer == layer) {
+            let gradient = match found.remove(&weights[&site.path]) {
+                Some(gradient) => gradient,
+                None => weights[&site.path].zeros_like()?,
+            };
+            hear(site, &gradient)?;
+        }
+        Ok(())
+    };
+    let mut parts = Vec::new();
+    let (head, mut found) = (variables(None)?, Gradients::default());
+    for rows in rows.chunks(batch_size.max(1)) {
+        let batch = Batch::share(rows.iter().map(|e| e.seen(true)));
+        let pairs = rows.iter().zip(&batch.rows);
+        let (index, targets): (Vec<u32>, Vec<u32>) =
+            pairs.flat_map(|(e, at)| e.targets().map(|i| (at[i - 1], e.tokens[i]))).unzip();
+        if targets.is_empty() {
+            continue;
+        }
+        let layout = model.layout(&batch.positions, &batch.segments, None);
+        let mut h = model.embed(&batch.tokens, &Frozen)?;
+        let mut hidden = Vec::new();
+        for i in 0..model.layer_count() {
+            if i >= lowest {
+                hidden.push(h.clone());
+            }
+            h = rayon::scope(|_| model.layer(i, &h, &layout, &Frozen, None))?;
+        }
+        let tape = tape_of(&head);
+        tape.track(&h);
+        let recorder = GradientRecorder { weights: &head, tape: &tape };
+        let last = model.finish(&h, &recorder)?;
+        let loss = model.loss(&recorder.ops().rows(&last, &index)?, &targets, &recorder)?;
+        let seed = Tensor::new(1.0 / total as f64, &Device::Cpu)?.to_dtype(loss.dtype())?;
+        tape.backward(&loss, seed, &mut found)?;
+        let gradient = found.remove(&h);
+        parts.push(Part { layout, hidden, gradient });
+    }
+    deliver(None, &head, found)?;
+    tell(1, steps);
+    for layer in (lowest..model.layer_count()).rev() {
+        let (weights, mut found) = (variables(Some(layer))?, Gradients::default());
+        for part in &mut parts {
+            let (Some(h), Some(g)) = (part.hidden.pop(), part.gradient.take()) else { continue };
+            let tape = tape_of(&weights);
+            tape.track(&h);
+            let recorder = GradientRecorder { weights: &weights, tape: &tape };
+            let y = rayon::scope(|_| model.layer(layer, &h, &part.layout, &recorder, None))?;
+            tape.backward(&y, g, &mut found)?;
+            part.gradient = found.remove(&h);
+        }
+        deliver(Some(layer), &weights, found)?;
+        tell(model.layer_count() - layer + 1, steps);
+    }
+    Ok(())
+}
+
+/// What decides a calibration's result besides the method.
+pub struct Data<'a> {
+    /// The rows to look at, in order.
+    pub rows: Vec<&'a Example>,
+    /// What stands for the base: its fingerprint and how its weights are kept.
+    pub base: String,
+    /// Where results are kept; None for nowhere.
+    pub cache: Option<PathBuf>,
+}
+
+/// Does what the method asks for, or takes it from the cache. `tell` hears how much of how much is done.
+pub fn calibrate(
+    model: &Llama,
+    method: &dyn Method,
+    data: &Data<'_>,
+    mut tell: impl FnMut(usize, usize),
+) -> Result<Findings> {
+    let calibration = method.calibration();
+    if calibration == Calibration::Nothing {
+        return Ok(Findings::new());
+    }
+    if data.rows.is_empty() {
+        return Err(Error::Settings("there is no data to calibrate on".into()));
+    }
+    let looked_at: Vec<&Example> = match calibration {
+        Calibration::Gradients { samples, .. } => data.rows.iter().copied().take(samples).collect(),
+        _ => data.rows.clone(),
+    };
+    let path = data.cache.as_ref().map(|folder| {
+        let mut hash = Sha256::new();
+        let settings =
+            serde_json::to_string(&(CACHE_VERSION, &data.base, method.name(), method.config(), &calibration));
+        hash.update(settings.unwrap_or_default());
+        hash.update(crate::session::rows_hash(&looked_at));
+        folder.join(format!("{}.safetensors", hex(&hash.finalize())))
+    });
+    if let Some(found) = path.as_deref().and_then(read) {
+        return Ok(found);
+    }
+    let findings = match calibration {
+        Calibration::Gradients { batch_size, .. } => {
+            let mut findings = Findings::new();
+            let digest = |site: &Site, gradient: &Tensor| {
+                findings.insert(site.path.clone(), method.digest(site, gradient)?);
+                Ok(())
+            };
+            gradients(model, method, &looked_at, batch_size, digest, tell)?;
+            findings
+        }
+        _ => {
+            let all = targeted(model, method)?.len();
+            inputs(model, method, &looked_at, |_, done| tell(done, all))?
+        }
+    };
+    if let Some(path) = &path {
+        // A cache that cannot be written costs time only.
+        if let Err(error) = write(path, &findings) {
+            tracing::warn!("the calibration is not kept: {error}");
+        }
+    }
+    Ok(findings)
+}
+
+/// Between a site and a name in the cache's keys.
+const BETWEEN: char = '|';
+
+fn write(path: &Path, findings: &Findings) -> Result<()> {
+    let tensors: BTreeMap<String, Tensor> = findings
+        .iter()
+        .flat_map(|(site, found)| found.iter().map(move |(name, t)| (format!("{site}{BETWEEN}{name}"), t.clone())))
+        .collect();
+    if let Some(folder) = path.parent() {
+        lorimer_model::files::create_folder(folder)?;
+        forget_oldest(folder);
+    }
+    lorimer_model::files::write_atomic(path, &safetensors_bytes(&tensors)?)?;
+    Ok(())
+}
+
+fn forget_oldest(folder: &Path) {
+    let Ok(entries) = std::fs::read_dir(folder) else { return };
+    let mut files: Vec<_> = entries
+        .filter_map(|e| {
+            let e = e.ok()?;
+            let ours = e.path().extension().is_some_and(|x| x == "safetensors");
+            Some((e.metadata().ok()?.modified().ok()?, e.path())).filter(|_| ours)
+        })
+        .collect();
+    files.sort();
+    let surplus = files.len().saturating_sub(CACHED - 1);
+    for (_, path) in files.into_iter().take(surplus) {
+        let _ = std::fs::remove_file(path);
+    }
+}
+
+/// A result out of the cache; one that cannot be read is as none.
+fn read(path: &Path) -> Option<Findings> {
+    if !path.is_file() {
+        return None;
+    }
+    let file = SafetensorsFile::open(path).ok()?;
+    let mut findings = Findings::new();
+    for key in file.names() {
+        let (site, name) = key.rsplit_once(BETWEEN)?;
+        findings.entry(site.to_string()).or_default().insert(name.to_string(), file.load(&key).ok()??);
+    }
+    Some(findings)
+}
+
+#[cfg(test)]
+mod tests {
+    use rand::{Rng, SeedableRng};
+
+    use super::*;
+
+    fn random(shape: (usize, usize), seed: u64) -> Tensor {
+        let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
+        let scale = |j: usize| 3.0 / (1.0 + j as f64);
+        let data: Vec<f64> =
+            (0..shape.0 * shape.1).map(|i| 0.5 + scale(i % shape.1) * rng.random_range(-1.0..1.0)).collect();
+        Tensor::from_vec(data, shape, &Device::Cpu).unwrap()
+    }
+
+    /// The directions found batch by batch are those of all rows at once, where as many are kept as there are.
+    #[test]
+    fn incremental_components_equal_those_of_all_rows() {
+        let (width, k) = (12, 12);
+        let parts = [random((20, width), 1), random((15, width), 2), random((31, width), 3), random((5, width), 4)];
+        let mut pca = IncrementalPca::new(k);
+        parts.iter().for_each(|x| pca.add(x).unwrap());
+        pca.finish().unwrap();
+        let all = Tensor::cat(&parts, 0).unwrap();
+        let centred = all.broadcast_sub(&all.mean_keepdim(0).unwrap()).unwrap();
+        let (_, values, directions) = truncated_svd(&centred, k).unwrap();
+        let (found, singular) = pca.components().unwrap();
+        for (a, b) in singular.iter().zip(values.to_vec1::<f64>().unwrap()) {
+            assert!((a - b).abs() < 1e-8 * values.get(0).unwrap().to_scalar::<f64>().unwrap(), "{a} {b}");
+        }
+        let cosines = (found * &directions).unwrap().sum(1).unwrap().to_vec1::<f64>().unwrap();
+        assert!(cosines.iter().take(6).all(|c| *c > 1.0 - 1e-6), "{cosines:?}");
+        assert!((pca.explained().iter().sum::<f64>() - 1.0).abs() < 1e-9);
+    }
+}
