@@ -311,10 +311,9 @@ impl Adapter {
 
     /// What stands in `lorimer.json` for the frozen parts of every module.
     pub fn frozen_parts(&self) -> Result<BTreeMap<String, FrozenParts>> {
-        let all: Vec<_> = self.deltas.iter().collect();
-        let of = |(path, delta): &(&String, &Box<dyn Delta>)| {
-            Ok(FrozenParts::of(delta.as_ref())?.map(|parts| ((*path).clone(), parts)))
-        };
+        let all: Vec<_> = self.deltas.iter().map(|(path, delta)| (path, delta.as_ref())).collect();
+        let of =
+            |(path, delta): &(&String, &dyn Delta)| Ok(FrozenParts::of(*delta)?.map(|parts| ((*path).clone(), parts)));
         Ok(all.par_iter().map(of).collect::<Result<Vec<_>>>()?.into_iter().flatten().collect())
     }
 
@@ -438,13 +437,7 @@ impl Attached<'_> {
             && self.tape.is_some()
             && let [(delta, 1.0)] = self.here(site).collect::<Vec<_>>()[..]
         {
-            let mut whole = false;
-            let found = ops.island_all(&[x], &parameters(delta), |t| {
-                let output = delta.output(base, &t[0], &self.step)?;
-                whole = output.is_some();
-                Ok(output.into_iter().collect())
-            })?;
-            if let (true, Some(y)) = (whole, found.into_iter().next()) {
+            if let Some(y) = delta.output(ops, base, x, &self.step)? {
                 return Ok(y);
             }
         }

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use candle_core::{DType, Result as TensorResult, Tensor, Var};
 use lorimer_model::{Projection, Site};
+use lorimer_tensor::Ops;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
@@ -84,9 +85,9 @@ pub trait Delta: Send + Sync {
             None => candle_core::bail!("a method without a form has to bring its forward"),
         }
     }
-    /// The whole output without bias, where that is less work than [`Self::forward`] beside the frozen projection; in candle's
-    /// graph. It is used where this is the only adapter.
-    fn output(&self, _base: &Projection, _x: &Tensor, _step: &Step) -> TensorResult<Option<Tensor>> {
+    /// The whole output without bias in recorded operations, where that is less work than [`Self::forward`] beside the frozen
+    /// projection. It is used in training where this is the only adapter.
+    fn output(&self, _ops: Ops<'_>, _base: &Projection, _x: &Tensor, _step: &Step) -> TensorResult<Option<Tensor>> {
         Ok(None)
     }
     /// What the change adds to the output of every row (outputs), where the method works on W x + b.

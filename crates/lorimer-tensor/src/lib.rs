@@ -9,6 +9,7 @@
 
 pub mod attention;
 pub mod bases;
+pub mod block_affine;
 pub mod blockwise;
 mod dense;
 pub mod gated;
@@ -22,6 +23,7 @@ pub mod norm;
 mod products;
 pub mod project;
 mod raw;
+pub mod ring;
 pub mod rotary;
 pub mod storage;
 pub mod tape;
@@ -29,6 +31,7 @@ mod wide;
 
 pub use attention::{Segment, attention};
 pub use bases::scaled_bases;
+pub use block_affine::block_affine;
 pub use gated::silu_mul;
 pub use loss::cross_entropy;
 pub use low_rank::{LowRankTerm, Part};

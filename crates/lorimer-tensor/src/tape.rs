@@ -8,7 +8,7 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use candle_core::{CustomOp2, CustomOp3, DType, Result, Tensor, TensorId, Var};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Tensor, TensorId, Var};
 use rayon::prelude::*;
 
 use crate::attention::{Attention, Segment};
@@ -19,6 +19,7 @@ use crate::low_rank::{self, Part};
 use crate::norm::RmsNorm;
 use crate::project::frozen_linear;
 use crate::raw::{Real, with_mut_slice, with_slices};
+use crate::ring;
 use crate::rotary::{Rotary, RotaryTable};
 use crate::storage::FrozenWeight;
 
@@ -316,7 +317,7 @@ impl<'a> Ops<'a> {
             let mut total: Option<Tensor> = None;
             for (graph, g) in graphs.iter().zip(found) {
                 let Some(g) = g else { continue };
-                let sum = (graph * g)?.sum_all()?;
+                let sum = graph.contiguous()?.apply_op1(Seed(g.clone()))?;
                 total = Some(match total {
                     Some(total) => (total + sum)?,
                     None => sum,
@@ -448,6 +449,27 @@ impl<'a> Ops<'a> {
         one(self.project(x, &[Part { weight, low_rank: None }])?)
     }
 
+    /// T x for every row of `x` (rows, n₁ n₂), with the tensor-ring matrix T of two cores (n, n, r, r): see [`crate::ring`].
+    pub fn ring_transform(&self, x: &Tensor, first: &Tensor, second: &Tensor) -> Result<Tensor> {
+        if !self.on_cpu(x) {
+            return self.fallback(&[x, first, second], |t| t[0].matmul(&ring::ring_matrix(&t[1], &t[2])?.t()?));
+        }
+        let y = ring::apply(x, first, second)?;
+        if let Some(tape) = self.tape(&[x, first, second]) {
+            let ids = [x, first, second].map(|t| tape.tracks(t).then(|| t.id()));
+            let (values, first, second) = (tape.recipe(x), first.clone(), second.clone());
+            tape.record(&y, move |g, gradients| {
+                for (id, gradient) in ids.into_iter().zip(ring::gradients(g, &values()?, &first, &second)?) {
+                    if let Some(id) = id {
+                        gradients.add(id, gradient)?;
+                    }
+                }
+                Ok(())
+            });
+        }
+        Ok(y)
+    }
+
     /// `x Wᵀ` with a weight (outputs, inputs) that may have a gradient too.
     pub fn dense(&self, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
         if !self.on_cpu(x) {
@@ -524,6 +546,27 @@ impl<'a> Ops<'a> {
     /// Without a tape, `f` in candle's graph; with one, an island.
     fn fallback(&self, inputs: &[&Tensor], f: impl FnOnce(&[Tensor]) -> Result<Tensor>) -> Result<Tensor> {
         self.island(inputs, &[], f)
+    }
+}
+
+/// The begin of a backward: a number of no meaning whose gradient, in what it is made of, is the given one.
+struct Seed(Tensor);
+
+impl CustomOp1 for Seed {
+    fn name(&self) -> &'static str {
+        "seed"
+    }
+
+    fn cpu_fwd(&self, storage: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        let zero = match storage {
+            CpuStorage::F64(_) => CpuStorage::F64(vec![0.0]),
+            _ => CpuStorage::F32(vec![0.0]),
+        };
+        Ok((zero, Shape::from(())))
+    }
+
+    fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
+        Ok(Some(self.0.clone()))
     }
 }
 

@@ -305,14 +305,13 @@ impl Adaptation for GradientRecorder<'_> {
     }
 }
 
-/// The gradient of the mean loss of `rows` in every targeted frozen weight, handed to `hear` one site after the other, last layer
-/// first. `tell` hears of layers done, and of how many.
+/// The gradient of the mean loss of `rows` in every targeted frozen weight, handed to `hear` layer by layer, last layer first. `tell` hears of layers done, and of how many.
 pub fn gradients(
     model: &Llama,
     method: &dyn Method,
     rows: &[&Example],
     batch_size: usize,
-    mut hear: impl FnMut(&Site, &Tensor) -> Result<()>,
+    mut hear: impl FnMut(Vec<(&Site, Tensor)>) -> Result<()>,
     mut tell: impl FnMut(usize, usize),
 ) -> Result<()> {
     let sites = targeted(model, method)?;
@@ -337,14 +336,11 @@ pub fn gradients(
     };
     let tape_of = |weights: &HashMap<String, Var>| Tape::new(weights.values().map(Var::as_tensor));
     let mut deliver = |layer: Option<usize>, weights: &HashMap<String, Var>, mut found: Gradients| -> Result<()> {
-        for (site, _) in sites.iter().filter(|(site, _)| site.layer == layer) {
-            let gradient = match found.remove(&weights[&site.path]) {
-                Some(gradient) => gradient,
-                None => weights[&site.path].zeros_like()?,
-            };
-            hear(site, &gradient)?;
-        }
-        Ok(())
+        let of = sites.iter().filter(|(site, _)| site.layer == layer).map(|(site, _)| {
+            let weight = &weights[&site.path];
+            Ok((*site, found.remove(weight).map_or_else(|| weight.zeros_like(), Ok)?))
+        });
+        hear(of.collect::<TensorResult<_>>()?)
     };
     let mut parts = Vec::new();
     let (head, mut found) = (variables(None)?, Gradients::default());
@@ -436,8 +432,9 @@ pub fn calibrate(
     let findings = match calibration {
         Calibration::Gradients { batch_size, .. } => {
             let mut findings = Findings::new();
-            let digest = |site: &Site, gradient: &Tensor| {
-                findings.insert(site.path.clone(), method.digest(site, gradient)?);
+            let digest = |layer: Vec<(&Site, Tensor)>| {
+                let one = |(site, gradient): &(&Site, Tensor)| Ok((site.path.clone(), method.digest(site, gradient)?));
+                findings.extend(layer.par_iter().map(one).collect::<Result<Vec<_>>>()?);
                 Ok(())
             };
             gradients(model, method, &looked_at, batch_size, digest, tell)?;

@@ -34,6 +34,7 @@ use std::sync::{Mutex, PoisonError};
 
 use candle_core::{DType, Device, Result as TensorResult, Tensor, Var};
 use lorimer_model::{Projection, Site};
+use lorimer_tensor::block_affine;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
@@ -223,7 +224,7 @@ impl Method for Bone {
             false => Ok(Tensor::zeros(&shape[..], dtype, &Device::Cpu)?),
         })?;
         if self.variant == Variant::Bat {
-            return Ok(Box::new(Bat { block, key: self.key(), inputs: site.inputs }));
+            return Ok(Box::new(Bat { block, key: self.key() }));
         }
         let mut folds = self.folds.lock().unwrap_or_else(PoisonError::into_inner);
         let fold = match folds.get(&site.inputs) {
@@ -299,20 +300,12 @@ struct Bat {
     /// (outputs/r, r, r).
     block: Var,
     key: &'static str,
-    inputs: usize,
 }
 
 impl Delta for Bat {
     fn change(&self, base: &Projection, _rows: usize) -> TensorResult<Option<Change>> {
-        let (n, r, _) = self.block.dims3()?;
-        let w = base.dense(self.block.dtype())?;
-        // Row i·r + a of W holds the rows a of the blocks (i, 0), (i, 1), … one after the other, so W b is a product per i.
-        let pieces = self.inputs / r;
-        let guide =
-            (self.block.as_tensor() + Tensor::eye(r, w.dtype(), w.device())?.unsqueeze(0)?.broadcast_as((n, r, r))?)?;
-        let moved = w.reshape((n, r * pieces, r))?.matmul(&guide)?.reshape((n, r, pieces, r))?;
-        let moved = moved.broadcast_add(&self.block.unsqueeze(2)?)?;
-        Ok(Some(Change::Weight(moved.reshape((n * r, self.inputs))?)))
+        let weight = base.dense(self.block.dtype())?;
+        Ok(Some(Change::Weight(block_affine(&weight, &self.block)?)))
     }
 
     fn trainable(&self) -> Vec<(&'static str, &Var)> {

@@ -30,7 +30,7 @@ use std::collections::BTreeMap;
 
 use candle_core::{Device, Result as TensorResult, Tensor, Var};
 use lorimer_model::{Projection, Site};
-use lorimer_tensor::frozen_linear;
+use lorimer_tensor::{Ops, frozen_linear};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -376,8 +376,21 @@ impl Delta for TloraDelta {
         self.whole(base, x)? - y
     }
 
-    fn output(&self, base: &Projection, x: &Tensor, _step: &Step) -> TensorResult<Option<Tensor>> {
-        self.whole(base, x).map(Some)
+    fn output(&self, ops: Ops<'_>, base: &Projection, x: &Tensor, _step: &Step) -> TensorResult<Option<Tensor>> {
+        let [first, second] = &self.cores[..] else { return Ok(None) };
+        if first.dim(0)? * second.dim(0)? != self.width {
+            return Ok(None);
+        }
+        let moved = match self.side {
+            Side::Input => ops.linear(&ops.ring_transform(x, first, second)?, &base.weight)?,
+            Side::Output => ops.ring_transform(&ops.linear(x, &base.weight)?, first, second)?,
+        };
+        let parameters: Vec<&Tensor> = self.trainable().into_iter().map(|(_, v)| v.as_tensor()).collect();
+        let residual = ops.island(&[x], &parameters, |t| {
+            let (a, b) = self.residual.factors()?;
+            t[0].matmul(&a.t()?)?.matmul(&b.t()?)
+        })?;
+        ops.add(&moved, &residual).map(Some)
     }
 
     fn merged(&self, base: &Projection) -> TensorResult<Result<Tensor, NotMergeable>> {
