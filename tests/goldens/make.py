@@ -9,7 +9,7 @@ import json, pathlib, shutil, sys
 
 import pyarrow.parquet
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import EvaConfig, LoraConfig, MissConfig, RandLoraConfig, get_peft_model, initialize_lora_eva_weights
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
@@ -92,6 +92,13 @@ cases = {
     # On a base that has biases.
     "bias_all": dict(base="tiny-llama3", r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], bias="all"),
     "bias_lora_only": dict(base="tiny-llama3", r=4, lora_alpha=8, target_modules=["v_proj", "up_proj"], bias="lora_only"),
+    "miss": dict(kind=MissConfig, base="tiny-llama3", r=5, target_modules="all-linear", bias="MiSS_only"),
+    "miss_bat": dict(kind=MissConfig, r=8, init_weights="bat", target_modules="all-linear"),
+    "miss_mini": dict(kind=MissConfig, r=6, init_weights="mini", mini_r=4, target_modules="all-linear"),
+    "randlora": dict(kind=RandLoraConfig, r=5, randlora_alpha=10, save_projection=False, projection_prng_key=7, target_modules="all-linear"),
+    "randlora_saved": dict(kind=RandLoraConfig, r=4, randlora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"]),
+    "randlora_sparse": dict(kind=RandLoraConfig, r=4, randlora_alpha=8, sparse=True, target_modules=["q_proj", "up_proj"]),
+    "randlora_very_sparse": dict(kind=RandLoraConfig, r=4, randlora_alpha=8, very_sparse=True, save_projection=False, projection_prng_key=3, target_modules=["k_proj", "up_proj"]),
 }
 ids = torch.randint(3, 259, (3, 19))
 
@@ -107,10 +114,10 @@ def fresh(base):
 
 for name, settings in cases.items():
     torch.manual_seed(1)
-    base = settings.pop("base", "tiny-llama")
-    model = get_peft_model(fresh(base), LoraConfig(task_type="CAUSAL_LM", **settings)).eval()
+    base, kind = settings.pop("base", "tiny-llama"), settings.pop("kind", LoraConfig)
+    model = get_peft_model(fresh(base), kind(task_type="CAUSAL_LM", **settings)).eval()
     for key, p in model.named_parameters():
-        if "lora_B" in key and not settings.get("init_lora_weights"):
+        if ("lora_B" in key and not settings.get("init_lora_weights")) or "miss_block" in key or "randlora_lambda" in key:
             with torch.no_grad():
                 p.normal_(0, 0.1)
     out = here / "adapters" / name
@@ -120,7 +127,7 @@ for name, settings in cases.items():
     loss_of(model).backward()
     for key, p in model.named_parameters():
         if p.requires_grad:
-            short = key.removeprefix("base_model.model.").replace(".default", "").replace(".modules_to_save", "").replace(".base_layer", "")
+            short = key.removeprefix("base_model.model.").removesuffix(".default").replace(".default", "").replace(".modules_to_save", "").replace(".base_layer", "")
             golden["grad." + short.removesuffix(".weight")] = p.grad.clone()
             p.grad = None
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.01)
@@ -140,6 +147,38 @@ for name, settings in cases.items():
     config = json.loads((out / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = base
     (out / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+# EVA: what PEFT finds in three batches of rows whose first half is not learnt.
+torch.manual_seed(3)
+batches = [torch.randint(3, 259, (6, 21)) for _ in range(3)]
+labels = [b.clone() for b in batches]
+for l in labels:
+    l[:, :9] = -100
+loader = [dict(input_ids=b, labels=l, attention_mask=torch.ones_like(b)) for b, l in zip(batches, labels)]
+config = LoraConfig(task_type="CAUSAL_LM", r=3, lora_alpha=6, target_modules="all-linear", init_lora_weights="eva", eva_config=EvaConfig(rho=2.0, tau=0.9))
+model = get_peft_model(fresh("tiny-llama"), config)
+initialize_lora_eva_weights(model, loader, show_progress_bar=False)
+out = here / "adapters" / "eva"
+shutil.rmtree(out, ignore_errors=True)
+model.save_pretrained(out)
+(out / "README.md").unlink(missing_ok=True)
+config = json.loads((out / "adapter_config.json").read_text())
+config["base_model_name_or_path"] = "tiny-llama"
+(out / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+save_file({"tokens": torch.cat(batches).to(torch.float32)}, out / "golden.safetensors")
+
+# The bases of RandLoRA and VeRA at another size than the tiny model's: torch's generator and its rounding.
+torch.manual_seed(0)
+from peft.tuners.randlora.model import _kaiming_init
+bases = {}
+for seed in (0, 7, 12345):
+    generator = torch.Generator("cpu").manual_seed(seed)
+    a = _kaiming_init((6, 1, 77), generator=generator)
+    b = torch.cat([_kaiming_init((130, 1, 6), generator=generator) for _ in range(13)], dim=1)
+    bases[f"a{seed}"], bases[f"b{seed}"] = a / a.std(), b / b.std()
+    generator = torch.Generator("cpu").manual_seed(seed)
+    bases[f"rand{seed}"] = torch.rand((5, 31), generator=generator)
+save_file(bases, here / "torch_random.safetensors")
 
 # Chat templates.
 conversations = [

@@ -7,6 +7,7 @@ use lorimer::model::chat::ChatTemplate;
 use lorimer::model::config::LlamaConfig;
 use lorimer::model::weights::SafetensorsFile;
 use lorimer::prelude::*;
+use lorimer::train::calibrate::{Data, calibrate};
 use lorimer::train::optimizer::{AdamW, AdamWConfig, Optimizer, OptimizerKind};
 use lorimer::train::step::batch_loss;
 use serde_json::Value;
@@ -113,8 +114,24 @@ fn sentencepiece_in_gguf_gives_sentencepieces_tokens() {
     }
 }
 
-const CASES: [&str; 9] =
-    ["lora", "rslora", "dora", "rank_pattern", "modules_to_save", "pissa", "olora", "bias_all", "bias_lora_only"];
+const CASES: [&str; 16] = [
+    "lora",
+    "rslora",
+    "dora",
+    "rank_pattern",
+    "modules_to_save",
+    "pissa",
+    "olora",
+    "bias_all",
+    "bias_lora_only",
+    "miss",
+    "miss_bat",
+    "miss_mini",
+    "randlora",
+    "randlora_saved",
+    "randlora_sparse",
+    "randlora_very_sparse",
+];
 
 /// QLoRA's storage, against bitsandbytes (see tests/goldens/make_nf4.py).
 #[test]
@@ -128,7 +145,7 @@ fn nf4_gives_what_bitsandbytes_gives() {
 
 /// The base of a case.
 fn base_of(case: &str) -> &'static str {
-    if case.starts_with("bias") { "tiny-llama3" } else { "tiny-llama" }
+    if case.starts_with("bias") || case == "miss" { "tiny-llama3" } else { "tiny-llama" }
 }
 
 fn adapter(model: &Llama, case: &str) -> (Adapter, Golden) {
@@ -208,6 +225,93 @@ fn ten_steps_and_the_merge_equal_peft() {
         assert!(d < 5e-3, "{case}: merged logits differ by {d:e}");
         let own = distance(&logits(&again, &Frozen, &golden.tokens()), &logits(&model, &attached, &golden.tokens()));
         assert!(own < 2e-4, "{case}: merged and unmerged differ by {own:e}");
+    }
+}
+
+/// Files that PEFT up to 0.17 wrote say BONE and `bone_block`.
+#[test]
+fn bone_files_are_read() {
+    let model = tiny("tiny-llama");
+    let golden = Golden::open("adapters/miss_bat");
+    let mut stored = StoredAdapter::read(&folder("adapters/miss_bat")).unwrap();
+    stored.config.insert("peft_type".into(), "BONE".into());
+    stored.tensors = stored.tensors.into_iter().map(|(k, t)| (k.replace("miss_block", "bone_block"), t)).collect();
+    let adapter = Adapter::load_whole(&model, &stored).unwrap();
+    let d = distance(&logits(&model, &Attached::one(&adapter), &golden.tokens()), &golden.get("logits"));
+    assert!(d < 2e-4, "{d:e}");
+    let again = adapter.to_stored("tiny-llama").unwrap();
+    assert!(again.tensors.keys().all(|k| k.ends_with("bone_block")));
+    assert_eq!(again.config["peft_type"], "BONE");
+}
+
+/// torch's generator, its bf16 rounding and its standard deviation.
+#[test]
+fn torchs_random_bases_come_out_bit_for_bit() {
+    use lorimer::adapter::methods::mt19937::{TorchGenerator, over_deviation_bf16};
+    let file = SafetensorsFile::open(&folder("torch_random.safetensors")).unwrap();
+    let get = |name: &str| file.load(name).unwrap().unwrap();
+    for seed in [0u64, 7, 12345] {
+        let mut torch = TorchGenerator::new(seed);
+        let a = over_deviation_bf16(&torch.kaiming_bf16(6 * 77, 77));
+        assert_eq!(get(&format!("a{seed}")).flatten_all().unwrap().to_vec1::<half::bf16>().unwrap(), a);
+        // Thirteen slices of (130, 6), put beside each other.
+        let slices: Vec<Vec<half::bf16>> = (0..13).map(|_| torch.kaiming_bf16(130 * 6, 6)).collect();
+        let b: Vec<half::bf16> =
+            (0..130).flat_map(|row| slices.iter().flat_map(move |s| s[row * 6..row * 6 + 6].to_vec())).collect();
+        let expected = get(&format!("b{seed}")).flatten_all().unwrap().to_vec1::<half::bf16>().unwrap();
+        assert_eq!(expected, over_deviation_bf16(&b));
+        let rand = TorchGenerator::new(seed).rand(5 * 31);
+        assert_eq!(get(&format!("rand{seed}")).flatten_all().unwrap().to_vec1::<f32>().unwrap(), rand);
+    }
+}
+
+/// The bases that PEFT saved are those that follow from its seed.
+#[test]
+fn randloras_bases_follow_from_the_seed() {
+    let model = tiny("tiny-llama");
+    for case in ["randlora_saved", "randlora_sparse"] {
+        let stored = StoredAdapter::read(&folder(&format!("adapters/{case}"))).unwrap();
+        let mut without = stored.clone();
+        without.tensors.retain(|k, _| !k.ends_with("randlora_A") && !k.ends_with("randlora_B"));
+        let adapter = Adapter::load_whole(&model, &without).unwrap();
+        let written = adapter.to_stored("tiny-llama").unwrap();
+        for key in ["base_model.randlora_A", "base_model.randlora_B"] {
+            let ours = written.tensors[key].to_dtype(DType::F32).unwrap();
+            assert_eq!(distance(&ours, &stored.tensors[key]), 0.0, "{case} {key}");
+        }
+    }
+}
+
+/// EVA finds the ranks and directions that PEFT finds in the same batches.
+#[test]
+fn evas_start_equals_pefts() {
+    let model = tiny("tiny-llama");
+    let stored = StoredAdapter::read(&folder("adapters/eva")).unwrap();
+    let golden = Golden::open("adapters/eva");
+    let learnt = |tokens: &[u32]| (0..tokens.len()).map(|i| i >= 9).collect();
+    let rows: Vec<Example> =
+        golden.tokens().into_iter().map(|t| Example { learnt: learnt(&t), tokens: t, answer: None }).collect();
+    let settings = serde_json::json!({ "r": 3, "lora_alpha": 6, "tau": 0.9, "batch_size": 6 });
+    let method = methods::build("eva", settings.as_object().unwrap()).unwrap();
+    let data = Data { rows: rows.iter().collect(), base: String::new(), cache: None };
+    let findings = calibrate(&model, method.as_ref(), &data, |_, _| {}).unwrap();
+    let adapter = Adapter::attach_calibrated(&model, method, &findings, 0).unwrap();
+    let ours = adapter.to_stored("tiny-llama").unwrap();
+    assert_eq!(ours.tensors.keys().collect::<Vec<_>>(), stored.tensors.keys().collect::<Vec<_>>());
+    for (key, expected) in stored.tensors.iter().filter(|(k, _)| k.contains("lora_A")) {
+        let found = &ours.tensors[key];
+        assert_eq!(found.dims(), expected.dims(), "{key}");
+        // Each of PEFT's directions lies in the span of ours.
+        let inside =
+            expected.matmul(&found.t().unwrap()).unwrap().sqr().unwrap().sum(1).unwrap().to_vec1::<f32>().unwrap();
+        assert!(inside.iter().all(|c| *c > 0.98), "{key}: {inside:?}");
+    }
+    let number = |stored: &StoredAdapter, name: &str| -> std::collections::BTreeMap<String, f64> {
+        let map = stored.config[name].as_object().unwrap();
+        map.iter().map(|(k, v)| (k.clone(), v.as_f64().unwrap())).collect()
+    };
+    for name in ["rank_pattern", "alpha_pattern"] {
+        assert_eq!(number(&ours, name), number(&stored, name));
     }
 }
 

@@ -18,15 +18,15 @@ impl TorchGenerator {
         (0..count).map(|_| (self.0.next_u32() & 0xff_ffff) as f32 / (1u32 << 24) as f32).collect()
     }
 
-    /// `tensor.uniform_(-bound, bound)` on a bf16 tensor: 8 random bits each, bounds and width rounded to bf16.
+    /// `tensor.uniform_(-bound, bound)` on a bf16 tensor: as in f32, then rounded; what is rounded up to the bound, which does not
+    /// belong to the range, becomes its other end.
     pub fn uniform_bf16(&mut self, count: usize, bound: f64) -> Vec<bf16> {
-        let (from, to) = (bf16::from_f32(-bound as f32), bf16::from_f32(bound as f32));
-        let width = bf16::from_f32(to.to_f32() - from.to_f32());
-        let one = |n: u32| {
-            let x = (n & 0xff) as f32 / 256.0;
-            bf16::from_f32(x * width.to_f32() + from.to_f32())
+        let (from, to) = (-bound as f32, bound as f32);
+        let one = |x: f32| {
+            let v = bf16::from_f32(x * (to - from) + from);
+            if v >= bf16::from_f32(to) { bf16::from_f32(from) } else { v }
         };
-        (0..count).map(|_| one(self.0.next_u32())).collect()
+        self.rand(count).into_iter().map(one).collect()
     }
 
     /// `kaiming_uniform_(a = √5)` on a bf16 tensor of so many numbers with this fan-in: uniform in ±1/√fan_in.

@@ -281,6 +281,10 @@ impl Method for RandLora {
             Ok(Tensor::full(1.0 / of as f64, (n, small), &Device::Cpu)?)
         })?;
         let a = bases.a.narrow(1, 0, small)?.to_dtype(dtype)?.contiguous()?;
+        // PEFT writes the shared bases once more for every module.
+        let (most, (depth, bases_n, _)) = (bases.a.dim(1)?, bases.b.dims3()?);
+        source.optional("randlora_A", &[r, 1, most])?;
+        source.optional("randlora_B", &[depth, bases_n, r])?;
         let wide = site.inputs > site.outputs;
         let mut slices = self.slices.lock().unwrap_or_else(PoisonError::into_inner);
         let b = match slices.get(&(large, n, wide)) {
