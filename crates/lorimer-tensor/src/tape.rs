@@ -406,6 +406,18 @@ impl<'a> Ops<'a> {
         Ok(y)
     }
 
+    /// `x` (rows, n) times a number a column, `scale` (n).
+    pub fn scale_columns(&self, x: &Tensor, scale: &Tensor) -> Result<Tensor> {
+        if !self.on_cpu(x) {
+            return self.fallback(&[x, scale], |t| t[0].broadcast_mul(&t[1]));
+        }
+        let tape = self.tape(&[x, scale]);
+        match x.dtype() {
+            DType::F64 => scale_columns::<f64>(tape, x, scale),
+            _ => scale_columns::<f32>(tape, x, scale),
+        }
+    }
+
     /// `x + bias` with a bias a column.
     pub fn add_bias(&self, x: &Tensor, bias: &Tensor) -> Result<Tensor> {
         self.fallback(&[x, bias], |t| t[0].broadcast_add(&t[1]))
@@ -547,6 +559,48 @@ impl<'a> Ops<'a> {
     fn fallback(&self, inputs: &[&Tensor], f: impl FnOnce(&[Tensor]) -> Result<Tensor>) -> Result<Tensor> {
         self.island(inputs, &[], f)
     }
+}
+
+/// `x ∘ scale`, column by column.
+fn scaled<T: Real>(x: &Tensor, scale: &Tensor) -> Result<Tensor> {
+    let n = scale.elem_count().max(1);
+    with_slices([x, scale], |[x, scale]: [&[T]; 2]| {
+        let mut y = vec![T::zero(); x.len()];
+        let rows = SERIAL.div_ceil(n) * n;
+        y.par_chunks_mut(rows).zip(x.par_chunks(rows)).for_each(|(y, x)| {
+            for (y, x) in y.chunks_exact_mut(n).zip(x.chunks_exact(n)) {
+                y.iter_mut().zip(x.iter().zip(scale)).for_each(|(y, (&x, &s))| *y = x * s);
+            }
+        });
+        Ok(y)
+    })
+    .and_then(|y| Tensor::from_vec(y, x.shape(), x.device()))
+}
+
+fn scale_columns<T: Real>(tape: Option<&Tape>, x: &Tensor, scale: &Tensor) -> Result<Tensor> {
+    let y = scaled::<T>(x, scale)?;
+    if let Some(tape) = tape {
+        let (x_id, s_id) = (tape.tracks(x).then(|| x.id()), tape.tracks(scale).then(|| scale.id()));
+        let (values, scale) = (tape.recipe(x), scale.clone());
+        tape.record(&y, move |g, gradients| {
+            if let Some(id) = s_id {
+                let n = scale.elem_count().max(1);
+                let sum = with_slices([g, &values()?], |[g, x]: [&[T]; 2]| {
+                    let mut sum = vec![T::zero(); n];
+                    for (g, x) in g.chunks_exact(n).zip(x.chunks_exact(n)) {
+                        sum.iter_mut().zip(g.iter().zip(x)).for_each(|(sum, (&g, &x))| *sum += g * x);
+                    }
+                    Ok(sum)
+                })?;
+                gradients.add(id, Tensor::from_vec(sum, scale.shape(), scale.device())?)?;
+            }
+            match x_id {
+                Some(id) => gradients.add(id, scaled::<T>(g, &scale)?),
+                None => Ok(()),
+            }
+        });
+    }
+    Ok(y)
 }
 
 /// The begin of a backward: a number of no meaning whose gradient, in what it is made of, is the given one.

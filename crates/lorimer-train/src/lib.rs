@@ -11,6 +11,7 @@ pub mod frozen;
 pub mod log;
 pub mod optimizer;
 pub mod plan;
+pub mod scatter;
 pub mod schedule;
 pub mod session;
 pub mod step;

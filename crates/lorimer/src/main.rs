@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 
 mod common;
+mod compare_report;
 mod flags;
 mod verbs;
 
@@ -59,6 +60,11 @@ enum Verb {
     Check(verbs::check::Check),
     /// Measure speed and memory, alone or against a peer
     Bench(verbs::bench::Bench),
+    /// Compare methods on tasks: sweeps, runs, tables and plots
+    Compare(verbs::compare::Compare),
+    /// One run of a comparison
+    #[command(hide = true)]
+    CompareRun(verbs::compare_run::CompareRun),
     /// List the methods
     Methods(verbs::methods::Methods),
 }
@@ -83,6 +89,8 @@ fn main() -> ExitCode {
         Verb::Inspect(v) => v.run(cli.global),
         Verb::Check(v) => v.run(cli.global),
         Verb::Bench(v) => v.run(cli.global),
+        Verb::Compare(v) => v.run(cli.global),
+        Verb::CompareRun(v) => v.run(cli.global),
         Verb::Methods(v) => v.run(cli.global),
     };
     tracing::debug!("peak memory {} bytes", common::peak_bytes().unwrap_or_default());

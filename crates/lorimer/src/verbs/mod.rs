@@ -2,6 +2,8 @@
 
 pub mod bench;
 pub mod check;
+pub mod compare;
+pub mod compare_run;
 pub mod convert;
 pub mod eval;
 pub mod generate;

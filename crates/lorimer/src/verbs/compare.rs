@@ -1,0 +1,414 @@
+//! `lorimer compare`
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, Stdio};
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use anyhow::{Context, Result, anyhow, bail};
+use clap::Args;
+use lorimer::adapter::methods;
+use lorimer::model::files::{create_folder, read_bounded, read_json, write_atomic, write_json};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use crate::compare_report::{Report, html, markdown};
+use crate::{Global, common};
+
+/// Most runs of one comparison.
+const MAX_RUNS: usize = 10_000;
+
+/// Compare methods on tasks: one run for each method, task and seed, learning rates swept first, then tables, plots and rank correlations.
+/// Runs that are done are not done again
+#[derive(Args)]
+pub struct Compare {
+    /// YAML file of methods, tasks and seeds (bench/compare.yaml is one)
+    file: PathBuf,
+    /// Folder for runs, table.md, report.html and results.json
+    #[arg(long, short, default_value = "results")]
+    output: PathBuf,
+    /// Do at most so many runs now
+    #[arg(long)]
+    max_runs: Option<usize>,
+}
+
+/// What is compared.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Spec {
+    /// Alias, hub id, folder or .gguf file.
+    #[serde(default = "default_model")]
+    pub model: String,
+    /// The tasks.
+    pub tasks: Vec<Task>,
+    /// Rows of plain text whose loss shows what is forgotten.
+    pub general: Option<PathBuf>,
+    /// The methods.
+    pub methods: Vec<MethodSpec>,
+    /// Seeds of the runs.
+    pub seeds: Vec<u64>,
+    /// Optimiser steps of a run.
+    pub steps: usize,
+    /// Rows of a step.
+    #[serde(default = "default_batch")]
+    pub batch_size: usize,
+    /// `all-linear`, a list or a pattern.
+    #[serde(default = "default_targets")]
+    pub target_modules: Value,
+    /// How learning rates are chosen.
+    pub sweep: Option<Sweep>,
+}
+
+fn default_model() -> String {
+    "smollm2-135m".into()
+}
+fn default_batch() -> usize {
+    8
+}
+fn default_targets() -> Value {
+    "all-linear".into()
+}
+
+/// Rows to learn from and rows to measure on.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Task {
+    /// Short name.
+    pub name: String,
+    /// Training rows.
+    pub data: PathBuf,
+    /// Rows that are measured.
+    pub eval: PathBuf,
+    /// Only the first of them.
+    pub eval_limit: Option<usize>,
+}
+
+/// One line of the table.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MethodSpec {
+    /// Name of the line.
+    pub name: String,
+    /// The method's name in the registry [default: the line's].
+    pub method: Option<String>,
+    /// Its settings.
+    #[serde(default)]
+    pub set: Map<String, Value>,
+    /// The learning rate, if it is not swept.
+    pub lr: Option<f64>,
+    /// Rates to sweep over, in place of the sweep's.
+    pub rates: Option<Vec<f64>>,
+}
+
+impl MethodSpec {
+    /// The registry's name.
+    pub fn method(&self) -> &str {
+        self.method.as_deref().unwrap_or(&self.name)
+    }
+}
+
+/// How learning rates are chosen: the lowest loss on rows of the training file that the sweep does not train on.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Sweep {
+    /// The task of the sweep.
+    pub task: String,
+    /// Optimiser steps of each run.
+    pub steps: usize,
+    /// The rates.
+    pub rates: Vec<f64>,
+    /// Last rows of the training file, measured and not trained on.
+    pub held_out: usize,
+}
+
+/// One run, as a process of its own does it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RunSpec {
+    /// The base.
+    pub model: String,
+    /// The task.
+    pub task: Task,
+    /// With a sweep: rows held out at the end of the training file and measured in place of `task.eval`.
+    pub held_out: Option<usize>,
+    /// Text for forgetting.
+    pub general: Option<PathBuf>,
+    /// The registry's name; none for the base alone.
+    pub method: Option<String>,
+    /// Settings of the method.
+    pub set: Map<String, Value>,
+    /// Learning rate.
+    pub lr: f64,
+    /// Seed.
+    pub seed: u64,
+    /// Optimiser steps.
+    pub steps: usize,
+    /// Rows of a step.
+    pub batch_size: usize,
+}
+
+/// What a run gave.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct RunResult {
+    /// What was run.
+    pub spec: RunSpec,
+    /// Why there are no figures, if it failed.
+    pub error: Option<String>,
+    /// Loss on the measured rows.
+    pub loss: Option<f64>,
+    /// Choice accuracy, or exact matches where the rows have no few answers.
+    pub accuracy: Option<f64>,
+    /// Loss on the general text.
+    pub general_loss: Option<f64>,
+    /// Mean training loss of the last ten steps.
+    pub train_loss: Option<f64>,
+    /// Training loss of each step.
+    #[serde(default)]
+    pub losses: Vec<f64>,
+    /// Seconds of the steps.
+    pub seconds: Option<f64>,
+    /// Seconds from the loaded base to the first step: calibration and start.
+    pub start_seconds: Option<f64>,
+    /// Peak resident bytes until the last step.
+    pub peak_bytes: Option<u64>,
+    /// Trainable parameters.
+    pub trainable_parameters: Option<usize>,
+    /// Bytes of adapter_model.safetensors.
+    pub file_bytes: Option<u64>,
+}
+
+impl RunSpec {
+    /// A file name that tells what it is.
+    fn name(&self, line: &str) -> String {
+        let kind = if self.held_out.is_some() { "sweep" } else { "run" };
+        let name = format!("{kind}-{}-{line}-lr{:e}-s{}", self.task.name, self.lr, self.seed);
+        name.chars().map(|c| if c.is_ascii_alphanumeric() || matches!(c, '-' | '.') { c } else { '_' }).collect()
+    }
+}
+
+fn read_spec(path: &Path) -> Result<Spec> {
+    let bytes = read_bounded(path, 1 << 20)?;
+    let text = String::from_utf8(bytes).map_err(|_| anyhow!("`{}` is not UTF-8 text", path.display()))?;
+    let spec: Spec = serde_saphyr::from_str(&text).map_err(|e| {
+        let reason = e.to_string();
+        anyhow!("`{}` is no comparison: {}", path.display(), reason.lines().next().unwrap_or_default())
+    })?;
+    let fail = |text: String| Err(anyhow!("`{}`: {text}", path.display()));
+    if spec.tasks.is_empty() || spec.methods.is_empty() || spec.seeds.is_empty() {
+        return fail("a comparison needs tasks, methods and seeds".into());
+    }
+    if spec.steps == 0 || spec.batch_size == 0 {
+        return fail("`steps` and `batch_size` should be at least 1".into());
+    }
+    let mut names: Vec<&str> = spec.methods.iter().map(|m| m.name.as_str()).collect();
+    names.sort_unstable();
+    if let Some(twice) = names.windows(2).find(|w| w[0] == w[1]) {
+        return fail(format!("two methods are called `{}`", twice[0]));
+    }
+    for m in &spec.methods {
+        methods::build(m.method(), &m.set).with_context(|| format!("method `{}`", m.name))?;
+        let rates = m.rates.iter().flatten().chain(&m.lr);
+        if let Some(rate) = rates.into_iter().find(|r| !(r.is_finite() && **r > 0.0)) {
+            return fail(format!("the rate {rate} of `{}` should be above 0", m.name));
+        }
+    }
+    if let Some(sweep) = &spec.sweep {
+        if !spec.tasks.iter().any(|t| t.name == sweep.task) {
+            return fail(format!("the sweep's task `{}` is none of the tasks", sweep.task));
+        }
+        if sweep.rates.is_empty() || sweep.steps == 0 || sweep.held_out == 0 {
+            return fail("a sweep needs rates, steps and held_out rows".into());
+        }
+    }
+    let runs = spec.methods.len().saturating_mul(spec.tasks.len()).saturating_mul(spec.seeds.len());
+    if runs > MAX_RUNS {
+        return fail(format!("{runs} runs, at most {MAX_RUNS} are made"));
+    }
+    Ok(spec)
+}
+
+impl Spec {
+    fn run(&self, task: &Task, method: Option<&MethodSpec>, lr: f64, seed: u64) -> RunSpec {
+        let mut set = method.map(|m| m.set.clone()).unwrap_or_default();
+        if method.is_some() && !set.contains_key("target_modules") {
+            set.insert("target_modules".into(), self.target_modules.clone());
+        }
+        RunSpec {
+            model: self.model.clone(),
+            task: task.clone(),
+            held_out: None,
+            general: self.general.clone(),
+            method: method.map(|m| m.method().to_string()),
+            set,
+            lr,
+            seed,
+            steps: self.steps,
+            batch_size: self.batch_size,
+        }
+    }
+
+    /// The sweep's runs of a method.
+    fn sweep_runs(&self, method: &MethodSpec) -> Vec<RunSpec> {
+        let Some(sweep) = self.sweep.as_ref().filter(|_| method.lr.is_none()) else { return Vec::new() };
+        let Some(task) = self.tasks.iter().find(|t| t.name == sweep.task) else { return Vec::new() };
+        let rates = method.rates.as_ref().unwrap_or(&sweep.rates);
+        let one = |&lr: &f64| RunSpec {
+            held_out: Some(sweep.held_out),
+            general: None,
+            steps: sweep.steps,
+            ..self.run(task, Some(method), lr, self.seeds[0])
+        };
+        rates.iter().map(one).collect()
+    }
+}
+
+/// Does runs that are not done, each in a process of its own.
+struct Runner<'a> {
+    folder: &'a Path,
+    left: Option<usize>,
+    done: usize,
+    total: usize,
+    clock: Instant,
+    made: usize,
+    stop: std::sync::Arc<std::sync::atomic::AtomicBool>,
+    global: Global,
+}
+
+impl Runner<'_> {
+    /// The run's result; None where no more runs are to be made now.
+    fn result(&mut self, line: &str, spec: &RunSpec) -> Result<Option<RunResult>> {
+        let path = self.folder.join(format!("{}.json", spec.name(line)));
+        if path.is_file()
+            && let Ok(found) = read_json::<RunResult>(&path, 16 << 20)
+            && found.spec == *spec
+        {
+            self.done += 1;
+            return Ok(Some(found));
+        }
+        if self.left == Some(0) || self.stop.load(Ordering::Relaxed) {
+            return Ok(None);
+        }
+        if let Some(left) = &mut self.left {
+            *left -= 1;
+        }
+        let name = spec.name(line);
+        let (given, work) = (self.folder.join(format!("{name}.spec")), self.folder.join(format!("{name}.work")));
+        write_json(&given, spec)?;
+        let status = Command::new(std::env::current_exe()?)
+            .arg("compare-run")
+            .arg(&given)
+            .arg("--work")
+            .arg(&work)
+            .arg("--result")
+            .arg(&path)
+            .args(if self.global.verbose { &[][..] } else { &["--quiet"][..] })
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .status()
+            .context("cannot start a run")?;
+        if self.stop.load(Ordering::Relaxed) || status.code() == Some(130) {
+            self.stop.store(true, Ordering::Relaxed);
+            return Ok(None);
+        }
+        if !status.success() || !path.is_file() {
+            bail!("the run `{name}` failed ({status}); its error stands above");
+        }
+        let _ = std::fs::remove_file(&given);
+        let _ = std::fs::remove_dir_all(&work);
+        let found: RunResult = read_json(&path, 16 << 20)?;
+        (self.done, self.made) = (self.done + 1, self.made + 1);
+        let each = self.clock.elapsed().as_secs_f64() / self.made as f64;
+        let rest = each * self.total.saturating_sub(self.done) as f64 / 60.0;
+        let figure = |v: Option<f64>| v.map_or("-".into(), |v| format!("{v:.4}"));
+        match &found.error {
+            Some(error) => tracing::info!("{}/{} {name}: {error}; {rest:.0} min left", self.done, self.total),
+            None => tracing::info!(
+                "{}/{} {name}: loss {}, accuracy {}; {rest:.0} min left",
+                self.done,
+                self.total,
+                figure(found.loss),
+                figure(found.accuracy)
+            ),
+        }
+        Ok(Some(found))
+    }
+}
+
+impl Compare {
+    pub fn run(self, global: Global) -> Result<ExitCode> {
+        let spec = read_spec(&self.file)?;
+        let folder = self.output.join("runs");
+        create_folder(&folder)?;
+        let sweeps: usize = spec.methods.iter().map(|m| spec.sweep_runs(m).len()).sum();
+        let mut runner = Runner {
+            folder: &folder,
+            left: self.max_runs,
+            done: 0,
+            total: spec.tasks.len() + sweeps + spec.methods.len() * spec.tasks.len() * spec.seeds.len(),
+            clock: Instant::now(),
+            made: 0,
+            stop: common::stop_flag(),
+            global,
+        };
+        let mut report = Report::default();
+        let mut missing = 0;
+        for task in &spec.tasks {
+            match runner.result("base", &spec.run(task, None, 1.0, 0))? {
+                Some(found) => report.base.push(found),
+                None => missing += 1,
+            }
+        }
+        let mut rates: BTreeMap<&str, f64> = BTreeMap::new();
+        for method in &spec.methods {
+            let mut best: Option<(f64, f64)> = None;
+            let mut whole = true;
+            for run in spec.sweep_runs(method) {
+                let Some(found) = runner.result(&method.name, &run)? else {
+                    (whole, missing) = (false, missing + 1);
+                    continue;
+                };
+                if let Some(loss) = found.loss
+                    && best.is_none_or(|(_, least)| loss < least)
+                {
+                    best = Some((run.lr, loss));
+                }
+                report.sweeps.push((method.name.clone(), found));
+            }
+            let shipped = methods::entry(method.method())?.lr;
+            if whole {
+                rates.insert(&method.name, method.lr.or(best.map(|b| b.0)).unwrap_or(shipped));
+            }
+        }
+        // Seeds outside, so that an unfinished comparison has every method at least once.
+        for &seed in &spec.seeds {
+            for task in &spec.tasks {
+                for method in &spec.methods {
+                    let Some(&lr) = rates.get(method.name.as_str()) else {
+                        missing += 1;
+                        continue;
+                    };
+                    match runner.result(&method.name, &spec.run(task, Some(method), lr, seed))? {
+                        Some(found) => report.runs.push((method.name.clone(), found)),
+                        None => missing += 1,
+                    }
+                }
+            }
+        }
+        report.finish(&spec, &rates);
+        let text = markdown(&spec, &report);
+        write_json(&self.output.join("results.json"), &report.json())?;
+        write_atomic(&self.output.join("table.md"), text.as_bytes())?;
+        write_atomic(&self.output.join("report.html"), html(&spec, &report)?.as_bytes())?;
+        let mut json = report.json();
+        json["missing_runs"] = missing.into();
+        let output = self.output.display();
+        common::print(global, &json, || {
+            let rest = match missing {
+                0 => String::new(),
+                n => format!("\n{n} runs are missing; the same command goes on with them.\n"),
+            };
+            format!("{text}{rest}\nTables, plots and results: {output}/table.md, report.html, results.json")
+        })?;
+        Ok(if runner.stop.load(Ordering::Relaxed) { ExitCode::from(130) } else { ExitCode::SUCCESS })
+    }
+}
