@@ -299,6 +299,12 @@ impl Adapter {
         self.trainable().iter().map(|(_, v)| v.elem_count()).sum()
     }
 
+    /// The projections that have a delta, in the order of the model's forward.
+    pub fn sites<'a>(&'a self, model: &'a dyn BaseModel) -> Vec<(&'a Site, &'a Projection, &'a dyn Delta)> {
+        let all = model.projections().into_iter();
+        all.filter_map(|(site, base)| Some((site, base, self.delta(&site.path)?))).collect()
+    }
+
     /// The delta on a projection.
     pub fn delta(&self, path: &str) -> Option<&dyn Delta> {
         self.deltas.get(path).map(Box::as_ref)
@@ -436,10 +442,9 @@ impl Attached<'_> {
         if own.is_none()
             && self.tape.is_some()
             && let [(delta, 1.0)] = self.here(site).collect::<Vec<_>>()[..]
+            && let Some(y) = delta.output(ops, base, x, &self.step)?
         {
-            if let Some(y) = delta.output(ops, base, x, &self.step)? {
-                return Ok(y);
-            }
+            return Ok(y);
         }
         let plain = match own {
             Some(weight) => ops.island(&[x], &[weight], |t| t[0].matmul(&weight.t()?))?,

@@ -32,7 +32,7 @@ pub fn low_ranks(stored: &StoredAdapter) -> Result<BTreeMap<String, LowRank>> {
             _ => {
                 let keys: Vec<_> = tensors.keys().map(String::as_str).collect();
                 return Err(Error::Refused(format!(
-                    "`{module}` holds {}, which neither GGUF adapters nor kohya files can say; merge the adapter instead",
+                    "`{module}` holds {}, which neither GGUF adapters nor kohya files can say; convert it with --to lora first, or merge it",
                     keys.join(", ")
                 )));
             }

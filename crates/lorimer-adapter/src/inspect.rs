@@ -1,5 +1,7 @@
 //! What is in an adapter file, without its base.
 
+use std::collections::BTreeMap;
+
 use lorimer_tensor::linalg::product_singular_values;
 use serde::Serialize;
 
@@ -19,6 +21,9 @@ pub struct ModuleReport {
     pub effective_rank: Option<f64>,
     /// Number of stored values.
     pub parameters: usize,
+    /// Figures that only this method has.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub remarks: BTreeMap<String, f64>,
 }
 
 /// One adapter.
@@ -63,7 +68,8 @@ pub fn inspect(stored: &StoredAdapter) -> Result<Report> {
             effective_rank = Some(if total > 0.0 { entropy.exp() } else { 0.0 });
         }
         let parameters = tensors.values().map(|t| t.elem_count()).sum();
-        modules.push(ModuleReport { name, rank, norm, effective_rank, parameters });
+        let remarks = method.remarks(&tensors)?.into_iter().collect();
+        modules.push(ModuleReport { name, rank, norm, effective_rank, parameters, remarks });
     }
     let content_id = stored.content_id()?;
     Ok(Report {

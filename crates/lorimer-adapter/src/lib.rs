@@ -6,6 +6,7 @@ pub mod card;
 pub mod convert;
 pub mod error;
 pub mod example;
+pub mod export;
 pub mod frozen;
 pub mod inspect;
 pub mod merge;

@@ -153,7 +153,12 @@ impl StoredAdapter {
     pub fn modules(&self) -> BTreeMap<String, BTreeMap<String, Tensor>> {
         let mut modules: BTreeMap<String, BTreeMap<String, Tensor>> = BTreeMap::new();
         for (name, tensor) in &self.tensors {
-            let path = name.strip_prefix(crate::attached::PREFIX).unwrap_or(name);
+            let path = match name.strip_prefix(crate::attached::PREFIX) {
+                Some(path) => path,
+                // What modules share belongs to none of them.
+                None if name.starts_with("base_model.") => continue,
+                None => name,
+            };
             let parts: Vec<&str> = path.split('.').collect();
             // `q_proj.lora_A.weight` and `q_proj.lora_magnitude_vector` both belong to `q_proj`.
             let own = parts.iter().position(|p| p.starts_with("lora_")).unwrap_or(parts.len().saturating_sub(1));

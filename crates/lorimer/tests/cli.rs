@@ -1,88 +1,16 @@
 //! The whole program, as a user types it, on a tiny model.
 
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+mod common;
+
+use std::path::Path;
+use std::process::{Command, Stdio};
 use std::sync::mpsc;
 use std::time::Duration;
 
 use rand::{Rng, SeedableRng};
 use serde_json::Value;
 
-fn goldens(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/goldens").join(name)
-}
-
-fn lorimer(arguments: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_lorimer"));
-    command
-        .args(arguments)
-        .stdin(Stdio::null())
-        .env("NO_COLOR", "1")
-        .env_remove("LORIMER_LOG")
-        .env("HF_HUB_OFFLINE", "1");
-    command
-}
-
-fn run(arguments: &[&str]) -> Output {
-    lorimer(arguments).output().unwrap()
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
-}
-
-fn ok(arguments: &[&str]) -> String {
-    let out = run(arguments);
-    assert!(out.status.success(), "{arguments:?}: {}", text(&out.stderr));
-    text(&out.stdout)
-}
-
-fn json(arguments: &[&str]) -> Value {
-    serde_json::from_str(&ok(&[arguments, &["--json", "-q"]].concat())).unwrap()
-}
-
-fn error(arguments: &[&str]) -> String {
-    let out = run(arguments);
-    assert_eq!(out.status.code(), Some(1), "{arguments:?}: {}", text(&out.stderr));
-    let line = text(&out.stderr).lines().find(|l| l.starts_with("error: ")).unwrap_or_default().to_string();
-    assert!(!line.is_empty(), "{arguments:?}: {}", text(&out.stderr));
-    line
-}
-
-/// A folder with a task that a tiny model learns, and a model to learn it.
-struct Fixture {
-    folder: tempfile::TempDir,
-    model: String,
-    data: String,
-}
-
-impl Fixture {
-    fn new() -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let rows: String = (0..24)
-            .map(|i| {
-                let (question, answer) = if i % 2 == 0 { ("up", "yes") } else { ("down", "no") };
-                format!(
-                    "{{\"messages\": [{{\"role\": \"user\", \"content\": \"{question} {}\"}}, {{\"role\": \"assistant\", \"content\": \"{answer}\"}}]}}\n",
-                    i / 2
-                )
-            })
-            .collect();
-        let data = folder.path().join("data.jsonl");
-        std::fs::write(&data, rows).unwrap();
-        Self { model: goldens("tiny-llama").display().to_string(), data: data.display().to_string(), folder }
-    }
-
-    fn path(&self, name: &str) -> String {
-        self.folder.path().join(name).display().to_string()
-    }
-
-    fn train<'a>(&'a self, output: &'a str, more: &[&'a str]) -> Vec<&'a str> {
-        let mut all = vec!["train", "--model", &self.model, "--data", &self.data, "--output", output, "--lr", "1e-2"];
-        all.extend_from_slice(more);
-        all
-    }
-}
+use common::{Fixture, error, goldens, json, lorimer, ok, run, text};
 
 #[test]
 fn train_eval_generate_inspect_check_merge_convert() {

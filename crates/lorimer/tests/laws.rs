@@ -4,11 +4,13 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 use candle_core::{DType, Device, Result, Tensor};
+use lorimer::adapter::export::to_lora;
+use lorimer::model::Site;
 use lorimer::model::config::LlamaConfig;
 use lorimer::model::weights::{LoadDtype, Weights};
 use lorimer::prelude::*;
 use lorimer::tensor::Gradients;
-use lorimer::train::calibrate::{Data, calibrate};
+use lorimer::train::calibrate::{Data, calibrate, gradients};
 use lorimer::train::frozen::{FrozenCache, FrozenLower};
 use lorimer::train::optimizer::{AdamW, AdamWConfig, Optimizer, OptimizerKind};
 use lorimer::train::step::{StepOptions, accumulate_gradients, batch_loss};
@@ -225,6 +227,86 @@ fn law_4_load_after_save_is_the_identity() {
     });
 }
 
+/// The LoRA that an export writes gives the adapter's output: exactly where it says so, and at full rank always.
+#[test]
+fn law_11_exported_equals_unexported() {
+    each(|model, name, settings, _| {
+        let adapter = attach(model, name, settings);
+        move_all(&adapter);
+        let expected = logits(model, &Attached::one(&adapter));
+        let (_, told) = to_lora(model, &adapter, None, "tiny").unwrap();
+        for rank in [None, Some(64)] {
+            if rank.is_none() && told.exact < told.modules {
+                continue;
+            }
+            let (stored, told) = to_lora(model, &adapter, rank, "tiny").unwrap();
+            assert!(told.error < 1e-9, "{name} {settings}: {}", told.error);
+            let again = Adapter::load_whole(model, &stored).unwrap();
+            let d = distance(&logits(model, &Attached::one(&again)), &expected);
+            assert!(d < 1e-8, "{name} {settings}, rank {rank:?}: {d:e}");
+        }
+    });
+}
+
+/// The gradients that calibration finds layer by layer are those of the whole graph.
+#[test]
+fn calibration_finds_the_frozen_weights_gradients() {
+    let model = model();
+    let (rows, mut found) = (examples(), BTreeMap::new());
+    let rows: Vec<&Example> = rows.iter().collect();
+    let method = methods::build("lora-sb", serde_json::from_str::<Value>(r#"{"r": 4}"#).unwrap().as_object().unwrap());
+    let hear = |layer: Vec<(&Site, Tensor)>| {
+        found.extend(layer.into_iter().map(|(site, t)| (site.path.clone(), t)));
+        Ok(())
+    };
+    gradients(&model, method.unwrap().as_ref(), &rows, 2, hear, |_, _| {}).unwrap();
+    let all = r#"{"target_modules": ["lm_head"], "modules_to_save":
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}"#;
+    let whole = attach(&model, "lora", all);
+    let (sum, supervised, _) = batch_loss(&model, &Attached::one(&whole), &rows).unwrap();
+    let expected = (sum / supervised as f64).unwrap().backward().unwrap();
+    assert_eq!(found.len(), 14);
+    for (path, gradient) in &found {
+        let var = &whole.parameters()[&format!("{path}.weight")];
+        let d = distance(gradient, expected.get(var.as_tensor()).unwrap());
+        assert!(d < 1e-12, "{path}: {d:e}");
+    }
+}
+
+/// LoRA-SB's start is the best approximation of the first step of full fine-tuning, between orthonormal factors.
+#[test]
+fn lora_sb_catches_the_first_step() {
+    let model = model();
+    let adapter = attach(&model, "lora-sb", r#"{"r": 5, "samples": 3, "init_lr": 0.5}"#);
+    let rows = examples();
+    // The rows in the order of the test's calibration: as they are.
+    let rows: Vec<&Example> = rows.iter().collect();
+    let mut first = BTreeMap::new();
+    let hear = |layer: Vec<(&Site, Tensor)>| {
+        first.extend(layer.into_iter().map(|(site, t)| (site.path.clone(), t)));
+        Ok(())
+    };
+    gradients(&model, adapter.method.as_ref(), &rows, 8, hear, |_, _| {}).unwrap();
+    for (site, base, delta) in adapter.sites(&model) {
+        let values = first[&site.path].flatten_all().unwrap().to_vec1::<f64>().unwrap();
+        let step = methods::lora_sb::first_step(&values, 0.5);
+        let step = Tensor::from_vec(step, (site.outputs, site.inputs), &Device::Cpu).unwrap();
+        let change = (delta.merged(base).unwrap().unwrap() - base.dense(DType::F64).unwrap()).unwrap();
+        let norm = |t: &Tensor| t.sqr().unwrap().sum_all().unwrap().to_scalar::<f64>().unwrap().sqrt();
+        let (_, s, _) = lorimer::tensor::linalg::svd(&step).unwrap();
+        let tail: f64 = s.to_vec1::<f64>().unwrap()[5..].iter().map(|s| s * s).sum();
+        let residual = norm(&(&change - &step).unwrap());
+        // The factors are kept in bf16.
+        assert!((residual - tail.sqrt()).abs() < 0.02 * norm(&step), "{}: {residual} {}", site.path, tail.sqrt());
+        for (key, factor) in delta.frozen() {
+            let gram =
+                if key == "lora_A" { factor.matmul(&factor.t().unwrap()) } else { factor.t().unwrap().matmul(factor) };
+            let eye = Tensor::eye(5, DType::F64, &Device::Cpu).unwrap();
+            assert!(distance(&gram.unwrap(), &eye) < 0.02, "{} {key}", site.path);
+        }
+    }
+}
+
 #[test]
 fn law_5_gradients_equal_central_differences() {
     each(|model, name, settings, _| {
@@ -351,7 +433,9 @@ fn savings_do_not_show_in_f32() {
             let oracle: Vec<_> =
                 adapter.trainable().iter().map(|(_, v)| flat(oracle.get(v.as_tensor()).unwrap())).collect();
             let (d, scale) = (worst(&plain, &oracle), oracle.concat().iter().fold(1f32, |top, g| top.max(g.abs())));
-            assert!(d < 2e-5 * scale.max(10.0), "{name} {settings} in {load:?}: {d:e} of {scale}");
+            // Nyström's pseudo-inverse of a slice of W multiplies rounding by the slice's condition.
+            let tolerance = if name == &"nlora" { 5e-4 } else { 2e-5 };
+            assert!(d < tolerance * scale.max(10.0), "{name} {settings} in {load:?}: {d:e} of {scale}");
         }
     }
 }

@@ -6,25 +6,29 @@ use std::process::ExitCode;
 use anyhow::{Result, bail};
 use clap::{Args, ValueEnum};
 use lorimer::adapter::convert;
-use lorimer::adapter::{Manifest, StoredAdapter};
+use lorimer::adapter::export::to_lora;
+use lorimer::adapter::{Adapter, Manifest, StoredAdapter};
 use lorimer::model::base::open_weights;
 use lorimer::model::config::LlamaConfig;
 use lorimer::model::pull::{PullOptions, pull};
 use serde_json::json;
 
+use crate::common::ModelArgs;
 use crate::{Global, common};
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Target {
     /// Folder with adapter_config.json and adapter_model.safetensors
     Peft,
+    /// The same, of any method as a plain LoRA: exact where its mathematics allows, else the nearest of --rank, with the error told
+    Lora,
     /// llama.cpp adapter
     Gguf,
     /// One safetensors file with lora_down, lora_up and alpha
     Kohya,
 }
 
-/// Convert an adapter between PEFT folders, llama.cpp GGUF adapters and kohya-style files
+/// Convert an adapter between PEFT folders, llama.cpp GGUF adapters and kohya-style files, or any method's to a plain LoRA
 #[derive(Args)]
 pub struct Convert {
     /// PEFT folder, .gguf adapter, or .safetensors file with kohya-style keys
@@ -32,18 +36,69 @@ pub struct Convert {
     /// What to write
     #[arg(long, value_enum)]
     to: Target,
-    /// Where to write: a folder for peft, a file otherwise
+    /// With --to lora: the largest rank [default: exact ones as they are, 64 for the others]
+    #[arg(long)]
+    rank: Option<usize>,
+    /// Where to write: a folder for peft and lora, a file otherwise
     #[arg(long, short)]
     output: PathBuf,
-    /// Base of the adapter; its shape is needed to and from GGUF
-    #[arg(long, short, default_value = "smollm2-135m")]
-    model: String,
+    #[command(flatten)]
+    model: ModelArgs,
 }
 
 impl Convert {
     fn config(&self, global: Global) -> Result<LlamaConfig> {
-        let pulled = pull(&self.model, PullOptions { refresh: false, progress: common::draws(global) })?;
+        let pulled = pull(&self.model.model, PullOptions { refresh: false, progress: common::draws(global) })?;
         Ok(open_weights(&pulled.path, Default::default())?.0)
+    }
+
+    /// For a converted adapter.
+    fn manifest(&self, adapter: &StoredAdapter) -> Result<Manifest> {
+        Ok(Manifest {
+            format: 1,
+            content_id: adapter.content_id()?,
+            method: lorimer::adapter::methods::from_adapter_config(&adapter.config)?.name().to_string(),
+            lorimer: env!("CARGO_PKG_VERSION").to_string(),
+            base: None,
+            chat_template: None,
+            training: json!({ "converted_from": self.input.file_name().map(|n| n.to_string_lossy()) }),
+            golden: Vec::new(),
+            frozen: Default::default(),
+        })
+    }
+
+    fn to_lora(&self, stored: &StoredAdapter, global: Global) -> Result<ExitCode> {
+        let (base, pulled) = common::open_base(&self.model, global)?;
+        let adapter = Adapter::load_whole(&base.model, stored)?;
+        let (mut lora, exported) = to_lora(&base.model, &adapter, self.rank, &pulled.name)?;
+        let mut manifest = self.manifest(&lora)?;
+        if let Some(before) = &stored.manifest {
+            (manifest.base, manifest.chat_template) = (before.base.clone(), before.chat_template.clone());
+            // An exact export answers as the adapter does.
+            if exported.exact == exported.modules {
+                manifest.golden = before.golden.clone();
+            }
+        }
+        lora.manifest = Some(manifest);
+        lora.write(&self.output, None)?;
+        let mut json = serde_json::to_value(&exported)?;
+        json["output"] = json!(self.output);
+        common::print(global, &json, || {
+            let how = match exported.exact == exported.modules {
+                true => "exact".to_string(),
+                false => format!(
+                    "{} of them exact, error of the others {:.2} % of the change",
+                    exported.exact,
+                    100.0 * exported.error
+                ),
+            };
+            format!(
+                "wrote {} modules of rank up to {} to {}: {how}",
+                exported.modules,
+                exported.rank,
+                self.output.display()
+            )
+        })
     }
 
     pub fn run(self, global: Global) -> Result<ExitCode> {
@@ -52,31 +107,25 @@ impl Convert {
             bail!("`{}` exists; choose another --output", self.output.display());
         }
         let adapter = if extension(&self.input, "gguf") {
-            convert::to_peft(convert::read_gguf(&self.input, &self.config(global)?)?, &self.model)?
+            convert::to_peft(convert::read_gguf(&self.input, &self.config(global)?)?, &self.model.model)?
         } else if extension(&self.input, "safetensors") {
-            convert::to_peft(convert::read_kohya(&self.input)?, &self.model)?
+            convert::to_peft(convert::read_kohya(&self.input)?, &self.model.model)?
         } else {
             StoredAdapter::read(&self.input)?
         };
+        if self.rank.is_some_and(|rank| rank == 0) || (self.rank.is_some() && self.to != Target::Lora) {
+            bail!("--rank should be at least 1, and is for --to lora");
+        }
         let modules = adapter.modules().len();
         match self.to {
+            Target::Lora => return self.to_lora(&adapter, global),
             Target::Gguf => convert::write_gguf(&adapter, &self.config(global)?, &self.output)?,
             Target::Kohya => convert::write_kohya(&adapter, &self.output)?,
             Target::Peft => {
                 let mut adapter = adapter;
-                let id = adapter.content_id()?;
-                let method = lorimer::adapter::methods::from_adapter_config(&adapter.config)?.name().to_string();
-                adapter.manifest.get_or_insert_with(|| Manifest {
-                    format: 1,
-                    content_id: id,
-                    method,
-                    lorimer: env!("CARGO_PKG_VERSION").to_string(),
-                    base: None,
-                    chat_template: None,
-                    training: json!({ "converted_from": self.input.file_name().map(|n| n.to_string_lossy()) }),
-                    golden: Vec::new(),
-                    frozen: Default::default(),
-                });
+                if adapter.manifest.is_none() {
+                    adapter.manifest = Some(self.manifest(&adapter)?);
+                }
                 adapter.write(&self.output, None)?;
             }
         }

@@ -43,12 +43,14 @@ impl Inspect {
             );
             for m in &report.modules {
                 let number = |v: Option<f64>| v.map_or("-".into(), |v| format!("{v:.4}"));
+                let remarks: Vec<String> = m.remarks.iter().map(|(name, v)| format!("  {name} {v:.3}")).collect();
                 out += &format!(
-                    "{:44} {:>5} {:>12} {:>15}\n",
+                    "{:44} {:>5} {:>12} {:>15}{}\n",
                     m.name,
                     m.rank.map_or("-".into(), |r| r.to_string()),
                     number(m.norm),
-                    number(m.effective_rank)
+                    number(m.effective_rank),
+                    remarks.concat()
                 );
             }
             out

@@ -1,0 +1,172 @@
+//! Every method through the whole program on a tiny model: train, check, merge, export, and the comparison of some of them.
+
+mod common;
+
+use std::path::Path;
+
+use common::{Fixture, error, json, ok};
+use lorimer::prelude::*;
+
+/// Name, flags, and whether the LoRA that `convert` writes is exact.
+const METHODS: &[(&str, &[&str], bool)] = &[
+    ("lora", &["--init", "pissa", "--rank", "4"], true),
+    ("dora", &[], false),
+    ("bone", &["--rank", "8"], true),
+    ("bone", &["--rank", "8", "--set", "variant=bat"], false),
+    ("bone", &["--rank", "8", "--set", "variant=mini", "--set", "mini_r=8"], true),
+    ("randlora", &["--rank", "8", "--alpha", "16"], false),
+    ("lora-xs", &["--rank", "8"], true),
+    ("lora-sb", &["--rank", "8", "--set", "samples=8"], true),
+    ("eva", &["--rank", "4"], true),
+    ("loldu", &["--rank", "12"], true),
+    ("nlora", &["--rank", "4", "--lr", "3e-3"], true),
+    ("nlora", &["--rank", "8", "--set", "variant=slora"], true),
+    ("nlora", &["--rank", "8", "--set", "variant=inttune"], true),
+    ("tlora", &[], false),
+    ("hydra", &["--rank", "8"], true),
+];
+
+#[test]
+fn every_method_trains_checks_merges_and_becomes_a_lora() {
+    let f = Fixture::new();
+    for (i, (method, flags, exact)) in METHODS.iter().enumerate() {
+        let name = |what: &str| f.path(&format!("{what}-{i}"));
+        let (run, merged, lora) = (name("run"), name("merged"), name("lora"));
+        let mut all = vec!["train", "--model", &f.model, "--data", &f.data, "--output", &run, "--method", method];
+        all.extend(["--max-steps", "30"]);
+        if !flags.contains(&"--lr") {
+            all.extend(["--lr", "1e-2"]);
+        }
+        all.extend_from_slice(flags);
+        let losses: Vec<f64> = serde_json::from_value(json(&all)["losses"].clone()).unwrap();
+        assert!(losses[29] < 0.8 * losses[0], "{method} {flags:?}: {losses:?}");
+        let checked = json(&["check", &run, "--model", &f.model]);
+        assert_eq!(checked["ok"], true, "{method}: {checked}");
+        assert!(checked["golden_difference"].as_f64().unwrap() < 1e-4, "{method}: {checked}");
+        ok(&["inspect", &run]);
+        ok(&["merge", "--model", &f.model, "--adapter", &run, "--output", &merged]);
+        let loss = |arguments: &[&str]| json(arguments)["loss"].as_f64().unwrap();
+        let own = loss(&["eval", "--model", &f.model, "--data", &f.data, "--adapter", &run]);
+        let of_merged = loss(&["eval", "--model", &merged, "--data", &f.data]);
+        assert!((own - of_merged).abs() < 1e-4 * (1.0 + own), "{method} {flags:?}: {own} merged {of_merged}");
+
+        let told = json(&["convert", &run, "--to", "lora", "--model", &f.model, "--output", &lora]);
+        assert_eq!(told["exact"] == told["modules"], *exact, "{method} {flags:?}: {told}");
+        let of_lora = loss(&["eval", "--model", &f.model, "--data", &f.data, "--adapter", &lora]);
+        // The default rank is as large as the tiny model's matrices.
+        assert!((own - of_lora).abs() < 1e-3 * (1.0 + own), "{method} {flags:?}: {own} as a LoRA {of_lora}");
+        if *exact {
+            let checked = json(&["check", &lora, "--model", &f.model]);
+            assert!(checked["golden_difference"].as_f64().unwrap() < 1e-4, "{method}: {checked}");
+        }
+        let small = name("small");
+        let told = json(&["convert", &run, "--to", "lora", "--rank", "1", "--model", &f.model, "--output", &small]);
+        assert!(told["error"].as_f64().unwrap() > 1e-3 && told["rank"] == 1, "{method}: {told}");
+    }
+}
+
+#[test]
+fn what_does_not_fit_a_method_is_one_clear_sentence() {
+    let f = Fixture::new();
+    let out = f.path("x");
+    let train = |more: &[&str]| error(&[&f.train(&out, &["--max-steps", "1"])[..], more].concat());
+    assert!(train(&["--method", "bone", "--alpha", "4"]).contains("`bone` has no --alpha; it has --rank"));
+    assert!(train(&["--method", "bone", "--rank", "7", "--set", "variant=bat"]).contains("nearest r that does is 8"));
+    assert!(train(&["--method", "lora-xs", "--rank", "40"]).contains("it needs at most"));
+    assert!(train(&["--method", "tlora", "--set", "factors=9"]).contains("2 or 3"));
+    assert!(train(&["--method", "hydra", "--set", "variant=three"]).contains("both, parallel or sequential"));
+    assert!(train(&["--method", "loldu", "--init", "high"]).contains("loldu"));
+    assert!(train(&["--method", "lora", "--set", "eva_config={}"]).contains("eva_config"));
+    // Two that cannot be summed.
+    let runs = [f.path("a"), f.path("b")];
+    for run in &runs {
+        json(&f.train(run, &["--max-steps", "3", "--method", "hydra"]));
+    }
+    let told = error(&["eval", "--model", &f.model, "--data", &f.data, "--adapter", &runs[0], "--adapter", &runs[1]]);
+    assert!(told.contains("only be used alone"), "{told}");
+    let half = format!("{}=0.5", runs[0]);
+    let told = error(&["merge", "--model", &f.model, "--adapter", &half, "--output", &out]);
+    assert!(told.contains("only be used alone"), "{told}");
+    // Frozen factors that another base does not give.
+    let xs = f.path("xs");
+    json(&f.train(&xs, &["--max-steps", "3", "--method", "lora-xs", "--rank", "4"]));
+    let told = error(&["eval", "--model", &f.model, "--dtype", "nf4", "--data", &f.data, "--adapter", &xs]);
+    assert!(told.contains("come out otherwise"), "{told}");
+}
+
+#[test]
+fn a_comparison_goes_on_where_it_stopped() {
+    let f = Fixture::new();
+    let (file, out) = (f.path("compare.yaml"), f.path("results"));
+    let general = f.path("general.jsonl");
+    std::fs::write(&general, "{\"text\": \"up and down\"}\n").unwrap();
+    let (model, data) = (&f.model, &f.data);
+    let spec = format!(
+        "model: {model}\nsteps: 4\nbatch_size: 4\nseeds: [0, 1]\ngeneral: {general}\n\
+         tasks:\n  - {{ name: one, data: {data}, eval: {data} }}\n  - {{ name: two, data: {data}, eval: {data}, eval_limit: 6 }}\n\
+         sweep: {{ task: one, steps: 3, rates: [1e-3, 1e-2], held_out: 6 }}\n\
+         methods:\n  - {{ name: lora, set: {{ r: 2 }} }}\n  - {{ name: bat, method: bone, set: {{ r: 8, variant: bat }} }}\n  - {{ name: eva, set: {{ r: 2 }}, lr: 1e-2 }}\n"
+    );
+    std::fs::write(&file, &spec).unwrap();
+    let first = json(&["compare", &file, "--output", &out, "--max-runs", "5"]);
+    assert!(first["missing_runs"].as_u64().unwrap() > 0);
+    let all = json(&["compare", &file, "--output", &out]);
+    assert_eq!(all["missing_runs"], 0);
+    let methods = all["methods"].as_array().unwrap();
+    assert_eq!(methods.len(), 3);
+    for m in methods {
+        assert_eq!(m["runs"], 4);
+        for key in ["accuracy", "loss", "forgetting", "seconds", "peak_bytes", "trainable_parameters", "file_bytes"] {
+            assert!(m[key].is_number(), "{key}: {m}");
+        }
+    }
+    assert_eq!(all["sweeps"].as_array().unwrap().len(), 4);
+    // Nothing is left to do, and what was done is read again, to the same table.
+    let table = std::fs::read(Path::new(&out).join("table.md")).unwrap();
+    let again = json(&["compare", &file, "--output", &out, "--max-runs", "0"]);
+    assert_eq!(again["missing_runs"], 0);
+    assert_eq!(std::fs::read(Path::new(&out).join("table.md")).unwrap(), table);
+    let page = std::fs::read_to_string(Path::new(&out).join("report.html")).unwrap();
+    assert!(page.matches("<svg").count() == 2 && page.contains("Pareto"));
+    std::fs::write(&file, spec.replace("name: bat, method: bone", "name: bat, method: bones")).unwrap();
+    assert!(error(&["compare", &file, "--output", &out]).contains("bones"));
+    std::fs::write(&file, spec.replace("seeds: [0, 1]", "seed: [0]")).unwrap();
+    assert!(error(&["compare", &file, "--output", &out]).contains("is no comparison"));
+}
+
+/// The pages in `docs/methods` are what the sources say; `lorimer methods --docs docs/methods` writes them anew.
+#[test]
+fn the_methods_pages_are_up_to_date() {
+    let folder = tempfile::tempdir().unwrap();
+    ok(&["methods", "--docs", &folder.path().display().to_string()]);
+    let committed = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/methods");
+    let mut pages = 0;
+    for entry in std::fs::read_dir(folder.path()).unwrap() {
+        let name = entry.unwrap().file_name();
+        let read = |folder: &Path| std::fs::read_to_string(folder.join(&name)).unwrap_or_default();
+        assert_eq!(read(folder.path()), read(&committed), "{name:?}: run `lorimer methods --docs docs/methods`");
+        pages += 1;
+    }
+    assert_eq!(pages, lorimer::adapter::methods::REGISTRY.len() + 1);
+    assert_eq!(std::fs::read_dir(&committed).unwrap().count(), pages, "a page of no method");
+}
+
+/// Files hold what was trained and at most 64 KB more, on the real model.
+#[test]
+fn files_hold_only_what_was_trained() {
+    let pulled = pull("smollm2-135m", PullOptions::default()).unwrap();
+    let base = Base::open(&pulled.path, &OpenOptions::default()).unwrap();
+    let bytes = |method: &str, r: usize| {
+        let settings = serde_json::json!({ "r": r });
+        let method = methods::build(method, settings.as_object().unwrap()).unwrap();
+        let adapter = Adapter::attach(&base.model, method, 0).unwrap();
+        let file = adapter.to_stored("base").unwrap().tensor_bytes().unwrap().len();
+        (file, 4 * adapter.parameter_count())
+    };
+    let (lora, _) = bytes("lora", 8);
+    for (method, r, share) in [("randlora", 32, 1.0), ("lora-xs", 64, 0.4), ("loldu", 8, 0.01)] {
+        let (file, trained) = bytes(method, r);
+        assert!(file <= trained + 65_536, "{method}: {file} bytes for {trained} trained");
+        assert!(file as f64 <= share * lora as f64, "{method}: {file} of LoRA's {lora}");
+    }
+}
