@@ -9,7 +9,8 @@ import json, pathlib, shutil, sys
 
 import pyarrow.parquet
 import torch
-from peft import EvaConfig, LoraConfig, MissConfig, RandLoraConfig, get_peft_model, initialize_lora_eva_weights
+import peft
+from peft import EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weights
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
@@ -80,26 +81,8 @@ for parameters in [dict(rope_type="default", rope_theta=10000.0), dict(rope_type
 (here / "rope.json").write_text(json.dumps(ropes))
 
 # Adapters: file, logits, gradients, ten steps, merged logits.
-cases = {
-    "lora": dict(r=4, lora_alpha=8, target_modules="all-linear"),
-    "rslora": dict(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], use_rslora=True),
-    "dora": dict(r=4, lora_alpha=8, target_modules="all-linear", use_dora=True),
-    "rank_pattern": dict(r=4, lora_alpha=8, target_modules=["q_proj", "k_proj", "up_proj", "down_proj"], rank_pattern={"q_proj": 2, r"layers\.1\.mlp\.up_proj": 6},
-                         alpha_pattern={"q_proj": 3}, layers_to_transform=[1]),
-    "modules_to_save": dict(r=4, lora_alpha=8, target_modules=["v_proj"], modules_to_save=["lm_head", "model.norm"]),
-    "pissa": dict(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights="pissa"),
-    "olora": dict(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights="olora"),
-    # On a base that has biases.
-    "bias_all": dict(base="tiny-llama3", r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], bias="all"),
-    "bias_lora_only": dict(base="tiny-llama3", r=4, lora_alpha=8, target_modules=["v_proj", "up_proj"], bias="lora_only"),
-    "miss": dict(kind=MissConfig, base="tiny-llama3", r=5, target_modules="all-linear", bias="MiSS_only"),
-    "miss_bat": dict(kind=MissConfig, r=8, init_weights="bat", target_modules="all-linear"),
-    "miss_mini": dict(kind=MissConfig, r=6, init_weights="mini", mini_r=4, target_modules="all-linear"),
-    "randlora": dict(kind=RandLoraConfig, r=5, randlora_alpha=10, save_projection=False, projection_prng_key=7, target_modules="all-linear"),
-    "randlora_saved": dict(kind=RandLoraConfig, r=4, randlora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"]),
-    "randlora_sparse": dict(kind=RandLoraConfig, r=4, randlora_alpha=8, sparse=True, target_modules=["q_proj", "up_proj"]),
-    "randlora_very_sparse": dict(kind=RandLoraConfig, r=4, randlora_alpha=8, very_sparse=True, save_projection=False, projection_prng_key=3, target_modules=["k_proj", "up_proj"]),
-}
+# Each file in cases/ is one: the settings of PEFT's configuration, its class as `kind` (LoraConfig) and the base as `base` (tiny-llama).
+cases = {path.stem: json.loads(path.read_text()) for path in sorted((here / "cases").glob("*.json"))}
 ids = torch.randint(3, 259, (3, 19))
 
 
@@ -114,10 +97,11 @@ def fresh(base):
 
 for name, settings in cases.items():
     torch.manual_seed(1)
-    base, kind = settings.pop("base", "tiny-llama"), settings.pop("kind", LoraConfig)
-    model = get_peft_model(fresh(base), kind(task_type="CAUSAL_LM", **settings)).eval()
+    base, kind = settings.pop("base", "tiny-llama"), settings.pop("kind", "LoraConfig")
+    model = get_peft_model(fresh(base), getattr(peft, kind)(task_type="CAUSAL_LM", **settings)).eval()
     for key, p in model.named_parameters():
-        if ("lora_B" in key and not settings.get("init_lora_weights")) or "miss_block" in key or "randlora_lambda" in key:
+        # What starts at zero is moved, except where the start is what is tested.
+        if p.requires_grad and not p.any() and not settings.get("init_lora_weights"):
             with torch.no_grad():
                 p.normal_(0, 0.1)
     out = here / "adapters" / name

@@ -23,6 +23,18 @@ cases = {
     "rank_pattern": ["--set", 'rank_pattern={"q_proj": 3}', "--set", 'alpha_pattern={"up_proj": 5}'],
     "modules_to_save": ["--modules-to-save", "lm_head,model.norm", "--target-modules", "q_proj,v_proj"],
     "layers": ["--layers", "1", "--target-modules", "q_proj,down_proj"],
+    "bone": ["--method", "bone", "--rank", "6"],
+    "bone-bat": ["--method", "bone", "--rank", "8", "--set", "variant=bat"],
+    "bone-mini": ["--method", "bone", "--rank", "8", "--set", "variant=mini", "--set", "mini_r=4"],
+    "randlora": ["--method", "randlora", "--rank", "6", "--alpha", "12"],
+    "randlora-full": ["--method", "randlora", "--rank", "8", "--alpha", "12", "--set", "save_projection=true"],
+    "randlora-sparse": ["--method", "randlora", "--rank", "8", "--alpha", "12", "--set", "variant=sparse"],
+    "eva": ["--method", "eva", "--rank", "3"],
+}
+# Methods that PEFT does not have, as the LoRA that `convert` writes.
+exported = {
+    "lora-xs": ["--rank", "8"], "lora-sb": ["--rank", "8", "--set", "samples=8"], "loldu": ["--rank", "12"],
+    "nlora": ["--rank", "4", "--lr", "3e-3"], "tlora": [], "hydra": ["--rank", "8"],
 }
 def compare(name, plain, adapter):
     """Largest difference of the golden answers' log p, in PEFT and as Lorimer wrote it down."""
@@ -44,6 +56,16 @@ for name, flags in cases.items():
     subprocess.run([sys.argv[1], "train", "-q", "--model", base, "--data", data, "--output", out, "--max-steps", "12", "--lr", "1e-2", *flags],
                    check=True, stdout=subprocess.DEVNULL)
     worst = max(worst, compare(name, AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), out))
+for name, flags in exported.items():
+    out, lora = work / name, work / f"{name}-as-lora"
+    flags = ["--method", name, "--max-steps", "12", *([] if "--lr" in flags else ["--lr", "1e-2"]), *flags]
+    subprocess.run([sys.argv[1], "train", "-q", "--model", base, "--data", data, "--output", out, *flags], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.argv[1], "convert", "-q", out, "--to", "lora", "--model", base, "--output", lora], check=True, stdout=subprocess.DEVNULL)
+    # An export that is not exact has no golden answers of its own; the tiny model's matrices have no more than its default rank.
+    manifest, before = json.loads((lora / "lorimer.json").read_text()), json.loads((out / "lorimer.json").read_text())
+    manifest["golden"] = before["golden"]
+    (lora / "lorimer.json").write_text(json.dumps(manifest))
+    worst = max(worst, compare(lora.name, AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), lora))
 for adapter in sys.argv[3:]:
     plain = AutoModelForCausalLM.from_pretrained(sys.argv[2], dtype=torch.float32, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
     worst = max(worst, compare(adapter, plain, adapter))

@@ -112,7 +112,7 @@ pub struct Breakdown {
     pub program: u64,
     /// The base's weights.
     pub base: u64,
-    /// Trainable parameters.
+    /// Trainable parameters, and what the method holds beside them.
     pub adapter: u64,
     /// Their gradients.
     pub gradients: u64,
@@ -170,10 +170,11 @@ pub fn plan(request: &Request<'_>) -> Result<Plan> {
     let matcher = Matcher::new(request.method.targeting())?;
     let sites = Llama::sites(c);
     let adapted = |site: &Site| matcher.targets(site);
-    let mut parameters = 0u64;
+    let (mut parameters, mut held) = (0u64, 0u64);
     for site in &sites {
         if adapted(site) {
             parameters += request.method.parameters(site)? as u64;
+            held += request.method.held(site) as u64;
         }
         if matcher.saves(&site.path) {
             parameters += (site.inputs * site.outputs) as u64;
@@ -219,7 +220,7 @@ pub fn plan(request: &Request<'_>) -> Result<Plan> {
     let breakdown = Breakdown {
         program: PROGRAM + TOKENIZER * c.vocab_size as u64,
         base: request.base_bytes as u64,
-        adapter: 4 * parameters,
+        adapter: 4 * (parameters + held),
         gradients: 4 * parameters,
         optimizer: (state * parameters as f64) as u64,
         activations: activations.saturating_mul(4),

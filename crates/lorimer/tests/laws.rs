@@ -1,4 +1,4 @@
-//! The laws that every method obeys, run on every line of [`MATRIX`]. A method joins by one line.
+//! The laws that every method obeys, run on all the settings that its line in the registry names.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
@@ -17,55 +17,12 @@ use lorimer::train::step::{StepOptions, accumulate_gradients, batch_loss};
 use rand::{Rng, SeedableRng};
 use serde_json::{Value, json};
 
-/// Method, settings, and how far the start may be from the base (relative; for methods that decompose W).
-const MATRIX: &[(&str, &str, f64)] = &[
-    ("lora", r#"{"r": 3}"#, 0.0),
-    ("lora", r#"{"r": 2, "use_rslora": true, "target_modules": ["q_proj", "down_proj"]}"#, 0.0),
-    ("lora", r#"{"r": 4, "init_lora_weights": "gaussian", "layers_to_transform": [1]}"#, 0.0),
-    ("lora", r#"{"r": 4, "init_lora_weights": "orthogonal"}"#, 1e-12),
-    ("lora", r#"{"r": 3, "init_lora_weights": "pissa"}"#, 1e-12),
-    ("lora", r#"{"r": 3, "init_lora_weights": "pissa_niter_4"}"#, 1e-12),
-    ("lora", r#"{"r": 3, "init_lora_weights": "olora", "use_rslora": true}"#, 1e-12),
-    ("lora", r#"{"r": 3, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"up_proj": 5}, "bias": "all"}"#, 0.0),
-    ("lora", r#"{"r": 2, "modules_to_save": ["lm_head", "model.norm"], "exclude_modules": ["k_proj"]}"#, 1e-12),
-    ("lora", r#"{"r": 3, "lora_dropout": 0.3}"#, 0.0),
-    ("dora", r#"{"r": 3}"#, 1e-12),
-    ("dora", r#"{"r": 2, "target_modules": ".*self_attn.*", "bias": "lora_only"}"#, 1e-12),
-    ("bone", r#"{"r": 3}"#, 0.0),
-    ("bone", r#"{"r": 4, "bias": "lora_only", "peft_type": "BONE"}"#, 0.0),
-    ("bone", r#"{"r": 5, "miss_dropout": 0.3}"#, 0.0),
-    ("bone", r#"{"r": 4, "variant": "mini", "mini_r": 4}"#, 0.0),
-    ("bone", r#"{"r": 4, "variant": "bat"}"#, 1e-12),
-    ("bone", r#"{"r": 2, "variant": "bat", "peft_type": "BONE", "modules_to_save": ["model.norm"]}"#, 1e-12),
-    ("randlora", r#"{"r": 3, "randlora_alpha": 6}"#, 1e-12),
-    ("randlora", r#"{"r": 4, "randlora_alpha": 8, "variant": "sparse", "save_projection": true}"#, 1e-12),
-    ("randlora", r#"{"r": 5, "randlora_alpha": 4, "variant": "very_sparse", "randlora_dropout": 0.2}"#, 1e-12),
-    ("lora-xs", r#"{"r": 4, "deviation": 0}"#, 0.0),
-    ("lora-xs", r#"{"r": 4, "save_frozen": true}"#, 1e-3),
-    // Its start is a step away from the base.
-    ("lora-sb", r#"{"r": 4, "samples": 3, "init_lr": 1e-3}"#, f64::INFINITY),
-    ("eva", r#"{"r": 3, "use_label_mask": false, "batch_size": 3}"#, 0.0),
-    ("eva", r#"{"r": 2, "rho": 1, "whiten": true, "max_batches": 3}"#, 0.0),
-    ("loldu", r#"{"r": 6}"#, 0.0),
-    ("loldu", r#"{"r": 4, "variant": "uniform", "save_frozen": true}"#, 0.0),
-    ("loldu", r#"{"r": 4, "variant": "normal"}"#, 0.0),
-    ("loldu", r#"{"r": 8, "start": "constant"}"#, 0.0),
-    ("loldu", r#"{"r": 8, "start": "ones"}"#, 0.0),
-    ("loldu", r#"{"r": 8, "start": "zeros"}"#, 0.0),
-    ("nlora", r#"{"r": 3}"#, 0.0),
-    ("nlora", r#"{"r": 3, "sampling": "uniform", "start_seed": 4}"#, 0.0),
-    ("nlora", r#"{"r": 3, "variant": "slora"}"#, 0.0),
-    ("nlora", r#"{"r": 3, "variant": "inttune", "sampling": "norm"}"#, 0.0),
-    ("nlora", r#"{"r": 4, "variant": "inttune", "inttune_start": "slora"}"#, 0.0),
-    // What the published code starts from is not the base.
-    ("nlora", r#"{"r": 2, "start": "code"}"#, f64::INFINITY),
-    ("tlora", r#"{"r": 2}"#, 1e-12),
-    ("tlora", r#"{"r": 2, "variant": "tr", "factors": 3, "ring": 1}"#, 1e-12),
-    ("tlora", r#"{"r": 1, "side": "output", "ring": 3}"#, 1e-12),
-    ("hydra", r#"{"r": 4, "s": 0.5}"#, 0.0),
-    ("hydra", r#"{"r": 2, "variant": "sequential", "target_modules": ["q_proj", "down_proj"]}"#, 0.0),
-    ("hydra", r#"{"r": 2, "variant": "parallel"}"#, 0.0),
-];
+/// Every method with each of its settings, and how far the start may be from the base.
+fn matrix() -> impl Iterator<Item = (&'static str, &'static str, f64)> {
+    methods::REGISTRY
+        .iter()
+        .flat_map(|e| e.laws.iter().map(move |(settings, tolerance)| (e.name, *settings, *tolerance)))
+}
 
 fn random(shape: &[usize], scale: f64, rng: &mut impl Rng) -> Tensor {
     let n = shape.iter().product();
@@ -162,9 +119,9 @@ fn base_bytes(model: &Llama) -> Vec<f64> {
 
 fn each(law: impl Fn(&Llama, &str, &str, f64)) {
     let model = model();
-    for (name, settings, tolerance) in MATRIX {
+    for (name, settings, tolerance) in matrix() {
         println!("{name} {settings}");
-        law(&model, name, settings, *tolerance);
+        law(&model, name, settings, tolerance);
     }
 }
 
@@ -414,7 +371,7 @@ fn worst(a: &[Vec<f32>], b: &[Vec<f32>]) -> f32 {
 fn savings_do_not_show_in_f32() {
     for load in [LoadDtype::F32, LoadDtype::Bf16, LoadDtype::Nf4] {
         let model = model_as(DType::F32, load);
-        for (name, settings, _) in MATRIX {
+        for (name, settings, _) in matrix() {
             let adapter = attach(&model, name, settings);
             move_all(&adapter);
             let plain = step_gradients(&model, &adapter, false, None);
@@ -434,7 +391,7 @@ fn savings_do_not_show_in_f32() {
                 adapter.trainable().iter().map(|(_, v)| flat(oracle.get(v.as_tensor()).unwrap())).collect();
             let (d, scale) = (worst(&plain, &oracle), oracle.concat().iter().fold(1f32, |top, g| top.max(g.abs())));
             // Nyström's pseudo-inverse of a slice of W multiplies rounding by the slice's condition.
-            let tolerance = if name == &"nlora" { 5e-4 } else { 2e-5 };
+            let tolerance = if name == "nlora" { 5e-4 } else { 2e-5 };
             assert!(d < tolerance * scale.max(10.0), "{name} {settings} in {load:?}: {d:e} of {scale}");
         }
     }

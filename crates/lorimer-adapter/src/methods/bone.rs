@@ -58,6 +58,14 @@ pub const ENTRY: Entry = Entry {
     lr: 2e-4,
     flags: &[("rank", "r"), ("dropout", "miss_dropout"), ("bias", "bias"), ("init", "init_weights")],
     source: include_str!("bone.rs"),
+    laws: &[
+        (r#"{"r": 3}"#, 0.0),
+        (r#"{"r": 4, "bias": "lora_only", "peft_type": "BONE"}"#, 0.0),
+        (r#"{"r": 5, "miss_dropout": 0.3}"#, 0.0),
+        (r#"{"r": 4, "variant": "mini", "mini_r": 4}"#, 0.0),
+        (r#"{"r": 4, "variant": "bat"}"#, 1e-12),
+        (r#"{"r": 2, "variant": "bat", "peft_type": "BONE", "modules_to_save": ["model.norm"]}"#, 1e-12),
+    ],
     build: |settings| {
         let mut settings = settings.clone();
         if let Some(variant) = settings.remove("variant") {
@@ -260,8 +268,7 @@ impl Method for Bone {
     }
 
     fn held(&self, site: &Site) -> usize {
-        // W', the product it came from, and its gradient.
-        if self.variant == Variant::Bat { 2 * site.inputs * site.outputs } else { self.config.r * site.outputs }
+        if self.variant == Variant::Bat { site.inputs * site.outputs } else { self.config.r * site.outputs }
     }
 }
 

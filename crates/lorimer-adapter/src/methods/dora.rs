@@ -33,6 +33,7 @@ pub const ENTRY: Entry = Entry {
     lr: 2e-4,
     flags: super::lora::FLAGS,
     source: include_str!("dora.rs"),
+    laws: &[(r#"{"r": 3}"#, 1e-12), (r#"{"r": 2, "target_modules": ".*self_attn.*", "bias": "lora_only"}"#, 1e-12)],
     build: |settings| {
         let mut settings = settings.clone();
         settings.insert("use_dora".into(), Value::Bool(true));

@@ -45,6 +45,10 @@ pub const ENTRY: Entry = Entry {
     lr: 2e-4,
     flags: FLAGS,
     source: include_str!("eva.rs"),
+    laws: &[
+        (r#"{"r": 3, "use_label_mask": false, "batch_size": 3}"#, 0.0),
+        (r#"{"r": 2, "rho": 1, "whiten": true, "max_batches": 3}"#, 0.0),
+    ],
     build: |settings| {
         let mut settings = settings.clone();
         settings.insert("init_lora_weights".into(), json!("eva"));

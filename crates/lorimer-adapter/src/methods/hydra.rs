@@ -51,6 +51,11 @@ pub const ENTRY: Entry = Entry {
     lr: 2e-4,
     flags: &[("rank", "r")],
     source: include_str!("hydra.rs"),
+    laws: &[
+        (r#"{"r": 4, "s": 0.5}"#, 0.0),
+        (r#"{"r": 2, "variant": "sequential", "target_modules": ["q_proj", "down_proj"]}"#, 0.0),
+        (r#"{"r": 2, "variant": "parallel"}"#, 0.0),
+    ],
     build: |settings| {
         let mut settings = settings.clone();
         let r = settings.get("r").and_then(Value::as_u64).unwrap_or(HydraConfig::default().r as u64);

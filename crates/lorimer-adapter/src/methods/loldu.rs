@@ -54,6 +54,14 @@ pub const ENTRY: Entry = Entry {
     lr: 1e-2,
     flags: &[("rank", "r"), ("alpha", "lora_alpha"), ("init", "start")],
     source: include_str!("loldu.rs"),
+    laws: &[
+        (r#"{"r": 6}"#, 0.0),
+        (r#"{"r": 4, "variant": "uniform", "save_frozen": true}"#, 0.0),
+        (r#"{"r": 4, "variant": "normal"}"#, 0.0),
+        (r#"{"r": 8, "start": "constant"}"#, 0.0),
+        (r#"{"r": 8, "start": "ones"}"#, 0.0),
+        (r#"{"r": 8, "start": "zeros"}"#, 0.0),
+    ],
     build: |settings| {
         let mut settings = settings.clone();
         if let (Some(r), None) = (settings.get("r").cloned(), settings.get("lora_alpha")) {

@@ -45,6 +45,18 @@ pub const ENTRY: Entry = Entry {
     lr: 2e-4,
     flags: FLAGS,
     source: include_str!("lora.rs"),
+    laws: &[
+        (r#"{"r": 3}"#, 0.0),
+        (r#"{"r": 2, "use_rslora": true, "target_modules": ["q_proj", "down_proj"]}"#, 0.0),
+        (r#"{"r": 4, "init_lora_weights": "gaussian", "layers_to_transform": [1]}"#, 0.0),
+        (r#"{"r": 4, "init_lora_weights": "orthogonal"}"#, 1e-12),
+        (r#"{"r": 3, "init_lora_weights": "pissa"}"#, 1e-12),
+        (r#"{"r": 3, "init_lora_weights": "pissa_niter_4"}"#, 1e-12),
+        (r#"{"r": 3, "init_lora_weights": "olora", "use_rslora": true}"#, 1e-12),
+        (r#"{"r": 3, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"up_proj": 5}, "bias": "all"}"#, 0.0),
+        (r#"{"r": 2, "modules_to_save": ["lm_head", "model.norm"], "exclude_modules": ["k_proj"]}"#, 1e-12),
+        (r#"{"r": 3, "lora_dropout": 0.3}"#, 0.0),
+    ],
     build: |settings| Ok(Box::new(Lora { config: LoraConfig::given("lora", settings)?, name: "lora" })),
     recognises: |config| is_lora(config, false),
     from_file: |config| Ok(Box::new(Lora { config: LoraConfig::from_file(config)?, name: "lora" })),
@@ -460,7 +472,8 @@ impl Method for Lora {
         let rank = self.config.rank(&site.path).unwrap_or_default();
         let moved = Start::parse(&self.config.init_lora_weights).is_ok_and(Start::moves_base);
         match (self.config.use_dora, moved) {
-            (true, _) => site.inputs + 6 * site.outputs + 2 * rank,
+            (true, _) if self.config.lora_dropout > 0.0 => site.inputs + 6 * site.outputs + 2 * rank,
+            (true, _) => rank + site.outputs,
             (false, true) => 2 * rank,
             (false, false) if self.config.lora_dropout > 0.0 => rank + site.inputs,
             (false, false) => rank,

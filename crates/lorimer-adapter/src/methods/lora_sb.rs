@@ -47,6 +47,10 @@ pub const ENTRY: Entry = Entry {
     lr: 5e-4,
     flags: &[("rank", "r"), ("lr", "init_lr")],
     source: include_str!("lora_sb.rs"),
+    laws: &[
+        // Its start is a step away from the base.
+        (r#"{"r": 4, "samples": 3, "init_lr": 1e-3}"#, f64::INFINITY),
+    ],
     build: |settings| LoraSbConfig::check(configure("lora-sb", settings)?),
     recognises: |config| config.get("peft_type").and_then(Value::as_str) == Some("LORA_SB"),
     from_file: |config| LoraSbConfig::check(from_peft_json("lora-sb", config, &[])?),

@@ -46,6 +46,7 @@ pub const ENTRY: Entry = Entry {
     lr: 1e-3,
     flags: &[("rank", "r"), ("alpha", "lora_alpha")],
     source: include_str!("lora_xs.rs"),
+    laws: &[(r#"{"r": 4, "deviation": 0}"#, 0.0), (r#"{"r": 4, "save_frozen": true}"#, 1e-3)],
     build: |settings| {
         let mut settings = settings.clone();
         // α = r unless said otherwise.

@@ -59,6 +59,9 @@ pub struct Entry {
     pub flags: &'static [(&'static str, &'static str)],
     /// Its source, whose header is its page in `docs/`.
     pub source: &'static str,
+    /// Settings that the laws are held against, each with how far the start may be from the base (infinite where a start is
+    /// meant to be elsewhere).
+    pub laws: &'static [(&'static str, f64)],
     /// Builds the method from settings with PEFT's keys; unknown keys are errors.
     pub build: Build,
     /// Whether an `adapter_config.json` is this method's.

@@ -57,6 +57,15 @@ pub const ENTRY: Entry = Entry {
     lr: 2e-4,
     flags: &[("rank", "r"), ("alpha", "lora_alpha"), ("init", "start")],
     source: include_str!("nlora.rs"),
+    laws: &[
+        (r#"{"r": 3}"#, 0.0),
+        (r#"{"r": 3, "sampling": "uniform", "start_seed": 4}"#, 0.0),
+        (r#"{"r": 3, "variant": "slora"}"#, 0.0),
+        (r#"{"r": 3, "variant": "inttune", "sampling": "norm"}"#, 0.0),
+        (r#"{"r": 4, "variant": "inttune", "inttune_start": "slora"}"#, 0.0),
+        // What the published code starts from is not the base.
+        (r#"{"r": 2, "start": "code"}"#, f64::INFINITY),
+    ],
     build: |settings| {
         let mut settings = settings.clone();
         if let (Some(r), None) = (settings.get("r").cloned(), settings.get("lora_alpha")) {

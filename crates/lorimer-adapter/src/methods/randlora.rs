@@ -56,6 +56,11 @@ pub const ENTRY: Entry = Entry {
     lr: 1e-4,
     flags: &[("rank", "r"), ("alpha", "randlora_alpha"), ("dropout", "randlora_dropout"), ("bias", "bias")],
     source: include_str!("randlora.rs"),
+    laws: &[
+        (r#"{"r": 3, "randlora_alpha": 6}"#, 1e-12),
+        (r#"{"r": 4, "randlora_alpha": 8, "variant": "sparse", "save_projection": true}"#, 1e-12),
+        (r#"{"r": 5, "randlora_alpha": 4, "variant": "very_sparse", "randlora_dropout": 0.2}"#, 1e-12),
+    ],
     build: |settings| {
         let mut settings = settings.clone();
         match settings.remove("variant").as_ref().map(|v| v.as_str().unwrap_or_default()) {
@@ -220,6 +225,10 @@ impl Method for RandLora {
         if self.config.bias == Bias::LoraOnly {
             all.insert("bias".into(), json!("randlora_only"));
         }
+        // PEFT's configuration does not know it.
+        if all.get("exclude_modules").is_some_and(Value::is_null) {
+            all.shift_remove("exclude_modules");
+        }
         all
     }
 
@@ -325,7 +334,7 @@ impl Method for RandLora {
 
     fn held(&self, site: &Site) -> usize {
         let (small, _, n) = self.sizes(site);
-        self.config.r * n * small
+        2 * self.config.r * n * small
     }
 }
 

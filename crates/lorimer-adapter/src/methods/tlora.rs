@@ -53,6 +53,11 @@ pub const ENTRY: Entry = Entry {
     lr: 5e-4,
     flags: &[("rank", "r")],
     source: include_str!("tlora.rs"),
+    laws: &[
+        (r#"{"r": 2}"#, 1e-12),
+        (r#"{"r": 2, "variant": "tr", "factors": 3, "ring": 1}"#, 1e-12),
+        (r#"{"r": 1, "side": "output", "ring": 3}"#, 1e-12),
+    ],
     build: |settings| {
         let mut settings = settings.clone();
         if let Some(variant) = settings.remove("variant") {
@@ -258,6 +263,10 @@ impl Method for Tlora {
 
     fn kept(&self, site: &Site) -> usize {
         let width = self.width(site);
+        let sides = factorise(width, self.config.factors);
+        if sides.len() == 2 && sides[0] * sides[1] == width {
+            return site.inputs + site.outputs;
+        }
         (2 * self.config.ring * self.config.ring + 4) * width + 3 * site.outputs
     }
 
