@@ -18,24 +18,42 @@ impl TorchGenerator {
         (0..count).map(|_| (self.0.next_u32() & 0xff_ffff) as f32 / (1u32 << 24) as f32).collect()
     }
 
-    /// `tensor.uniform_(-bound, bound)` on a bf16 tensor: as in f32, then rounded; what is rounded up to the bound, which does not
-    /// belong to the range, becomes its other end.
-    pub fn uniform_bf16(&mut self, count: usize, bound: f64) -> Vec<bf16> {
+    /// `tensor.uniform_(-bound, bound)` on an f32 tensor. What is rounded up to the bound, which does not belong to the range,
+    /// becomes its other end.
+    pub fn uniform(&mut self, count: usize, bound: f64) -> Vec<f32> {
         let (from, to) = (-bound as f32, bound as f32);
         let one = |x: f32| {
-            let v = bf16::from_f32(x * (to - from) + from);
-            if v >= bf16::from_f32(to) { bf16::from_f32(from) } else { v }
+            let v = x * (to - from) + from;
+            if v >= to { from } else { v }
         };
         self.rand(count).into_iter().map(one).collect()
     }
 
-    /// `kaiming_uniform_(a = √5)` on a bf16 tensor of so many numbers with this fan-in: uniform in ±1/√fan_in.
-    pub fn kaiming_bf16(&mut self, count: usize, fan_in: usize) -> Vec<bf16> {
-        // As torch computes it: gain = √(2/(1 + 5)), std = gain/√fan_in, bound = √3·std.
-        let gain = (2.0f64 / (1.0 + 5f64.sqrt() * 5f64.sqrt())).sqrt();
-        let bound = 3f64.sqrt() * (gain / (fan_in.max(1) as f64).sqrt());
-        self.uniform_bf16(count, bound)
+    /// The same on a bf16 tensor: as in f32, then rounded.
+    pub fn uniform_bf16(&mut self, count: usize, bound: f64) -> Vec<bf16> {
+        let (from, to) = (bf16::from_f32(-bound as f32), bf16::from_f32(bound as f32));
+        let one = |v: f32| {
+            let v = bf16::from_f32(v);
+            if v >= to { from } else { v }
+        };
+        self.uniform(count, bound).into_iter().map(one).collect()
     }
+
+    /// `kaiming_uniform_(a = √5)` on an f32 tensor of so many numbers with this fan-in: uniform in ±1/√fan_in.
+    pub fn kaiming(&mut self, count: usize, fan_in: usize) -> Vec<f32> {
+        self.uniform(count, kaiming_bound(fan_in))
+    }
+
+    /// The same on a bf16 tensor.
+    pub fn kaiming_bf16(&mut self, count: usize, fan_in: usize) -> Vec<bf16> {
+        self.uniform_bf16(count, kaiming_bound(fan_in))
+    }
+}
+
+/// As torch computes it: gain = √(2/(1 + 5)), std = gain/√fan_in, bound = √3·std.
+fn kaiming_bound(fan_in: usize) -> f64 {
+    let gain = (2.0f64 / (1.0 + 5f64.sqrt() * 5f64.sqrt())).sqrt();
+    3f64.sqrt() * (gain / (fan_in.max(1) as f64).sqrt())
 }
 
 /// The values over their standard deviation (n − 1 in the denominator), rounded where torch rounds.
