@@ -130,6 +130,8 @@ for name, settings in cases.items():
     (out / "README.md").unlink(missing_ok=True)
     config = json.loads((out / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = base
+    if isinstance(config["target_modules"], list):
+        config["target_modules"].sort()
     (out / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 # EVA: what PEFT finds in three batches of rows whose first half is not learnt.

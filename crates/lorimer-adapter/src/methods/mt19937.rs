@@ -39,12 +39,7 @@ impl TorchGenerator {
         self.uniform(count, bound).into_iter().map(one).collect()
     }
 
-    /// `kaiming_uniform_(a = √5)` on an f32 tensor of so many numbers with this fan-in: uniform in ±1/√fan_in.
-    pub fn kaiming(&mut self, count: usize, fan_in: usize) -> Vec<f32> {
-        self.uniform(count, kaiming_bound(fan_in))
-    }
-
-    /// The same on a bf16 tensor.
+    /// `kaiming_uniform_(a = √5)` on a bf16 tensor of so many numbers with this fan-in: uniform in ±1/√fan_in.
     pub fn kaiming_bf16(&mut self, count: usize, fan_in: usize) -> Vec<bf16> {
         self.uniform_bf16(count, kaiming_bound(fan_in))
     }
