@@ -19,6 +19,7 @@ pub mod nlora;
 pub mod randlora;
 pub mod random;
 pub mod tlora;
+pub mod vera;
 
 /// How a method is served beside others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
@@ -83,6 +84,7 @@ pub const REGISTRY: &[Entry] = &[
     nlora::ENTRY,
     tlora::ENTRY,
     hydra::ENTRY,
+    vera::ENTRY,
 ];
 
 fn names() -> String {
