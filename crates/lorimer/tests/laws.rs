@@ -264,6 +264,36 @@ fn lora_sb_catches_the_first_step() {
     }
 }
 
+/// EVA's ranks add up to the budget, its directions are orthonormal, projections of one input share them, and what gets no rank is in
+/// no file.
+#[test]
+fn eva_keeps_its_budget() {
+    let model = model();
+    let settings = r#"{"r": 3, "rho": 2, "use_label_mask": false, "batch_size": 3}"#;
+    let adapter = attach(&model, "eva", settings);
+    let stored = adapter.to_stored("tiny").unwrap();
+    let mut total = 0;
+    let a = |path: &str| stored.tensors.get(&format!("base_model.model.{path}.lora_A.weight")).cloned();
+    for (site, _) in model.projections().into_iter().filter(|(s, _)| !s.is_head) {
+        let Some(a) = a(&site.path) else {
+            assert!(adapter.delta(&site.path).is_none());
+            continue;
+        };
+        total += a.dim(0).unwrap();
+        let eye = Tensor::eye(a.dim(0).unwrap(), DType::F64, &Device::Cpu).unwrap();
+        assert!(distance(&a.matmul(&a.t().unwrap()).unwrap(), &eye) < 1e-6, "{}", site.path);
+    }
+    assert_eq!(total, 3 * 14);
+    let (gate, up) = (a("model.layers.0.mlp.gate_proj").unwrap(), a("model.layers.0.mlp.up_proj").unwrap());
+    let shared = gate.dim(0).unwrap().min(up.dim(0).unwrap());
+    assert_eq!(distance(&gate.narrow(0, 0, shared).unwrap(), &up.narrow(0, 0, shared).unwrap()), 0.0);
+    // A budget that one projection can take up leaves others without.
+    let narrow = attach(&model, "eva", r#"{"r": 1, "rho": 8, "use_label_mask": false, "batch_size": 3}"#);
+    let modules = narrow.to_stored("tiny").unwrap().modules();
+    assert!(modules.len() < 14 && !modules.is_empty());
+    assert_eq!(modules.values().map(|t| t["lora_A.weight"].dim(0).unwrap()).sum::<usize>(), 14);
+}
+
 #[test]
 fn law_5_gradients_equal_central_differences() {
     each(|model, name, settings, _| {

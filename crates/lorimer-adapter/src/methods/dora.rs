@@ -9,6 +9,13 @@
 //! `‖Wᵢ‖² + 2s·Bᵢ·(A Wᵢᵀ) + s²·Bᵢ (A Aᵀ) Bᵢᵀ`, at the cost of one product of A with W.
 //!
 //! Good for: low ranks, where it is often a little better than LoRA, at somewhat more time (one product of A with W a step).
+//!
+//! ```
+//! use lorimer_adapter::example::project;
+//! // W = (3, 4) has the norm 5; with m = 10 and no change of direction W' = (6, 8).
+//! let y = project("dora", r#"{"r": 1}"#, &[&[3., 4.]], &[("lora_magnitude_vector", &[10.])], &[1., 1.]);
+//! assert!((y[0] - 14.0).abs() < 1e-9);
+//! ```
 
 use candle_core::{DType, Device, Result as TensorResult, Tensor, Var};
 use lorimer_model::{Projection, Site};

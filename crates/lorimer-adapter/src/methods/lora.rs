@@ -8,11 +8,19 @@
 //!
 //! Starts (`init_lora_weights`): `true` (A uniform in ±1/√inputs, B zero), `gaussian` (A normal with σ = 1/r, B zero),
 //! `orthogonal` (A and B random with B A = 0), `pissa` and `pissa_niter_N` (Meng et al. 2024, arXiv 2404.02948: the r
-//! largest singular directions of W), `olora` (Büyükakyüz 2024, arXiv 2406.01775: the first r of Q and R). The last
-//! three begin with B₀A₀ ≠ 0 and adapt the residual W − (α/r)·B₀A₀; here the base stays as it is and the
-//! change is (α/r)·(B A − B₀A₀), saved as the LoRA of rank 2r that it is, so that the file works on the original base.
+//! largest singular directions of W), `olora` (Büyükakyüz 2024, arXiv 2406.01775: the first r of Q and R), `eva` (directions of
+//! the data, see its page). `pissa` and `olora` begin with B₀A₀ ≠ 0 and adapt the residual W − (α/r)·B₀A₀; here the base stays as it
+//! is and the change is (α/r)·(B A − B₀A₀), saved as the LoRA of rank 2r that it is, so that the file works on the original base.
 //!
 //! Good for: everything, as the first thing to try.
+//!
+//! ```
+//! use lorimer_adapter::example::project;
+//! // r = 1, α = 2: ΔW = 2 · (1, 3)ᵀ (1, 1), so for x = (1, 2): 2 · 3 · (1, 3).
+//! let parameters: &[(&str, &[f64])] = &[("lora_A", &[1., 1.]), ("lora_B", &[1., 3.])];
+//! let y = project("lora", r#"{"r": 1, "lora_alpha": 2}"#, &[&[0., 0.], &[0., 0.]], parameters, &[1., 2.]);
+//! assert_eq!(y, [6.0, 18.0]);
+//! ```
 
 use candle_core::{DType, Device, Result as TensorResult, Tensor, Var};
 use indexmap::IndexMap;

@@ -395,3 +395,34 @@ impl RandLoraDelta {
         !self.dropout.is_off(&Step { training: Some(0) })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use lorimer_tensor::FrozenWeight;
+    use lorimer_tensor::linalg::svd;
+    use rand::SeedableRng;
+
+    use super::super::random::normal;
+    use super::*;
+
+    /// ΔW of random Λ and Γ has full rank, for more outputs and for more inputs.
+    #[test]
+    fn the_change_has_full_rank() -> Result<()> {
+        let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(1);
+        for shape in [(9, 6), (6, 9), (7, 7)] {
+            let base = Projection { weight: FrozenWeight::Dense(normal(shape, &mut rng)?), bias: None };
+            let mut method = crate::methods::build("randlora", json!({ "r": 2 }).as_object().unwrap())?;
+            let (site, findings) = (Site::new("p", shape), Findings::new());
+            method.settle(&[&site], &findings)?;
+            let delta = method.attach(&site, &base, &mut Source::start(&site, DType::F64, 0, &findings))?;
+            for (_, var) in delta.trainable() {
+                var.set(&normal(var.dims2()?, &mut rng)?)?;
+            }
+            let change = (delta.merged(&base)?.unwrap() - base.dense(DType::F64)?)?;
+            let (_, s, _) = svd(&change)?;
+            let s = s.to_vec1::<f64>()?;
+            assert!(s.iter().all(|v| *v > 1e-6 * s[0]), "{shape:?}: {s:?}");
+        }
+        Ok(())
+    }
+}
