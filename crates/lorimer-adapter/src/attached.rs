@@ -540,7 +540,7 @@ impl Adaptation for Attached<'_> {
                 },
                 _ => continue,
             };
-            parts.push(Part { weight: &base.weight, low_rank });
+            parts.push(Part { weight: Some(&base.weight), low_rank });
             places.push(place);
         }
         for (place, y) in places.into_iter().zip(ops.project(x, &parts)?) {

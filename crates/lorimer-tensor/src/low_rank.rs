@@ -30,8 +30,8 @@ pub struct LowRankTerm {
 /// One projection of an input that several may share.
 #[derive(Clone)]
 pub struct Part<'a> {
-    /// (outputs, inputs).
-    pub weight: &'a FrozenWeight,
+    /// (outputs, inputs); none for the change alone.
+    pub weight: Option<&'a FrozenWeight>,
     /// The change.
     pub low_rank: Option<LowRankTerm>,
 }
@@ -45,19 +45,27 @@ impl LowRankTerm {
 impl Part<'_> {
     /// The reference form out of plain candle operations.
     pub fn reference(&self, x: &Tensor) -> Result<Tensor> {
-        let y = frozen_linear(x, self.weight)?;
-        let Some(LowRankTerm { a, b, scaling, mask }) = &self.low_rank else { return Ok(y) };
+        let y = self.weight.map(|weight| frozen_linear(x, weight)).transpose()?;
+        let Some(LowRankTerm { a, b, scaling, mask }) = &self.low_rank else {
+            return y
+                .ok_or_else(|| candle_core::Error::Msg("a projection without a weight and without a change".into()));
+        };
         let dropped = mask.as_ref().map_or(Ok(x.clone()), |mask| x * mask)?;
-        y + (dropped.matmul(&a.t()?)?.matmul(&b.t()?)? * *scaling)?
+        let change = (dropped.matmul(&a.t()?)?.matmul(&b.t()?)? * *scaling)?;
+        y.map_or(Ok(change.clone()), |y| y + change)
     }
 
     pub(crate) fn kept(&self, tape: &Tape) -> Kept {
         let wants = self.low_rank.as_ref().map_or((false, false), |l| (tape.tracks(&l.a), tape.tracks(&l.b)));
-        Kept { weight: self.weight.clone(), low_rank: self.low_rank.clone(), wants }
+        Kept { weight: self.weight.cloned(), low_rank: self.low_rank.clone(), wants }
     }
 
     fn check(&self, (rows, inputs): (usize, usize)) -> Result<()> {
-        let (outputs, expected) = self.weight.dims()?;
+        let (outputs, expected) = match (self.weight, &self.low_rank) {
+            (Some(weight), _) => weight.dims()?,
+            (None, Some(low)) => (low.b.dim(0)?, inputs),
+            (None, None) => candle_core::bail!("a projection without a weight and without a change"),
+        };
         if inputs != expected {
             candle_core::bail!("projection: x is ({rows}, {inputs}) but the weight is ({outputs}, {expected})");
         }
@@ -78,13 +86,21 @@ impl Part<'_> {
 
 /// What the backward needs of a [`Part`].
 pub(crate) struct Kept {
-    weight: FrozenWeight,
+    weight: Option<FrozenWeight>,
     low_rank: Option<LowRankTerm>,
     /// Whether gradients of A and of B are wanted.
     wants: (bool, bool),
 }
 
 impl Kept {
+    fn outputs(&self) -> Result<usize> {
+        match (&self.weight, &self.low_rank) {
+            (Some(weight), _) => Ok(weight.dims()?.0),
+            (None, Some(low)) => low.b.dim(0),
+            (None, None) => Ok(0),
+        }
+    }
+
     /// Whether the backward looks at the input's numbers.
     pub(crate) fn needs_input(&self) -> bool {
         self.wants.0
@@ -152,15 +168,22 @@ pub(crate) fn forward<T: Real>(x: &Tensor, parts: &[Part<'_>]) -> Result<(Vec<Te
         });
         let thin = spread(run(products.collect())?, &changes);
 
-        let guards: Vec<_> = parts.iter().map(|part| part.weight.guard()).collect();
-        let views = guards.iter().map(|guard| guard.view()).collect::<Result<Vec<_>>>()?;
-        let products = views.iter().zip(changes.iter().zip(&thin)).map(|(view, (c, thin))| {
-            let mut terms = vec![Term::forward(x, inputs, Right::Weight(*view))];
-            terms.extend(c.as_ref().map(|c| Term::forward(thin, c.rank, Right::Slice(c.b, c.rank))));
-            Product::new((rows, view.shape().0), terms)
+        let guards: Vec<_> = parts.iter().map(|part| part.weight.map(FrozenWeight::guard)).collect();
+        let views = guards.iter().map(|guard| guard.as_ref().map(|g| g.view()).transpose());
+        let views = views.collect::<Result<Vec<_>>>()?;
+        let widths = views.iter().zip(&changes).map(|(view, c)| match (view, c) {
+            (Some(view), _) => view.shape().0,
+            (None, Some(c)) => c.b.len() / c.rank.max(1),
+            (None, None) => 0,
         });
-        let outs = run(products.collect())?.into_iter().zip(&views);
-        let outs = outs.map(|(out, view)| Tensor::from_vec(out, (rows, view.shape().0), &Device::Cpu));
+        let widths: Vec<usize> = widths.collect();
+        let products = views.iter().zip(&widths).zip(changes.iter().zip(&thin)).map(|((view, width), (c, thin))| {
+            let mut terms: Vec<_> = view.iter().map(|view| Term::forward(x, inputs, Right::Weight(*view))).collect();
+            terms.extend(c.as_ref().map(|c| Term::forward(thin, c.rank, Right::Slice(c.b, c.rank))));
+            Product::new((rows, *width), terms)
+        });
+        let outs = run(products.collect())?.into_iter().zip(&widths);
+        let outs = outs.map(|(out, width)| Tensor::from_vec(out, (rows, *width), &Device::Cpu));
         Ok((outs.collect::<Result<_>>()?, thin))
     })
 }
@@ -202,7 +225,7 @@ pub(crate) fn backward<T: Real>(
         let x_values = values.as_ref().and_then(|_| slices.next()).unwrap_or_default();
         let (mut gs, mut changes) = (Vec::new(), Vec::new());
         for (_, part, _) in &live {
-            gs.push((slices.next().unwrap_or_default(), part.weight.dims()?.0));
+            gs.push((slices.next().unwrap_or_default(), part.outputs()?));
             changes.push(part.low_rank.as_ref().map(|l| Change::new(x_values, l, inputs, &mut slices)));
         }
 
@@ -215,12 +238,12 @@ pub(crate) fn backward<T: Real>(
         let du = spread(run(products.collect())?, &changes);
 
         // dx, dA, dBᵀ = (s·x' Aᵀ)ᵀ g and, under a mask, dU A, all at once.
-        let guards: Vec<_> = live.iter().map(|(_, part, _)| part.weight.guard()).collect();
+        let guards: Vec<_> = live.iter().map(|(_, part, _)| part.weight.as_ref().map(FrozenWeight::guard)).collect();
         let (mut into_x, mut products) = (Vec::new(), Vec::new());
         for (i, ((g, outputs), c)) in gs.iter().zip(&changes).enumerate() {
             let (outputs, du, thin) = (*outputs, &du[i], live[i].2);
-            if wants_x {
-                into_x.push(Term::backward(g, outputs, Right::Weight(guards[i].view()?)));
+            if let Some(guard) = guards[i].as_ref().filter(|_| wants_x) {
+                into_x.push(Term::backward(g, outputs, Right::Weight(guard.view()?)));
             }
             let Some(c) = c else { continue };
             let (rank, shape, (wants_a, wants_b)) = (c.rank, (rows, c.rank), live[i].1.wants);
@@ -311,22 +334,24 @@ mod tests {
             let (w1, w2, w3) = (w1?.to_nf4()?, w2?, w3?);
             let x = Var::from_tensor(&random((130, 64), 2, dtype)?)?;
             let a = [random((3, 64), 3, dtype)?, random((5, 64), 4, dtype)?];
-            let b = [random((40, 3), 5, dtype)?, random((24, 5), 6, dtype)?];
+            let b = [random((40, 3), 5, dtype)?, random((24, 5), 6, dtype)?, random((17, 3), 12, dtype)?];
             let [a1, a2] = a.map(|t| Var::from_tensor(&t));
-            let [b1, b2] = b.map(|t| Var::from_tensor(&t));
-            let (a1, a2, b1, b2) = (a1?, a2?, b1?, b2?);
+            let [b1, b2, b3] = b.map(|t| Var::from_tensor(&t));
+            let (a1, a2, b1, b2, b3) = (a1?, a2?, b1?, b2?, b3?);
             let mask = (random((130, 64), 7, dtype)?.gt(0.0)?.to_dtype(dtype)? * 2.0)?;
             let first =
                 LowRankTerm { a: a1.as_tensor().clone(), b: b1.as_tensor().clone(), scaling: 0.7, mask: Some(mask) };
             let second = LowRankTerm { a: a2.as_tensor().clone(), b: b2.as_tensor().clone(), scaling: 1.5, mask: None };
+            let third = LowRankTerm { a: a1.as_tensor().clone(), b: b3.as_tensor().clone(), scaling: 0.3, mask: None };
             let parts = [
-                Part { weight: &w1, low_rank: Some(first) },
-                Part { weight: &w2, low_rank: Some(second) },
-                Part { weight: &w3, low_rank: None },
+                Part { weight: Some(&w1), low_rank: Some(first) },
+                Part { weight: Some(&w2), low_rank: Some(second) },
+                Part { weight: Some(&w3), low_rank: None },
+                Part { weight: None, low_rank: Some(third) },
             ];
-            let seeds = [40, 24, 33].map(|n| random((130, n), 8 + n as u64, dtype));
-            let [s1, s2, s3] = seeds;
-            let seeds = [s1?, s2?, s3?];
+            let seeds = [40, 24, 33, 17].map(|n| random((130, n), 8 + n as u64, dtype));
+            let [s1, s2, s3, s4] = seeds;
+            let seeds = [s1?, s2?, s3?, s4?];
             let objective = |outputs: &[Tensor]| -> Result<Tensor> {
                 let sums = outputs.iter().zip(&seeds).map(|(y, s)| (y * s)?.sum_all());
                 sums.reduce(|a, b| a? + b?).unwrap_or_else(|| Tensor::new(0f64, &Device::Cpu))
@@ -334,7 +359,7 @@ mod tests {
             let reference: Vec<Tensor> = parts.iter().map(|p| p.reference(&x)).collect::<Result<_>>()?;
             let expected = objective(&reference)?.backward()?;
 
-            let variables = [&x, &a1, &b1, &a2, &b2];
+            let variables = [&x, &a1, &b1, &a2, &b2, &b3];
             let tape = Tape::new(variables.map(Var::as_tensor));
             let ops = Ops::recorded(&tape);
             let outputs = ops.project(&x, &parts)?;

@@ -72,6 +72,23 @@ fn product<T: Real>(shape: (usize, usize), term: Term<'_, T>) -> Result<Vec<T>> 
     Ok(run(vec![Product::new(shape, vec![term])])?.pop().unwrap_or_default())
 }
 
+/// Pieces that a long sum is cut into, so that there is work for all threads. Their number does not depend on that of the threads.
+const PIECES: usize = 8;
+
+/// `leftᵀ · right` for `left` (depth, m) and `right` (depth, n) with many more rows than columns.
+fn long_outer<T: Real>(left: &[T], right: &[T], (depth, m, n): (usize, usize, usize)) -> Result<Vec<T>> {
+    let rows = depth.div_ceil(PIECES).max(1);
+    let pieces = left.chunks(rows * m).zip(right.chunks(rows * n)).map(|(left, right)| {
+        Product::new((m, n), vec![Term::outer(left, (left.len() / m, m), Right::Slice(right, n))])
+    });
+    let mut found = run(pieces.collect())?.into_iter();
+    let mut sum = found.next().unwrap_or_else(|| vec![T::zero(); m * n]);
+    for piece in found {
+        sum.iter_mut().zip(piece).for_each(|(sum, v)| *sum += v);
+    }
+    Ok(sum)
+}
+
 impl Sizes {
     /// What lies between the products: (rows·n₂, n₁ r²).
     fn between<T: Real>(&self, x: &[T], second: &[T]) -> Result<Vec<T>> {
@@ -102,10 +119,10 @@ pub(crate) fn backward<T: Real>(g: &Tensor, x: &Tensor, first: &Tensor, second: 
     with_slices([g, x, &m1, &m2], |[g, x, m1, m2]: [&[T]; 4]| {
         let z = sizes.between(x, m2)?;
         let g = exchange(g, (n1, n2, 1));
-        let dm1 = product((depth, n1), Term::outer(&z, (rows * n2, depth), Right::Slice(&g, n1)))?;
+        let dm1 = long_outer(&z, &g, (rows * n2, depth, n1))?;
         let dz = product((rows * n2, depth), Term::forward(&g, n1, Right::Slice(m1, n1)))?;
         let dz = exchange(&dz, (n2, n1, ring));
-        let dm2 = product((n2, width), Term::outer(x, (rows * n1, n2), Right::Slice(&dz, width)))?;
+        let dm2 = long_outer(x, &dz, (rows * n1, n2, width))?;
         let dx = product((rows * n1, n2), Term::forward(&dz, width, Right::Slice(m2, width)))?;
         let tensor = |values: Vec<T>, shape: &[usize]| Tensor::from_vec(values, shape, &Device::Cpu);
         Ok([

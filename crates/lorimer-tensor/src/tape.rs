@@ -458,7 +458,7 @@ impl<'a> Ops<'a> {
 
     /// [`frozen_linear`].
     pub fn linear(&self, x: &Tensor, weight: &FrozenWeight) -> Result<Tensor> {
-        one(self.project(x, &[Part { weight, low_rank: None }])?)
+        one(self.project(x, &[Part { weight: Some(weight), low_rank: None }])?)
     }
 
     /// T x for every row of `x` (rows, n₁ n₂), with the tensor-ring matrix T of two cores (n, n, r, r): see [`crate::ring`].

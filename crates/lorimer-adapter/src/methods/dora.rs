@@ -111,7 +111,7 @@ impl Delta for DoraDelta {
         }
         let (a, b) = (self.low_rank.a.as_tensor().clone(), self.low_rank.b.as_tensor().clone());
         let low_rank = Some(LowRankTerm { a, b, scaling: self.low_rank.scaling, mask: None });
-        let moved = ops.project(x, &[Part { weight: &base.weight, low_rank }])?;
+        let moved = ops.project(x, &[Part { weight: Some(&base.weight), low_rank }])?;
         let ratio = ops.island_all(&[], &[self.magnitude.as_tensor()], |_| Ok(vec![self.ratio(base)?]))?;
         ops.scale_columns(&moved[0], &ratio[0]).map(Some)
     }

@@ -30,7 +30,7 @@ use std::collections::BTreeMap;
 
 use candle_core::{Device, Result as TensorResult, Tensor, Var};
 use lorimer_model::{Projection, Site};
-use lorimer_tensor::{Ops, frozen_linear};
+use lorimer_tensor::{LowRankTerm, Ops, Part, frozen_linear};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -265,7 +265,7 @@ impl Method for Tlora {
         let width = self.width(site);
         let sides = factorise(width, self.config.factors);
         if sides.len() == 2 && sides[0] * sides[1] == width {
-            return site.inputs + site.outputs;
+            return self.config.r;
         }
         (2 * self.config.ring * self.config.ring + 4) * width + 3 * site.outputs
     }
@@ -395,11 +395,14 @@ impl Delta for TloraDelta {
             Side::Output => ops.ring_transform(&ops.linear(x, &base.weight)?, first, second)?,
         };
         let parameters: Vec<&Tensor> = self.trainable().into_iter().map(|(_, v)| v.as_tensor()).collect();
-        let residual = ops.island(&[x], &parameters, |t| {
+        let factors = ops.island_all(&[], &parameters, |_| {
             let (a, b) = self.residual.factors()?;
-            t[0].matmul(&a.t()?)?.matmul(&b.t()?)
+            Ok(vec![a, b])
         })?;
-        ops.add(&moved, &residual).map(Some)
+        let (a, b) = (factors[0].clone(), factors[1].clone());
+        let low_rank = Some(LowRankTerm { a, b, scaling: 1.0, mask: None });
+        let residual = &ops.project(x, &[Part { weight: None, low_rank }])?[0];
+        ops.add(&moved, residual).map(Some)
     }
 
     fn merged(&self, base: &Projection) -> TensorResult<Result<Tensor, NotMergeable>> {

@@ -83,7 +83,7 @@ impl CompareRun {
         if let Some((_, key)) = methods::entry(method)?.flags.iter().find(|(flag, _)| *flag == "lr") {
             set.insert(key.to_string(), spec.lr.into());
         }
-        let session = Session {
+        let mut session = Session {
             base: &base,
             base_name: &pulled.name,
             train: &train,
@@ -107,11 +107,19 @@ impl CompareRun {
         };
         let clock = Instant::now();
         let mut started = None;
-        let trained = session.run(methods::build(method, &set)?, |event| {
-            if let Event::Begin { .. } = event {
-                started.get_or_insert(clock.elapsed().as_secs_f64());
-            }
-        });
+        let mut train = |session: &Session<'_>| {
+            session.run(methods::build(method, &set)?, |event| {
+                if let Event::Begin { .. } = event {
+                    started.get_or_insert(clock.elapsed().as_secs_f64());
+                }
+            })
+        };
+        let mut trained = train(&session);
+        if trained.as_ref().is_err_and(|e| e.to_string().contains("begun with other settings")) {
+            // What an older version began is begun anew.
+            (session.resume, session.overwrite) = (false, true);
+            trained = train(&session);
+        }
         result.peak_bytes = common::peak_bytes();
         result.start_seconds = started;
         match trained {
