@@ -30,6 +30,8 @@ cases = {
     "randlora-full": ["--method", "randlora", "--rank", "8", "--alpha", "12", "--set", "save_projection=true"],
     "randlora-sparse": ["--method", "randlora", "--rank", "8", "--alpha", "12", "--set", "variant=sparse"],
     "eva": ["--method", "eva", "--rank", "3"],
+    "vera": ["--method", "vera", "--rank", "12"],
+    "vera-full": ["--method", "vera", "--rank", "9", "--set", "save_projection=true"],
 }
 # Methods that PEFT does not have, as the LoRA that `convert` writes.
 exported = {

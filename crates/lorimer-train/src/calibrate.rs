@@ -183,6 +183,7 @@ pub fn inputs(
     let mut leader: Vec<usize> = (0..sites.len()).collect();
     let mut learners: Vec<IncrementalPca> = Vec::new();
     let (mut still, mut needed) = (vec![false; sites.len()], wanted.clone());
+    let mut looked_at = 0;
     for step in 0..max_batches {
         let chunk: Vec<&Example> = (0..batch_size).map(|i| rows[(step * batch_size + i) % rows.len()]).collect();
         let tokens = chunk.iter().map(|e| e.tokens.as_slice());
@@ -235,6 +236,7 @@ pub fn inputs(
             Ok(())
         };
         forward(model, &batch, &InputRecorder { rows: counted, hear: &hear })?;
+        looked_at = step + 1;
         let mut heard: HashMap<usize, Tensor> =
             heard.into_inner().unwrap_or_else(PoisonError::into_inner).into_iter().collect();
         let mut work: Vec<(&mut IncrementalPca, Tensor)> =
@@ -249,6 +251,11 @@ pub fn inputs(
                 .collect();
         }
     }
+    let holding = (0..sites.len()).filter(|&i| still[leader[i]]).count();
+    tracing::info!(
+        "looked at {looked_at} batches of {batch_size} rows; the directions of {holding} of {} projections hold still",
+        sites.len()
+    );
     if learners.is_empty() {
         return Err(Error::Settings(
             "no row of the data has a learnt token, so that there is nothing to calibrate on".into(),

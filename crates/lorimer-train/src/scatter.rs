@@ -38,9 +38,11 @@ pub fn scatter(points: &[Point], x_name: &str, y_name: &str, log: bool) -> Resul
             .y_label_area_size(60)
             .build_cartesian_2d(xs, ys)
             .map_err(|e| say(&e))?;
-        let label = |x: &f64| match log {
-            true => format!("{:.0}", 10f64.powf(*x)),
-            false => format!("{x:.0}"),
+        let label = |x: &f64| match if log { 10f64.powf(*x) } else { *x } {
+            x if x >= 1e6 => format!("{:.1} M", x / 1e6),
+            x if x >= 1e4 => format!("{:.0} k", x / 1e3),
+            x if x >= 10.0 => format!("{x:.0}"),
+            x => format!("{x:.1}"),
         };
         chart
             .configure_mesh()

@@ -29,9 +29,6 @@
 //! assert_eq!(y, [11.0]);
 //! ```
 
-use std::collections::BTreeMap;
-use std::sync::{Mutex, PoisonError};
-
 use candle_core::{DType, Device, Result as TensorResult, Tensor, Var};
 use lorimer_model::{Projection, Site};
 use lorimer_tensor::block_affine;
@@ -40,6 +37,7 @@ use serde_json::{Map, Value, json};
 
 use super::dropout::{Dropout, check_dropout};
 use super::random::kaiming;
+use super::slices::Slices;
 use super::{Entry, Served};
 use crate::error::{Error, Result};
 use crate::method::{Bias, Change, Delta, LowRank, Method, Source, Step, configure, from_peft_json, peft_json};
@@ -143,7 +141,7 @@ impl BoneConfig {
         if self.peft_type == "BONE" && (variant == Variant::Mini || self.miss_dropout > 0.0) {
             return Err(Error::Config("BONE files know neither mini nor dropout; use peft_type MISS".into()));
         }
-        Ok(Box::new(Bone { config: self, variant, folds: Mutex::default() }))
+        Ok(Box::new(Bone { config: self, variant, folds: Slices::default() }))
     }
 }
 
@@ -151,7 +149,7 @@ struct Bone {
     config: BoneConfig,
     variant: Variant,
     /// The fold's matrix by the number of inputs: all projections of a width share one.
-    folds: Mutex<BTreeMap<usize, Tensor>>,
+    folds: Slices,
 }
 
 /// (r, inputs), 1 where input i goes to place i mod r.
@@ -234,15 +232,7 @@ impl Method for Bone {
         if self.variant == Variant::Bat {
             return Ok(Box::new(Bat { block, key: self.key() }));
         }
-        let mut folds = self.folds.lock().unwrap_or_else(PoisonError::into_inner);
-        let fold = match folds.get(&site.inputs) {
-            Some(fold) => fold.clone(),
-            None => {
-                let fold = fold(r, site.inputs, dtype)?;
-                folds.insert(site.inputs, fold.clone());
-                fold
-            }
-        };
+        let fold = self.folds.get(('f', site.inputs, r), || Ok(fold(r, site.inputs, dtype)?))?;
         let dropout = Dropout::new(self.config.miss_dropout, &site.path);
         Ok(Box::new(Row { block, key: self.key(), fold, repeats: site.outputs / shape[1], dropout }))
     }

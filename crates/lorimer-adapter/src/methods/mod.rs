@@ -18,6 +18,7 @@ pub mod mt19937;
 pub mod nlora;
 pub mod randlora;
 pub mod random;
+pub mod slices;
 pub mod tlora;
 pub mod vera;
 

@@ -25,9 +25,6 @@
 //! assert_eq!(y, [7.0, 11.0]);
 //! ```
 
-use std::collections::BTreeMap;
-use std::sync::{Mutex, PoisonError};
-
 use candle_core::{DType, Device, Result as TensorResult, Tensor, Var};
 use lorimer_model::{Projection, Site};
 use lorimer_tensor::scaled_bases;
@@ -36,6 +33,7 @@ use serde_json::{Map, Value, json};
 
 use super::dropout::{Dropout, check_dropout};
 use super::mt19937::{TorchGenerator, over_deviation, over_deviation_bf16, tensor_bf16};
+use super::slices::Slices;
 use super::{Entry, Served};
 use crate::error::{Error, Result};
 use crate::method::{
@@ -132,7 +130,7 @@ impl RandLoraConfig {
             return Err(Error::Config("randlora_alpha should be a finite number".into()));
         }
         check_dropout("randlora_dropout", self.randlora_dropout)?;
-        Ok(Box::new(RandLora { config: self, given: (None, None), bases: None, slices: Mutex::default() }))
+        Ok(Box::new(RandLora { config: self, given: (None, None), bases: None, slices: Slices::default() }))
     }
 }
 
@@ -149,8 +147,8 @@ struct RandLora {
     /// Bases out of a file.
     given: (Option<Tensor>, Option<Tensor>),
     bases: Option<Bases>,
-    /// Flattened B by (D, N, whether it is transposed), in the compute type: projections of a shape share one.
-    slices: Mutex<BTreeMap<(usize, usize, bool), Tensor>>,
+    /// A's slices and the flattened B's, in the compute type.
+    slices: Slices,
 }
 
 /// Most numbers in a base: those of a projection of a very large model.
@@ -289,23 +287,18 @@ impl Method for RandLora {
             let of = if self.config.init_weights { n.max(small) } else { large };
             Ok(Tensor::full(1.0 / of as f64, (n, small), &Device::Cpu)?)
         })?;
-        let a = bases.a.narrow(1, 0, small)?.to_dtype(dtype)?.contiguous()?;
+        let a =
+            self.slices.get(('a', small, r), || Ok(bases.a.narrow(1, 0, small)?.to_dtype(dtype)?.contiguous()?))?;
         // PEFT writes the shared bases once more for every module.
         let (most, (depth, bases_n, _)) = (bases.a.dim(1)?, bases.b.dims3()?);
         source.optional("randlora_A", &[r, 1, most])?;
         source.optional("randlora_B", &[depth, bases_n, r])?;
         let wide = site.inputs > site.outputs;
-        let mut slices = self.slices.lock().unwrap_or_else(PoisonError::into_inner);
-        let b = match slices.get(&(large, n, wide)) {
-            Some(b) => b.clone(),
-            None => {
-                // As in PEFT, the places of the flattened B are counted (base, rank) and those of A ∘ Λ ∘ Γ (rank, base).
-                let b = bases.b.narrow(0, 0, large)?.narrow(1, 0, n)?.to_dtype(dtype)?.flatten(1, 2)?;
-                let b = if wide { b.t()?.contiguous()? } else { b.contiguous()? };
-                slices.insert((large, n, wide), b.clone());
-                b
-            }
-        };
+        let b = self.slices.get((if wide { 't' } else { 'b' }, large, n), || {
+            // As in PEFT, the places of the flattened B are counted (base, rank) and those of A ∘ Λ ∘ Γ (rank, base).
+            let b = bases.b.narrow(0, 0, large)?.narrow(1, 0, n)?.to_dtype(dtype)?.flatten(1, 2)?;
+            Ok(if wide { b.t()?.contiguous()? } else { b.contiguous()? })
+        })?;
         Ok(Box::new(RandLoraDelta {
             lambda,
             gamma,

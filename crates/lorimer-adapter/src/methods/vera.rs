@@ -28,6 +28,7 @@ use serde_json::{Map, Value, json};
 
 use super::dropout::{Dropout, check_dropout};
 use super::mt19937::TorchGenerator;
+use super::slices::Slices;
 use super::{Entry, Served};
 use crate::error::{Error, Result};
 use crate::method::{
@@ -99,7 +100,7 @@ impl VeraConfig {
             return Err(Error::Config("`r` should be between 1 and 65536, and `d_initial` finite".into()));
         }
         check_dropout("vera_dropout", self.vera_dropout)?;
-        Ok(Box::new(Vera { config: self, given: (None, None), shared: None }))
+        Ok(Box::new(Vera { config: self, given: (None, None), shared: None, slices: Slices::default() }))
     }
 }
 
@@ -109,6 +110,8 @@ struct Vera {
     given: (Option<Tensor>, Option<Tensor>),
     /// A (r, most inputs) and B (most outputs, r).
     shared: Option<(Tensor, Tensor)>,
+    /// Their slices in the compute type.
+    slices: Slices,
 }
 
 impl Method for Vera {
@@ -188,8 +191,11 @@ impl Method for Vera {
             source.trainable("vera_lambda_d", &[r], |_| Ok(Tensor::full(self.config.d_initial, r, &Device::Cpu)?))?;
         let zero = Tensor::zeros(site.outputs, dtype, &Device::Cpu)?;
         let lambda_b = source.trainable("vera_lambda_b", &[site.outputs], |_| Ok(zero))?;
-        let slice = |t: &Tensor, axis: usize, length: usize| t.narrow(axis, 0, length)?.to_dtype(dtype)?.contiguous();
-        let (a, b) = (slice(a, 1, site.inputs)?, slice(b, 0, site.outputs)?);
+        let slice = |t: &Tensor, axis: usize, length: usize| -> Result<Tensor> {
+            Ok(t.narrow(axis, 0, length)?.to_dtype(dtype)?.contiguous()?)
+        };
+        let a = self.slices.get(('a', site.inputs, r), || slice(a, 1, site.inputs))?;
+        let b = self.slices.get(('b', site.outputs, r), || slice(b, 0, site.outputs))?;
         let dropout = Dropout::new(self.config.vera_dropout, &site.path);
         Ok(Box::new(VeraDelta { lambda_b, lambda_d, mark: a.narrow(0, 0, 1)?.contiguous()?, a, b, dropout }))
     }
@@ -207,7 +213,7 @@ impl Method for Vera {
     }
 
     fn held(&self, site: &Site) -> usize {
-        self.config.r * (site.inputs + 2 * site.outputs)
+        self.config.r * site.outputs
     }
 }
 
