@@ -4,7 +4,7 @@
 //! beside it, logits of one chunk, the adapter with its gradients and moments, and the base. [`Work`] says how many rows the
 //! largest batch computes, exactly where the data are at hand.
 
-use lorimer_adapter::Method;
+use lorimer_adapter::{Calibration, Method};
 use lorimer_adapter::method::Bias;
 use lorimer_adapter::targets::Matcher;
 use lorimer_model::config::LlamaConfig;
@@ -36,13 +36,16 @@ pub struct Work {
     pub data_tokens: usize,
     /// Whether rows are seen more than once.
     pub repeats: bool,
+    /// Rows of data in a micro-batch.
+    pub batch: usize,
 }
 
 impl Work {
     /// From the data itself. `independent` as [`lorimer_adapter::Delta::rows_are_independent`].
     pub fn of_rows(train: &[Example], settings: &TrainSettings, independent: bool) -> Self {
         let data_tokens = train.iter().map(|e| e.tokens.len()).sum();
-        let mut work = Self { data_tokens, repeats: settings.repeats(train.len()), ..Self::default() };
+        let (repeats, batch) = (settings.repeats(train.len()), settings.batch_size);
+        let mut work = Self { data_tokens, repeats, batch, ..Self::default() };
         if train.is_empty() {
             return work;
         }
@@ -81,6 +84,7 @@ impl Work {
             total_predicting: total,
             data_tokens: rows.saturating_mul(steps),
             repeats: false,
+            batch,
         }
     }
 }
@@ -235,6 +239,17 @@ pub fn plan(request: &Request<'_>) -> Result<Plan> {
     let moving = breakdown.base.saturating_add(breakdown.activations).saturating_add(breakdown.backward);
     let steps = used.saturating_add((moving as f64 * SLACK) as u64);
     let loading = breakdown.program + breakdown.base + request.file_bytes;
+    // Calibration keeps every layer's input for all the rows that it looks at, and of one layer the gradients and what the method
+    // makes of them in double precision.
+    let looking = match request.method.calibration() {
+        Calibration::Gradients { samples, .. } => {
+            let rows = rows.saturating_mul(samples.div_ceil(work.batch.max(1)) as u64);
+            let hidden = rows.saturating_mul(4 * h * (c.layers - first) as u64);
+            let layer: u64 = in_layer(first).map(|s| (s.inputs * s.outputs) as u64).sum();
+            breakdown.program.saturating_add(breakdown.base).saturating_add(hidden).saturating_add(32 * layer)
+        }
+        _ => 0,
+    };
 
     let flops_of = |site: &Site| (site.inputs * site.outputs) as f64;
     let below: f64 = sites.iter().filter(|s| s.layer.is_some_and(|l| l < first)).map(flops_of).sum();
@@ -243,5 +258,5 @@ pub fn plan(request: &Request<'_>) -> Result<Plan> {
     let below = if breakdown.frozen_cache > 0 { 0.0 } else { 2.0 * below };
     let head = 4.0 * (c.vocab_size * c.hidden_size) as f64;
     let flops = work.total_rows * (passes * above + below) + work.total_predicting * head;
-    Ok(Plan { peak_bytes: steps.max(loading), breakdown, flops, trainable_parameters: parameters })
+    Ok(Plan { peak_bytes: steps.max(loading).max(looking), breakdown, flops, trainable_parameters: parameters })
 }
