@@ -59,7 +59,8 @@ mod tests {
 
     use super::*;
     use crate::check::{assert_close, random};
-    use crate::tape::{Ops, Tape};
+    use crate::ops::Ops;
+    use crate::tape::Tape;
 
     #[test]
     fn outputs_and_gradients_equal_candles() -> Result<()> {

@@ -20,6 +20,7 @@ pub mod mapped;
 pub mod memory;
 pub mod nf4;
 pub mod norm;
+pub mod ops;
 mod products;
 pub mod project;
 mod raw;
@@ -36,10 +37,11 @@ pub use gated::silu_mul;
 pub use loss::cross_entropy;
 pub use low_rank::{LowRankTerm, Part};
 pub use norm::rms_norm;
+pub use ops::Ops;
 pub use project::{frozen_left, frozen_linear};
 pub use rotary::{RotaryTable, rotary};
 pub use storage::FrozenWeight;
-pub use tape::{Gradients, Ops, Tape};
+pub use tape::{Gradients, Tape};
 
 #[cfg(test)]
 mod check;

@@ -321,7 +321,8 @@ mod tests {
 
     use super::*;
     use crate::check::{assert_close, random};
-    use crate::tape::{Ops, Tape};
+    use crate::ops::Ops;
+    use crate::tape::Tape;
 
     /// Two projections of one input, one with a change under a mask, one with a plain one, and a third without: outputs and every
     /// gradient against the reference form in candle's graph, and that against central differences.

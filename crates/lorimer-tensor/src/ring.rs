@@ -155,7 +155,8 @@ mod tests {
 
     use super::*;
     use crate::check::{assert_close, random};
-    use crate::tape::{Gradients, Ops, Tape};
+    use crate::ops::Ops;
+    use crate::tape::{Gradients, Tape};
 
     #[test]
     fn outputs_and_gradients_equal_those_of_the_matrix() -> Result<()> {

@@ -4,9 +4,9 @@
 //! beside it, logits of one chunk, the adapter with its gradients and moments, and the base. [`Work`] says how many rows the
 //! largest batch computes, exactly where the data are at hand.
 
-use lorimer_adapter::{Calibration, Method};
 use lorimer_adapter::method::Bias;
 use lorimer_adapter::targets::Matcher;
+use lorimer_adapter::{Calibration, Method};
 use lorimer_model::config::LlamaConfig;
 use lorimer_model::{Batch, Llama, Site};
 use lorimer_tensor::loss::CHUNK_BYTES;

@@ -6,8 +6,9 @@
 //! the number σ, which starts at α/r. No residual is stored: the change is the difference of two diagonals,
 //! `P L_r diag(σ z − σ₀ z₀) U_r`, so the start is the base exactly.
 //!
-//! `start` gives z other values, which are subtracted likewise: `ldu` (the diagonal), `uniform` (within ± half the mean of |D|),
-//! `normal` (that mean as deviation), `constant` (the mean), `ones`, `zeros`.
+//! `start` gives z other values, which are subtracted likewise: `ldu` (the diagonal), `uniform` (within ± half its mean), `normal` (its mean
+//! and deviation), `constant` (its mean), `s_uniform` (within ±1), `s_normal` (standard normal), `ones`, `zeros`. (The published code
+//! subtracts the diagonal for the last four all the same, so that their start is not the base; here it is.)
 //!
 //! Trainable parameters of a projection: `r + 1`.
 //!
@@ -47,7 +48,7 @@ pub const ENTRY: Entry = Entry {
     title: "A diagonal between triangular factors of the weight",
     paper: "arXiv 2410.13618",
     kind: "projection",
-    variants: &["ldu", "uniform", "normal", "constant", "ones", "zeros"],
+    variants: &["ldu", "uniform", "normal", "constant", "s_uniform", "s_normal", "ones", "zeros"],
     peft_type: "LOLDU",
     mergeable: true,
     served: Served::Converted,
@@ -61,6 +62,8 @@ pub const ENTRY: Entry = Entry {
         (r#"{"r": 8, "start": "constant"}"#, 0.0),
         (r#"{"r": 8, "start": "ones"}"#, 0.0),
         (r#"{"r": 8, "start": "zeros"}"#, 0.0),
+        (r#"{"r": 8, "start": "s_uniform", "start_seed": 2}"#, 0.0),
+        (r#"{"r": 8, "start": "s_normal"}"#, 0.0),
     ],
     build: |settings| {
         let mut settings = settings.clone();
@@ -83,12 +86,16 @@ pub enum Start {
     /// At W's own diagonal.
     #[default]
     Ldu,
-    /// Uniform within ± half the mean of |D|.
+    /// Uniform within ± half the diagonal's mean.
     Uniform,
-    /// Normal with that mean as deviation.
+    /// Normal with the diagonal's mean and deviation.
     Normal,
-    /// At that mean.
+    /// At the diagonal's mean.
     Constant,
+    /// Uniform within ±1.
+    SUniform,
+    /// Standard normal.
+    SNormal,
     /// At one.
     Ones,
     /// At zero.
@@ -176,12 +183,17 @@ impl Method for Loldu {
             (Some(b), Some(d), Some(a)) => (b, d, a),
             _ => factors(&base.dense(DType::F64)?, r)?,
         };
-        let mean = diagonal.to_dtype(DType::F64)?.abs()?.mean_all()?.to_scalar::<f64>()?;
+        let values = diagonal.to_dtype(DType::F64)?.to_vec1::<f64>()?;
+        let mean = values.iter().sum::<f64>() / r as f64;
+        let squares: f64 = values.iter().map(|v| (v - mean) * (v - mean)).sum();
+        let deviation = (squares / (r as f64 - 1.0).max(1.0)).sqrt();
         let mut rng = ChaCha8Rng::seed_from_u64(site_seed(c.start_seed, &site.path));
         let start = match c.start {
             Start::Ldu => diagonal.clone(),
-            Start::Uniform => uniform((1, r), mean.max(1e-12) / 2.0, DType::F64, &mut rng)?.squeeze(0)?,
-            Start::Normal => (normal((1, r), &mut rng)?.squeeze(0)? * mean)?,
+            Start::Uniform => uniform((1, r), mean.abs().max(1e-12) / 2.0, DType::F64, &mut rng)?.squeeze(0)?,
+            Start::Normal => ((normal((1, r), &mut rng)?.squeeze(0)? * deviation)? + mean)?,
+            Start::SUniform => uniform((1, r), 1.0, DType::F64, &mut rng)?.squeeze(0)?,
+            Start::SNormal => normal((1, r), &mut rng)?.squeeze(0)?,
             Start::Constant => Tensor::full(mean, r, &Device::Cpu)?,
             Start::Ones => Tensor::ones(r, DType::F64, &Device::Cpu)?,
             Start::Zeros => Tensor::zeros(r, DType::F64, &Device::Cpu)?,

@@ -25,14 +25,13 @@
 use candle_core::{DType, Device, Result as TensorResult, Tensor, Var};
 use indexmap::IndexMap;
 use lorimer_model::{Projection, Site};
-use lorimer_tensor::linalg;
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::dropout::{Dropout, check_dropout};
 use super::eva::{self, EvaConfig};
-use super::random::{kaiming, normal};
+use super::lora_start::Start;
 use super::{Entry, Served, dora};
 use crate::error::{Error, Result};
 use crate::method::{
@@ -133,49 +132,6 @@ impl Default for LoraConfig {
             rank_pattern: IndexMap::new(),
             alpha_pattern: IndexMap::new(),
         }
-    }
-}
-
-/// How A and B begin.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Start {
-    Default,
-    Gaussian,
-    Orthogonal,
-    Pissa(Option<usize>),
-    Olora,
-    Eva,
-}
-
-impl Start {
-    fn parse(value: &Value) -> Result<Self> {
-        let unknown = || {
-            let shown: String = value.to_string().chars().take(40).collect();
-            Error::Config(format!(
-                "init_lora_weights {shown} is not one of true, gaussian, orthogonal, pissa, pissa_niter_N, olora, eva"
-            ))
-        };
-        match value {
-            Value::Bool(_) | Value::Null => Ok(Self::Default),
-            Value::String(s) => match s.to_lowercase().as_str() {
-                "true" | "default" => Ok(Self::Default),
-                "gaussian" => Ok(Self::Gaussian),
-                "orthogonal" => Ok(Self::Orthogonal),
-                "olora" => Ok(Self::Olora),
-                "eva" => Ok(Self::Eva),
-                "pissa" => Ok(Self::Pissa(None)),
-                other => match other.strip_prefix("pissa_niter_").and_then(|n| n.parse().ok()) {
-                    Some(n) if n <= 1000 => Ok(Self::Pissa(Some(n))),
-                    _ => Err(unknown()),
-                },
-            },
-            _ => Err(unknown()),
-        }
-    }
-
-    /// Whether B₀A₀ ≠ 0, so that the residual of the base is what is adapted.
-    fn moves_base(self) -> bool {
-        matches!(self, Self::Pissa(_) | Self::Olora)
     }
 }
 
@@ -323,71 +279,6 @@ impl Lora {
         let is_eva = Start::parse(&self.config.init_lora_weights).is_ok_and(|s| s == Start::Eva);
         is_eva.then(|| self.config.eva_config.clone().unwrap_or_default())
     }
-
-    /// A (r, inputs) and B (outputs, r), for a start that draws at most from `rng`.
-    fn start(&self, site: &Site, base: &Projection, dtype: DType, rng: &mut ChaCha8Rng) -> Result<(Tensor, Tensor)> {
-        let (outputs, inputs) = (site.outputs, site.inputs);
-        let (rank, scaling) = (self.config.rank(&site.path)?, self.config.scaling(&site.path)?);
-        let zero_b = || Tensor::zeros((outputs, rank), dtype, &Device::Cpu);
-        let start = Start::parse(&self.config.init_lora_weights)?;
-        if start.moves_base() && rank > outputs.min(inputs) {
-            return Err(Error::Config(format!(
-                "rank {rank} is more than `{}` ({outputs}, {inputs}) has; init_lora_weights {} needs at most {}",
-                site.path,
-                self.config.init_lora_weights,
-                outputs.min(inputs)
-            )));
-        }
-        let (a, b) = match start {
-            Start::Default | Start::Eva => (kaiming((rank, inputs), dtype, rng)?, zero_b()?),
-            Start::Gaussian => ((normal((rank, inputs), rng)? / rank as f64)?, zero_b()?),
-            Start::Orthogonal => {
-                let (q, _) = linalg::qr(&normal((rank, rank), rng)?)?;
-                let half: Vec<u32> = (0..rank as u32 / 2).collect();
-                let rows = |odd: u32| {
-                    let index: Vec<u32> = half.iter().map(|i| 2 * i + odd).collect();
-                    q.index_select(&Tensor::new(index, &Device::Cpu)?, 0)
-                };
-                let a = normal((inputs, rank / 2), rng)?.matmul(&rows(0)?)?.t()?;
-                let b = normal((rank / 2, outputs), rng)?.t()?.matmul(&rows(1)?)?;
-                ((a / 10.0)?, (b / 10.0)?)
-            }
-            Start::Pissa(iterations) => {
-                let w = base.dense(DType::F64)?;
-                let (u, s, vt) = match iterations {
-                    None => linalg::svd(&w)?,
-                    Some(n) => randomised_svd(&w, rank, n, rng)?,
-                };
-                let root = (s.narrow(0, 0, rank)? / scaling)?.sqrt()?;
-                let a = vt.narrow(0, 0, rank)?.broadcast_mul(&root.unsqueeze(1)?)?;
-                (a, u.narrow(1, 0, rank)?.broadcast_mul(&root)?)
-            }
-            Start::Olora => {
-                let (q, r) = linalg::qr(&base.dense(DType::F64)?)?;
-                (r.narrow(0, 0, rank)?, q.narrow(1, 0, rank)?)
-            }
-        };
-        Ok((a.to_dtype(dtype)?.contiguous()?, b.to_dtype(dtype)?.contiguous()?))
-    }
-}
-
-/// The `rank` largest singular triplets by subspace iteration (Halko et al. 2011, algorithm 4.4), ten extra directions.
-fn randomised_svd(
-    w: &Tensor,
-    rank: usize,
-    iterations: usize,
-    rng: &mut ChaCha8Rng,
-) -> Result<(Tensor, Tensor, Tensor)> {
-    let (m, n) = w.dims2()?;
-    let width = (rank + 10).min(m).min(n);
-    let wt = w.t()?.contiguous()?;
-    let (mut q, _) = linalg::qr(&w.matmul(&normal((n, width), rng)?)?)?;
-    for _ in 0..iterations {
-        let (z, _) = linalg::qr(&wt.matmul(&q)?)?;
-        (q, _) = linalg::qr(&w.matmul(&z)?)?;
-    }
-    let (u, s, vt) = linalg::svd(&q.t()?.contiguous()?.matmul(w)?)?;
-    Ok((q.matmul(&u)?, s, vt))
 }
 
 impl Method for Lora {
@@ -447,7 +338,7 @@ impl Method for Lora {
         } else {
             let mut b = None;
             let a = source.trainable("lora_A.weight", &shapes.0, |rng| {
-                let (a, start_b) = self.start(site, base, dtype, rng)?;
+                let (a, start_b) = start.factors(&self.config, (site, base), dtype, rng)?;
                 b = Some(start_b);
                 Ok(a)
             })?;
@@ -457,7 +348,9 @@ impl Method for Lora {
         let origin = match (start.moves_base(), source.is_file()) {
             (false, _) => None,
             (true, false) => Some((a.copy()?.detach(), b.copy()?.detach())),
-            (true, true) => Some(self.start(site, base, dtype, &mut rand::SeedableRng::seed_from_u64(0))?),
+            (true, true) => {
+                Some(start.factors(&self.config, (site, base), dtype, &mut rand::SeedableRng::seed_from_u64(0))?)
+            }
         };
         let scaling = self.config.scaling(&site.path)?;
         let low_rank = LoraDelta { scaling, dropout: Dropout::new(self.config.lora_dropout, &site.path), a, b, origin };

@@ -13,6 +13,7 @@ pub mod hydra;
 pub mod loldu;
 pub mod lora;
 pub mod lora_sb;
+mod lora_start;
 pub mod lora_xs;
 pub mod mt19937;
 pub mod nlora;

@@ -1,0 +1,124 @@
+//! How LoRA's factors begin.
+
+use candle_core::{DType, Device, Tensor};
+use lorimer_model::{Projection, Site};
+use lorimer_tensor::linalg;
+use rand_chacha::ChaCha8Rng;
+use serde_json::Value;
+
+use super::lora::LoraConfig;
+use super::random::{kaiming, normal};
+use crate::error::{Error, Result};
+
+/// How A and B begin.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Start {
+    Default,
+    Gaussian,
+    Orthogonal,
+    Pissa(Option<usize>),
+    Olora,
+    Eva,
+}
+
+impl Start {
+    pub(super) fn parse(value: &Value) -> Result<Self> {
+        let unknown = || {
+            let shown: String = value.to_string().chars().take(40).collect();
+            Error::Config(format!(
+                "init_lora_weights {shown} is not one of true, gaussian, orthogonal, pissa, pissa_niter_N, olora, eva"
+            ))
+        };
+        match value {
+            Value::Bool(_) | Value::Null => Ok(Self::Default),
+            Value::String(s) => match s.to_lowercase().as_str() {
+                "true" | "default" => Ok(Self::Default),
+                "gaussian" => Ok(Self::Gaussian),
+                "orthogonal" => Ok(Self::Orthogonal),
+                "olora" => Ok(Self::Olora),
+                "eva" => Ok(Self::Eva),
+                "pissa" => Ok(Self::Pissa(None)),
+                other => match other.strip_prefix("pissa_niter_").and_then(|n| n.parse().ok()) {
+                    Some(n) if n <= 1000 => Ok(Self::Pissa(Some(n))),
+                    _ => Err(unknown()),
+                },
+            },
+            _ => Err(unknown()),
+        }
+    }
+
+    /// Whether B₀A₀ ≠ 0, so that the residual of the base is what is adapted.
+    pub(super) fn moves_base(self) -> bool {
+        matches!(self, Self::Pissa(_) | Self::Olora)
+    }
+
+    /// A (r, inputs) and B (outputs, r), for a start that draws at most from `rng`.
+    pub(super) fn factors(
+        self,
+        config: &LoraConfig,
+        (site, base): (&Site, &Projection),
+        dtype: DType,
+        rng: &mut ChaCha8Rng,
+    ) -> Result<(Tensor, Tensor)> {
+        let (outputs, inputs) = (site.outputs, site.inputs);
+        let (rank, scaling) = (config.rank(&site.path)?, config.scaling(&site.path)?);
+        let zero_b = || Tensor::zeros((outputs, rank), dtype, &Device::Cpu);
+        if self.moves_base() && rank > outputs.min(inputs) {
+            return Err(Error::Config(format!(
+                "rank {rank} is more than `{}` ({outputs}, {inputs}) has; init_lora_weights {} needs at most {}",
+                site.path,
+                config.init_lora_weights,
+                outputs.min(inputs)
+            )));
+        }
+        let (a, b) = match self {
+            Self::Default | Self::Eva => (kaiming((rank, inputs), dtype, rng)?, zero_b()?),
+            Self::Gaussian => ((normal((rank, inputs), rng)? / rank as f64)?, zero_b()?),
+            Self::Orthogonal => {
+                let (q, _) = linalg::qr(&normal((rank, rank), rng)?)?;
+                let half: Vec<u32> = (0..rank as u32 / 2).collect();
+                let rows = |odd: u32| {
+                    let index: Vec<u32> = half.iter().map(|i| 2 * i + odd).collect();
+                    q.index_select(&Tensor::new(index, &Device::Cpu)?, 0)
+                };
+                let a = normal((inputs, rank / 2), rng)?.matmul(&rows(0)?)?.t()?;
+                let b = normal((rank / 2, outputs), rng)?.t()?.matmul(&rows(1)?)?;
+                ((a / 10.0)?, (b / 10.0)?)
+            }
+            Self::Pissa(iterations) => {
+                let w = base.dense(DType::F64)?;
+                let (u, s, vt) = match iterations {
+                    None => linalg::svd(&w)?,
+                    Some(n) => randomised_svd(&w, rank, n, rng)?,
+                };
+                let root = (s.narrow(0, 0, rank)? / scaling)?.sqrt()?;
+                let a = vt.narrow(0, 0, rank)?.broadcast_mul(&root.unsqueeze(1)?)?;
+                (a, u.narrow(1, 0, rank)?.broadcast_mul(&root)?)
+            }
+            Self::Olora => {
+                let (q, r) = linalg::qr(&base.dense(DType::F64)?)?;
+                (r.narrow(0, 0, rank)?, q.narrow(1, 0, rank)?)
+            }
+        };
+        Ok((a.to_dtype(dtype)?.contiguous()?, b.to_dtype(dtype)?.contiguous()?))
+    }
+}
+
+/// The `rank` largest singular triplets by subspace iteration (Halko et al. 2011, algorithm 4.4), ten extra directions.
+fn randomised_svd(
+    w: &Tensor,
+    rank: usize,
+    iterations: usize,
+    rng: &mut ChaCha8Rng,
+) -> Result<(Tensor, Tensor, Tensor)> {
+    let (m, n) = w.dims2()?;
+    let width = (rank + 10).min(m).min(n);
+    let wt = w.t()?.contiguous()?;
+    let (mut q, _) = linalg::qr(&w.matmul(&normal((n, width), rng)?)?)?;
+    for _ in 0..iterations {
+        let (z, _) = linalg::qr(&wt.matmul(&q)?)?;
+        (q, _) = linalg::qr(&w.matmul(&z)?)?;
+    }
+    let (u, s, vt) = linalg::svd(&q.t()?.contiguous()?.matmul(w)?)?;
+    Ok((q.matmul(&u)?, s, vt))
+}
