@@ -53,7 +53,7 @@ pub const ENTRY: Entry = Entry {
     peft_type: "MISS",
     mergeable: true,
     served: Served::Converted,
-    lr: 2e-4,
+    lr: 5e-4,
     flags: &[("rank", "r"), ("dropout", "miss_dropout"), ("bias", "bias"), ("init", "init_weights")],
     source: include_str!("bone.rs"),
     laws: &[

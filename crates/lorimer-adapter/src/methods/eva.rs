@@ -42,7 +42,7 @@ pub const ENTRY: Entry = Entry {
     peft_type: "LORA",
     mergeable: true,
     served: Served::Batched,
-    lr: 2e-4,
+    lr: 1e-3,
     flags: FLAGS,
     source: include_str!("eva.rs"),
     laws: &[

@@ -48,7 +48,7 @@ pub const ENTRY: Entry = Entry {
     peft_type: "HYDRA",
     mergeable: true,
     served: Served::Converted,
-    lr: 2e-4,
+    lr: 2e-3,
     flags: &[("rank", "r")],
     source: include_str!("hydra.rs"),
     laws: &[

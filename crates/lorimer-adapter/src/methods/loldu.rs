@@ -52,7 +52,7 @@ pub const ENTRY: Entry = Entry {
     peft_type: "LOLDU",
     mergeable: true,
     served: Served::Converted,
-    lr: 1e-2,
+    lr: 5e-3,
     flags: &[("rank", "r"), ("alpha", "lora_alpha"), ("init", "start")],
     source: include_str!("loldu.rs"),
     laws: &[

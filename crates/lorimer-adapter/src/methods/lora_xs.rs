@@ -43,7 +43,7 @@ pub const ENTRY: Entry = Entry {
     peft_type: "LORA_XS",
     mergeable: true,
     served: Served::Converted,
-    lr: 1e-3,
+    lr: 5e-4,
     flags: &[("rank", "r"), ("alpha", "lora_alpha")],
     source: include_str!("lora_xs.rs"),
     laws: &[(r#"{"r": 4, "deviation": 0}"#, 0.0), (r#"{"r": 4, "save_frozen": true}"#, 1e-3)],

@@ -56,7 +56,7 @@ pub struct Entry {
     pub mergeable: bool,
     /// How it is served.
     pub served: Served,
-    /// Learning rate that `train` takes unless told otherwise: the best of the sweep in `docs/comparison.md`.
+    /// Learning rate that `train` takes unless told otherwise.
     pub lr: f64,
     /// The command line's flags that the method has, each with the setting it stands for.
     pub flags: &'static [(&'static str, &'static str)],

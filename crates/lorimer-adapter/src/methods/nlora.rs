@@ -16,7 +16,8 @@
 //!
 //! Files hold what is trained; slices of W are found again from the base and held against a hash.
 //!
-//! Good for: a start from W that costs r³ instead of a singular value decomposition.
+//! Good for: a start from W that costs r³ instead of a singular value decomposition. The pseudo-inverse makes its gradients large:
+//! `nlora` wants a learning rate some hundred times smaller than `slora` (about 1e-3) does.
 //!
 //! Step time: LoRA's of rank r (slora, inttune) or 2r (nlora, whose start is subtracted).
 //!
@@ -54,7 +55,7 @@ pub const ENTRY: Entry = Entry {
     peft_type: "NLORA",
     mergeable: true,
     served: Served::Converted,
-    lr: 2e-4,
+    lr: 5e-6,
     flags: &[("rank", "r"), ("alpha", "lora_alpha"), ("init", "start")],
     source: include_str!("nlora.rs"),
     laws: &[

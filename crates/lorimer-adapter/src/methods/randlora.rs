@@ -51,7 +51,7 @@ pub const ENTRY: Entry = Entry {
     peft_type: "RANDLORA",
     mergeable: true,
     served: Served::Converted,
-    lr: 1e-4,
+    lr: 5e-4,
     flags: &[("rank", "r"), ("alpha", "randlora_alpha"), ("dropout", "randlora_dropout"), ("bias", "bias")],
     source: include_str!("randlora.rs"),
     laws: &[
