@@ -175,6 +175,9 @@ pub fn inputs(
     let Calibration::Inputs { threshold, learnt_only, batch_size, max_batches } = method.calibration() else {
         return Ok(Findings::new());
     };
+    if rows.is_empty() {
+        return Err(Error::Settings("there is no data to calibrate on".into()));
+    }
     let sites: Vec<&Site> = targeted(model, method)?.into_iter().map(|(site, _)| site).collect();
     let mut wanted: Vec<usize> =
         sites.iter().map(|s| Ok(method.components(s)?.min(s.inputs))).collect::<Result<_>>()?;
