@@ -28,7 +28,7 @@ pub struct Exported {
     pub exact: usize,
     /// The largest rank.
     pub rank: usize,
-    /// ‖approximation − ΔW‖ / ‖ΔW‖ over all modules (Frobenius); 0 where all are exact.
+    /// ‖approximation − ΔW‖ / ‖ΔW‖ over the modules that are not exact (Frobenius); 0 where all are.
     pub error: f64,
 }
 
@@ -79,7 +79,6 @@ pub fn to_lora(
         largest = largest.max(low.a.dim(0)?);
         whole += squared;
         error += wrong;
-        // PEFT refuses α = 0, and a scaling of any other sign or size it takes.
         modules.insert(site.path.clone(), low);
     }
     let mut stored = to_peft(modules, base_name)?;

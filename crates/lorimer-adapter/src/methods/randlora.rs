@@ -14,7 +14,7 @@
 //!
 //! Step time: the change has full rank, so that a row costs `N r (inputs + outputs)` multiply-adds, three times a step, where LoRA's
 //! costs nearly nothing; or the weight is formed once a step for `outputs · inputs · N r`, which wins for many rows (the cheaper one is
-//! taken). For 300 rows on SmolLM2-135M the floor is about 3× LoRA's step.
+//! taken). For 300 rows on SmolLM2-135M the floor is about 2.6× LoRA's step.
 //!
 //! ```
 //! use lorimer_adapter::example::project;

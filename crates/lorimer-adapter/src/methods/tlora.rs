@@ -16,7 +16,7 @@
 //! Good for: very small adapters that turn the weight rather than add to it.
 //!
 //! Step time: T costs a row about `inputs · R_t² · Σ I_d` multiply-adds, three times a step, beside LoRA's two products with W: on
-//! SmolLM2-135M its floor is about 1.6× LoRA's step.
+//! SmolLM2-135M its floor is about 1.5× LoRA's step.
 //!
 //! ```
 //! use lorimer_adapter::example::project;
