@@ -305,6 +305,11 @@ impl Adapter {
         all.filter_map(|(site, base)| Some((site, base, self.delta(&site.path)?))).collect()
     }
 
+    /// Every module's path with its delta, in the order of the paths.
+    pub fn deltas(&self) -> impl Iterator<Item = (&str, &dyn Delta)> {
+        self.deltas.iter().map(|(path, delta)| (path.as_str(), delta.as_ref()))
+    }
+
     /// The delta on a projection.
     pub fn delta(&self, path: &str) -> Option<&dyn Delta> {
         self.deltas.get(path).map(Box::as_ref)
@@ -334,9 +339,12 @@ impl Adapter {
             roles.dedup();
             config.insert("target_modules".into(), roles.into());
         }
+        let stored = self.deltas.iter().map(|(path, delta)| Ok((path.clone(), delta.stored()?)));
+        let modules = stored.collect::<TensorResult<BTreeMap<_, _>>>()?;
+        self.method.describe(&mut config, &modules);
         let mut tensors = BTreeMap::new();
-        for (path, delta) in &self.deltas {
-            for (key, tensor) in delta.stored()? {
+        for (path, own) in modules {
+            for (key, tensor) in own {
                 tensors.insert(format!("{PREFIX}{path}.{key}"), detached(&tensor)?);
             }
         }
@@ -467,7 +475,7 @@ impl Attached<'_> {
         let mut scaling = None;
         let rows = x.dim(0)?;
         let found = self.ops().island_all(&[], &parameters(delta), |_| {
-            Ok(match delta.change(base, rows)? {
+            Ok(match delta.change(base, rows, &self.step)? {
                 None => vec![],
                 Some(Change::Weight(weight)) => vec![weight],
                 Some(Change::Thin(low)) => {
@@ -529,9 +537,11 @@ impl Adaptation for Attached<'_> {
             let low_rank = match self.here(site).collect::<Vec<_>>()[..] {
                 [] => None,
                 [(delta, 1.0)] => match self.form(delta, base, x)? {
-                    Some(Change::Thin(LowRank { a, b, scaling })) => {
-                        Some(LowRankTerm { a, b, scaling, mask: delta.mask(x, &self.step)? })
-                    }
+                    Some(Change::Thin(LowRank { a, b, scaling })) => Some(LowRankTerm {
+                        gradient_scale: delta.gradient_scale()?,
+                        mask: delta.mask(x, &self.step)?,
+                        ..LowRankTerm::new(a, b, scaling)
+                    }),
                     Some(Change::Weight(weight)) => {
                         outputs[place] = Some(ops.dense(x, &weight)?);
                         continue;

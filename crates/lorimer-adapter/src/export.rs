@@ -13,7 +13,7 @@ use serde_json::json;
 use crate::attached::{Adapter, PREFIX};
 use crate::convert::to_peft;
 use crate::error::{Error, Result};
-use crate::method::{Change, Delta, LowRank};
+use crate::method::{Change, Delta, LowRank, Step};
 use crate::store::StoredAdapter;
 
 /// Rank of the approximation where none is given.
@@ -41,7 +41,7 @@ type One = (LowRank, bool, f64, f64);
 
 fn one(site: &Site, base: &Projection, delta: &dyn Delta, rank: Option<usize>) -> Result<One> {
     let side = site.inputs.min(site.outputs);
-    if let Some(Change::Thin(low)) = delta.change(base, 0)? {
+    if let Some(Change::Thin(low)) = delta.change(base, 0, &Step::default())? {
         let own = low.a.dim(0)?;
         if rank.map_or(own < side, |rank| own <= rank) {
             let (a, b) = (low.a.detach(), low.b.detach());

@@ -14,9 +14,11 @@ pub mod method;
 pub mod methods;
 pub mod store;
 pub mod targets;
+pub mod training;
 
 pub use attached::{Accounting, Adapter, Attached};
 pub use error::{Error, Result};
 pub use frozen::FrozenParts;
-pub use method::{Calibration, Change, Delta, Findings, LowRank, Method, NotMergeable, Step};
+pub use method::{Calibration, Change, Delta, Findings, LowRank, Method, NotMergeable, SampledRank, Step};
 pub use store::{BaseIdentity, Golden, Manifest, StoredAdapter};
+pub use training::Training;

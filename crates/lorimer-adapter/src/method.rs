@@ -12,12 +12,31 @@ use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
 use crate::targets::Targeting;
+use crate::training::Training;
 
 /// What one forward is for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Step {
     /// In training, the seed that dropout masks of this forward come from.
     pub training: Option<u64>,
+    /// The rank that this step trains, of methods that have a choice.
+    pub rank: Option<SampledRank>,
+}
+
+impl Step {
+    /// A forward of training with a seed for dropout.
+    pub fn training(seed: u64) -> Self {
+        Self { training: Some(seed), rank: None }
+    }
+}
+
+/// A rank drawn for one step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SampledRank {
+    /// The rank.
+    pub rank: usize,
+    /// Whether only its last row of A and column of B learn.
+    pub frozen: bool,
 }
 
 /// Which biases are trained: PEFT's `bias`.
@@ -65,21 +84,31 @@ pub trait Delta: Send + Sync {
     /// The change as a function of the trainable parameters, in candle's graph; None where it has no such form, and
     /// [`Self::forward`] and [`Self::merged`] are the method's own. `rows`: of the input, for methods that choose by
     /// arithmetic; 0 where the factors themselves are wanted.
-    fn change(&self, _base: &Projection, _rows: usize) -> TensorResult<Option<Change>> {
+    fn change(&self, _base: &Projection, _rows: usize, _step: &Step) -> TensorResult<Option<Change>> {
         Ok(None)
     }
     /// What multiplies the input of the change only, (rows, inputs), where the change is [`Change::Thin`]: dropout.
     fn mask(&self, _x: &Tensor, _step: &Step) -> TensorResult<Option<Tensor>> {
         Ok(None)
     }
+    /// What multiplies the gradient that reaches the change's output (outputs), where the change is [`Change::Thin`]; the forward knows
+    /// nothing of it.
+    fn gradient_scale(&self) -> TensorResult<Option<Tensor>> {
+        Ok(None)
+    }
     /// The change Δy of the projection's output. `x` (rows, inputs), `y` = x Wᵀ (rows, outputs) without
     /// bias, which an adapter may have replaced.
     fn forward(&self, base: &Projection, x: &Tensor, y: &Tensor, step: &Step) -> TensorResult<Tensor> {
-        match self.change(base, x.dim(0)?)? {
+        match self.change(base, x.dim(0)?, step)? {
             // The scaling goes onto the thin matrix, where it costs next to nothing.
             Some(Change::Thin(LowRank { a, b, scaling })) => {
                 let x = self.mask(x, step)?.map_or_else(|| Ok(x.clone()), |mask| x * mask)?;
-                (x.matmul(&a.t()?)? * scaling)?.matmul(&b.t()?)
+                let change = (x.matmul(&a.t()?)? * scaling)?.matmul(&b.t()?)?;
+                match self.gradient_scale()? {
+                    // The same numbers with another gradient.
+                    Some(scale) => change.broadcast_mul(&scale)? + change.broadcast_mul(&(1.0 - scale)?)?.detach(),
+                    None => Ok(change),
+                }
             }
             Some(Change::Weight(weight)) => x.matmul(&weight.t()?)? - y,
             None => candle_core::bail!("a method without a form has to bring its forward"),
@@ -101,7 +130,7 @@ pub trait Delta: Send + Sync {
     }
     /// The plain weight (outputs, inputs) that gives the same output, in f32 (f64 for f64 adapters).
     fn merged(&self, base: &Projection) -> TensorResult<Result<Tensor, NotMergeable>> {
-        let merged = match self.change(base, 0)? {
+        let merged = match self.change(base, 0, &Step::default())? {
             Some(Change::Thin(low)) => {
                 let change = (low.b.matmul(&low.a)? * low.scaling)?;
                 (base.dense(change.dtype())? + change)?
@@ -113,6 +142,14 @@ pub trait Delta: Send + Sync {
     }
     /// Trainable parameters, in a fixed order, by their keys in the file (without `.weight`, where PEFT adds that).
     fn trainable(&self) -> Vec<(&'static str, &Var)>;
+    /// What multiplies the optimiser's step of each row of the trainable parameter `key`.
+    fn step_scale(&self, _key: &str) -> TensorResult<Option<Tensor>> {
+        Ok(None)
+    }
+    /// The scaling of `lora_A` and `lora_B`, where these two are all that is trained and ΔW = scaling · B A up to a constant.
+    fn pair_scaling(&self) -> Option<f64> {
+        None
+    }
     /// What is not trained but found from the base, from a seed or from data when the adapter is made, by key. Its hash stands in
     /// `lorimer.json`, so that a file without it is not used on another base.
     fn frozen(&self) -> Vec<(&'static str, &Tensor)> {
@@ -282,6 +319,12 @@ pub trait Method: Send + Sync {
     }
     /// The configuration as it was given, for training provenance and exact resumption.
     fn config(&self) -> Map<String, Value>;
+    /// How it is trained, where that is more than AdamW on the loss of the task.
+    fn training(&self) -> Training {
+        Training::default()
+    }
+    /// Last words on the configuration of a file, when the tensors of its modules are known.
+    fn describe(&self, _config: &mut Map<String, Value>, _modules: &BTreeMap<String, Vec<(&'static str, Tensor)>>) {}
     /// What it wants to know of the training data.
     fn calibration(&self) -> Calibration {
         Calibration::Nothing
@@ -411,4 +454,13 @@ pub fn configure<T: Default + serde::Serialize + serde::de::DeserializeOwned>(
         all.insert(key.clone(), value.clone());
     }
     serde_json::from_value(Value::Object(all)).map_err(broken)
+}
+
+/// Takes those of the settings that a configuration `T` has.
+pub fn split_off<T: Default + Serialize>(settings: &mut Map<String, Value>) -> Map<String, Value> {
+    let known = match serde_json::to_value(T::default()) {
+        Ok(Value::Object(map)) => map,
+        _ => Map::new(),
+    };
+    known.keys().filter_map(|key| Some((key.clone(), settings.remove(key)?))).collect()
 }

@@ -80,6 +80,17 @@ pub fn truncated_svd(w: &Tensor, k: usize) -> Result<(Tensor, Tensor, Tensor)> {
     })
 }
 
+/// Eigenvalues (rising) of a symmetric matrix (n, n), and its eigenvectors as columns (n, n); f64.
+pub fn eigh(t: &Tensor) -> Result<(Vec<f64>, Tensor)> {
+    let mat = to_mat(t)?;
+    if mat.nrows() != mat.ncols() {
+        candle_core::bail!("eigenvalues of a ({}, {}) matrix", mat.nrows(), mat.ncols());
+    }
+    let eigen =
+        mat.self_adjoint_eigen(faer::Side::Lower).map_err(|e| candle_core::Error::Msg(format!("eigen: {e:?}")))?;
+    Ok((eigen.S().column_vector().iter().copied().collect(), to_tensor(eigen.U())?))
+}
+
 /// P L U = W with partial pivoting, for (m, n) with k = min(m, n): rows of `L` (m, k) already in W's order (that is, P L), U (k, n);
 /// f64. L's columns are unit lower triangular up to the permutation.
 pub fn lu(w: &Tensor) -> Result<(Tensor, Tensor)> {

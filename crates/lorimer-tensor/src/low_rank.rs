@@ -25,6 +25,8 @@ pub struct LowRankTerm {
     pub scaling: f64,
     /// Multiplies the input of the change only, (rows, inputs): 0 where an element is dropped, 1/(1 − p) elsewhere.
     pub mask: Option<Tensor>,
+    /// Multiplies the gradient that reaches the change, (outputs); the forward knows nothing of it.
+    pub gradient_scale: Option<Tensor>,
 }
 
 /// One projection of an input that several may share.
@@ -37,8 +39,13 @@ pub struct Part<'a> {
 }
 
 impl LowRankTerm {
+    /// scaling · b a, plainly.
+    pub fn new(a: Tensor, b: Tensor, scaling: f64) -> Self {
+        Self { a, b, scaling, mask: None, gradient_scale: None }
+    }
+
     fn tensors(&self) -> impl Iterator<Item = &Tensor> {
-        [Some(&self.a), Some(&self.b), self.mask.as_ref()].into_iter().flatten()
+        [Some(&self.a), Some(&self.b), self.mask.as_ref(), self.gradient_scale.as_ref()].into_iter().flatten()
     }
 }
 
@@ -46,12 +53,15 @@ impl Part<'_> {
     /// The reference form out of plain candle operations.
     pub fn reference(&self, x: &Tensor) -> Result<Tensor> {
         let y = self.weight.map(|weight| frozen_linear(x, weight)).transpose()?;
-        let Some(LowRankTerm { a, b, scaling, mask }) = &self.low_rank else {
+        let Some(LowRankTerm { a, b, scaling, mask, gradient_scale }) = &self.low_rank else {
             return y
                 .ok_or_else(|| candle_core::Error::Msg("a projection without a weight and without a change".into()));
         };
         let dropped = mask.as_ref().map_or(Ok(x.clone()), |mask| x * mask)?;
-        let change = (dropped.matmul(&a.t()?)?.matmul(&b.t()?)? * *scaling)?;
+        let mut change = (dropped.matmul(&a.t()?)?.matmul(&b.t()?)? * *scaling)?;
+        if let Some(scale) = gradient_scale {
+            change = (change.broadcast_mul(scale)? + change.broadcast_mul(&(1.0 - scale)?)?.detach())?;
+        }
         y.map_or(Ok(change.clone()), |y| y + change)
     }
 
@@ -69,8 +79,11 @@ impl Part<'_> {
         if inputs != expected {
             candle_core::bail!("projection: x is ({rows}, {inputs}) but the weight is ({outputs}, {expected})");
         }
-        if let Some(LowRankTerm { a, b, mask, .. }) = &self.low_rank {
+        if let Some(LowRankTerm { a, b, mask, gradient_scale, .. }) = &self.low_rank {
             let rank = a.dim(0)?;
+            if gradient_scale.as_ref().is_some_and(|scale| scale.dims() != [outputs]) {
+                candle_core::bail!("low-rank product: a gradient's scale that is not one number an output");
+            }
             let masked = mask.as_ref().is_none_or(|m| m.dims() == [rows, inputs]);
             if a.dims() != [rank, inputs] || b.dims() != [outputs, rank] || !masked {
                 candle_core::bail!(
@@ -129,6 +142,8 @@ struct Change<'a, T> {
     b: &'a [T],
     scaling: T,
     mask: Option<&'a [T]>,
+    /// What multiplies the gradient of each output.
+    scale: Option<&'a [T]>,
     /// x under the mask; empty without one.
     dropped: Vec<T>,
 }
@@ -138,9 +153,16 @@ impl<'a, T: Real> Change<'a, T> {
     fn new(x: &[T], term: &LowRankTerm, inputs: usize, next: &mut impl Iterator<Item = &'a [T]>) -> Self {
         let mut take = || next.next().unwrap_or_default();
         let (a, b) = (take(), take());
-        let mask = term.mask.is_some().then(take);
+        let mask = term.mask.is_some().then(&mut take);
+        let scale = term.gradient_scale.is_some().then(take);
         let dropped = mask.filter(|_| !x.is_empty()).map_or(Vec::new(), |mask| masked(x, mask));
-        Self { rank: a.len() / inputs.max(1), a, b, scaling: T::from_f64(term.scaling), mask, dropped }
+        Self { rank: a.len() / inputs.max(1), a, b, scaling: T::from_f64(term.scaling), mask, scale, dropped }
+    }
+
+    /// B, its rows multiplied by the gradient's scale, where there is one.
+    fn scaled_b(&self) -> Option<Vec<T>> {
+        let rows = self.b.chunks_exact(self.rank.max(1)).zip(self.scale?);
+        Some(rows.flat_map(|(row, &s)| row.iter().map(move |&b| b * s)).collect())
     }
 
     /// The input of the change.
@@ -230,9 +252,11 @@ pub(crate) fn backward<T: Real>(
         }
 
         // dU = s·g B.
-        let products = gs.iter().zip(&changes).filter_map(|((g, outputs), c)| {
+        let scaled: Vec<Option<Vec<T>>> = changes.iter().map(|c| c.as_ref()?.scaled_b()).collect();
+        let products = gs.iter().zip(&changes).zip(&scaled).filter_map(|(((g, outputs), c), scaled)| {
             let c = c.as_ref()?;
-            let terms = vec![Term::backward(g, *outputs, Right::Slice(c.b, c.rank))];
+            let b = scaled.as_deref().unwrap_or(c.b);
+            let terms = vec![Term::backward(g, *outputs, Right::Slice(b, c.rank))];
             Some(Product::new((rows, c.rank), terms))
         });
         let du = spread(run(products.collect())?, &changes);
@@ -298,7 +322,8 @@ pub(crate) fn backward<T: Real>(
                 let db = next();
                 gradients.accumulate(term.b.id(), (*outputs, c.rank), |sum: &mut [T], keep| {
                     for (o, sum) in sum.chunks_exact_mut(c.rank.max(1)).enumerate() {
-                        sum.iter_mut().enumerate().for_each(|(r, sum)| put(sum, db[r * outputs + o], keep));
+                        let scale = c.scale.map_or(T::from_f64(1.0), |scale| scale[o]);
+                        sum.iter_mut().enumerate().for_each(|(r, sum)| put(sum, db[r * outputs + o] * scale, keep));
                     }
                     Ok(())
                 })?;
@@ -340,10 +365,12 @@ mod tests {
             let [b1, b2, b3] = b.map(|t| Var::from_tensor(&t));
             let (a1, a2, b1, b2, b3) = (a1?, a2?, b1?, b2?, b3?);
             let mask = (random((130, 64), 7, dtype)?.gt(0.0)?.to_dtype(dtype)? * 2.0)?;
-            let first =
-                LowRankTerm { a: a1.as_tensor().clone(), b: b1.as_tensor().clone(), scaling: 0.7, mask: Some(mask) };
-            let second = LowRankTerm { a: a2.as_tensor().clone(), b: b2.as_tensor().clone(), scaling: 1.5, mask: None };
-            let third = LowRankTerm { a: a1.as_tensor().clone(), b: b3.as_tensor().clone(), scaling: 0.3, mask: None };
+            let first = LowRankTerm {
+                mask: Some(mask),
+                ..LowRankTerm::new(a1.as_tensor().clone(), b1.as_tensor().clone(), 0.7)
+            };
+            let second = LowRankTerm::new(a2.as_tensor().clone(), b2.as_tensor().clone(), 1.5);
+            let third = LowRankTerm::new(a1.as_tensor().clone(), b3.as_tensor().clone(), 0.3);
             let parts = [
                 Part { weight: Some(&w1), low_rank: Some(first) },
                 Part { weight: Some(&w2), low_rank: Some(second) },

@@ -3,12 +3,14 @@
 
 pub mod calibrate;
 pub mod checkpoint;
+pub mod control;
 pub mod data;
 pub mod encode;
 pub mod error;
 pub mod evaluate;
 pub mod frozen;
 pub mod log;
+pub mod objective;
 pub mod optimizer;
 pub mod plan;
 pub mod scatter;

@@ -19,6 +19,15 @@ pub struct Record {
     /// Mean −log p over the step's learnt tokens.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub loss: Option<f64>,
+    /// The objective's further term (BA-LoRA's regularisers).
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub regularizer: Option<f64>,
+    /// Share of gates that are open (SoRA).
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub open_gates: Option<f64>,
+    /// Rank of the step (DyLoRA).
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub rank: Option<usize>,
     /// Rate of the step.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub learning_rate: Option<f64>,
@@ -40,6 +49,9 @@ impl Record {
     fn scalars(&self) -> Vec<(&'static str, f64)> {
         let all = [
             ("train/loss", self.loss),
+            ("train/regularizer", self.regularizer),
+            ("train/open_gates", self.open_gates),
+            ("train/rank", self.rank.map(|r| r as f64)),
             ("train/learning_rate", self.learning_rate),
             ("train/gradient_norm", self.gradient_norm),
             ("eval/loss", self.eval_loss),

@@ -6,6 +6,7 @@
 
 use lorimer_adapter::method::Bias;
 use lorimer_adapter::targets::Matcher;
+use lorimer_adapter::training::GaloreProjection;
 use lorimer_adapter::{Calibration, Method};
 use lorimer_model::config::LlamaConfig;
 use lorimer_model::{Batch, Llama, Site};
@@ -15,6 +16,7 @@ use serde::Serialize;
 use crate::encode::Example;
 use crate::error::Result;
 use crate::frozen::FrozenCache;
+use crate::objective::MOST_ROWS;
 use crate::optimizer::OptimizerKind;
 use crate::trainer::TrainSettings;
 
@@ -105,6 +107,8 @@ pub struct Request<'a> {
     pub checkpointing: bool,
     /// The optimiser.
     pub optimizer: OptimizerKind,
+    /// Whether there is a further term of the loss, which looks at the frozen base's logits too.
+    pub objective: bool,
     /// What becomes of frozen lower layers' output.
     pub frozen_cache: FrozenCache,
 }
@@ -168,16 +172,49 @@ const TOKENIZER: u64 = 330;
 /// Share of memory taken and freed that is not in one piece and so not used again; measured.
 const SLACK: f64 = 0.05;
 
+/// Bytes of moments a parameter.
+fn plain_state(kind: &OptimizerKind) -> f64 {
+    match kind {
+        OptimizerKind::AdamW8bit => 2.04,
+        OptimizerKind::Galore(g) if g.bits == 8 => 2.04,
+        _ => 8.0,
+    }
+}
+
+/// Bytes of the optimiser's state for a projection's own `parameters`.
+fn state_bytes(kind: &OptimizerKind, site: &Site, parameters: u64) -> f64 {
+    let (m, n) = (site.outputs as f64, site.inputs as f64);
+    match kind {
+        OptimizerKind::Galore(g) => {
+            let (least, most) = (m.min(n), m.max(n));
+            let r = (g.rank as f64).min(least);
+            let (moments, spaces) = match g.proj_type {
+                GaloreProjection::ReverseStd => (r * least, r * most),
+                GaloreProjection::Left => (r * n, r * m),
+                GaloreProjection::Right => (r * m, r * n),
+                GaloreProjection::Full => (r * r, r * (m + n)),
+                GaloreProjection::Std => (r * most, r * least),
+            };
+            plain_state(kind) * moments + 4.0 * spaces
+        }
+        OptimizerKind::LoraPro(p) if p.full => 8.0 * m * n,
+        _ => plain_state(kind) * parameters as f64,
+    }
+}
+
 /// Predicts a run's memory and arithmetic.
 pub fn plan(request: &Request<'_>) -> Result<Plan> {
     let (c, work) = (request.config, &request.work);
     let matcher = Matcher::new(request.method.targeting())?;
     let sites = Llama::sites(c);
     let adapted = |site: &Site| matcher.targets(site);
-    let (mut parameters, mut held) = (0u64, 0u64);
+    let (mut parameters, mut held, mut state, mut stepped) = (0u64, 0u64, 0f64, 0u64);
     for site in &sites {
         if adapted(site) {
-            parameters += request.method.parameters(site)? as u64;
+            let own = request.method.parameters(site)? as u64;
+            parameters += own;
+            stepped += own;
+            state += state_bytes(&request.optimizer, site, own);
             held += request.method.held(site) as u64;
         }
         if matcher.saves(&site.path) {
@@ -215,21 +252,29 @@ pub fn plan(request: &Request<'_>) -> Result<Plan> {
     let backward = rows.saturating_mul(5 * h + 4 * f + q + 2 * kv);
     let chunk = (CHUNK_BYTES as u64 / (4 * c.vocab_size.max(1) as u64)).clamp(1, work.predicting.max(1) as u64);
     let logits = chunk * c.vocab_size as u64;
-    let state = match request.optimizer {
-        OptimizerKind::AdamW => 8.0,
-        OptimizerKind::AdamW8bit => 2.04,
+    // Whole parameters beside the adapter.
+    state += plain_state(&request.optimizer) * parameters.saturating_sub(stepped) as f64;
+    // Stepped layer by layer, only the largest layer's gradients are alive at a time.
+    let gradients = match &request.optimizer {
+        OptimizerKind::Galore(g) if g.per_layer => {
+            let of = |i| in_layer(i).filter(|s| adapted(s)).map(|s| request.method.parameters(s).unwrap_or(0) as u64);
+            (0..c.layers).map(|i| of(i).sum::<u64>()).max().unwrap_or(0) + parameters.saturating_sub(stepped)
+        }
+        _ => parameters,
     };
+    // Logits of both models, their logarithms, exponentials and gradients.
+    let further = if request.objective { 10 * (work.predicting.min(MOST_ROWS) * c.vocab_size) as u64 } else { 0 };
     let cached = work.repeats && first > 0;
     let cache_bytes = if cached { (work.data_tokens as u64).saturating_mul(4 * h) } else { 0 };
     let breakdown = Breakdown {
         program: PROGRAM + TOKENIZER * c.vocab_size as u64,
         base: request.base_bytes as u64,
         adapter: 4 * (parameters + held),
-        gradients: 4 * parameters,
-        optimizer: (state * parameters as f64) as u64,
+        gradients: 4 * gradients,
+        optimizer: state as u64,
         activations: activations.saturating_mul(4),
         backward: backward.saturating_mul(4),
-        logits: 4 * logits,
+        logits: 4 * (logits + further),
         frozen_cache: match request.frozen_cache.resolved(cache_bytes) {
             FrozenCache::Memory | FrozenCache::Disk => cache_bytes,
             _ => 0,

@@ -98,6 +98,7 @@ impl Session<'_> {
         let run = Run {
             model: &self.base.model,
             text: &self.base.text,
+            base_name: self.base_name,
             adapter: &adapter,
             train: self.train,
             eval: self.eval,
@@ -135,6 +136,11 @@ impl Session<'_> {
 
     fn write(&self, adapter: &Adapter, outcome: &Outcome, config: &serde_json::Map<String, Value>) -> Result<()> {
         let mut stored = adapter.to_stored(self.base_name)?;
+        if stored.tensors.is_empty() {
+            return Err(Error::Settings(
+                "nothing is left of the adapter: every gate is closed; lower xi, or take fewer steps".into(),
+            ));
+        }
         let golden = self.goldens(adapter)?;
         stored.manifest = Some(Manifest {
             format: 1,

@@ -5,13 +5,14 @@ use std::time::Instant;
 use candle_core::{DType, Device, Tensor, Var};
 use lorimer_adapter::Attached;
 use lorimer_model::llama::{EMBEDDING, Layout};
-use lorimer_model::{Adaptation, Batch, Llama, Point};
-use lorimer_tensor::{Gradients, Tape};
+use lorimer_model::{Adaptation, Batch, Frozen, Inference, Llama, Point};
+use lorimer_tensor::{Gradients, Ops, Tape};
 use serde::{Deserialize, Serialize};
 
 use crate::encode::Example;
 use crate::error::Result;
 use crate::frozen::{FrozenCache, FrozenLower};
+use crate::objective::{MOST_ROWS, Objective};
 
 /// How the fast form goes about it. None of these changes the result beyond rounding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -36,6 +37,8 @@ impl Default for StepOptions {
 pub struct StepLoss {
     /// Σ −log p over learnt tokens.
     pub sum: f64,
+    /// The objective's further term, where there is one.
+    pub further: f64,
     /// Learnt tokens.
     pub supervised: usize,
     /// Tokens of the rows.
@@ -65,6 +68,20 @@ pub fn batch_loss(model: &Llama, attached: &Attached<'_>, rows: &[&Example]) -> 
     Ok((lorimer_tensor::cross_entropy(&logits, &targets)?.sum_all()?, targets.len(), batch.tokens.len()))
 }
 
+/// What hears of the gradients when a layer's are there.
+pub type LayerDone<'a> = &'a mut (dyn FnMut(&mut Gradients) -> Result<()> + Send);
+
+/// What a step may have beside the loss of the task.
+#[derive(Default)]
+pub struct Extras<'a> {
+    /// The frozen lower layers' output, and the rows' places in the training set.
+    pub lower: Option<(&'a FrozenLower, &'a [usize])>,
+    /// A further term of the loss, as a mean over the micro-batch's supervised positions, and what it is multiplied by.
+    pub objective: Option<(&'a dyn Objective, f64)>,
+    /// Called after each layer's backward; layers are then computed again in the backward.
+    pub layer_done: Option<LayerDone<'a>>,
+}
+
 /// Adds the gradients of `scale` · Σ −log p over learnt tokens of the rows to `gradients`. With `lower`, the output of the
 /// frozen lower layers is taken from there, by the rows' places in the training set.
 #[allow(clippy::too_many_arguments)]
@@ -76,6 +93,22 @@ pub fn accumulate_gradients(
     scale: f64,
     options: StepOptions,
     lower: Option<(&FrozenLower, &[usize])>,
+    gradients: &mut Gradients,
+) -> Result<StepLoss> {
+    let extras = Extras { lower, ..Default::default() };
+    accumulate(model, attached, parameters, rows, scale, options, extras, gradients)
+}
+
+/// [`accumulate_gradients`] with more.
+#[allow(clippy::too_many_arguments)]
+pub fn accumulate(
+    model: &Llama,
+    attached: &Attached<'_>,
+    parameters: &[(String, &Var)],
+    rows: &[&Example],
+    scale: f64,
+    options: StepOptions,
+    extras: Extras<'_>,
     gradients: &mut Gradients,
 ) -> Result<StepLoss> {
     let independent = attached.rows_are_independent();
@@ -107,17 +140,23 @@ pub fn accumulate_gradients(
         false => (None, predicting),
     };
     let layout = model.layout(&batch.positions, &batch.segments, needed.as_deref());
-    let start = match lower {
+    let start = match extras.lower {
         Some((lower, places)) => Some((lower.layers(), lower.assemble(places, &batch)?)),
         None => None,
     };
-    let pass = Pass { model, attached, parameters, batch: &batch, start, layout, place, targets, scale };
+    let objective = extras.objective;
+    let mut pass =
+        Pass { model, attached, parameters, batch: &batch, start, layout, place, targets, scale, objective: None };
+    if let Some((objective, weight)) = objective {
+        pass.objective = Some(Further { objective, weight, base: pass.base_logits()? });
+    }
     let clock = Instant::now();
     let forward;
     // In the pool itself: each parallel part then starts without waking a sleeping thread to carry it there.
-    (loss.sum, forward) = rayon::scope(|_| match options.checkpointing {
+    let layer_done = extras.layer_done;
+    ((loss.sum, loss.further), forward) = rayon::scope(|_| match options.checkpointing || layer_done.is_some() {
         false => pass.whole(gradients),
-        true => pass.layer_by_layer(gradients),
+        true => pass.layer_by_layer(gradients, layer_done),
     })?;
     loss.forward_seconds = forward.duration_since(clock).as_secs_f64();
     loss.backward_seconds = forward.elapsed().as_secs_f64();
@@ -135,6 +174,15 @@ struct Pass<'a> {
     place: Vec<u32>,
     targets: Vec<u32>,
     scale: f64,
+    objective: Option<Further<'a>>,
+}
+
+/// A further term of the loss.
+struct Further<'a> {
+    objective: &'a dyn Objective,
+    weight: f64,
+    /// The frozen base's logits at the supervised positions.
+    base: Tensor,
 }
 
 impl Pass<'_> {
@@ -142,19 +190,49 @@ impl Pass<'_> {
         Tape::new(self.parameters.iter().map(|(_, v)| v.as_tensor()))
     }
 
-    fn embed(&self, on: &Attached<'_>) -> candle_core::Result<Tensor> {
+    fn embed(&self, on: &dyn Adaptation) -> candle_core::Result<Tensor> {
         on.hidden(Point::Embedded, self.model.embed(&self.batch.tokens, on)?)
     }
 
     /// The first layer to compute, and its input.
-    fn bottom(&self, on: &Attached<'_>) -> candle_core::Result<(usize, Tensor)> {
+    fn bottom(&self, on: &dyn Adaptation) -> candle_core::Result<(usize, Tensor)> {
         self.start.clone().map_or_else(|| Ok((0, self.embed(on)?)), Ok)
     }
 
-    /// From the last layer's output to the loss.
-    fn loss(&self, h: &Tensor, on: &Attached<'_>) -> candle_core::Result<Tensor> {
+    /// The rows that an objective looks at.
+    fn looked_at(&self) -> &[u32] {
+        &self.place[..self.place.len().min(MOST_ROWS)]
+    }
+
+    /// Logits of the frozen base at the supervised positions.
+    fn base_logits(&self) -> candle_core::Result<Tensor> {
+        let on = Inference(&Frozen);
+        let (first, mut h) = self.bottom(&on)?;
+        for i in first..self.model.layer_count() {
+            h = self.model.layer(i, &h, &self.layout, &on, None)?;
+        }
+        let hidden = self.model.finish(&h, &on)?;
+        Ok(self.model.logits(&Ops::plain().rows(&hidden, self.looked_at())?, &on)?.detach())
+    }
+
+    /// From the last layer's output to the loss: the task's, the further term, and what is differentiated.
+    fn loss(&self, h: &Tensor, on: &Attached<'_>) -> candle_core::Result<(Tensor, Option<Tensor>, Tensor)> {
         let hidden = self.model.finish(h, on)?;
-        self.model.loss(&on.ops().rows(&hidden, &self.place)?, &self.targets, on)
+        let task = self.model.loss(&on.ops().rows(&hidden, &self.place)?, &self.targets, on)?;
+        let Some(further) = &self.objective else { return Ok((task.clone(), None, task)) };
+        let rows = on.ops().rows(&hidden, self.looked_at())?;
+        let parameters: Vec<&Tensor> = self.parameters.iter().map(|(_, v)| v.as_tensor()).collect();
+        let value = on.ops().island(&[&rows], &parameters, |t| {
+            further.objective.value(&self.model.logits(&t[0], self.attached)?, &further.base)
+        })?;
+        // The sum is multiplied by the scale, the further term by its weight.
+        let all = on.ops().island(&[&task, &value], &[], |t| &t[0] + (&t[1] * (further.weight / self.scale))?)?;
+        Ok((task, Some(value), all))
+    }
+
+    fn numbers(task: &Tensor, further: Option<Tensor>) -> candle_core::Result<(f64, f64)> {
+        let number = |t: &Tensor| t.to_dtype(DType::F64)?.to_scalar::<f64>();
+        Ok((number(task)?, further.as_ref().map_or(Ok(0.0), number)?))
     }
 
     fn seed(&self, loss: &Tensor) -> candle_core::Result<Tensor> {
@@ -162,23 +240,28 @@ impl Pass<'_> {
     }
 
     /// The loss, and when the forward was done.
-    fn whole(&self, gradients: &mut Gradients) -> Result<(f64, Instant)> {
+    fn whole(&self, gradients: &mut Gradients) -> Result<((f64, f64), Instant)> {
         let tape = self.tape();
         let on = self.attached.recorded(&tape);
         let (first, mut h) = self.bottom(&on)?;
         for i in first..self.model.layer_count() {
             h = self.model.layer(i, &h, &self.layout, &on, None)?;
         }
-        let loss = self.loss(&h, &on)?;
+        let (task, further, loss) = self.loss(&h, &on)?;
         drop(h);
         let forward = Instant::now();
         let seed = self.seed(&loss)?;
         tape.backward(&loss, seed, gradients)?;
-        Ok((loss.to_dtype(DType::F64)?.to_scalar()?, forward))
+        Ok((Self::numbers(&task, further)?, forward))
     }
 
     /// As [`Self::whole`], with each layer computed again in the backward.
-    fn layer_by_layer(&self, gradients: &mut Gradients) -> Result<(f64, Instant)> {
+    fn layer_by_layer(
+        &self,
+        gradients: &mut Gradients,
+        mut layer_done: Option<LayerDone<'_>>,
+    ) -> Result<((f64, f64), Instant)> {
+        let mut done = |gradients: &mut Gradients| layer_done.as_mut().map_or(Ok(()), |done| done(gradients));
         let blank = Tape::new([]);
         let on = self.attached.recorded(&blank);
         let (first, h) = self.bottom(&on)?;
@@ -187,12 +270,14 @@ impl Pass<'_> {
             inputs.push(self.model.layer(i, &inputs[i - first], &self.layout, &on, None)?);
         }
         let tape = self.tape();
-        let Some(last) = inputs.pop() else { return Ok((0.0, Instant::now())) };
+        let Some(last) = inputs.pop() else { return Ok(((0.0, 0.0), Instant::now())) };
         tape.track(&last);
-        let loss = self.loss(&last, &self.attached.recorded(&tape))?;
+        let (task, further, loss) = self.loss(&last, &self.attached.recorded(&tape))?;
         let forward = Instant::now();
         let seed = self.seed(&loss)?;
         tape.backward(&loss, seed, gradients)?;
+        drop(loss);
+        done(gradients)?;
         let mut gradient = gradients.remove(&last);
         for i in (first..first + inputs.len()).rev() {
             let (Some(g), Some(input)) = (gradient.take(), inputs.pop()) else { break };
@@ -206,6 +291,7 @@ impl Pass<'_> {
                 tape.backward(&output, g, gradients)?;
             }
             gradient = gradients.remove(&input);
+            done(gradients)?;
         }
         if let Some(g) = gradient {
             let tape = self.tape();
@@ -214,6 +300,6 @@ impl Pass<'_> {
                 tape.backward(&output, g, gradients)?;
             }
         }
-        Ok((loss.to_dtype(DType::F64)?.to_scalar()?, forward))
+        Ok((Self::numbers(&task, further)?, forward))
     }
 }

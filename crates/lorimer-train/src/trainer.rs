@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use candle_core::Tensor;
-use lorimer_adapter::{Adapter, Attached, Step};
+use lorimer_adapter::{Adapter, Attached, Step, training};
 use lorimer_model::{Llama, TextModel};
 use lorimer_tensor::Gradients;
 use rand::SeedableRng;
@@ -15,14 +15,16 @@ use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::{Checkpoint, State};
+use crate::control::{self, Control};
 use crate::encode::Example;
 use crate::error::{Error, Result};
 use crate::evaluate::{Evaluation, evaluate};
 use crate::frozen::FrozenLower;
 use crate::log::{Log, Record, plot};
-use crate::optimizer::{AdamW, AdamWConfig, Optimizer, OptimizerKind, clip};
+use crate::objective;
+use crate::optimizer::{self, AdamWConfig, Optimizer, OptimizerKind, Treatment};
 use crate::schedule::{Schedule, Shape};
-use crate::step::{StepOptions, accumulate_gradients};
+use crate::step::{Extras, StepOptions, accumulate};
 
 /// Settings of a run. What is here decides the result; the same settings give the same bytes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -41,8 +43,12 @@ pub struct TrainSettings {
     pub warmup_steps: usize,
     /// Shape of the rate after that.
     pub schedule: Shape,
-    /// Which optimiser.
-    pub optimizer: OptimizerKind,
+    /// Which optimiser; None: the method's own.
+    pub optimizer: Option<OptimizerKind>,
+    /// What is minimised beside the loss of the task; None: the method's own.
+    pub objective: Option<training::Objective>,
+    /// LoRA+ (Hayou et al. 2024, arXiv 2402.12354): what the rate of B is multiplied by.
+    pub loraplus_lr_ratio: Option<f64>,
     /// The optimiser's constants.
     pub adamw: AdamWConfig,
     /// Limit on the gradient's norm; 0 for none.
@@ -69,7 +75,9 @@ impl Default for TrainSettings {
             gradient_accumulation: 1,
             warmup_steps: 0,
             schedule: Shape::Linear,
-            optimizer: OptimizerKind::default(),
+            optimizer: None,
+            objective: None,
+            loraplus_lr_ratio: None,
             adamw: AdamWConfig::default(),
             max_grad_norm: 1.0,
             seed: 0,
@@ -87,6 +95,9 @@ impl TrainSettings {
         let fail = |text: String| Err(Error::Settings(text));
         if !(self.learning_rate.is_finite() && self.learning_rate > 0.0) {
             return fail(format!("--lr {} should be above 0", self.learning_rate));
+        }
+        if self.loraplus_lr_ratio.is_some_and(|r| !(r.is_finite() && r > 0.0)) {
+            return fail("--loraplus-lr-ratio should be above 0".into());
         }
         if self.batch_size == 0 || self.gradient_accumulation == 0 {
             return fail("--batch-size and --gradient-accumulation should be at least 1".into());
@@ -152,6 +163,8 @@ pub struct Run<'a> {
     pub model: &'a Llama,
     /// Its tokenizer (for evaluation).
     pub text: &'a TextModel,
+    /// Hub id or path of the base, for adapters that are saved on the way.
+    pub base_name: &'a str,
     /// The adapter that is trained, freshly attached.
     pub adapter: &'a Adapter,
     /// Training rows.
@@ -279,7 +292,13 @@ impl Run<'_> {
         let total = self.settings.total_steps(self.train.len());
         let s = self.settings;
         let schedule = Schedule { peak: s.learning_rate, warmup: s.warmup_steps, total, shape: s.schedule };
-        let mut optimizer = AdamW::new(s.adamw, s.optimizer);
+        let own = self.adapter.method.training();
+        let kind = s.optimizer.clone().or(own.optimizer).unwrap_or_default();
+        let mut optimizer = optimizer::build(&kind, s.adamw, self.adapter)?;
+        let control = control::build(own.control.as_ref(), s.seed, total);
+        self.check_parts(&kind, own.control.as_ref())?;
+        let objective = s.objective.as_ref().or(own.objective.as_ref()).map(objective::build);
+        let per_layer = matches!(&kind, OptimizerKind::Galore(g) if g.per_layer);
         let mut state = State { settings: self.identity.clone(), ..Default::default() };
         let mut best: BTreeMap<String, Tensor> = BTreeMap::new();
         if self.resume
@@ -292,7 +311,7 @@ impl Run<'_> {
                 )));
             }
             restore(self.adapter, &found.parameters)?;
-            optimizer.restore(&found.optimizer, found.state.step)?;
+            optimizer.restore(&found.optimizer)?;
             (state, best) = (found.state, found.best);
         }
         let mut log = Log::open(self.folder, &state.history)?;
@@ -325,30 +344,57 @@ impl Run<'_> {
             let micro = s.rows(state.step, self.train.len(), &mut order);
             let supervised: usize = micro.iter().flatten().map(|&i| self.train[i].targets().count()).sum();
             let mut sums = Gradients::default();
-            let (mut loss, mut tokens) = (0.0, 0);
+            let (mut loss, mut further, mut tokens) = (0.0, 0.0, 0);
+            let rate = schedule.rate(state.step);
+            let rank = control.rank(state.step);
+            let how = |name: &str| self.treatment(control.as_ref(), state.step, name);
+            // Stepping layer by layer, nobody knows the whole gradient's norm yet; the last step's has to do.
+            let last_norm = state.history.iter().rev().find_map(|r| r.gradient_norm).unwrap_or(0.0);
+            let mut layers = 0.0;
             for (m, places) in micro.iter().enumerate() {
                 let rows: Vec<&Example> = places.iter().map(|&i| &self.train[i]).collect();
                 let seed = lorimer_adapter::method::site_seed(s.seed, &format!("step {} micro {m}", state.step));
-                let on = attached.at(Step { training: Some(seed) });
+                let on = attached.at(Step { training: Some(seed), rank });
                 let scale = 1.0 / supervised.max(1) as f64;
-                let lower = lower.as_ref().map(|lower| (lower, places.as_slice()));
-                let found = accumulate_gradients(self.model, &on, &parameters, &rows, scale, s.step, lower, &mut sums)?;
+                let own: usize = rows.iter().map(|e| e.targets().count()).sum();
+                let mut layer_done = |sums: &mut Gradients| -> Result<()> {
+                    let (some, mut gradients): (Vec<_>, Vec<_>) = parameters
+                        .iter()
+                        .filter(|(name, _)| !self.adapter.parameters().contains_key(name))
+                        .filter_map(|(name, var)| Some(((name.clone(), *var), Some(sums.remove(var.as_tensor())?))))
+                        .unzip();
+                    layers += optimizer::squares(&gradients)?;
+                    optimizer::shrink(&mut gradients, last_norm, s.max_grad_norm)?;
+                    optimizer.step_with(&some, &gradients, &how, rate)
+                };
+                let extras = Extras {
+                    lower: lower.as_ref().map(|lower| (lower, places.as_slice())),
+                    objective: objective.as_deref().map(|o| (o, own as f64 * scale)),
+                    layer_done: if per_layer { Some(&mut layer_done) } else { None },
+                };
+                let found = accumulate(self.model, &on, &parameters, &rows, scale, s.step, extras, &mut sums)?;
                 loss += found.sum * scale;
+                further += found.further * own as f64 * scale;
                 tokens += found.tokens;
                 outcome.examples += rows.len();
                 outcome.computed_tokens += found.computed;
             }
-            let mut gradients: Vec<Option<Tensor>> =
-                parameters.iter().map(|(_, var)| sums.remove(var.as_tensor())).collect();
             if !loss.is_finite() {
                 return Err(Error::Settings(format!(
                     "the loss became {loss} at step {}; lower --lr, or look for damaged data",
                     state.step + 1
                 )));
             }
-            let norm = clip(&mut gradients, s.max_grad_norm)?;
-            let rate = schedule.rate(state.step);
-            optimizer.step(&parameters, &gradients, rate)?;
+            let mut gradients = Vec::new();
+            for (name, var) in &parameters {
+                let g = sums.remove(var.as_tensor());
+                gradients.push(g.map(|g| control.gradient(name, var, g)).transpose()?);
+            }
+            let norm = optimizer::check_norm((layers + optimizer::squares(&gradients)?).sqrt())?;
+            optimizer::shrink(&mut gradients, if per_layer { last_norm } else { norm }, s.max_grad_norm)?;
+            optimizer.step_with(&parameters, &gradients, &how, rate)?;
+            control.after(state.step, rate / s.learning_rate, &parameters)?;
+            let stage = control.stage_ended(state.step);
             state.step += 1;
             outcome.tokens += tokens;
             outcome.supervised_tokens += supervised;
@@ -356,6 +402,9 @@ impl Run<'_> {
             let record = Record {
                 step: state.step,
                 loss: Some(loss),
+                regularizer: objective.is_some().then_some(further),
+                open_gates: control::open_gates(&parameters)?.map(|(open, all)| open as f64 / all as f64),
+                rank: rank.map(|r| r.rank),
                 learning_rate: Some(rate),
                 gradient_norm: Some(norm),
                 ..Default::default()
@@ -363,6 +412,10 @@ impl Run<'_> {
             log.write(&record)?;
             tell(Event::Step { record: &record, tokens });
             state.history.push(record);
+            if let Some(stage) = stage {
+                let folder = self.folder.join("stages").join(stage.to_string());
+                self.adapter.to_stored(self.base_name)?.write(&folder, None)?;
+            }
             let stopping = self.stop.load(Ordering::Relaxed) && state.step < total;
             let due = |every: Option<usize>| every.is_some_and(|n| state.step.is_multiple_of(n));
             if !self.eval.is_empty() && !stopping && (due(s.eval_steps) || state.step == total) {
@@ -386,7 +439,7 @@ impl Run<'_> {
                 outcome.evaluation = Some(evaluation);
             }
             if (due(self.save_steps) || stopping) && state.step < total {
-                self.save(&state, &optimizer, &best)?;
+                self.save(&state, optimizer.as_ref(), &best)?;
             }
             if stopping {
                 outcome.interrupted = true;
@@ -404,7 +457,41 @@ impl Run<'_> {
         Ok(outcome)
     }
 
-    fn save(&self, state: &State, optimizer: &AdamW, best: &BTreeMap<String, Tensor>) -> Result<()> {
+    /// Refuses parts that do not go together.
+    fn check_parts(&self, kind: &OptimizerKind, control: Option<&training::Control>) -> Result<()> {
+        let (s, method) = (self.settings, self.adapter.method.name());
+        let fail = |text: String| Err(Error::Settings(text));
+        if s.loraplus_lr_ratio.is_some() && !self.adapter.trainable().iter().any(|(name, _)| name.ends_with(".lora_B"))
+        {
+            return fail(format!("--loraplus-lr-ratio is for methods that train LoRA's B, and `{method}` does not"));
+        }
+        if matches!(control, Some(training::Control::RankSampling(_))) && *kind != OptimizerKind::AdamW {
+            return fail(format!(
+                "`{method}` steps rows of A and B apart, which --optimizer {} cannot; use adamw",
+                kind.name()
+            ));
+        }
+        if matches!(kind, OptimizerKind::Galore(g) if g.per_layer) && s.gradient_accumulation > 1 {
+            return fail(
+                "galore with per_layer drops each layer's gradient at once; use --gradient-accumulation 1".into(),
+            );
+        }
+        Ok(())
+    }
+
+    /// How a parameter is stepped.
+    fn treatment(&self, control: &dyn Control, step: usize, name: &str) -> Treatment {
+        let scale = name.rsplit_once('.').and_then(|(path, key)| self.adapter.delta(path)?.step_scale(key).ok()?);
+        Treatment {
+            rate: self.settings.loraplus_lr_ratio.filter(|_| name.ends_with(".lora_B")).unwrap_or(1.0),
+            decay: !name.ends_with(".gate"),
+            rows: control.rows(step, name),
+            row_scale: scale.and_then(|t| t.to_dtype(candle_core::DType::F64).ok()?.to_vec1::<f64>().ok()),
+            projected: !self.adapter.parameters().contains_key(name),
+        }
+    }
+
+    fn save(&self, state: &State, optimizer: &dyn Optimizer, best: &BTreeMap<String, Tensor>) -> Result<()> {
         let checkpoint = Checkpoint {
             state: state.clone(),
             parameters: snapshot(self.adapter)?,

@@ -157,22 +157,13 @@ enum FrozenCacheFlag {
     Disk,
 }
 
-#[derive(Clone, Copy, Debug, Default, ValueEnum)]
-enum OptimizerFlag {
-    /// 8 bytes of state a parameter
-    #[default]
-    Adamw,
-    /// Block-wise 8-bit state, 2 bytes a parameter
-    #[value(name = "adamw-8bit")]
-    Adamw8bit,
-}
-
 /// How steps are taken and what they may take.
 #[derive(Args, Clone)]
 pub struct StepArgs {
-    /// Optimiser
-    #[arg(long, value_enum, default_value_t, help_heading = "Memory and speed", visible_alias = "optim")]
-    optimizer: OptimizerFlag,
+    /// adamw, adamw-8bit (2 bytes of state a parameter), galore, galore-8bit, lora-pro or lora-pro-full, with settings behind it:
+    /// galore:rank=64,scale=0.25 [default: the method's own, else adamw]
+    #[arg(long, value_name = "NAME[:KEY=VALUE,…]", help_heading = "Memory and speed", visible_alias = "optim")]
+    optimizer: Option<OptimizerKind>,
     /// Keep less in memory and compute layers again in the backward
     #[arg(
         long, value_enum, default_value_t, num_args = 0..=1, default_missing_value = "on",
@@ -250,6 +241,8 @@ pub struct Planned<'a> {
     pub prepared: &'a Prepared,
     pub method: &'a dyn Method,
     pub batch_size: usize,
+    /// Whether there is a further term of the loss.
+    pub objective: bool,
     /// The work with so many rows in a micro-batch.
     pub work: Box<dyn Fn(usize) -> Work + 'a>,
 }
@@ -260,11 +253,14 @@ impl StepArgs {
         StepOptions { share_prefixes: !self.no_share_prefixes, checkpointing, frozen_cache: self.frozen_cache() }
     }
 
-    pub fn optimizer(&self) -> OptimizerKind {
-        match self.optimizer {
-            OptimizerFlag::Adamw => OptimizerKind::AdamW,
-            OptimizerFlag::Adamw8bit => OptimizerKind::AdamW8bit,
-        }
+    /// What was asked for, if anything.
+    pub fn optimizer(&self) -> Option<OptimizerKind> {
+        self.optimizer.clone()
+    }
+
+    /// The optimiser of a run.
+    pub fn optimizer_of(&self, method: &dyn Method) -> OptimizerKind {
+        self.optimizer().or(method.training().optimizer).unwrap_or_default()
     }
 
     fn frozen_cache(&self) -> FrozenCache {
@@ -281,10 +277,10 @@ impl StepArgs {
         let name =
             |value: Option<clap::builder::PossibleValue>| value.map(|v| v.get_name().to_string()).unwrap_or_default();
         let mut flags = vec![
-            format!("--optimizer={}", name(self.optimizer.to_possible_value())),
             format!("--checkpointing={}", name(self.checkpointing.to_possible_value())),
             format!("--frozen-cache={}", name(self.frozen_cache.to_possible_value())),
         ];
+        flags.extend(self.optimizer.as_ref().map(|o| format!("--optimizer={}", o.spec())));
         flags.extend(self.no_share_prefixes.then(|| "--no-share-prefixes".to_string()));
         flags.extend(self.memory_limit.map(|limit| format!("--memory-limit={limit}")));
         flags
@@ -309,6 +305,7 @@ impl StepArgs {
             work: (run.work)(batch_size),
             checkpointing,
             optimizer,
+            objective: run.objective,
             frozen_cache: self.frozen_cache(),
         })?)
     }
@@ -316,7 +313,8 @@ impl StepArgs {
     /// The prediction and whether to checkpoint, under the limit.
     pub fn decide(&self, run: &Planned<'_>, limit: Option<u64>) -> Result<(Plan, bool)> {
         let dtype = run.prepared.weights.load_dtype();
-        let with = |checkpointing| self.plan_with(run, (checkpointing, dtype, run.batch_size, self.optimizer()));
+        let optimizer = self.optimizer_of(run.method);
+        let with = |checkpointing| self.plan_with(run, (checkpointing, dtype, run.batch_size, optimizer.clone()));
         match self.checkpointing {
             Checkpointing::Off => Ok((with(false)?, false)),
             Checkpointing::On => Ok((with(true)?, true)),
@@ -334,17 +332,18 @@ impl StepArgs {
     pub fn proposals(&self, run: &Planned<'_>, limit: u64) -> Result<Vec<Proposal>> {
         let now = run.prepared.weights.load_dtype();
         let batches = std::iter::successors(Some(run.batch_size), |b| Some(b / 2).filter(|&b| b > 0));
-        let mut optimizers = vec![self.optimizer(), OptimizerKind::AdamW8bit];
-        optimizers.dedup();
+        let own = self.optimizer_of(run.method);
+        let mut optimizers = vec![own.clone()];
+        optimizers.extend((own == OptimizerKind::AdamW).then_some(OptimizerKind::AdamW8bit));
         let tries: Vec<(usize, OptimizerKind)> =
-            batches.flat_map(|b| optimizers.iter().map(move |&o| (b, o))).collect();
+            batches.flat_map(|b| optimizers.iter().map(move |o| (b, o.clone()))).collect();
         let smaller = [LoadDtype::Bf16, LoadDtype::Nf4].into_iter().filter(|_| now == LoadDtype::F32);
         let mut found: Vec<Proposal> = Vec::new();
         let mut smallest: Option<Proposal> = None;
         // For each way to keep the base, the largest batch that fits: smaller ones only cost time.
         for dtype in std::iter::once(now).chain(smaller) {
-            for &(batch, optimizer) in &tries {
-                let plan = self.plan_with(run, (true, dtype, batch, optimizer))?;
+            for (batch, optimizer) in tries.clone() {
+                let plan = self.plan_with(run, (true, dtype, batch, optimizer.clone()))?;
                 let mut flags = vec!["--checkpointing on".to_string()];
                 if batch != run.batch_size {
                     let steps = run.batch_size.div_ceil(batch);
@@ -355,7 +354,7 @@ impl StepArgs {
                     LoadDtype::Nf4 => flags.push("--dtype nf4".into()),
                     _ => flags.push("--dtype bf16".into()),
                 }
-                if optimizer != self.optimizer() {
+                if optimizer != own {
                     flags.push("--optimizer adamw-8bit".into());
                 }
                 let proposal = Proposal { flags: flags.join(" "), plan };

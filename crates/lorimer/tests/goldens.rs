@@ -8,7 +8,7 @@ use lorimer::model::config::LlamaConfig;
 use lorimer::model::weights::SafetensorsFile;
 use lorimer::prelude::*;
 use lorimer::train::calibrate::{Data, calibrate};
-use lorimer::train::optimizer::{AdamW, AdamWConfig, Optimizer, OptimizerKind};
+use lorimer::train::optimizer::{AdamW, AdamWConfig, Optimizer};
 use lorimer::train::step::batch_loss;
 use serde_json::Value;
 
@@ -186,7 +186,7 @@ fn ten_steps_and_the_merge_equal_peft() {
         let rows = rows(&golden);
         let rows: Vec<&Example> = rows.iter().collect();
         let parameters = adapter.trainable();
-        let mut optimizer = AdamW::new(AdamWConfig { weight_decay: 0.01, ..Default::default() }, OptimizerKind::AdamW);
+        let mut optimizer = AdamW::new(AdamWConfig { weight_decay: 0.01, ..Default::default() }, false);
         for (step, expected) in golden.get("losses").to_vec1::<f32>().unwrap().into_iter().enumerate() {
             let (sum, n, _) = batch_loss(&model, &attached, &rows).unwrap();
             let loss = (sum / n as f64).unwrap();

@@ -6,7 +6,7 @@ use lorimer::model::{Projection, Site};
 use lorimer::prelude::*;
 use lorimer::tensor::FrozenWeight;
 use lorimer::tensor::linalg::{qr, svd};
-use lorimer::train::optimizer::{AdamW, AdamWConfig, Optimizer, OptimizerKind};
+use lorimer::train::optimizer::{AdamW, AdamWConfig, Optimizer};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -60,7 +60,7 @@ fn tlora_reaches_a_turned_weight_that_lora_does_not() {
     // All rows of the identity as inputs: the output is W'ᵀ.
     let eye = Tensor::eye(inputs, DType::F64, &Device::Cpu).unwrap();
     let y = base.forward(&eye).unwrap();
-    let mut optimizer = AdamW::new(AdamWConfig::default(), OptimizerKind::AdamW);
+    let mut optimizer = AdamW::new(AdamWConfig::default(), false);
     for step in 0..3000 {
         let moved = (&y + delta.forward(&base, &eye, &y, &Step::default()).unwrap()).unwrap();
         let loss = (moved - target.t().unwrap()).unwrap().sqr().unwrap().sum_all().unwrap();

@@ -273,7 +273,7 @@ struct Row {
 }
 
 impl Delta for Row {
-    fn change(&self, _base: &Projection, _rows: usize) -> TensorResult<Option<Change>> {
+    fn change(&self, _base: &Projection, _rows: usize, _step: &Step) -> TensorResult<Option<Change>> {
         let b = self.block.t()?;
         let b = if self.repeats == 1 { b.contiguous()? } else { b.repeat((self.repeats, 1))? };
         Ok(Some(Change::Thin(LowRank { a: self.fold.clone(), b, scaling: 1.0 })))
@@ -300,7 +300,7 @@ struct Bat {
 }
 
 impl Delta for Bat {
-    fn change(&self, base: &Projection, _rows: usize) -> TensorResult<Option<Change>> {
+    fn change(&self, base: &Projection, _rows: usize, _step: &Step) -> TensorResult<Option<Change>> {
         let weight = base.dense(self.block.dtype())?;
         Ok(Some(Change::Weight(block_affine(&weight, &self.block)?)))
     }

@@ -51,7 +51,7 @@ pub const ENTRY: Entry = Entry {
 };
 
 fn method(config: LoraConfig) -> Result<Box<dyn Method>> {
-    Ok(Box::new(Lora { config, name: "dora" }))
+    Ok(Box::new(Lora::new("dora", config)))
 }
 
 /// LoRA's factors with a magnitude a row.
@@ -110,7 +110,7 @@ impl Delta for DoraDelta {
             return Ok(None);
         }
         let (a, b) = (self.low_rank.a.as_tensor().clone(), self.low_rank.b.as_tensor().clone());
-        let low_rank = Some(LowRankTerm { a, b, scaling: self.low_rank.scaling, mask: None });
+        let low_rank = Some(LowRankTerm::new(a, b, self.low_rank.scaling));
         let moved = ops.project(x, &[Part { weight: Some(&base.weight), low_rank }])?;
         let ratio = ops.island_all(&[], &[self.magnitude.as_tensor()], |_| Ok(vec![self.ratio(base)?]))?;
         ops.scale_columns(&moved[0], &ratio[0]).map(Some)
@@ -122,7 +122,7 @@ impl Delta for DoraDelta {
 
     fn merged(&self, base: &Projection) -> TensorResult<Result<Tensor, NotMergeable>> {
         let ratio = self.ratio(base)?.detach().unsqueeze(1)?;
-        let moved = (base.dense(self.low_rank.a.dtype())? + self.low_rank.change()?)?;
+        let moved = (base.dense(self.low_rank.a.dtype())? + self.low_rank.weight_change()?)?;
         Ok(Ok(moved.broadcast_mul(&ratio)?))
     }
 

@@ -24,12 +24,12 @@
 use candle_core::{DType, Tensor};
 use lorimer_model::Site;
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
-use super::lora::{FLAGS, Lora, LoraConfig};
+use super::lora::{FLAGS, Lora, LoraConfig, lora_file};
 use super::{Entry, Served};
 use crate::error::{Error, Result};
-use crate::method::{Calibration, Findings, Source};
+use crate::method::{Calibration, Findings, Source, split_off};
 use crate::targets::Names;
 
 /// The registry's line.
@@ -52,23 +52,18 @@ pub const ENTRY: Entry = Entry {
     build: |settings| {
         let mut settings = settings.clone();
         settings.insert("init_lora_weights".into(), json!("eva"));
-        let defaults = serde_json::to_value(EvaConfig::default()).unwrap_or_default();
-        let mut own = defaults.as_object().cloned().unwrap_or_default();
-        if let Some(Value::Object(given)) = settings.remove("eva_config") {
-            own.extend(given);
-        }
+        let mut own = match settings.remove("eva_config") {
+            Some(Value::Object(given)) => given,
+            _ => Map::new(),
+        };
         // Its own settings may stand beside LoRA's.
-        for (key, value) in own.iter_mut() {
-            if let Some(given) = settings.remove(key) {
-                *value = given;
-            }
-        }
+        own.extend(split_off::<EvaConfig>(&mut settings));
         settings.insert("eva_config".into(), Value::Object(own));
-        Ok(Box::new(Lora { config: LoraConfig::given("eva", &settings)?, name: "eva" }))
+        Ok(Box::new(Lora::new("eva", LoraConfig::given("eva", &settings)?)))
     },
     // Its files are ordinary LoRAs.
     recognises: |_| false,
-    from_file: |config| Ok(Box::new(Lora { config: LoraConfig::from_file(config)?, name: "lora" })),
+    from_file: lora_file,
 };
 
 /// PEFT's `EvaConfig`, and how much data is looked at.

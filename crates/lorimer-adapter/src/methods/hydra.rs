@@ -35,7 +35,7 @@ use serde_json::{Map, Value};
 use super::random::kaiming;
 use super::{Entry, Served};
 use crate::error::{Error, Result};
-use crate::method::{Change, Delta, LowRank, Method, Source, configure, from_peft_json, peft_json};
+use crate::method::{Change, Delta, LowRank, Method, Source, Step, configure, from_peft_json, peft_json};
 use crate::targets::Targeting;
 
 /// The registry's line.
@@ -211,7 +211,7 @@ struct HydraDelta {
 }
 
 impl Delta for HydraDelta {
-    fn change(&self, base: &Projection, _rows: usize) -> TensorResult<Option<Change>> {
+    fn change(&self, base: &Projection, _rows: usize, _step: &Step) -> TensorResult<Option<Change>> {
         let (mut a, mut b) = (Vec::new(), Vec::new());
         if let Some(branch) = &self.parallel {
             a.push(branch.a.as_tensor().clone());

@@ -39,7 +39,7 @@ use super::lora_xs::check_rank;
 use super::random::{normal, uniform};
 use super::{Entry, Served};
 use crate::error::{Error, Result};
-use crate::method::{Change, Delta, LowRank, Method, Source, configure, from_peft_json, peft_json, site_seed};
+use crate::method::{Change, Delta, LowRank, Method, Source, Step, configure, from_peft_json, peft_json, site_seed};
 use crate::targets::Targeting;
 
 /// The registry's line.
@@ -245,7 +245,7 @@ struct LolduDelta {
 }
 
 impl Delta for LolduDelta {
-    fn change(&self, _base: &Projection, _rows: usize) -> TensorResult<Option<Change>> {
+    fn change(&self, _base: &Projection, _rows: usize, _step: &Step) -> TensorResult<Option<Change>> {
         let moved = (self.z.as_tensor().broadcast_mul(&self.sigma)? - &self.origin)?;
         let b = self.b.broadcast_mul(&moved)?;
         Ok(Some(Change::Thin(LowRank { a: self.a.clone(), b, scaling: 1.0 })))

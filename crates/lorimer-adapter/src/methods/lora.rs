@@ -29,6 +29,7 @@ use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
+use super::allora::Allora;
 use super::dropout::{Dropout, check_dropout};
 use super::eva::{self, EvaConfig};
 use super::lora_start::Start;
@@ -38,6 +39,7 @@ use crate::method::{
     Bias, Calibration, Change, Delta, Findings, LowRank, Method, Source, Step, configure, from_peft_json,
 };
 use crate::targets::{Targeting, pattern_value};
+use crate::training::Training;
 
 /// The registry's line.
 pub const ENTRY: Entry = Entry {
@@ -64,9 +66,9 @@ pub const ENTRY: Entry = Entry {
         (r#"{"r": 2, "modules_to_save": ["lm_head", "model.norm"], "exclude_modules": ["k_proj"]}"#, 1e-12),
         (r#"{"r": 3, "lora_dropout": 0.3}"#, 0.0),
     ],
-    build: |settings| Ok(Box::new(Lora { config: LoraConfig::given("lora", settings)?, name: "lora" })),
+    build: |settings| Ok(Box::new(Lora::new("lora", LoraConfig::given("lora", settings)?))),
     recognises: |config| is_lora(config, false),
-    from_file: |config| Ok(Box::new(Lora { config: LoraConfig::from_file(config)?, name: "lora" })),
+    from_file: lora_file,
 };
 
 /// What the command line's flags set.
@@ -78,6 +80,11 @@ pub(super) const FLAGS: &[(&str, &str)] = &[
     ("bias", "bias"),
     ("init", "init_lora_weights"),
 ];
+
+/// An ordinary LoRA out of a file, for methods that write such.
+pub(super) fn lora_file(config: &Map<String, Value>) -> Result<Box<dyn Method>> {
+    Ok(Box::new(Lora::new("lora", LoraConfig::from_file(config)?)))
+}
 
 /// Whether a file's configuration is LoRA's, with `use_dora` as asked.
 pub(super) fn is_lora(config: &Map<String, Value>, dora: bool) -> bool {
@@ -272,9 +279,17 @@ impl LoraConfig {
 pub(super) struct Lora {
     pub(super) config: LoraConfig,
     pub(super) name: &'static str,
+    /// How it is trained.
+    pub(super) training: Training,
+    /// ALLoRA's factor on gradients.
+    pub(super) adaptive: Option<Allora>,
 }
 
 impl Lora {
+    pub(super) fn new(name: &'static str, config: LoraConfig) -> Self {
+        Self { config, name, training: Training::default(), adaptive: None }
+    }
+
     fn eva(&self) -> Option<EvaConfig> {
         let is_eva = Start::parse(&self.config.init_lora_weights).is_ok_and(|s| s == Start::Eva);
         is_eva.then(|| self.config.eva_config.clone().unwrap_or_default())
@@ -301,6 +316,10 @@ impl Method for Lora {
 
     fn config(&self) -> Map<String, Value> {
         self.config.peft_json()
+    }
+
+    fn training(&self) -> Training {
+        self.training.clone()
     }
 
     fn calibration(&self) -> Calibration {
@@ -353,7 +372,8 @@ impl Method for Lora {
             }
         };
         let scaling = self.config.scaling(&site.path)?;
-        let low_rank = LoraDelta { scaling, dropout: Dropout::new(self.config.lora_dropout, &site.path), a, b, origin };
+        let dropout = Dropout::new(self.config.lora_dropout, &site.path);
+        let low_rank = LoraDelta { scaling, dropout, a, b, origin, adaptive: self.adaptive.clone() };
         Ok(match self.config.use_dora {
             true => Box::new(dora::DoraDelta::new(low_rank, base, site, source)?),
             false => Box::new(low_rank),
@@ -403,6 +423,7 @@ pub(super) struct LoraDelta {
     pub(super) dropout: Dropout,
     /// A₀ and B₀, where the start moved the base.
     origin: Option<(Tensor, Tensor)>,
+    adaptive: Option<Allora>,
 }
 
 impl LoraDelta {
@@ -417,7 +438,7 @@ impl LoraDelta {
     }
 
     /// scaling · (B A − B₀A₀), (outputs, inputs).
-    pub(super) fn change(&self) -> TensorResult<Tensor> {
+    pub(super) fn weight_change(&self) -> TensorResult<Tensor> {
         let mut change = self.b.matmul(&self.a)?;
         if let Some((a, b)) = &self.origin {
             change = (change - b.matmul(a)?)?;
@@ -427,7 +448,7 @@ impl LoraDelta {
 }
 
 impl Delta for LoraDelta {
-    fn change(&self, _base: &Projection, _rows: usize) -> TensorResult<Option<Change>> {
+    fn change(&self, _base: &Projection, _rows: usize, _step: &Step) -> TensorResult<Option<Change>> {
         let (mut a, mut b) = (self.a.as_tensor().clone(), self.b.as_tensor().clone());
         if let Some((a0, b0)) = &self.origin {
             (a, b) = (Tensor::cat(&[&a, a0], 0)?, Tensor::cat(&[&b, &b0.neg()?], 1)?);
@@ -437,6 +458,21 @@ impl Delta for LoraDelta {
 
     fn mask(&self, x: &Tensor, step: &Step) -> TensorResult<Option<Tensor>> {
         self.dropout.mask(x, step)
+    }
+
+    fn gradient_scale(&self) -> TensorResult<Option<Tensor>> {
+        self.adaptive.as_ref().map(|adaptive| adaptive.factors(&self.b)).transpose()
+    }
+
+    fn step_scale(&self, key: &str) -> TensorResult<Option<Tensor>> {
+        match &self.adaptive {
+            Some(adaptive) if adaptive.post && key == "lora_B" => self.gradient_scale(),
+            _ => Ok(None),
+        }
+    }
+
+    fn pair_scaling(&self) -> Option<f64> {
+        Some(self.scaling)
     }
 
     fn rows_are_independent(&self, step: &Step) -> bool {
@@ -459,7 +495,7 @@ impl Delta for LoraDelta {
     fn has_effect(&self, _base: &Projection) -> TensorResult<bool> {
         let sum = |t: Tensor| -> TensorResult<f64> { t.to_dtype(DType::F64)?.sum_all()?.to_scalar::<f64>() };
         if self.origin.is_some() {
-            return Ok(sum(self.change()?.abs()?)? > 0.0);
+            return Ok(sum(self.weight_change()?.abs()?)? > 0.0);
         }
         // ‖B A‖² = Σ (BᵀB)∘(A Aᵀ), against ‖B‖²‖A‖², so that rounding in an orthogonal pair is no effect.
         let (a, b) = (self.a.detach(), self.b.detach());

@@ -30,7 +30,7 @@ use serde_json::{Map, Value};
 use super::random::normal;
 use super::{Entry, Served};
 use crate::error::{Error, Result};
-use crate::method::{Change, Delta, LowRank, Method, Source, configure, from_peft_json, peft_json};
+use crate::method::{Change, Delta, LowRank, Method, Source, Step, configure, from_peft_json, peft_json};
 use crate::targets::Targeting;
 
 /// The registry's line.
@@ -169,7 +169,7 @@ pub(super) struct SmallDelta {
 }
 
 impl Delta for SmallDelta {
-    fn change(&self, _base: &Projection, _rows: usize) -> TensorResult<Option<Change>> {
+    fn change(&self, _base: &Projection, _rows: usize, _step: &Step) -> TensorResult<Option<Change>> {
         let b = self.b.matmul(&self.r)?;
         Ok(Some(Change::Thin(LowRank { a: self.a.clone(), b, scaling: self.scaling })))
     }

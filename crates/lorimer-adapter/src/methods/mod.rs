@@ -5,13 +5,19 @@ use serde_json::{Map, Value};
 use crate::error::{Error, Result};
 use crate::method::Method;
 
+pub mod allora;
+pub mod ba_lora;
 pub mod bone;
 pub mod dora;
 pub mod dropout;
+pub mod dylora;
 pub mod eva;
+pub mod full;
+pub mod galore;
 pub mod hydra;
 pub mod loldu;
 pub mod lora;
+pub mod lora_pro;
 pub mod lora_sb;
 mod lora_start;
 pub mod lora_xs;
@@ -20,6 +26,7 @@ pub mod nlora;
 pub mod randlora;
 pub mod random;
 pub mod slices;
+pub mod sora;
 pub mod tlora;
 pub mod vera;
 
@@ -87,6 +94,13 @@ pub const REGISTRY: &[Entry] = &[
     tlora::ENTRY,
     hydra::ENTRY,
     vera::ENTRY,
+    full::ENTRY,
+    lora_pro::ENTRY,
+    galore::ENTRY,
+    allora::ENTRY,
+    dylora::ENTRY,
+    sora::ENTRY,
+    ba_lora::ENTRY,
 ];
 
 fn names() -> String {

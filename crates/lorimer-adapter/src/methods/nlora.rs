@@ -42,7 +42,7 @@ use super::lora_xs::check_rank;
 use super::random::kaiming;
 use super::{Entry, Served};
 use crate::error::{Error, Result};
-use crate::method::{Change, Delta, LowRank, Method, Source, configure, from_peft_json, peft_json, site_seed};
+use crate::method::{Change, Delta, LowRank, Method, Source, Step, configure, from_peft_json, peft_json, site_seed};
 use crate::targets::Targeting;
 
 /// The registry's line.
@@ -308,7 +308,7 @@ struct NloraDelta {
 }
 
 impl Delta for NloraDelta {
-    fn change(&self, _base: &Projection, _rows: usize) -> TensorResult<Option<Change>> {
+    fn change(&self, _base: &Projection, _rows: usize, _step: &Step) -> TensorResult<Option<Change>> {
         let low = match (&self.outer, &self.origin) {
             (Outer::Trained(a, b), None) => (a.as_tensor().clone(), b.matmul(&self.n)?),
             (Outer::Trained(a, b), Some((a0, n0, b0))) => {

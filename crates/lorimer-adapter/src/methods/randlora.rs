@@ -349,7 +349,7 @@ struct RandLoraDelta {
 }
 
 impl Delta for RandLoraDelta {
-    fn change(&self, base: &Projection, rows: usize) -> TensorResult<Option<Change>> {
+    fn change(&self, base: &Projection, rows: usize, _step: &Step) -> TensorResult<Option<Change>> {
         let (small, depth) = (self.a.dim(1)?, self.lambda.elem_count());
         let large = if self.wide { base.weight.dims()?.1 } else { base.weight.dims()?.0 };
         let (scaled, b) = (scaled_bases(&self.a, &self.lambda, &self.gamma)?, self.b.clone());
@@ -385,7 +385,7 @@ impl Delta for RandLoraDelta {
 
 impl RandLoraDelta {
     fn dropout_is_on(&self) -> bool {
-        !self.dropout.is_off(&Step { training: Some(0) })
+        !self.dropout.is_off(&Step::training(0))
     }
 }
 

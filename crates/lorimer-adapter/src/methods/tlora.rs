@@ -400,7 +400,7 @@ impl Delta for TloraDelta {
             Ok(vec![a, b])
         })?;
         let (a, b) = (factors[0].clone(), factors[1].clone());
-        let low_rank = Some(LowRankTerm { a, b, scaling: 1.0, mask: None });
+        let low_rank = Some(LowRankTerm::new(a, b, 1.0));
         let residual = &ops.project(x, &[Part { weight: None, low_rank }])?[0];
         ops.add(&moved, residual).map(Some)
     }

@@ -232,7 +232,7 @@ struct VeraDelta {
 }
 
 impl Delta for VeraDelta {
-    fn change(&self, _base: &Projection, _rows: usize) -> TensorResult<Option<Change>> {
+    fn change(&self, _base: &Projection, _rows: usize, _step: &Step) -> TensorResult<Option<Change>> {
         // Both diagonals on B, so that A stays as it is and needs no gradient.
         let b = scaled_bases(&self.b, &self.lambda_b.unsqueeze(1)?, &self.lambda_d.unsqueeze(0)?)?;
         Ok(Some(Change::Thin(LowRank { a: self.a.clone(), b, scaling: 1.0 })))

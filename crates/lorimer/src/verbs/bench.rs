@@ -10,7 +10,7 @@ use clap::{Args, Subcommand, ValueEnum};
 use lorimer::adapter::{Adapter, Attached, Step};
 use lorimer::model::{BaseModel, Llama, Prepared};
 use lorimer::tensor::Gradients;
-use lorimer::train::optimizer::{AdamW, AdamWConfig, Optimizer, clip};
+use lorimer::train::optimizer::{self, AdamWConfig, clip};
 use lorimer::train::plan::Work;
 use lorimer::train::step::{StepLoss, accumulate_gradients, batch_loss};
 use lorimer::train::{EncodeOptions, Example, TrainSettings};
@@ -333,6 +333,7 @@ impl BenchTrain {
             prepared: &prepared,
             method: method.as_ref(),
             batch_size: size,
+            objective: false,
             work: Box::new(|batch_size| Work::of_rows(&rows, &settings(batch_size), independent)),
         };
         let (plan, checkpointing) = self.step.decide(&planned, self.step.memory_limit)?;
@@ -344,7 +345,8 @@ impl BenchTrain {
         let attached = Attached::one(&adapter);
         let parameters = adapter.trainable();
         let options = self.step.options(checkpointing);
-        let mut optimizer = AdamW::new(AdamWConfig::default(), self.step.optimizer());
+        let kind = self.step.optimizer_of(adapter.method.as_ref());
+        let mut optimizer = optimizer::build(&kind, AdamWConfig::default(), &adapter)?;
         let (mut losses, mut step_seconds, mut counted) = (Vec::new(), Vec::new(), 0.0);
         let (mut tokens, mut computed, mut supervised, mut examples) = (0, 0, 0, 0);
         let (mut forward, mut backward, mut optimizing) = (0.0, 0.0, 0.0);
@@ -354,7 +356,7 @@ impl BenchTrain {
             let batch: Vec<&Example> = batch.iter().collect();
             let learnt: usize = batch.iter().map(|e| e.targets().count()).sum();
             let mut sums = Gradients::default();
-            let on = attached.at(Step { training: Some(step as u64) });
+            let on = attached.at(Step::training(step as u64));
             let scale = 1.0 / learnt.max(1) as f64;
             let (found, mut gradients) = match self.reference {
                 true => reference_step(&base.model, &on, &parameters, &batch, scale)?,
@@ -421,7 +423,10 @@ fn reference_step(
     let gradients = parameters.iter().map(|(_, v)| found.remove(v.as_tensor())).collect();
     let sum = f64::from(sum.to_scalar::<f32>()?);
     let backward_seconds = clock.elapsed().as_secs_f64();
-    Ok((StepLoss { sum, supervised, tokens, computed: tokens, forward_seconds, backward_seconds }, gradients))
+    Ok((
+        StepLoss { sum, further: 0.0, supervised, tokens, computed: tokens, forward_seconds, backward_seconds },
+        gradients,
+    ))
 }
 
 /// Last part of a path.

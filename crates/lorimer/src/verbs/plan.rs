@@ -69,8 +69,13 @@ impl PlanVerb {
             Some(rows) => Work::of_rows(rows, &settings(batch), independent),
             None => Work::worst(batch, self.max_length, self.max_steps.unwrap_or(100)),
         };
-        let planned =
-            Planned { prepared: &prepared, method: method.as_ref(), batch_size: self.batch_size, work: Box::new(work) };
+        let planned = Planned {
+            prepared: &prepared,
+            objective: method.training().objective.is_some(),
+            method: method.as_ref(),
+            batch_size: self.batch_size,
+            work: Box::new(work),
+        };
         let limit = self.step.memory_limit.or_else(free_memory);
         let (plan, checkpointing) = self.step.decide(&planned, limit)?;
         let fits = limit.map(|limit| plan.peak_bytes <= limit);

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Args, ValueEnum};
 use lorimer::adapter::Adapter;
+use lorimer::adapter::training::Objective;
 use lorimer::train::data::Format;
 use lorimer::train::optimizer::AdamWConfig;
 use lorimer::train::plan::Work;
@@ -96,6 +97,12 @@ pub struct Train {
     /// AdamW's decoupled weight decay
     #[arg(long, default_value_t = 0.0, help_heading = "Training")]
     weight_decay: f64,
+    /// LoRA+: what the rate of B is multiplied by (16 in the paper)
+    #[arg(long, value_name = "RATIO", help_heading = "Training")]
+    loraplus_lr_ratio: Option<f64>,
+    /// Further terms of the loss: ba-lora, with settings behind it (ba-lora:lambda1=1e-4,task=nlu) [default: the method's own]
+    #[arg(long, value_name = "NAME[:KEY=VALUE,…]", help_heading = "Training")]
+    objective: Option<Objective>,
     /// Limit on the gradient's norm; 0 for none
     #[arg(long, default_value_t = 1.0, help_heading = "Training")]
     max_grad_norm: f64,
@@ -149,6 +156,8 @@ impl Train {
                 ScheduleFlag::Constant => Shape::Constant,
             },
             optimizer: self.step.optimizer(),
+            objective: self.objective,
+            loraplus_lr_ratio: self.loraplus_lr_ratio,
             adamw: AdamWConfig { weight_decay: self.weight_decay, ..Default::default() },
             max_grad_norm: self.max_grad_norm,
             seed: self.seed,
@@ -181,6 +190,7 @@ impl Train {
             prepared: &prepared,
             method: method.as_ref(),
             batch_size: settings.batch_size,
+            objective: settings.objective.is_some() || method.training().objective.is_some(),
             work: Box::new(|batch_size| Work::of_rows(&train, &with(batch_size), independent)),
         })?;
         let how = if checkpointing { ", computing layers again in the backward" } else { "" };

@@ -1,0 +1,252 @@
+//! # DyLoRA: one training, every rank
+//!
+//! Valipour et al. 2023, *DyLoRA: Parameter-Efficient Tuning of Pretrained Models using Dynamic Search-Free Low-Rank Adaptation*, EACL,
+//! arXiv 2210.07558, algorithm 1. Each step draws a rank b from `{rank_min … r}` and computes `y = W x + (α/b) · B_↓b A_↓b x` with the first b rows of A
+//! (r, inputs) and columns of B (outputs, r). All of these learn; with `frozen` only the b-th row and column do (faster, a little
+//! worse). Rows that a step does not touch get no step of the optimiser: moments and step counts are kept a row.
+//!
+//! Afterwards every b is an adapter: A_↓b, B_↓b, α/b. `lorimer resize --rank b` cuts the file, `lorimer eval --rank all` prints the whole curve.
+//!
+//! Settings: `r` (the largest), `rank_min`, `ranks` (a list in place of the range), `distribution` (`uniform`, or `geometric` with the chance of
+//! each next rank times `ratio`), `frozen`.
+//!
+//! Trainable parameters of a projection: `r · (inputs + outputs)`.
+//!
+//! Good for: not having to know the rank beforehand. Step time is LoRA's or less. The file is an ordinary LoRA of rank r.
+//!
+//! ```
+//! use lorimer_adapter::example::project;
+//! // r = 2, α = 2 at full rank: (α/2) · B A x, x = (1, 1). B is kept as its transpose in training.
+//! let parameters: &[(&str, &[f64])] = &[("lora_A", &[1., 0., 0., 3.]), ("lora_B", &[1., 1., 1., 0.])];
+//! let y = project("dylora", r#"{"r": 2, "lora_alpha": 2}"#, &[&[0., 0.], &[0., 0.]], parameters, &[1., 1.]);
+//! assert_eq!(y, [4.0, 1.0]);
+//! ```
+
+use std::collections::BTreeMap;
+
+use candle_core::{Device, Result as TensorResult, Tensor, Var};
+use lorimer_model::{Projection, Site};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use super::dropout::Dropout;
+use super::lora::{FLAGS, Lora, LoraConfig, lora_file};
+use super::lora_start::Start;
+use super::{Entry, Served};
+use crate::error::{Error, Result};
+use crate::method::{Bias, Change, Delta, LowRank, Method, Source, Step, configure, split_off};
+use crate::targets::Targeting;
+use crate::training::{Control, RankSampling, Training};
+
+/// The registry's line.
+pub const ENTRY: Entry = Entry {
+    name: "dylora",
+    title: "LoRA trained for every rank at once",
+    paper: "arXiv 2210.07558",
+    kind: "control",
+    variants: &[],
+    peft_type: "LORA",
+    mergeable: true,
+    served: Served::Batched,
+    lr: 1e-3,
+    flags: FLAGS,
+    source: include_str!("dylora.rs"),
+    laws: &[(r#"{"r": 4}"#, 0.0), (r#"{"r": 3, "frozen": true, "lora_dropout": 0.2}"#, 0.0)],
+    build: |settings| {
+        let mut settings = settings.clone();
+        let own: DyloraConfig = configure("dylora", &split_off::<DyloraConfig>(&mut settings))?;
+        let lora = LoraConfig::given("dylora", &settings)?;
+        if lora.use_dora || !lora.rank_pattern.is_empty() || Start::parse(&lora.init_lora_weights)?.moves_base() {
+            return Err(Error::Config(
+                "`dylora` takes one rank, LoRA's own form and a start that leaves the base".into(),
+            ));
+        }
+        let sampling = own.sampling(lora.r)?;
+        Ok(Box::new(Dylora { lora: Lora::new("dylora", lora), own, sampling }))
+    },
+    // Its files are ordinary LoRAs.
+    recognises: |_| false,
+    from_file: lora_file,
+};
+
+/// DyLoRA's settings beside LoRA's.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct DyloraConfig {
+    /// The smallest rank that is drawn.
+    pub rank_min: usize,
+    /// The ranks that are drawn, in place of `rank_min … r`.
+    pub ranks: Vec<usize>,
+    /// How often each is drawn.
+    pub distribution: Distribution,
+    /// With `geometric`: the chance of a rank over that of the one before.
+    pub ratio: f64,
+    /// Only the last row of A and column of B learn.
+    pub frozen: bool,
+}
+
+/// How often each rank is drawn.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Distribution {
+    /// All alike.
+    #[default]
+    Uniform,
+    /// Each by a ratio less often (or more) than the one before.
+    Geometric,
+}
+
+impl Default for DyloraConfig {
+    fn default() -> Self {
+        Self { rank_min: 1, ranks: Vec::new(), distribution: Distribution::Uniform, ratio: 0.8, frozen: false }
+    }
+}
+
+impl DyloraConfig {
+    fn sampling(&self, r: usize) -> Result<RankSampling> {
+        let ranks = if self.ranks.is_empty() { (self.rank_min..=r).collect() } else { self.ranks.clone() };
+        let rising = ranks.windows(2).all(|w| w[0] < w[1]);
+        if ranks.is_empty() || ranks[0] == 0 || !rising || ranks[ranks.len() - 1] > r {
+            return Err(Error::Config(format!("the ranks of dylora should rise from at least 1 to at most r = {r}")));
+        }
+        if !(self.ratio.is_finite() && self.ratio > 0.0) {
+            return Err(Error::Config(format!("ratio = {} should be above 0", self.ratio)));
+        }
+        let weights = match self.distribution {
+            Distribution::Uniform => Vec::new(),
+            Distribution::Geometric => (0..ranks.len()).map(|i| self.ratio.powi(i as i32)).collect(),
+        };
+        Ok(RankSampling { ranks, weights, frozen: self.frozen })
+    }
+}
+
+struct Dylora {
+    lora: Lora,
+    own: DyloraConfig,
+    sampling: RankSampling,
+}
+
+impl Method for Dylora {
+    fn name(&self) -> &'static str {
+        "dylora"
+    }
+
+    fn targeting(&self) -> &Targeting {
+        self.lora.targeting()
+    }
+
+    fn bias(&self) -> Bias {
+        self.lora.bias()
+    }
+
+    fn stored_config(&self) -> Map<String, Value> {
+        self.lora.stored_config()
+    }
+
+    fn config(&self) -> Map<String, Value> {
+        let mut config = self.lora.config();
+        if let Ok(Value::Object(own)) = serde_json::to_value(&self.own) {
+            config.extend(own);
+        }
+        config
+    }
+
+    fn training(&self) -> Training {
+        Training { control: Some(Control::RankSampling(self.sampling.clone())), ..Default::default() }
+    }
+
+    fn attach(&self, site: &Site, base: &Projection, source: &mut Source<'_>) -> Result<Box<dyn Delta>> {
+        let (config, dtype) = (&self.lora.config, source.dtype());
+        let start = Start::parse(&config.init_lora_weights)?;
+        let a = source.trainable("lora_A.weight", &[config.r, site.inputs], |rng| {
+            Ok(start.factors(config, (site, base), dtype, rng)?.0)
+        })?;
+        let b = Var::from_tensor(&Tensor::zeros((config.r, site.outputs), dtype, &Device::Cpu)?)?;
+        let dropout = Dropout::new(config.lora_dropout, &site.path);
+        Ok(Box::new(DyloraDelta { a, b, config: config.clone(), path: site.path.clone(), dropout }))
+    }
+
+    fn parameters(&self, site: &Site) -> Result<usize> {
+        self.lora.parameters(site)
+    }
+
+    fn rows_are_independent(&self) -> bool {
+        self.lora.rows_are_independent()
+    }
+
+    fn kept(&self, site: &Site) -> usize {
+        self.lora.kept(site)
+    }
+}
+
+struct DyloraDelta {
+    /// (r, inputs).
+    a: Var,
+    /// Bᵀ (r, outputs), so that a rank is a row of both.
+    b: Var,
+    config: LoraConfig,
+    path: String,
+    dropout: Dropout,
+}
+
+impl DyloraDelta {
+    /// α/b, or α/√b.
+    fn scaling(&self, rank: usize) -> TensorResult<f64> {
+        let alpha = self.config.alpha(&self.path).map_err(candle_core::Error::wrap)?;
+        let rank = rank as f64;
+        Ok(alpha / if self.config.use_rslora { rank.sqrt() } else { rank })
+    }
+}
+
+impl Delta for DyloraDelta {
+    fn change(&self, _base: &Projection, _rows: usize, step: &Step) -> TensorResult<Option<Change>> {
+        let all = self.a.dim(0)?;
+        let rank = step.rank.map_or(all, |s| s.rank.clamp(1, all));
+        let frozen = step.rank.is_some_and(|s| s.frozen);
+        let cut = |t: &Tensor| -> TensorResult<Tensor> {
+            match (frozen, rank) {
+                (false, _) if rank == all => Ok(t.clone()),
+                (false, _) | (true, 1) => t.narrow(0, 0, rank),
+                (true, _) => Tensor::cat(&[&t.narrow(0, 0, rank - 1)?.detach(), &t.narrow(0, rank - 1, 1)?], 0),
+            }
+        };
+        let (a, b) = (cut(&self.a)?, cut(&self.b)?.t()?.contiguous()?);
+        Ok(Some(Change::Thin(LowRank { a, b, scaling: self.scaling(rank)? })))
+    }
+
+    fn mask(&self, x: &Tensor, step: &Step) -> TensorResult<Option<Tensor>> {
+        self.dropout.mask(x, step)
+    }
+
+    fn rows_are_independent(&self, step: &Step) -> bool {
+        self.dropout.is_off(step)
+    }
+
+    fn trainable(&self) -> Vec<(&'static str, &Var)> {
+        vec![("lora_A", &self.a), ("lora_B", &self.b)]
+    }
+
+    fn stored(&self) -> TensorResult<Vec<(&'static str, Tensor)>> {
+        Ok(vec![("lora_A.weight", self.a.detach()), ("lora_B.weight", self.b.detach().t()?.contiguous()?)])
+    }
+}
+
+/// A LoRA's first `rank` ranks, byte for byte: rows of A, columns of B. `None` where a module has fewer.
+pub fn cut(tensors: &BTreeMap<String, Tensor>, rank: usize) -> TensorResult<Option<BTreeMap<String, Tensor>>> {
+    let mut all = BTreeMap::new();
+    for (name, t) in tensors {
+        let axis = match name {
+            n if n.ends_with(".lora_A.weight") => 0,
+            n if n.ends_with(".lora_B.weight") => 1,
+            _ => {
+                all.insert(name.clone(), t.clone());
+                continue;
+            }
+        };
+        if t.dims().len() != 2 || t.dim(axis)? < rank {
+            return Ok(None);
+        }
+        all.insert(name.clone(), t.narrow(axis, 0, rank)?.contiguous()?);
+    }
+    Ok(Some(all))
+}

@@ -1,0 +1,306 @@
+//! # SoRA: a gate decides the rank while training
+//!
+//! Ding et al. 2023, *Sparse Low-rank Adaptation of Pre-trained Language Models*, EMNLP, arXiv 2311.11696, eq. 4 to 8:
+//! `y = W x + (α/r) · B (g ⊙ (A x))` with a gate g (r), A (r, inputs), B (outputs, r). After the optimiser's step on g comes the proximal step of λ‖g‖₁:
+//! `g ← sign(g) · max(|g| − ξ, 0)`. At the end ranks with g = 0 are dropped and g is folded into A: an ordinary LoRA with a rank a module.
+//!
+//! Settings: `xi` (ξ at the peak rate), `threshold` (`lr_scaled`: ξ falls with the rate, the paper's η_t·λ; `constant`: the reference code's),
+//! `gate` (`normal`: N(0, 1) as the code; `ones`), `penalty` (weight of a further λ‖g‖₁ in the gradient). The sparsifying schedule: `stages` > 1 raises ξ from
+//! `xi_min` to `xi` (`schedule`: `linear`, `log_linear`, `exp_linear`) over equal parts of the run, and saves an adapter after each in `stages/`.
+//!
+//! Weight decay acts on A and B only. AdamW's momentum may bring a gate back from zero until the end; the ranks are counted after the last step.
+//!
+//! Trainable parameters of a projection: `r · (inputs + outputs) + r`.
+//!
+//! Good for: finding out which modules need rank, in one run. Step time is LoRA's.
+//!
+//! ```
+//! use lorimer_adapter::example::project;
+//! // r = 1, α = 1, g = 2: ΔW x = B · 2 · (A x), x = (1, 2).
+//! let parameters: &[(&str, &[f64])] = &[("lora_A", &[1., 1.]), ("lora_B", &[1., 3.]), ("gate", &[2.])];
+//! let y = project("sora", r#"{"r": 1, "lora_alpha": 1}"#, &[&[0., 0.], &[0., 0.]], parameters, &[1., 2.]);
+//! assert_eq!(y, [6.0, 18.0]);
+//! ```
+
+use std::collections::BTreeMap;
+
+use candle_core::{DType, Device, Result as TensorResult, Tensor, Var};
+use lorimer_model::{Projection, Site};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+use super::dropout::Dropout;
+use super::lora::{FLAGS, Lora, LoraConfig, lora_file};
+use super::lora_start::Start;
+use super::random::normal;
+use super::{Entry, Served};
+use crate::error::{Error, Result};
+use crate::method::{Bias, Change, Delta, LowRank, Method, Source, Step, configure, split_off};
+use crate::targets::Targeting;
+use crate::training::{Control, SoftThreshold, Training};
+
+/// The registry's line.
+pub const ENTRY: Entry = Entry {
+    name: "sora",
+    title: "LoRA whose ranks are thinned out in training",
+    paper: "arXiv 2311.11696",
+    kind: "control",
+    variants: &[],
+    peft_type: "LORA",
+    mergeable: true,
+    served: Served::Batched,
+    lr: 1e-3,
+    flags: FLAGS,
+    source: include_str!("sora.rs"),
+    laws: &[(r#"{"r": 4}"#, 0.0), (r#"{"r": 3, "gate": "ones", "use_rslora": true, "lora_dropout": 0.2}"#, 0.0)],
+    build: |settings| {
+        let mut settings = settings.clone();
+        let own: SoraConfig = configure("sora", &split_off::<SoraConfig>(&mut settings))?;
+        let lora = LoraConfig::given("sora", &settings)?;
+        let patterns = !lora.rank_pattern.is_empty() || !lora.alpha_pattern.is_empty();
+        if lora.use_dora || patterns || Start::parse(&lora.init_lora_weights)?.moves_base() {
+            return Err(Error::Config(
+                "`sora` takes one rank, LoRA's own form and a start that leaves the base".into(),
+            ));
+        }
+        own.check()?;
+        Ok(Box::new(Sora { lora: Lora::new("sora", lora), own }))
+    },
+    // Its files are ordinary LoRAs.
+    recognises: |_| false,
+    from_file: lora_file,
+};
+
+/// SoRA's settings beside LoRA's.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct SoraConfig {
+    /// ξ.
+    pub xi: f64,
+    /// Whether ξ falls with the learning rate.
+    pub threshold: Threshold,
+    /// How gates begin.
+    pub gate: GateStart,
+    /// Weight of ‖g‖₁ in the loss, beside the proximal step.
+    pub penalty: f64,
+    /// Stages of the sparsifying schedule; 1: none.
+    pub stages: usize,
+    /// ξ of the first stage.
+    pub xi_min: f64,
+    /// How ξ rises from stage to stage.
+    pub schedule: Rise,
+}
+
+/// Whether ξ falls with the learning rate.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Threshold {
+    /// ξ · η_t / η_peak.
+    #[default]
+    LrScaled,
+    /// ξ.
+    Constant,
+}
+
+/// How gates begin.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum GateStart {
+    /// N(0, 1).
+    #[default]
+    Normal,
+    /// One.
+    Ones,
+}
+
+/// How ξ rises.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Rise {
+    /// By equal steps.
+    #[default]
+    Linear,
+    /// Its logarithm by equal steps: slowly first.
+    LogLinear,
+    /// Its exponential by equal steps, as seen from the end: quickly first.
+    ExpLinear,
+}
+
+impl Default for SoraConfig {
+    fn default() -> Self {
+        Self {
+            xi: 1e-3,
+            threshold: Threshold::LrScaled,
+            gate: GateStart::Normal,
+            penalty: 0.0,
+            stages: 1,
+            xi_min: 1e-4,
+            schedule: Rise::Linear,
+        }
+    }
+}
+
+impl SoraConfig {
+    fn check(&self) -> Result<()> {
+        if ![self.xi, self.penalty, self.xi_min].iter().all(|v| v.is_finite() && *v >= 0.0) {
+            return Err(Error::Config("xi, xi_min and penalty should be numbers of at least 0".into()));
+        }
+        if self.stages == 0 || self.stages > 1000 {
+            return Err(Error::Config(format!("stages = {} should be between 1 and 1000", self.stages)));
+        }
+        if self.stages > 1 && !(self.xi_min > 0.0 && self.xi_min <= self.xi) {
+            return Err(Error::Config(format!("xi_min = {} should be above 0 and at most xi", self.xi_min)));
+        }
+        Ok(())
+    }
+
+    /// ξ of each stage.
+    pub fn thresholds(&self) -> Vec<f64> {
+        if self.stages == 1 {
+            return vec![self.xi];
+        }
+        let (low, high) = (self.xi_min, self.xi);
+        let at = |i: usize| {
+            let part = i as f64 / (self.stages - 1) as f64;
+            match self.schedule {
+                Rise::Linear => low + (high - low) * part,
+                Rise::LogLinear => (low.ln() + (high.ln() - low.ln()) * part).exp(),
+                // The mirror image of the logarithmic rise.
+                Rise::ExpLinear => low + high - (high.ln() + (low.ln() - high.ln()) * part).exp(),
+            }
+        };
+        (0..self.stages).map(at).collect()
+    }
+}
+
+struct Sora {
+    lora: Lora,
+    own: SoraConfig,
+}
+
+impl Method for Sora {
+    fn name(&self) -> &'static str {
+        "sora"
+    }
+
+    fn targeting(&self) -> &Targeting {
+        self.lora.targeting()
+    }
+
+    fn bias(&self) -> Bias {
+        self.lora.bias()
+    }
+
+    fn stored_config(&self) -> Map<String, Value> {
+        self.lora.stored_config()
+    }
+
+    fn config(&self) -> Map<String, Value> {
+        let mut config = self.lora.config();
+        if let Ok(Value::Object(own)) = serde_json::to_value(&self.own) {
+            config.extend(own);
+        }
+        config
+    }
+
+    fn training(&self) -> Training {
+        let control = SoftThreshold {
+            stages: self.own.thresholds(),
+            lr_scaled: self.own.threshold == Threshold::LrScaled,
+            penalty: self.own.penalty,
+        };
+        Training { control: Some(Control::SoftThreshold(control)), ..Default::default() }
+    }
+
+    /// The ranks that are left, with α so that its ratio to the rank stays.
+    fn describe(&self, config: &mut Map<String, Value>, modules: &BTreeMap<String, Vec<(&'static str, Tensor)>>) {
+        let c = &self.lora.config;
+        let (mut ranks, mut alphas, mut kept) = (Map::new(), Map::new(), Vec::new());
+        for (path, tensors) in modules {
+            let Some(rank) = tensors.first().and_then(|(_, a)| a.dims().first().copied()) else { continue };
+            kept.push(path.clone());
+            if rank != c.r {
+                let share = rank as f64 / c.r as f64;
+                ranks.insert(path.clone(), json!(rank));
+                alphas.insert(path.clone(), json!(c.lora_alpha * if c.use_rslora { share.sqrt() } else { share }));
+            }
+        }
+        if kept.len() < modules.len() {
+            config.insert("target_modules".into(), json!(kept));
+            config.insert("exclude_modules".into(), Value::Null);
+            config.insert("layers_to_transform".into(), Value::Null);
+        }
+        config.insert("rank_pattern".into(), Value::Object(ranks));
+        config.insert("alpha_pattern".into(), Value::Object(alphas));
+    }
+
+    fn attach(&self, site: &Site, base: &Projection, source: &mut Source<'_>) -> Result<Box<dyn Delta>> {
+        let (config, dtype) = (&self.lora.config, source.dtype());
+        let start = Start::parse(&config.init_lora_weights)?;
+        let (mut b, mut gate) = (None, Tensor::ones(config.r, dtype, &Device::Cpu)?);
+        let a = source.trainable("lora_A.weight", &[config.r, site.inputs], |rng| {
+            let (a, zero) = start.factors(config, (site, base), dtype, rng)?;
+            b = Some(zero);
+            if self.own.gate == GateStart::Normal {
+                gate = normal((1, config.r), rng)?.flatten_all()?.to_dtype(dtype)?;
+            }
+            Ok(a)
+        })?;
+        let b = source
+            .trainable("lora_B.weight", &[site.outputs, config.r], |_| b.ok_or(Error::Config("no start".into())))?;
+        let dropout = Dropout::new(config.lora_dropout, &site.path);
+        let scaling = config.scaling(&site.path)?;
+        Ok(Box::new(SoraDelta { a, b, gate: Var::from_tensor(&gate)?, scaling, dropout }))
+    }
+
+    fn parameters(&self, site: &Site) -> Result<usize> {
+        Ok(self.lora.parameters(site)? + self.lora.config.r)
+    }
+
+    fn rows_are_independent(&self) -> bool {
+        self.lora.rows_are_independent()
+    }
+
+    fn kept(&self, site: &Site) -> usize {
+        self.lora.kept(site)
+    }
+}
+
+struct SoraDelta {
+    a: Var,
+    b: Var,
+    /// g (r).
+    gate: Var,
+    scaling: f64,
+    dropout: Dropout,
+}
+
+impl Delta for SoraDelta {
+    fn change(&self, _base: &Projection, _rows: usize, _step: &Step) -> TensorResult<Option<Change>> {
+        let a = self.a.broadcast_mul(&self.gate.unsqueeze(1)?)?;
+        Ok(Some(Change::Thin(LowRank { a, b: self.b.as_tensor().clone(), scaling: self.scaling })))
+    }
+
+    fn mask(&self, x: &Tensor, step: &Step) -> TensorResult<Option<Tensor>> {
+        self.dropout.mask(x, step)
+    }
+
+    fn rows_are_independent(&self, step: &Step) -> bool {
+        self.dropout.is_off(step)
+    }
+
+    fn trainable(&self) -> Vec<(&'static str, &Var)> {
+        vec![("lora_A", &self.a), ("lora_B", &self.b), ("gate", &self.gate)]
+    }
+
+    fn stored(&self) -> TensorResult<Vec<(&'static str, Tensor)>> {
+        let gate = self.gate.to_dtype(DType::F64)?.to_vec1::<f64>()?;
+        let kept: Vec<u32> = (0..gate.len()).filter(|&i| gate[i] != 0.0).map(|i| i as u32).collect();
+        if kept.is_empty() {
+            return Ok(Vec::new());
+        }
+        let kept = Tensor::from_slice(&kept, kept.len(), &Device::Cpu)?;
+        let a = self.a.detach().broadcast_mul(&self.gate.detach().unsqueeze(1)?)?.index_select(&kept, 0)?;
+        Ok(vec![("lora_A.weight", a), ("lora_B.weight", self.b.detach().index_select(&kept, 1)?)])
+    }
+}
