@@ -30,13 +30,21 @@ cases = {
     "randlora-full": ["--method", "randlora", "--rank", "8", "--alpha", "12", "--set", "save_projection=true"],
     "randlora-sparse": ["--method", "randlora", "--rank", "8", "--alpha", "12", "--set", "variant=sparse"],
     "eva": ["--method", "eva", "--rank", "3"],
+    "shira": ["--method", "shira", "--rank", "4"],
+    "shira-struct": ["--method", "shira", "--rank", "3", "--set", "mask_type=struct"],
+    "lora-pro": ["--method", "lora-pro", "--rank", "4", "--set", "variant=full", "--lr", "1e-3"],
+    "allora": ["--method", "allora", "--rank", "4"],
+    "dylora": ["--method", "dylora", "--rank", "4"],
+    "sora": ["--method", "sora", "--rank", "6", "--set", "xi=0.05"],
+    "diffora": ["--method", "diffora", "--rank", "3", "--set", "search_steps=4"],
+    "ba-lora": ["--method", "ba-lora", "--rank", "4"],
     "vera": ["--method", "vera", "--rank", "12"],
     "vera-full": ["--method", "vera", "--rank", "9", "--set", "save_projection=true"],
 }
 # Methods that PEFT does not have, as the LoRA that `convert` writes.
 exported = {
     "lora-xs": ["--rank", "8"], "lora-sb": ["--rank", "8", "--set", "samples=8"], "loldu": ["--rank", "12"],
-    "nlora": ["--rank", "4", "--lr", "3e-3"], "tlora": [], "hydra": ["--rank", "8"],
+    "nlora": ["--rank", "4", "--lr", "3e-3"], "tlora": [], "hydra": ["--rank", "8"], "full": ["--lr", "1e-3"], "galore": ["--rank", "8", "--lr", "1e-3"],
 }
 def compare(name, plain, adapter):
     """Largest difference of the golden answers' log p, in PEFT and as Lorimer wrote it down."""

@@ -12,7 +12,9 @@ pub mod inspect;
 pub mod merge;
 pub mod method;
 pub mod methods;
+pub mod resize;
 pub mod store;
+pub mod switch;
 pub mod targets;
 pub mod training;
 

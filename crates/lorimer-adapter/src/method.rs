@@ -1,16 +1,18 @@
 //! What a method is: how it attaches to one projection, what it changes there, what it stores.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use candle_core::{DType, Result as TensorResult, Tensor, Var};
 use lorimer_model::{Projection, Site};
-use lorimer_tensor::Ops;
-use rand::SeedableRng;
+use lorimer_tensor::{Ops, SparseIndex};
+use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
+use crate::methods::diffora::DifforaConfig;
 use crate::targets::Targeting;
 use crate::training::Training;
 
@@ -150,6 +152,10 @@ pub trait Delta: Send + Sync {
     fn pair_scaling(&self) -> Option<f64> {
         None
     }
+    /// The change as entries of the weight, where only some are changed.
+    fn sparse(&self) -> Option<(Arc<SparseIndex>, Tensor)> {
+        None
+    }
     /// What is not trained but found from the base, from a seed or from data when the adapter is made, by key. Its hash stands in
     /// `lorimer.json`, so that a file without it is not used on another base.
     fn frozen(&self) -> Vec<(&'static str, &Tensor)> {
@@ -223,7 +229,12 @@ pub enum Calibration {
         samples: usize,
         /// Rows at a time.
         batch_size: usize,
+        /// Sum the gradients' absolute values, batch by batch.
+        #[serde(skip_serializing_if = "std::ops::Not::not")]
+        absolute: bool,
     },
+    /// Gates on all targeted projections, learnt in a search of some steps.
+    Search(DifforaConfig),
 }
 
 /// Where an adapter on one projection comes from: a start, or a file.
@@ -282,6 +293,12 @@ impl<'a> Source<'a> {
                 .take(&self.site.path, key, shape)?
                 .ok_or_else(|| Error::Mismatch(format!("tensor `{}.{key}` is missing", self.site.path)))?,
         };
+        if !t.dtype().is_float() {
+            return Err(Error::Mismatch(format!(
+                "tensor `{}.{key}` holds integers where weights are expected",
+                self.site.path
+            )));
+        }
         Ok(Var::from_tensor(&t.to_dtype(self.dtype)?.contiguous()?.detach())?)
     }
 
@@ -292,6 +309,22 @@ impl<'a> Source<'a> {
             From::File(tensors) => tensors.take(&self.site.path, key, shape)?,
         };
         Ok(given.map_or_else(make, Ok)?.to_dtype(self.dtype)?.contiguous()?.detach())
+    }
+
+    /// A tensor of the file whose shape is not known beforehand, for the caller to check.
+    pub fn any(&mut self, key: &str) -> Result<Option<Tensor>> {
+        match &mut self.from {
+            From::Start(..) => Ok(None),
+            From::File(tensors) => Ok(tensors.tensors.remove(key)),
+        }
+    }
+
+    /// Random numbers that follow from the run's seed and the site.
+    pub fn rng(&mut self) -> ChaCha8Rng {
+        match &mut self.from {
+            From::Start(rng, _) => ChaCha8Rng::seed_from_u64(rng.random()),
+            From::File(_) => ChaCha8Rng::seed_from_u64(site_seed(0, &self.site.path)),
+        }
     }
 
     /// A tensor of the file that need not be there.
@@ -323,6 +356,10 @@ pub trait Method: Send + Sync {
     fn training(&self) -> Training {
         Training::default()
     }
+    /// What it made of its findings, for `lorimer.json`.
+    fn findings(&self) -> Value {
+        Value::Null
+    }
     /// Last words on the configuration of a file, when the tensors of its modules are known.
     fn describe(&self, _config: &mut Map<String, Value>, _modules: &BTreeMap<String, Vec<(&'static str, Tensor)>>) {}
     /// What it wants to know of the training data.
@@ -339,7 +376,7 @@ pub trait Method: Send + Sync {
         Ok(Vec::new())
     }
     /// With [`Calibration::Gradients`]: what to keep of the summed gradient (outputs, inputs) of a frozen weight.
-    fn digest(&self, _site: &Site, _gradient: &Tensor) -> Result<Found> {
+    fn digest(&self, _site: &Site, _base: &Projection, _gradient: &Tensor) -> Result<Found> {
         Ok(Found::new())
     }
     /// Told once, before anything is attached or loaded, which projections are targeted and what calibration found (nothing
@@ -379,6 +416,10 @@ pub trait Method: Send + Sync {
     /// Figures of a module in a file that only this method has, for `inspect`.
     fn remarks(&self, _tensors: &BTreeMap<String, Tensor>) -> Result<Vec<(String, f64)>> {
         Ok(Vec::new())
+    }
+    /// α of a module, where the method scales by α over the rank.
+    fn low_rank_alpha(&self, _module: &str) -> Result<Option<f64>> {
+        Ok(None)
     }
     /// The low-rank change of a module in a file, where the method has one that needs no base.
     fn low_rank(&self, _module: &str, _tensors: &BTreeMap<String, Tensor>) -> Result<Option<LowRank>> {

@@ -209,6 +209,9 @@ pub fn raw_bytes(t: &Tensor) -> Result<Vec<u8>> {
     let flat = t.flatten_all()?;
     Ok(match t.dtype() {
         DType::U8 => flat.to_vec1::<u8>()?,
+        DType::U32 => flat.to_vec1::<u32>()?.iter().flat_map(|v| v.to_le_bytes()).collect(),
+        DType::I32 => flat.to_vec1::<i32>()?.iter().flat_map(|v| v.to_le_bytes()).collect(),
+        DType::I64 => flat.to_vec1::<i64>()?.iter().flat_map(|v| v.to_le_bytes()).collect(),
         DType::F64 => flat.to_vec1::<f64>()?.iter().flat_map(|v| v.to_le_bytes()).collect(),
         DType::F32 => flat.to_vec1::<f32>()?.iter().flat_map(|v| v.to_le_bytes()).collect(),
         DType::F16 => flat.to_vec1::<half::f16>()?.iter().flat_map(|v| v.to_le_bytes()).collect(),
@@ -221,6 +224,9 @@ pub fn raw_bytes(t: &Tensor) -> Result<Vec<u8>> {
 pub fn safetensors_dtype(dtype: DType) -> Result<safetensors::Dtype> {
     Ok(match dtype {
         DType::U8 => safetensors::Dtype::U8,
+        DType::U32 => safetensors::Dtype::U32,
+        DType::I32 => safetensors::Dtype::I32,
+        DType::I64 => safetensors::Dtype::I64,
         DType::F64 => safetensors::Dtype::F64,
         DType::F32 => safetensors::Dtype::F32,
         DType::F16 => safetensors::Dtype::F16,

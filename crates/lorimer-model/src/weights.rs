@@ -99,10 +99,16 @@ impl SafetensorsFile {
             safetensors::Dtype::F32 => DType::F32,
             safetensors::Dtype::F16 => DType::F16,
             safetensors::Dtype::BF16 => DType::BF16,
+            safetensors::Dtype::U8 => DType::U8,
+            safetensors::Dtype::U32 => DType::U32,
+            safetensors::Dtype::I32 => DType::I32,
+            safetensors::Dtype::I64 => DType::I64,
             other => {
                 return Err(Error::invalid(
                     &self.path,
-                    format!("tensor `{name}` has type {other:?}; f64, f32, f16 and bf16 are read"),
+                    format!(
+                        "tensor `{name}` has type {other:?}; f64, f32, f16, bf16 and integers of 8 (unsigned), 32 and 64 bits are read"
+                    ),
                 ));
             }
         };
@@ -369,7 +375,13 @@ impl Weights {
             Source::Memory(tensors) => tensors.get(name).cloned(),
             Source::Gguf { .. } => None,
         };
-        found.ok_or_else(|| self.missing(name))
+        let found = found.ok_or_else(|| self.missing(name))?;
+        match found.dtype().is_float() {
+            true => Ok(found),
+            false => {
+                Err(Error::invalid(&self.origin, format!("tensor `{name}` holds integers where weights are expected")))
+            }
+        }
     }
 
     /// Shape of a tensor, without reading it.

@@ -26,6 +26,7 @@ pub mod project;
 mod raw;
 pub mod ring;
 pub mod rotary;
+pub mod sparse;
 pub mod storage;
 pub mod tape;
 mod wide;
@@ -40,6 +41,7 @@ pub use norm::rms_norm;
 pub use ops::Ops;
 pub use project::{frozen_left, frozen_linear};
 pub use rotary::{RotaryTable, rotary};
+pub use sparse::SparseIndex;
 pub use storage::FrozenWeight;
 pub use tape::{Gradients, Tape};
 

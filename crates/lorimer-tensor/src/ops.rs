@@ -15,6 +15,7 @@ use crate::project::frozen_linear;
 use crate::raw::{Real, with_slices};
 use crate::ring;
 use crate::rotary::{Rotary, RotaryTable};
+use crate::sparse::{self, SparseIndex};
 use crate::storage::FrozenWeight;
 use crate::tape::{Gradients, SERIAL, Tape, add};
 
@@ -279,6 +280,33 @@ impl<'a> Ops<'a> {
             });
         }
         Ok(y)
+    }
+
+    /// `x Sᵀ` with a sparse matrix of trainable entries: see [`crate::sparse`].
+    pub fn sparse(&self, x: &Tensor, values: &Tensor, index: &Arc<SparseIndex>) -> Result<Tensor> {
+        if !self.on_cpu(x) || self.0.is_none() {
+            return self.fallback(&[x, values], |t| t[0].matmul(&index.matrix(&t[1])?.t()?));
+        }
+        fn run<T: Real>(tape: Option<&Tape>, x: &Tensor, values: &Tensor, index: &Arc<SparseIndex>) -> Result<Tensor> {
+            let y = sparse::forward::<T>(x, values, index)?;
+            if let Some(tape) = tape {
+                let id = |t: &Tensor| tape.tracks(t).then(|| t.id());
+                let (ids, recipe, values, index) = ((id(x), id(values)), tape.recipe(x), values.clone(), index.clone());
+                tape.record(&y, move |g, gradients| {
+                    let (dx, dv) = sparse::backward::<T>(g, &recipe()?, &values, &index, ids.0.is_some())?;
+                    if let (Some(id), Some(dx)) = (ids.0, dx) {
+                        gradients.add(id, dx)?;
+                    }
+                    ids.1.map_or(Ok(()), |id| gradients.add(id, dv))
+                });
+            }
+            Ok(y)
+        }
+        let tape = self.tape(&[x, values]);
+        match x.dtype() {
+            DType::F64 => run::<f64>(tape, x, values, index),
+            _ => run::<f32>(tape, x, values, index),
+        }
     }
 
     /// `x Wᵀ` with a weight (outputs, inputs) that may have a gradient too.

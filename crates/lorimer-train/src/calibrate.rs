@@ -26,6 +26,7 @@ use sha2::{Digest, Sha256};
 
 use crate::encode::Example;
 use crate::error::{Error, Result};
+use crate::search::search;
 
 /// Version of what is cached.
 const CACHE_VERSION: u32 = 1;
@@ -320,7 +321,7 @@ pub fn gradients(
     model: &Llama,
     method: &dyn Method,
     rows: &[&Example],
-    batch_size: usize,
+    (batch_size, absolute): (usize, bool),
     mut hear: impl FnMut(Vec<(&Site, Tensor)>) -> Result<()>,
     mut tell: impl FnMut(usize, usize),
 ) -> Result<()> {
@@ -345,15 +346,31 @@ pub fn gradients(
         of.map(|(site, base)| Ok((site.path.clone(), Var::from_tensor(&base.dense(model.dtype())?)?))).collect()
     };
     let tape_of = |weights: &HashMap<String, Var>| Tape::new(weights.values().map(Var::as_tensor));
-    let mut deliver = |layer: Option<usize>, weights: &HashMap<String, Var>, mut found: Gradients| -> Result<()> {
-        let of = sites.iter().filter(|(site, _)| site.layer == layer).map(|(site, _)| {
-            let weight = &weights[&site.path];
-            Ok((*site, found.remove(weight).map_or_else(|| weight.zeros_like(), Ok)?))
-        });
-        hear(of.collect::<TensorResult<_>>()?)
+    // With `absolute`, a part's gradients are added up as soon as they are there.
+    type Sums = HashMap<String, Tensor>;
+    let settle = |weights: &HashMap<String, Var>, found: &mut Gradients, sums: &mut Sums| -> TensorResult<()> {
+        for (path, weight) in weights {
+            let Some(g) = found.remove(weight) else { continue };
+            let g = g.abs()?;
+            let sum = match sums.remove(path) {
+                Some(sum) => (sum + g)?,
+                None => g,
+            };
+            sums.insert(path.clone(), sum);
+        }
+        Ok(())
     };
+    let mut deliver =
+        |layer: Option<usize>, weights: &HashMap<String, Var>, mut found: Gradients, mut sums: Sums| -> Result<()> {
+            let of = sites.iter().filter(|(site, _)| site.layer == layer).map(|(site, _)| {
+                let weight = &weights[&site.path];
+                let g = sums.remove(&site.path).or_else(|| found.remove(weight));
+                Ok((*site, g.map_or_else(|| weight.zeros_like(), Ok)?))
+            });
+            hear(of.collect::<TensorResult<_>>()?)
+        };
     let mut parts = Vec::new();
-    let (head, mut found) = (variables(None)?, Gradients::default());
+    let (head, mut found, mut sums) = (variables(None)?, Gradients::default(), Sums::new());
     for rows in rows.chunks(batch_size.max(1)) {
         let batch = Batch::share(rows.iter().map(|e| e.seen(true)));
         let pairs = rows.iter().zip(&batch.rows);
@@ -379,12 +396,15 @@ pub fn gradients(
         let seed = Tensor::new(1.0 / total as f64, &Device::Cpu)?.to_dtype(loss.dtype())?;
         tape.backward(&loss, seed, &mut found)?;
         let gradient = found.remove(&h);
+        if absolute {
+            settle(&head, &mut found, &mut sums)?;
+        }
         parts.push(Part { layout, hidden, gradient });
     }
-    deliver(None, &head, found)?;
+    deliver(None, &head, found, sums)?;
     tell(1, steps);
     for layer in (lowest..model.layer_count()).rev() {
-        let (weights, mut found) = (variables(Some(layer))?, Gradients::default());
+        let (weights, mut found, mut sums) = (variables(Some(layer))?, Gradients::default(), Sums::new());
         for part in &mut parts {
             let (Some(h), Some(g)) = (part.hidden.pop(), part.gradient.take()) else { continue };
             let tape = tape_of(&weights);
@@ -393,8 +413,11 @@ pub fn gradients(
             let y = rayon::scope(|_| model.layer(layer, &h, &part.layout, &recorder, None))?;
             tape.backward(&y, g, &mut found)?;
             part.gradient = found.remove(&h);
+            if absolute {
+                settle(&weights, &mut found, &mut sums)?;
+            }
         }
-        deliver(Some(layer), &weights, found)?;
+        deliver(Some(layer), &weights, found, sums)?;
         tell(model.layer_count() - layer + 1, steps);
     }
     Ok(())
@@ -440,16 +463,21 @@ pub fn calibrate(
         return Ok(found);
     }
     let findings = match calibration {
-        Calibration::Gradients { batch_size, .. } => {
+        Calibration::Gradients { batch_size, absolute, .. } => {
             let mut findings = Findings::new();
+            let bases: HashMap<&str, &Projection> =
+                model.projections().into_iter().map(|(site, base)| (site.path.as_str(), base)).collect();
             let digest = |layer: Vec<(&Site, Tensor)>| {
-                let one = |(site, gradient): &(&Site, Tensor)| Ok((site.path.clone(), method.digest(site, gradient)?));
+                let one = |(site, gradient): &(&Site, Tensor)| {
+                    Ok((site.path.clone(), method.digest(site, bases[site.path.as_str()], gradient)?))
+                };
                 findings.extend(layer.par_iter().map(one).collect::<Result<Vec<_>>>()?);
                 Ok(())
             };
-            gradients(model, method, &looked_at, batch_size, digest, tell)?;
+            gradients(model, method, &looked_at, (batch_size, absolute), digest, tell)?;
             findings
         }
+        Calibration::Search(settings) => search(model, method.targeting(), &settings, &looked_at, tell)?,
         _ => {
             let all = targeted(model, method)?.len();
             inputs(model, method, &looked_at, |_, done| tell(done, all))?

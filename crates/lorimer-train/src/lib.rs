@@ -15,6 +15,7 @@ pub mod optimizer;
 pub mod plan;
 pub mod scatter;
 pub mod schedule;
+pub mod search;
 pub mod session;
 pub mod step;
 pub mod trainer;

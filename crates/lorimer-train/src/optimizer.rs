@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 
 mod adamw;
 mod galore;
-mod lora_pro;
+pub mod lora_pro;
 
 pub use adamw::{AdamW, AdamWConfig};
 pub use galore::GaloreOptimizer;

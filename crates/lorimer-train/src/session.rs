@@ -161,6 +161,10 @@ impl Session<'_> {
             golden,
             frozen: adapter.frozen_parts()?,
         });
+        let findings = adapter.method.findings();
+        if let Some(manifest) = stored.manifest.as_mut().filter(|_| !findings.is_null()) {
+            manifest.training["findings"] = findings;
+        }
         let mut metrics =
             vec![("last training loss".to_string(), format!("{:.4}", outcome.losses.last().unwrap_or(&f64::NAN)))];
         if let Some(e) = &outcome.evaluation {

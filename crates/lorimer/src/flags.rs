@@ -55,7 +55,7 @@ pub struct AdapterArgs {
 }
 
 /// `all-linear` or a regular expression stays a text; names with commas, or one plain name, are a list.
-fn names(text: &str) -> Value {
+pub fn names(text: &str) -> Value {
     let plain = |s: &str| !s.is_empty() && s.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '_' | '.'));
     let parts: Vec<&str> = text.split(',').map(str::trim).collect();
     match text != "all-linear" && parts.iter().all(|p| plain(p)) {

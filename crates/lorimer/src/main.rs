@@ -54,6 +54,12 @@ enum Verb {
     Merge(verbs::merge::Merge),
     /// Convert an adapter between PEFT, llama.cpp GGUF and kohya-style files
     Convert(verbs::convert::Convert),
+    /// The nearest LoRA of a full tune
+    Extract(verbs::extract::Extract),
+    /// Cut a LoRA to its first ranks
+    Resize(verbs::resize::Resize),
+    /// Change sparse adapters under one base in memory, in milliseconds
+    Switch(verbs::switch::Switch),
     /// Show what is in an adapter
     Inspect(verbs::inspect::Inspect),
     /// Check that an adapter fits its base, does something, and answers as it did when it was trained
@@ -86,6 +92,9 @@ fn main() -> ExitCode {
         Verb::Generate(v) => v.run(cli.global),
         Verb::Merge(v) => v.run(cli.global),
         Verb::Convert(v) => v.run(cli.global),
+        Verb::Extract(v) => v.run(cli.global),
+        Verb::Resize(v) => v.run(cli.global),
+        Verb::Switch(v) => v.run(cli.global),
         Verb::Inspect(v) => v.run(cli.global),
         Verb::Check(v) => v.run(cli.global),
         Verb::Bench(v) => v.run(cli.global),

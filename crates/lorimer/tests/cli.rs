@@ -143,6 +143,19 @@ fn killed_runs_with_every_saving_on_resume_to_the_same_bytes() {
     resumes_exactly(&format!("--max-steps 240 --save-steps 7 --resume {savings}"));
 }
 
+/// Optimisers with state of their own, and controls that follow from seed and step.
+#[test]
+fn killed_runs_of_other_dynamics_resume_to_the_same_bytes() {
+    for method in [
+        "--method galore --rank 3 --set per_layer=true --set bits=8 --set update_proj_gap=5",
+        "--method lora-pro --set variant=full --loraplus-lr-ratio 4",
+        "--method dylora --rank 6",
+        "--method sora --set stages=3 --set xi=0.02 --set xi_min=0.001",
+    ] {
+        resumes_exactly(&format!("--max-steps 60 --save-steps 7 --resume {method}"));
+    }
+}
+
 fn resumes_exactly(flags: &str) {
     let f = Fixture::new();
     let flags = flags.replace("DATA", &f.data);

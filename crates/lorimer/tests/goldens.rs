@@ -395,3 +395,38 @@ fn the_real_model_equals_transformers_and_peft() {
     let (to_adapted, to_plain) = (distance(&requantised, &strong), distance(&requantised, &golden.get("plain")));
     assert!(to_adapted < 0.5 * to_plain, "{to_adapted} from the adapted logits, {to_plain} from the plain ones");
 }
+
+/// Twenty steps of galore-torch, with its space renewed on the way, on each side that it projects on.
+#[test]
+fn twenty_steps_equal_galore_torch() {
+    use lorimer::adapter::training::{Galore, GaloreProjection};
+    use lorimer::train::optimizer::GaloreOptimizer;
+    let file = SafetensorsFile::open(&folder("galore.safetensors")).unwrap();
+    let get = |name: &str| file.load(name).unwrap().unwrap();
+    let (x, target) = (get("x"), get("target"));
+    for (kind, proj_type) in [
+        ("std", GaloreProjection::Std),
+        ("reverse_std", GaloreProjection::ReverseStd),
+        ("left", GaloreProjection::Left),
+        ("right", GaloreProjection::Right),
+    ] {
+        let weights = ["w0", "w1"].map(|name| candle_core::Var::from_tensor(&get(name)).unwrap());
+        let parameters = [("w0".to_string(), &weights[0]), ("w1".to_string(), &weights[1])];
+        let settings = Galore { rank: 4, update_proj_gap: 6, scale: 0.5, proj_type, ..Default::default() };
+        let mut optimizer = GaloreOptimizer::new(settings, AdamWConfig { weight_decay: 0.01, ..Default::default() });
+        for (step, expected) in get(&format!("{kind}.losses")).to_vec1::<f32>().unwrap().into_iter().enumerate() {
+            let hidden = x.matmul(&weights[0].t().unwrap()).unwrap().tanh().unwrap();
+            let y = hidden.matmul(&weights[1].t().unwrap()).unwrap();
+            let loss = (y - &target).unwrap().sqr().unwrap().mean_all().unwrap();
+            let grads = loss.backward().unwrap();
+            let gradients: Vec<_> = weights.iter().map(|w| grads.get(w.as_tensor()).cloned()).collect();
+            optimizer.step(&parameters, &gradients, 1e-2).unwrap();
+            let d = f64::from(loss.to_scalar::<f32>().unwrap() - expected).abs();
+            assert!(d < 1e-4, "{kind}: the loss of step {step} differs by {d:e}");
+        }
+        for (name, var) in &parameters {
+            let d = distance(var.as_tensor(), &get(&format!("{kind}.{name}")));
+            assert!(d < 1e-4, "{kind}: {name} differs by {d:e}");
+        }
+    }
+}

@@ -1,115 +1,29 @@
 //! The laws that every method obeys, run on all the settings that its line in the registry names.
 
-use std::collections::{BTreeMap, HashMap};
-use std::path::Path;
+use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Result, Tensor};
 use lorimer::adapter::export::to_lora;
 use lorimer::model::Site;
-use lorimer::model::config::LlamaConfig;
-use lorimer::model::weights::{LoadDtype, Weights};
+use lorimer::model::weights::LoadDtype;
 use lorimer::prelude::*;
 use lorimer::tensor::Gradients;
-use lorimer::train::calibrate::{Data, calibrate, gradients};
+use lorimer::train::calibrate::gradients;
 use lorimer::train::frozen::{FrozenCache, FrozenLower};
 use lorimer::train::optimizer::{AdamW, AdamWConfig, Optimizer};
 use lorimer::train::step::{StepOptions, accumulate_gradients, batch_loss};
-use rand::{Rng, SeedableRng};
-use serde_json::{Value, json};
+use rand::SeedableRng;
+use serde_json::Value;
+
+#[path = "common/tiny.rs"]
+mod tiny;
+use tiny::*;
 
 /// Every method with each of its settings, and how far the start may be from the base.
 fn matrix() -> impl Iterator<Item = (&'static str, &'static str, f64)> {
     methods::REGISTRY
         .iter()
         .flat_map(|e| e.laws.iter().map(move |(settings, tolerance)| (e.name, *settings, *tolerance)))
-}
-
-fn random(shape: &[usize], scale: f64, rng: &mut impl Rng) -> Tensor {
-    let n = shape.iter().product();
-    let data: Vec<f64> = (0..n).map(|_| rng.random_range(-scale..scale)).collect();
-    Tensor::from_vec(data, shape, &Device::Cpu).unwrap()
-}
-
-/// A tiny model with biases, in f64.
-fn model() -> Llama {
-    model_as(DType::F64, LoadDtype::Stored)
-}
-
-/// The same, computing in another type, its weights kept in another way.
-fn model_as(dtype: DType, load: LoadDtype) -> Llama {
-    let json = json!({
-        "model_type": "qwen2", "hidden_size": 16, "intermediate_size": 20, "vocab_size": 40, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "rope_theta": 10000.0, "tie_word_embeddings": false,
-    });
-    let config = LlamaConfig::from_json(&json, Path::new("config.json")).unwrap();
-    let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(5);
-    let mut tensors = HashMap::new();
-    let mut put = |name: String, shape: &[usize], scale: f64| {
-        let t = random(shape, scale, &mut rng);
-        let t = if name.ends_with("norm.weight") { (t + 1.0).unwrap() } else { t };
-        tensors.insert(name, t.to_dtype(dtype).unwrap());
-    };
-    put("model.embed_tokens.weight".into(), &[40, 16], 1.0);
-    put("lm_head.weight".into(), &[40, 16], 0.5);
-    put("model.norm.weight".into(), &[16], 0.2);
-    for i in 0..2 {
-        let at = |name: &str| format!("model.layers.{i}.{name}");
-        for (name, out, inp, bias) in [
-            ("self_attn.q_proj", 16, 16, true),
-            ("self_attn.k_proj", 8, 16, true),
-            ("self_attn.v_proj", 8, 16, true),
-            ("self_attn.o_proj", 16, 16, false),
-            ("mlp.gate_proj", 20, 16, false),
-            ("mlp.up_proj", 20, 16, false),
-            ("mlp.down_proj", 16, 20, false),
-        ] {
-            put(at(&format!("{name}.weight")), &[out, inp], 0.4);
-            if bias {
-                put(at(&format!("{name}.bias")), &[out], 0.3);
-            }
-        }
-        put(at("input_layernorm.weight"), &[16], 0.2);
-        put(at("post_attention_layernorm.weight"), &[16], 0.2);
-    }
-    Llama::load(config, &Weights::from_memory(tensors).kept_as(load)).unwrap()
-}
-
-fn examples() -> Vec<Example> {
-    let row = |tokens: &[u32]| Example {
-        tokens: tokens.to_vec(),
-        learnt: tokens.iter().map(|t| *t > 5).collect(),
-        answer: None,
-    };
-    vec![row(&[1, 7, 9, 3, 11, 12]), row(&[2, 30, 8]), row(&[4, 5, 39, 21, 7])]
-}
-
-fn logits(model: &Llama, adaptation: &dyn Adaptation) -> Tensor {
-    let rows = examples();
-    let batch = Batch::pack(rows.iter().map(|e| e.tokens.as_slice()));
-    model.logits(&model.hidden(&batch, adaptation).unwrap(), adaptation).unwrap()
-}
-
-fn distance(a: &Tensor, b: &Tensor) -> f64 {
-    (a - b).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f64>().unwrap()
-}
-
-fn attach(model: &Llama, name: &str, settings: &str) -> Adapter {
-    let Value::Object(settings) = serde_json::from_str(settings).unwrap() else { panic!("settings") };
-    let method = methods::build(name, &settings).unwrap();
-    let rows = examples();
-    let data = Data { rows: rows.iter().collect(), base: String::new(), cache: None };
-    let findings = calibrate(model, method.as_ref(), &data, |_, _| {}).unwrap();
-    Adapter::attach_calibrated(model, method, &findings, 3).unwrap()
-}
-
-/// Moves every trainable parameter, so that the adapter does something.
-fn move_all(adapter: &Adapter) {
-    let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(8);
-    for (_, var) in adapter.trainable() {
-        let moved = random(var.dims(), 0.2, &mut rng).to_dtype(var.dtype()).unwrap();
-        let moved = (var.as_tensor() + moved).unwrap();
-        var.set(&moved).unwrap();
-    }
 }
 
 fn base_bytes(model: &Llama) -> Vec<f64> {
@@ -216,7 +130,7 @@ fn calibration_finds_the_frozen_weights_gradients() {
         found.extend(layer.into_iter().map(|(site, t)| (site.path.clone(), t)));
         Ok(())
     };
-    gradients(&model, method.unwrap().as_ref(), &rows, 2, hear, |_, _| {}).unwrap();
+    gradients(&model, method.unwrap().as_ref(), &rows, (2, false), hear, |_, _| {}).unwrap();
     let all = r#"{"target_modules": ["lm_head"], "modules_to_save":
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}"#;
     let whole = attach(&model, "lora", all);
@@ -243,7 +157,7 @@ fn lora_sb_catches_the_first_step() {
         first.extend(layer.into_iter().map(|(site, t)| (site.path.clone(), t)));
         Ok(())
     };
-    gradients(&model, adapter.method.as_ref(), &rows, 8, hear, |_, _| {}).unwrap();
+    gradients(&model, adapter.method.as_ref(), &rows, (8, false), hear, |_, _| {}).unwrap();
     for (site, base, delta) in adapter.sites(&model) {
         let values = first[&site.path].flatten_all().unwrap().to_vec1::<f64>().unwrap();
         let step = methods::lora_sb::first_step(&values, 0.5);

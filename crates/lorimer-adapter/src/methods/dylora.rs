@@ -22,8 +22,6 @@
 //! assert_eq!(y, [4.0, 1.0]);
 //! ```
 
-use std::collections::BTreeMap;
-
 use candle_core::{Device, Result as TensorResult, Tensor, Var};
 use lorimer_model::{Projection, Site};
 use serde::{Deserialize, Serialize};
@@ -229,24 +227,4 @@ impl Delta for DyloraDelta {
     fn stored(&self) -> TensorResult<Vec<(&'static str, Tensor)>> {
         Ok(vec![("lora_A.weight", self.a.detach()), ("lora_B.weight", self.b.detach().t()?.contiguous()?)])
     }
-}
-
-/// A LoRA's first `rank` ranks, byte for byte: rows of A, columns of B. `None` where a module has fewer.
-pub fn cut(tensors: &BTreeMap<String, Tensor>, rank: usize) -> TensorResult<Option<BTreeMap<String, Tensor>>> {
-    let mut all = BTreeMap::new();
-    for (name, t) in tensors {
-        let axis = match name {
-            n if n.ends_with(".lora_A.weight") => 0,
-            n if n.ends_with(".lora_B.weight") => 1,
-            _ => {
-                all.insert(name.clone(), t.clone());
-                continue;
-            }
-        };
-        if t.dims().len() != 2 || t.dim(axis)? < rank {
-            return Ok(None);
-        }
-        all.insert(name.clone(), t.narrow(axis, 0, rank)?.contiguous()?);
-    }
-    Ok(Some(all))
 }

@@ -401,6 +401,10 @@ impl Method for Lora {
         }
     }
 
+    fn low_rank_alpha(&self, module: &str) -> Result<Option<f64>> {
+        self.config.alpha(module).map(Some)
+    }
+
     fn low_rank(&self, module: &str, tensors: &std::collections::BTreeMap<String, Tensor>) -> Result<Option<LowRank>> {
         let (Some(a), Some(b)) = (tensors.get("lora_A.weight"), tensors.get("lora_B.weight")) else { return Ok(None) };
         let rank = self.config.rank(module)?;

@@ -112,10 +112,10 @@ impl Method for LoraSb {
     }
 
     fn calibration(&self) -> Calibration {
-        Calibration::Gradients { samples: self.config.samples, batch_size: 8 }
+        Calibration::Gradients { samples: self.config.samples, batch_size: 8, absolute: false }
     }
 
-    fn digest(&self, site: &Site, gradient: &Tensor) -> Result<Found> {
+    fn digest(&self, site: &Site, _base: &Projection, gradient: &Tensor) -> Result<Found> {
         check_rank(self.config.r, site)?;
         let values = gradient.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
         let step = Tensor::from_vec(first_step(&values, self.config.init_lr), gradient.shape(), gradient.device())?;

@@ -8,6 +8,7 @@ use crate::method::Method;
 pub mod allora;
 pub mod ba_lora;
 pub mod bone;
+pub mod diffora;
 pub mod dora;
 pub mod dropout;
 pub mod dylora;
@@ -25,6 +26,7 @@ pub mod mt19937;
 pub mod nlora;
 pub mod randlora;
 pub mod random;
+pub mod shira;
 pub mod slices;
 pub mod sora;
 pub mod tlora;
@@ -95,11 +97,13 @@ pub const REGISTRY: &[Entry] = &[
     hydra::ENTRY,
     vera::ENTRY,
     full::ENTRY,
+    shira::ENTRY,
     lora_pro::ENTRY,
     galore::ENTRY,
     allora::ENTRY,
     dylora::ENTRY,
     sora::ENTRY,
+    diffora::ENTRY,
     ba_lora::ENTRY,
 ];
 

@@ -20,6 +20,7 @@ use serde_json::{Value, json};
 use crate::Global;
 use crate::common::{self, ModelArgs};
 use crate::flags::{AdapterArgs, Planned, StepArgs, show_bytes};
+use crate::verbs::switch::BenchSwitch;
 
 /// Measure speed and memory, alone or against a peer
 #[derive(Args)]
@@ -34,6 +35,8 @@ enum What {
     Train(Box<BenchTrain>),
     /// How near `lorimer plan` comes to the measured peak memory, for twelve settings
     Plan(BenchPlan),
+    /// Switching sparse adapters under one base, against fusing LoRAs
+    Switch(BenchSwitch),
 }
 
 /// Each of twelve settings is planned, then run for some steps in a process of its own
@@ -146,6 +149,7 @@ impl Bench {
         match self.what {
             What::Train(bench) => bench.run(global),
             What::Plan(bench) => bench.run(global),
+            What::Switch(bench) => bench.run(global),
         }
     }
 }

@@ -1,0 +1,605 @@
+//! # SHiRA: sparse high-rank adapters
+//!
+//! Bhardwaj et al. 2024, *Sparse High Rank Adapters*, NeurIPS, arXiv 2406.13175, section 3: a mask of k entries of W (outputs, inputs) is chosen once, and
+//! only these are trained: `y = (W + S) x` with S sparse and zero at the start. k is `r · (inputs + outputs)` (as many as LoRA of rank r; PEFT's
+//! rule) or `density · inputs · outputs`.
+//!
+//! Masks (`mask_type`): `random`; `struct` (the diagonal, then whole rows and columns in turn); `wm` (the largest |W|); `grad` (the largest Σ|∂L/∂W|
+//! over some batches); `snip` (the largest |W| · Σ|∂L/∂W|); `block` (random runs of 16 neighbours: a cache line of f32, which
+//! switches fastest). With `parts` = n and `part` = i, random masks of one `random_seed` are disjoint for different i.
+//!
+//! Trainable parameters of a projection: k.
+//!
+//! Good for: switching adapters under one base in milliseconds (`lorimer switch`: k numbers are written, nothing is multiplied, and the base comes
+//! back bit for bit), and for adding several adapters up with little interference. In training only k gradients, moments and values exist; an
+//! entry's gradient is one dot product.
+//!
+//! Step time is near LoRA's at a density of about 1 %: the frozen products are the same, and an entry costs a row of multiply-adds three times.
+//!
+//! The file is PEFT's (`shira_weight` (k), `shira_indices` (2, k)), 12 bytes an entry. `form` = `compact` (or `compact_f16`) writes rising positions as
+//! differences in 7-bit groups, about 5 (3) bytes an entry at 1 %; `lorimer convert --to peft` and `--to compact` change between them.
+//!
+//! ```
+//! use lorimer_adapter::methods::shira::{decode, encode};
+//! // Rising positions by their differences, 7 bits a byte.
+//! assert_eq!(encode(&[3, 5, 400]), [3, 2, 0x8b, 0x03]);
+//! assert_eq!(decode(&[3, 2, 0x8b, 0x03], 401).unwrap(), [3, 5, 400]);
+//! ```
+
+use std::collections::{BTreeMap, HashSet};
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Result as TensorResult, Tensor, Var};
+use lorimer_model::{Projection, Site};
+use lorimer_tensor::{Ops, SparseIndex};
+use rand::seq::{SliceRandom, index};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use super::{Entry, Served};
+use crate::error::{Error, Result};
+use crate::method::{
+    Calibration, Delta, Found, Method, NotMergeable, Source, Step, configure, from_peft_json, peft_json, site_seed,
+};
+use crate::store::StoredAdapter;
+use crate::targets::Targeting;
+
+/// The registry's line.
+pub const ENTRY: Entry = Entry {
+    name: "shira",
+    title: "Sparse high-rank adapter",
+    paper: "arXiv 2406.13175",
+    kind: "projection",
+    variants: &["random", "struct", "wm", "grad", "snip", "block"],
+    peft_type: "SHIRA",
+    mergeable: true,
+    served: Served::Converted,
+    lr: 1e-3,
+    flags: &[("rank", "r")],
+    source: include_str!("shira.rs"),
+    laws: &[
+        (r#"{"r": 2}"#, 0.0),
+        (r#"{"r": 3, "mask_type": "struct", "form": "compact"}"#, 0.0),
+        (r#"{"density": 0.2, "mask_type": "wm"}"#, 0.0),
+        (r#"{"r": 1, "mask_type": "grad", "samples": 3}"#, 0.0),
+        (r#"{"r": 1, "mask_type": "snip", "samples": 3}"#, 0.0),
+        (r#"{"density": 0.3, "mask_type": "block", "form": "compact"}"#, 0.0),
+        (r#"{"density": 0.1, "random_seed": 4, "part": 2, "parts": 3}"#, 0.0),
+    ],
+    build: |settings| {
+        let mut settings = settings.clone();
+        if let Some(variant) = settings.remove("variant") {
+            settings.insert("mask_type".into(), variant);
+        }
+        Ok(Box::new(Shira { config: configure::<ShiraConfig>("shira", &settings)?.checked()? }))
+    },
+    recognises: |config| config.get("peft_type").and_then(Value::as_str) == Some("SHIRA"),
+    from_file: |config| {
+        Ok(Box::new(Shira { config: from_peft_json::<ShiraConfig>("shira", config, &["fan_in_fan_out"])?.checked()? }))
+    },
+};
+
+/// PEFT's `ShiraConfig`, and what it lacks.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ShiraConfig {
+    /// Which modules.
+    #[serde(flatten)]
+    pub targeting: Targeting,
+    /// As many entries as LoRA of this rank has parameters.
+    pub r: usize,
+    /// Share of the weight's entries, in place of `r`.
+    pub density: Option<f64>,
+    /// How the entries are chosen.
+    pub mask_type: Mask,
+    /// Seed of random masks [default: the run's].
+    pub random_seed: Option<u64>,
+    /// Zero at the start.
+    pub init_weights: bool,
+    /// For disjoint masks: which part.
+    pub part: usize,
+    /// For disjoint masks: of how many.
+    pub parts: usize,
+    /// With `grad` and `snip`: rows of data that are looked at.
+    pub samples: usize,
+    /// With `grad` and `snip`: rows at a time.
+    pub batch_size: usize,
+    /// How the file holds entries.
+    pub form: Form,
+}
+
+/// How the entries are chosen.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Mask {
+    /// Uniformly.
+    #[default]
+    Random,
+    /// The diagonal, whole rows and columns.
+    Struct,
+    /// The largest weights.
+    Wm,
+    /// The largest gradients.
+    Grad,
+    /// The largest products of both.
+    Snip,
+    /// Random runs of 16.
+    Block,
+}
+
+/// How the file holds entries.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Form {
+    /// PEFT's.
+    #[default]
+    Peft,
+    /// Positions by differences, values as trained.
+    Compact,
+    /// The same, values in f16.
+    CompactF16,
+}
+
+impl Default for ShiraConfig {
+    fn default() -> Self {
+        Self {
+            targeting: Targeting::default(),
+            r: 32,
+            density: None,
+            mask_type: Mask::Random,
+            random_seed: None,
+            init_weights: true,
+            part: 0,
+            parts: 1,
+            samples: 64,
+            batch_size: 8,
+            form: Form::Peft,
+        }
+    }
+}
+
+/// Neighbours of a `block` mask's run: 64 bytes of f32.
+const RUN: usize = 16;
+
+impl ShiraConfig {
+    fn checked(self) -> Result<Self> {
+        let fail = |text: String| Err(Error::Config(text));
+        if self.r == 0 || self.r > 1 << 16 {
+            return fail(format!("r = {} should be between 1 and 65536", self.r));
+        }
+        if self.density.is_some_and(|d| !(d > 0.0 && d <= 1.0)) {
+            return fail(format!("density = {} should be above 0 and at most 1", self.density.unwrap_or_default()));
+        }
+        if self.parts == 0 || self.part >= self.parts || self.parts > 1 << 16 {
+            return fail(format!("part = {} should be below parts = {}", self.part, self.parts));
+        }
+        if self.parts > 1 && self.mask_type != Mask::Random {
+            return fail("disjoint parts are for mask_type random".into());
+        }
+        if self.samples == 0 || self.batch_size == 0 || self.batch_size > 1 << 16 {
+            return fail("samples and batch_size of shira should be at least 1".into());
+        }
+        Ok(self)
+    }
+
+    /// k on a projection.
+    pub fn count(&self, site: &Site) -> Result<usize> {
+        let all = site.inputs * site.outputs;
+        let k = match self.density {
+            Some(density) => ((density * all as f64).round() as usize).max(1),
+            None => self.r * (site.inputs + site.outputs),
+        };
+        match k.checked_mul(self.parts).is_some_and(|most| most <= all) {
+            true => Ok(k),
+            false => Err(Error::Config(format!(
+                "shira: {} times {k} entries of `{}`, which has {all}; lower r or density",
+                self.parts, site.path
+            ))),
+        }
+    }
+
+    /// The entries' positions, rising.
+    fn mask(&self, site: &Site, base: &Projection, source: &Source<'_>, rng: &mut ChaCha8Rng) -> Result<Vec<u32>> {
+        let (k, all) = (self.count(site)?, site.inputs * site.outputs);
+        let mut rng = match self.random_seed {
+            Some(seed) => ChaCha8Rng::seed_from_u64(site_seed(seed, &site.path)),
+            None => ChaCha8Rng::seed_from_u64(rng.random()),
+        };
+        let mut positions: Vec<u32> = match self.mask_type {
+            Mask::Random => {
+                let drawn = index::sample(&mut rng, all, k * self.parts).into_vec();
+                drawn[self.part * k..(self.part + 1) * k].iter().map(|&p| p as u32).collect()
+            }
+            Mask::Struct => structured(k, (site.outputs, site.inputs), &mut rng),
+            Mask::Wm => largest(&base.dense(DType::F32)?, k)?,
+            Mask::Grad | Mask::Snip => source.found("positions")?.to_dtype(DType::U32)?.to_vec1::<u32>()?,
+            Mask::Block => {
+                let runs = index::sample(&mut rng, all.div_ceil(RUN), k.div_ceil(RUN).min(all.div_ceil(RUN)));
+                let entries = runs.into_iter().flat_map(|run| run * RUN..((run + 1) * RUN).min(all));
+                let mut entries: Vec<u32> = entries.take(k).map(|p| p as u32).collect();
+                // The last run of a weight may be shorter than the others.
+                let have: HashSet<u32> = entries.iter().copied().collect();
+                let missing = k - entries.len();
+                entries.extend((0..all as u32).filter(|p| !have.contains(p)).take(missing));
+                entries
+            }
+        };
+        positions.sort_unstable();
+        Ok(positions)
+    }
+}
+
+/// The diagonal, then whole rows and columns in turn in a random order, until there are k.
+fn structured(k: usize, (outputs, inputs): (usize, usize), rng: &mut ChaCha8Rng) -> Vec<u32> {
+    let (mut rows, mut columns): (Vec<usize>, Vec<usize>) = ((0..outputs).collect(), (0..inputs).collect());
+    rows.shuffle(rng);
+    columns.shuffle(rng);
+    let at = |row: usize, column: usize| (row * inputs + column) as u32;
+    let mut chosen: HashSet<u32> = HashSet::with_capacity(k);
+    let mut take = |positions: &mut dyn Iterator<Item = u32>| {
+        for p in positions {
+            if chosen.len() < k {
+                chosen.insert(p);
+            }
+        }
+        chosen.len() < k
+    };
+    let mut going = take(&mut (0..outputs.min(inputs)).map(|i| at(i, i)));
+    let (mut rows, mut columns) = (rows.into_iter(), columns.into_iter());
+    while going {
+        let (row, column) = (rows.next(), columns.next());
+        if let Some(row) = row {
+            going = take(&mut (0..inputs).map(|j| at(row, j)));
+        }
+        if let Some(column) = column.filter(|_| going) {
+            going = take(&mut (0..outputs).map(|i| at(i, column)));
+        }
+        going &= row.is_some() || column.is_some();
+    }
+    chosen.into_iter().collect()
+}
+
+/// Flat positions of the k largest magnitudes; of equal ones the first.
+fn largest(t: &Tensor, k: usize) -> Result<Vec<u32>> {
+    let values = t.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
+    let mut order: Vec<u32> = (0..values.len() as u32).collect();
+    let by = |a: &u32, b: &u32| values[*b as usize].abs().total_cmp(&values[*a as usize].abs()).then(a.cmp(b));
+    if k < order.len() {
+        order.select_nth_unstable_by(k, by);
+        order.truncate(k);
+    }
+    Ok(order)
+}
+
+/// Rising positions as differences in groups of 7 bits, the lowest first.
+pub fn encode(positions: &[u32]) -> Vec<u8> {
+    let (mut bytes, mut before) = (Vec::with_capacity(positions.len()), 0);
+    for &p in positions {
+        let mut left = p - before;
+        before = p;
+        while left >= 0x80 {
+            bytes.push(left as u8 | 0x80);
+            left >>= 7;
+        }
+        bytes.push(left as u8);
+    }
+    bytes
+}
+
+/// What [`encode`] wrote, for a weight of `all` entries; None where the bytes are something else.
+pub fn decode(bytes: &[u8], all: usize) -> Option<Vec<u32>> {
+    let (mut positions, mut at, mut difference, mut shift) = (Vec::new(), 0u64, 0u64, 0u32);
+    for &byte in bytes {
+        difference |= u64::from(byte & 0x7f) << shift;
+        if byte & 0x80 != 0 {
+            shift += 7;
+            if shift > 28 {
+                return None;
+            }
+            continue;
+        }
+        if difference == 0 && !positions.is_empty() {
+            return None;
+        }
+        at += difference;
+        if at >= all as u64 {
+            return None;
+        }
+        positions.push(at as u32);
+        (difference, shift) = (0, 0);
+    }
+    (shift == 0).then_some(positions)
+}
+
+/// A sparse adapter's file in another form. No base is needed: a compact file says each module's width.
+pub fn reform(stored: &StoredAdapter, form: Form) -> Result<StoredAdapter> {
+    if !(ENTRY.recognises)(&stored.config) {
+        return Err(Error::Refused(format!("`{}` is no sparse adapter (shira)", stored.path.display())));
+    }
+    let mut tensors = BTreeMap::new();
+    let wrong = |name: &str| Error::Mismatch(format!("tensor `{name}` does not hold positions of a weight"));
+    for (name, t) in &stored.tensors {
+        if let Some(module) = name.strip_suffix(".shira_indices") {
+            if form == Form::Peft {
+                tensors.insert(name.clone(), t.clone());
+                continue;
+            }
+            let indices = t.to_dtype(DType::F64)?.to_vec2::<f64>().map_err(|_| wrong(name))?;
+            let [rows, columns] = &indices[..] else { return Err(wrong(name)) };
+            let most = |v: &[f64]| v.iter().copied().fold(0.0, f64::max) + 1.0;
+            let (height, width) = (most(rows), most(columns));
+            let sound = rows.iter().chain(columns).all(|v| *v >= 0.0 && v.fract() == 0.0);
+            if !sound || height * width > f64::from(1u32 << 31) {
+                return Err(wrong(name));
+            }
+            let flat: Vec<u32> = rows.iter().zip(columns).map(|(r, c)| (r * width + c) as u32).collect();
+            let mut order: Vec<u32> = (0..flat.len() as u32).collect();
+            order.sort_by_key(|&i| flat[i as usize]);
+            let sorted: Vec<u32> = order.iter().map(|&i| flat[i as usize]).collect();
+            if sorted.windows(2).any(|w| w[0] == w[1]) {
+                return Err(wrong(name));
+            }
+            let k = order.len();
+            let values = stored.tensors.get(&format!("{module}.shira_weight")).filter(|v| v.dims() == [k]);
+            let values = values.ok_or_else(|| wrong(name))?;
+            let values = values.index_select(&Tensor::from_vec(order, k, &Device::Cpu)?, 0)?;
+            let bytes = compact(&sorted, width as u32);
+            let length = bytes.len();
+            tensors.insert(format!("{module}.shira_positions"), Tensor::from_vec(bytes, length, &Device::Cpu)?);
+            let values = if form == Form::CompactF16 { values.to_dtype(DType::F16)? } else { values };
+            tensors.insert(format!("{module}.shira_weight"), values);
+        } else if let Some(module) = name.strip_suffix(".shira_positions") {
+            if form != Form::Peft {
+                tensors.insert(name.clone(), t.clone());
+                continue;
+            }
+            let bytes = t.to_vec1::<u8>().map_err(|_| wrong(name))?;
+            let (width, flat) = expand(&bytes).ok_or_else(|| wrong(name))?;
+            let k = flat.len();
+            let rows = flat.iter().map(|p| (p / width) as i32);
+            let indices: Vec<i32> = rows.chain(flat.iter().map(|p| (p % width) as i32)).collect();
+            tensors.insert(format!("{module}.shira_indices"), Tensor::from_vec(indices, (2, k), &Device::Cpu)?);
+        } else if let Some(module) = name.strip_suffix(".shira_weight") {
+            let value = match form {
+                Form::CompactF16 => t.to_dtype(DType::F16)?,
+                _ => t.to_dtype(DType::F32)?,
+            };
+            // Positions may have put their own order there.
+            if form == Form::Peft || !stored.tensors.contains_key(&format!("{module}.shira_indices")) {
+                tensors.insert(name.clone(), value);
+            }
+        } else {
+            tensors.insert(name.clone(), t.clone());
+        }
+    }
+    let mut config = stored.config.clone();
+    config.insert("form".into(), serde_json::to_value(form).unwrap_or_default());
+    let mut reformed = StoredAdapter { path: stored.path.clone(), config, tensors, manifest: None };
+    if let Some(before) = &stored.manifest {
+        let mut manifest = before.clone();
+        // Values in f16 answer a little differently.
+        if form == Form::CompactF16 {
+            manifest.golden.clear();
+        }
+        manifest.frozen.clear();
+        manifest.content_id = reformed.content_id()?;
+        reformed.manifest = Some(manifest);
+    }
+    Ok(reformed)
+}
+
+/// The width of a weight, then its rising positions: see [`encode`].
+fn compact(positions: &[u32], width: u32) -> Vec<u8> {
+    let mut bytes = encode(&[width]);
+    bytes.extend(encode(positions));
+    bytes
+}
+
+/// What [`compact`] wrote: the width of the weight, or of that part of it which has entries, and positions in it.
+fn expand(bytes: &[u8]) -> Option<(u32, Vec<u32>)> {
+    let end = bytes.iter().position(|b| b & 0x80 == 0)? + 1;
+    let width = *decode(&bytes[..end], 1 << 31)?.first()?;
+    decode(&bytes[end..], 1 << 31).filter(|_| width > 0).map(|positions| (width, positions))
+}
+
+struct Shira {
+    config: ShiraConfig,
+}
+
+impl Shira {
+    /// Positions out of a file.
+    fn positions(&self, site: &Site, source: &mut Source<'_>, k: usize) -> Result<Vec<u32>> {
+        let wrong = |what: &str| {
+            Error::Mismatch(format!("tensor `{}.{what}` does not hold positions of its weight", site.path))
+        };
+        if let Some(bytes) = source.any("shira_positions")? {
+            if bytes.dtype() != DType::U8 || bytes.dims().len() != 1 {
+                return Err(wrong("shira_positions"));
+            }
+            let (width, positions) = expand(&bytes.to_vec1::<u8>()?).ok_or_else(|| wrong("shira_positions"))?;
+            let inside = positions.last().is_none_or(|p| ((p / width) as usize) < site.outputs);
+            if positions.len() != k || width as usize > site.inputs || !inside {
+                return Err(wrong("shira_positions"));
+            }
+            return Ok(positions.into_iter().map(|p| p / width * site.inputs as u32 + p % width).collect());
+        }
+        let Some(indices) = source.optional("shira_indices", &[2, k])? else {
+            return Err(Error::Mismatch(format!("tensor `{}.shira_indices` is missing", site.path)));
+        };
+        // PEFT writes int32, and float32 on Windows.
+        let indices = indices.to_dtype(DType::F64)?.to_vec2::<f64>()?;
+        let position = |(row, column): (&f64, &f64)| {
+            let fits = |v: f64, end: usize| v >= 0.0 && v < end as f64 && v.fract() == 0.0;
+            (fits(*row, site.outputs) && fits(*column, site.inputs))
+                .then(|| *row as u32 * site.inputs as u32 + *column as u32)
+        };
+        let positions = indices[0].iter().zip(&indices[1]).map(position).collect::<Option<Vec<u32>>>();
+        positions.ok_or_else(|| wrong("shira_indices"))
+    }
+}
+
+impl Method for Shira {
+    fn name(&self) -> &'static str {
+        "shira"
+    }
+
+    fn targeting(&self) -> &Targeting {
+        &self.config.targeting
+    }
+
+    fn config(&self) -> Map<String, Value> {
+        let mut config = peft_json("SHIRA", &self.config);
+        config.insert("fan_in_fan_out".into(), false.into());
+        config
+    }
+
+    fn calibration(&self) -> Calibration {
+        match self.config.mask_type {
+            Mask::Grad | Mask::Snip => Calibration::Gradients {
+                samples: self.config.samples,
+                batch_size: self.config.batch_size,
+                absolute: true,
+            },
+            _ => Calibration::Nothing,
+        }
+    }
+
+    fn digest(&self, site: &Site, base: &Projection, gradient: &Tensor) -> Result<Found> {
+        let score = match self.config.mask_type {
+            Mask::Snip => (base.dense(gradient.dtype())?.abs()? * gradient)?,
+            _ => gradient.clone(),
+        };
+        let mut positions = largest(&score, self.config.count(site)?)?;
+        positions.sort_unstable();
+        let k = positions.len();
+        Ok(Found::from([("positions".to_string(), Tensor::from_vec(positions, k, &Device::Cpu)?)]))
+    }
+
+    fn attach(&self, site: &Site, base: &Projection, source: &mut Source<'_>) -> Result<Box<dyn Delta>> {
+        let (k, dtype) = (self.config.count(site)?, source.dtype());
+        let shape = (site.outputs, site.inputs);
+        let (positions, values) = if source.is_file() {
+            let positions = self.positions(site, source, k)?;
+            let none = |_: &mut ChaCha8Rng| Err(Error::Config("a file gives its tensors".into()));
+            (positions, source.trainable("shira_weight", &[k], none)?.as_tensor().clone())
+        } else {
+            let mut rng = source.rng();
+            let positions = self.config.mask(site, base, source, &mut rng)?;
+            let values = match self.config.init_weights {
+                true => Tensor::zeros(k, dtype, &Device::Cpu)?,
+                false => super::random::normal((1, k), &mut rng)?.flatten_all()?.to_dtype(dtype)?,
+            };
+            (positions, values)
+        };
+        // PEFT's own masks rise; another's may not.
+        let mut order: Vec<u32> = (0..positions.len() as u32).collect();
+        order.sort_by_key(|&i| positions[i as usize]);
+        let sorted: Vec<u32> = order.iter().map(|&i| positions[i as usize]).collect();
+        let values = values.index_select(&Tensor::from_vec(order, k, &Device::Cpu)?, 0)?;
+        let index = SparseIndex::new(&sorted, shape)
+            .map_err(|_| Error::Mismatch(format!("`{}`: two entries of shira_indices are the same", site.path)))?;
+        Ok(Box::new(ShiraDelta { values: Var::from_tensor(&values)?, index: Arc::new(index), form: self.config.form }))
+    }
+
+    fn parameters(&self, site: &Site) -> Result<usize> {
+        self.config.count(site)
+    }
+
+    fn kept(&self, _site: &Site) -> usize {
+        0
+    }
+
+    /// Positions by row and by column.
+    fn held(&self, site: &Site) -> usize {
+        3 * self.config.count(site).unwrap_or(0)
+    }
+}
+
+/// Trainable entries of a weight.
+pub struct ShiraDelta {
+    values: Var,
+    index: Arc<SparseIndex>,
+    form: Form,
+}
+
+impl Delta for ShiraDelta {
+    fn forward(&self, _base: &Projection, x: &Tensor, _y: &Tensor, _step: &Step) -> TensorResult<Tensor> {
+        x.matmul(&self.index.matrix(&self.values)?.t()?)
+    }
+
+    fn output(&self, ops: Ops<'_>, base: &Projection, x: &Tensor, _step: &Step) -> TensorResult<Option<Tensor>> {
+        let plain = ops.linear(x, &base.weight)?;
+        ops.add(&plain, &ops.sparse(x, &self.values, &self.index)?).map(Some)
+    }
+
+    fn merged(&self, base: &Projection) -> TensorResult<std::result::Result<Tensor, NotMergeable>> {
+        let change = self.index.matrix(&self.values.detach())?;
+        Ok(Ok((base.dense(change.dtype())? + change)?))
+    }
+
+    fn trainable(&self) -> Vec<(&'static str, &Var)> {
+        vec![("shira_weight", &self.values)]
+    }
+
+    fn sparse(&self) -> Option<(Arc<SparseIndex>, Tensor)> {
+        Some((self.index.clone(), self.values.detach()))
+    }
+
+    fn stored(&self) -> TensorResult<Vec<(&'static str, Tensor)>> {
+        let flat = self.index.flat();
+        let (k, inputs) = (flat.len(), self.index.shape().1 as u32);
+        let values = self.values.detach();
+        if self.form == Form::Peft {
+            let rows = flat.iter().map(|p| (p / inputs) as i32);
+            let indices: Vec<i32> = rows.chain(flat.iter().map(|p| (p % inputs) as i32)).collect();
+            return Ok(vec![
+                ("shira_weight", values),
+                ("shira_indices", Tensor::from_vec(indices, (2, k), &Device::Cpu)?),
+            ]);
+        }
+        let bytes = compact(&flat, inputs);
+        let count = bytes.len();
+        let values = if self.form == Form::CompactF16 { values.to_dtype(DType::F16)? } else { values };
+        Ok(vec![("shira_weight", values), ("shira_positions", Tensor::from_vec(bytes, count, &Device::Cpu)?)])
+    }
+
+    fn has_effect(&self, _base: &Projection) -> TensorResult<bool> {
+        Ok(crate::method::largest(&self.values)? > 0.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn masks_have_their_counts_and_definitions() {
+        let mut rng = ChaCha8Rng::seed_from_u64(1);
+        let found: HashSet<u32> = structured(60, (12, 20), &mut rng).into_iter().collect();
+        assert_eq!(found.len(), 60);
+        assert!((0..12).all(|i| found.contains(&(i * 20 + i))), "the diagonal");
+        assert!((0..12).any(|row| (0..20).all(|c| found.contains(&(row * 20 + c)))), "a whole row");
+        assert_eq!(structured(240, (12, 20), &mut rng).len(), 240);
+        let t = Tensor::new(&[[1f64, -5., 3.], [4., 0., -2.]], &Device::Cpu).unwrap();
+        let mut top = largest(&t, 3).unwrap();
+        top.sort_unstable();
+        assert_eq!(top, [1, 2, 3]);
+    }
+
+    #[test]
+    fn positions_survive_the_compact_form() {
+        let mut rng = ChaCha8Rng::seed_from_u64(2);
+        let mut positions: Vec<u32> = index::sample(&mut rng, 1 << 22, 40_000).into_iter().map(|p| p as u32).collect();
+        positions.sort_unstable();
+        let bytes = encode(&positions);
+        assert!(bytes.len() < 2 * positions.len());
+        assert_eq!(decode(&bytes, 1 << 22).unwrap(), positions);
+        // Damage is seen, and nothing is read beyond the weight.
+        for bad in [&[0x80][..], &[5, 0], &[0xff; 8], &[0xff, 0xff, 0xff, 0x7f]] {
+            assert!(decode(bad, 1 << 20).is_none(), "{bad:?}");
+        }
+        assert!(decode(&[], 10).unwrap().is_empty());
+    }
+}

@@ -1,0 +1,88 @@
+//! A LoRA's first ranks as a LoRA of its own, byte for byte (DyLoRA, arXiv 2210.07558: every rank of one training is an adapter).
+
+use std::collections::BTreeMap;
+
+use candle_core::Tensor;
+use serde_json::{Map, Value, json};
+
+use crate::attached::PREFIX;
+use crate::error::{Error, Result};
+use crate::store::StoredAdapter;
+
+/// Rank of every module with A and B.
+fn ranks(stored: &StoredAdapter) -> Result<BTreeMap<String, usize>> {
+    let of = |(name, t): (&String, &Tensor)| {
+        let module = name.strip_suffix(".lora_A.weight")?.strip_prefix(PREFIX)?;
+        Some((module.to_string(), t.dims().first().copied()?))
+    };
+    let ranks: BTreeMap<String, usize> = stored.tensors.iter().filter_map(of).collect();
+    let plain = stored.config.get("peft_type").and_then(Value::as_str) == Some("LORA")
+        && stored.config.get("use_dora").and_then(Value::as_bool) != Some(true);
+    match plain && !ranks.is_empty() {
+        true => Ok(ranks),
+        false => Err(Error::Refused(format!(
+            "`{}` is no plain LoRA, whose first ranks could be taken; `lorimer convert --to lora --rank k` gives the nearest of a rank",
+            stored.path.display()
+        ))),
+    }
+}
+
+/// The largest rank of a module.
+pub fn largest_rank(stored: &StoredAdapter) -> Result<usize> {
+    Ok(ranks(stored)?.into_values().max().unwrap_or(0))
+}
+
+/// The first `rank` rows of every A and columns of every B; modules with fewer stay. α stays where the adapter was trained for every rank
+/// (`dylora`, which scales by α/b at rank b); otherwise it shrinks with the rank, so that what is left is what it was.
+pub fn resize(stored: &StoredAdapter, rank: usize) -> Result<StoredAdapter> {
+    let ranks = ranks(stored)?;
+    let most = ranks.values().copied().max().unwrap_or(0);
+    if rank == 0 || rank > most {
+        return Err(Error::Config(format!("--rank {rank} should be between 1 and the adapter's {most}")));
+    }
+    let mut tensors = BTreeMap::new();
+    for (name, t) in &stored.tensors {
+        let axis = if name.ends_with(".lora_A.weight") {
+            0
+        } else if name.ends_with(".lora_B.weight") {
+            1
+        } else {
+            tensors.insert(name.clone(), t.clone());
+            continue;
+        };
+        if t.dims().len() != 2 {
+            return Err(Error::Mismatch(format!("tensor `{name}` should be a matrix")));
+        }
+        let keep = rank.min(t.dim(axis)?);
+        tensors.insert(name.clone(), t.narrow(axis, 0, keep)?.contiguous()?);
+    }
+    let method = crate::methods::from_adapter_config(&stored.config)?;
+    let every_rank = stored.manifest.as_ref().is_some_and(|m| m.method == "dylora");
+    let number = |key: &str, default: f64| stored.config.get(key).and_then(Value::as_f64).unwrap_or(default);
+    let (r, alpha) = (number("r", 8.0), number("lora_alpha", 16.0));
+    let root = stored.config.get("use_rslora").and_then(Value::as_bool).unwrap_or(false);
+    let shrunk = |alpha: f64, from: f64, to: f64| match (every_rank, root) {
+        (true, _) => alpha,
+        (false, true) => alpha * (to / from).sqrt(),
+        (false, false) => alpha * to / from,
+    };
+    let (mut rank_pattern, mut alpha_pattern) = (Map::new(), Map::new());
+    let main = shrunk(alpha, r, rank as f64);
+    for (module, own) in &ranks {
+        let keep = rank.min(*own);
+        let site = method.low_rank_alpha(module)?.unwrap_or(alpha);
+        let own_alpha = shrunk(site, *own as f64, keep as f64);
+        if keep != rank {
+            rank_pattern.insert(module.clone(), json!(keep));
+        }
+        if (own_alpha - main).abs() > 1e-12 * main.abs() {
+            alpha_pattern.insert(module.clone(), json!(own_alpha));
+        }
+    }
+    let mut config = stored.config.clone();
+    config.insert("r".into(), json!(rank));
+    config.insert("lora_alpha".into(), if main.fract() == 0.0 { json!(main as i64) } else { json!(main) });
+    config.insert("rank_pattern".into(), Value::Object(rank_pattern));
+    config.insert("alpha_pattern".into(), Value::Object(alpha_pattern));
+    Ok(StoredAdapter { path: stored.path.clone(), config, tensors, manifest: None })
+}
