@@ -2,6 +2,7 @@
 //! multiplies nothing and the base comes back bit for bit however often one switches (SHiRA, arXiv 2406.13175, section 3.2).
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
 use lorimer_model::{BaseModel, Projection};
@@ -26,7 +27,7 @@ struct Module {
     /// Inputs of the projection.
     width: u32,
     /// Flat, rising.
-    positions: Vec<u32>,
+    positions: Arc<Vec<u32>>,
     values: Vec<f32>,
 }
 
@@ -57,7 +58,12 @@ impl Entries {
                 ))
             })?;
             let values = values.to_dtype(DType::F32)?.to_vec1::<f32>()?;
-            Ok(Module { path: path.to_string(), width: index.shape().1 as u32, positions: index.flat(), values })
+            Ok(Module {
+                path: path.to_string(),
+                width: index.shape().1 as u32,
+                positions: Arc::new(index.flat()),
+                values,
+            })
         };
         Ok(Self { modules: adapter.deltas().map(module).collect::<Result<_>>()? })
     }
@@ -120,7 +126,7 @@ pub struct Switcher<'m, M: BaseModel> {
 }
 
 struct Undo {
-    modules: Vec<(String, Vec<u32>, Vec<f32>)>,
+    modules: Vec<(String, Arc<Vec<u32>>, Vec<f32>)>,
 }
 
 fn weight<'a>(sites: &HashMap<&str, &'a Projection>, path: &str) -> Result<&'a Tensor> {
@@ -158,7 +164,7 @@ impl<'m, M: BaseModel> Switcher<'m, M> {
     /// Puts an adapter on top of what is there, times `scale`.
     pub fn add(&mut self, entries: &Entries, scale: f64) -> Result<()> {
         let sites = sites(self.model);
-        let one = |m: &Module| -> Result<(String, Vec<u32>, Vec<f32>)> {
+        let one = |m: &Module| -> Result<(String, Arc<Vec<u32>>, Vec<f32>)> {
             let mut old = vec![0f32; m.positions.len()];
             exchange_entries(weight(&sites, &m.path)?, &m.positions, &m.values, scale as f32, &mut old)?;
             Ok((m.path.clone(), m.positions.clone(), old))
