@@ -465,7 +465,9 @@ impl Run<'_> {
         {
             return fail(format!("--loraplus-lr-ratio is for methods that train LoRA's B, and `{method}` does not"));
         }
-        if matches!(control, Some(training::Control::RankSampling(_))) && *kind != OptimizerKind::AdamW {
+        let apart = matches!(control, Some(training::Control::RankSampling(_)))
+            || self.adapter.deltas().any(|(_, delta)| matches!(delta.step_scale("lora_B"), Ok(Some(_))));
+        if apart && *kind != OptimizerKind::AdamW {
             return fail(format!(
                 "`{method}` steps rows of A and B apart, which --optimizer {} cannot; use adamw",
                 kind.name()
