@@ -32,8 +32,8 @@ pub fn largest_rank(stored: &StoredAdapter) -> Result<usize> {
     Ok(ranks(stored)?.into_values().max().unwrap_or(0))
 }
 
-/// The first `rank` rows of every A and columns of every B; modules with fewer stay. α stays where the adapter was trained for every rank
-/// (`dylora`, which scales by α/b at rank b); otherwise it shrinks with the rank, so that what is left is what it was.
+/// The first `rank` rows of every A and columns of every B; modules with fewer stay. α shrinks with the rank, so that what is left is
+/// what it was, except where the adapter was trained with α/b at rank b (`dylora` with `scaling` = `rank`).
 pub fn resize(stored: &StoredAdapter, rank: usize) -> Result<StoredAdapter> {
     let ranks = ranks(stored)?;
     let most = ranks.values().copied().max().unwrap_or(0);
@@ -57,7 +57,8 @@ pub fn resize(stored: &StoredAdapter, rank: usize) -> Result<StoredAdapter> {
         tensors.insert(name.clone(), t.narrow(axis, 0, keep)?.contiguous()?);
     }
     let method = crate::methods::from_adapter_config(&stored.config)?;
-    let every_rank = stored.manifest.as_ref().is_some_and(|m| m.method == "dylora");
+    let setting = |m: &crate::Manifest| m.training.pointer("/method_settings/scaling").cloned();
+    let every_rank = stored.manifest.as_ref().and_then(setting).is_some_and(|scaling| scaling == "rank");
     let number = |key: &str, default: f64| stored.config.get(key).and_then(Value::as_f64).unwrap_or(default);
     let (r, alpha) = (number("r", 8.0), number("lora_alpha", 16.0));
     let root = stored.config.get("use_rslora").and_then(Value::as_bool).unwrap_or(false);

@@ -1,9 +1,9 @@
 //! A sparse change of a frozen weight: y = x Sᵀ with S (outputs, inputs) nearly empty and its entries trainable, and writing such entries
 //! into a weight in place.
 //!
-//! Rows of a batch lie along the inner loops: with xᵀ (inputs, rows) and gᵀ (outputs, rows), an entry's part of the forward and of dx is
-//! a scaled row added to a row, and its gradient `dS_ij = Σ_t g_ti x_tj` one dot product, so that the full outer product is never formed
-//! and each pass over the entries reads whole rows.
+//! Rows of a batch lie along the inner loops, some at a time: with xᵀ (inputs, rows) and gᵀ (outputs, rows), an entry's part of the forward
+//! and of dx is a scaled row added to a row, and its gradient `dS_ij = Σ_t g_ti x_tj` a dot product, so that the full outer product is never
+//! formed.
 
 use std::sync::{Mutex, PoisonError};
 
@@ -96,39 +96,69 @@ impl SparseIndex {
     }
 }
 
-/// (rows, columns) → (columns, rows), in blocks.
-fn transposed<T: Real>(x: &[T], (rows, columns): (usize, usize)) -> Vec<T> {
-    const BLOCK: usize = 16;
-    let mut out = vec![T::from_f64(0.0); x.len()];
-    out.par_chunks_mut((BLOCK * rows).max(1)).enumerate().for_each(|(block, out)| {
-        for row in (0..rows).step_by(BLOCK) {
-            for (c, out) in out.chunks_exact_mut(rows.max(1)).enumerate() {
-                let column = block * BLOCK + c;
-                for r in row..(row + BLOCK).min(rows) {
-                    out[r] = x[r * columns + column];
-                }
-            }
+/// Rows that go through the entries together: what belongs to them of a whole input then stays in the second cache, and a sum in registers.
+const TILE: usize = 32;
+/// Outputs or inputs that one task takes.
+const CHUNK: usize = 32;
+
+/// (rows, columns) as tiles of [`TILE`] rows, each (columns, TILE), the last filled up with zeros.
+fn tiled<T: Real>(x: &[T], (rows, columns): (usize, usize)) -> Vec<T> {
+    let mut out = vec![T::from_f64(0.0); rows.div_ceil(TILE) * columns * TILE];
+    out.par_chunks_mut((columns * TILE).max(1)).enumerate().for_each(|(tile, out)| {
+        for (r, row) in x[tile * TILE * columns..].chunks_exact(columns.max(1)).take(TILE).enumerate() {
+            row.iter().enumerate().for_each(|(c, &v)| out[c * TILE + r] = v);
         }
     });
     out
 }
 
-fn add_scaled<T: Real>(sum: &mut [T], scale: T, x: &[T]) {
-    sum.iter_mut().zip(x).for_each(|(sum, &x)| *sum += scale * x);
+/// What [`tiled`] made, row by row again.
+fn untiled<T: Real>(tiles: &[T], (rows, columns): (usize, usize)) -> Vec<T> {
+    let mut out = vec![T::from_f64(0.0); rows * columns];
+    out.par_chunks_mut((columns * TILE).max(1)).enumerate().for_each(|(tile, out)| {
+        let own = &tiles[tile * columns * TILE..(tile + 1) * columns * TILE];
+        for (r, row) in out.chunks_exact_mut(columns.max(1)).enumerate() {
+            row.iter_mut().enumerate().for_each(|(c, v)| *v = own[c * TILE + r]);
+        }
+    });
+    out
 }
 
-/// In eight partial sums, which the compiler keeps side by side.
-fn dot<T: Real>(a: &[T], b: &[T]) -> T {
+/// The numbers of one column in a tile.
+fn lane<T>(tile: &[T], column: usize) -> &[T; TILE] {
+    let lanes = tile.as_chunks::<TILE>().0;
+    &lanes[column]
+}
+
+fn add_scaled<T: Real>(sum: &mut [T; TILE], scale: T, x: &[T; TILE]) {
+    for i in 0..TILE {
+        sum[i] += scale * x[i];
+    }
+}
+
+fn dot<T: Real>(a: &[T; TILE], b: &[T; TILE]) -> T {
     const LANES: usize = 8;
     let mut sums = [T::from_f64(0.0); LANES];
-    let (a8, b8) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
-    let rest: T = a8.remainder().iter().zip(b8.remainder()).map(|(&a, &b)| a * b).sum();
-    for (a, b) in a8.zip(b8) {
+    for (a, b) in a.as_chunks::<LANES>().0.iter().zip(b.as_chunks::<LANES>().0) {
         for i in 0..LANES {
             sums[i] += a[i] * b[i];
         }
     }
-    sums.into_iter().fold(rest, |all, s| all + s)
+    sums.into_iter().fold(T::from_f64(0.0), |all, s| all + s)
+}
+
+/// Fills tiles (columns, TILE) of a result, some columns of a tile at a time: `fill` adds up one column in a tile.
+fn over_tiles<T: Real>(rows: usize, columns: usize, fill: impl Fn(usize, usize, &mut [T; TILE]) + Sync) -> Vec<T> {
+    let mut out = vec![T::from_f64(0.0); rows.div_ceil(TILE) * columns * TILE];
+    let tiles = out.par_chunks_mut((columns * TILE).max(1)).enumerate();
+    tiles.for_each(|(tile, out)| {
+        out.par_chunks_mut(CHUNK * TILE).enumerate().for_each(|(chunk, out)| {
+            for (c, sum) in out.as_chunks_mut::<TILE>().0.iter_mut().enumerate() {
+                fill(tile, chunk * CHUNK + c, sum);
+            }
+        });
+    });
+    out
 }
 
 /// x Sᵀ (rows, outputs) for `x` (rows, inputs) and the entries' values.
@@ -138,15 +168,14 @@ pub(crate) fn forward<T: Real>(x: &Tensor, values: &Tensor, index: &SparseIndex)
         candle_core::bail!("sparse product: x is ({rows}, {inputs}), the matrix ({outputs}, {expected})");
     }
     let out = with_slice_list(&[x, values], |s: &[&[T]]| {
-        let (xt, values) = (transposed(s[0], (rows, inputs)), s[1]);
-        let mut yt = vec![T::from_f64(0.0); outputs * rows];
-        yt.par_chunks_mut(rows.max(1)).with_min_len(8).enumerate().for_each(|(i, sum)| {
+        let (x, values) = (tiled(s[0], (rows, inputs)), s[1]);
+        let y = over_tiles(rows, outputs, |tile, i, sum| {
+            let x = &x[tile * inputs * TILE..(tile + 1) * inputs * TILE];
             for place in index.row(i) {
-                let column = index.columns[place] as usize;
-                add_scaled(sum, values[place], &xt[column * rows..(column + 1) * rows]);
+                add_scaled(sum, values[place], lane(x, index.columns[place] as usize));
             }
         });
-        Ok(transposed(&yt, (outputs, rows)))
+        Ok(untiled(&y, (rows, outputs)))
     })?;
     Tensor::from_vec(out, (rows, outputs), &Device::Cpu)
 }
@@ -161,31 +190,36 @@ pub(crate) fn backward<T: Real>(
 ) -> Result<(Option<Tensor>, Tensor)> {
     let ((rows, inputs), (outputs, _)) = (x.dims2()?, index.shape);
     let (dx, dv) = with_slice_list(&[g, x, values], |s: &[&[T]]| {
-        let (gt, xt, values) = (transposed(s[0], (rows, outputs)), transposed(s[1], (rows, inputs)), s[2]);
-        let of =
-            |t: &[T], i: usize| -> std::ops::Range<usize> { (i * rows).min(t.len())..((i + 1) * rows).min(t.len()) };
+        let (g, x, values) = (tiled(s[0], (rows, outputs)), tiled(s[1], (rows, inputs)), s[2]);
         let mut dv = vec![T::from_f64(0.0); index.len()];
-        let mut pieces = Vec::with_capacity(outputs);
+        let mut pieces = Vec::new();
         let mut left = dv.as_mut_slice();
-        for i in 0..outputs {
-            let (own, others) = left.split_at_mut(index.row(i).len());
-            pieces.push((i, own));
+        for first in (0..outputs).step_by(CHUNK) {
+            let own = first..(first + CHUNK).min(outputs);
+            let length = index.starts[own.end] as usize - index.starts[own.start] as usize;
+            let (piece, others) = left.split_at_mut(length);
+            pieces.push((own, piece));
             left = others;
         }
-        pieces.into_par_iter().with_min_len(8).for_each(|(i, own)| {
-            let g = &gt[of(&gt, i)];
-            for (place, dv) in index.row(i).zip(own) {
-                *dv = dot(g, &xt[of(&xt, index.columns[place] as usize)]);
+        pieces.into_par_iter().for_each(|(own, dv)| {
+            for (g, x) in g.chunks_exact(outputs * TILE).zip(x.chunks_exact(inputs * TILE)) {
+                let mut sums = dv.iter_mut();
+                for i in own.clone() {
+                    let g = lane(g, i);
+                    for (place, dv) in index.row(i).zip(&mut sums) {
+                        *dv += dot(g, lane(x, index.columns[place] as usize));
+                    }
+                }
             }
         });
         let dx = wants_x.then(|| {
-            let mut dxt = vec![T::from_f64(0.0); inputs * rows];
-            dxt.par_chunks_mut(rows.max(1)).with_min_len(8).enumerate().for_each(|(j, sum)| {
+            let dx = over_tiles(rows, inputs, |tile, j, sum| {
+                let g = &g[tile * outputs * TILE..(tile + 1) * outputs * TILE];
                 for &(row, place) in index.column(j) {
-                    add_scaled(sum, values[place as usize], &gt[of(&gt, row as usize)]);
+                    add_scaled(sum, values[place as usize], lane(g, row as usize));
                 }
             });
-            transposed(&dxt, (inputs, rows))
+            untiled(&dx, (rows, inputs))
         });
         Ok((dx, dv))
     })?;

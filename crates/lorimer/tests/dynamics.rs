@@ -194,17 +194,18 @@ fn allora_scales_gradients_and_leaves_zero_sooner() {
 #[test]
 fn a_sampled_rank_is_the_lora_of_its_slices() {
     let model = model();
-    let adapter = attach(&model, "dylora", r#"{"r": 4, "lora_alpha": 6}"#);
-    move_all(&adapter);
-    let stored = adapter.to_stored("tiny").unwrap();
-    for rank in 1..=4 {
+    for (rank, scaling) in (1..=4).flat_map(|rank| [(rank, "fixed"), (rank, "rank")]) {
+        let settings = format!(r#"{{"r": 4, "lora_alpha": 6, "scaling": "{scaling}"}}"#);
+        let adapter = attach(&model, "dylora", &settings);
+        move_all(&adapter);
+        let stored = adapter.to_stored("tiny").unwrap();
         let at = Step { training: None, rank: Some(SampledRank { rank, frozen: false }) };
         let mut cut = stored.clone();
-        // As a file that dylora wrote: α stays.
+        // As a file that dylora wrote.
         cut.manifest = Some(
             serde_json::from_value(serde_json::json!({
                 "format": 1, "content_id": "", "method": "dylora", "lorimer": "", "base": null, "chat_template": null,
-                "training": null, "golden": [], "frozen": {},
+                "training": {"method_settings": {"scaling": scaling}}, "golden": [], "frozen": {},
             }))
             .unwrap(),
         );
@@ -227,6 +228,7 @@ fn a_sampled_rank_is_the_lora_of_its_slices() {
             }
         }
     }
+    let stored = attach(&model, "dylora", r#"{"r": 4}"#).to_stored("tiny").unwrap();
     assert!(resize(&stored, 5).is_err() && resize(&stored, 0).is_err());
 }
 

@@ -22,7 +22,10 @@ fn every_rank_of_one_run_is_an_adapter() {
     let own = json(&[&["eval", "--adapter", &cut], &base[..]].concat());
     assert_eq!(own["loss"], rows[1]["loss"]);
     let (whole, part) = (StoredAdapter::read(Path::new(&out)).unwrap(), StoredAdapter::read(Path::new(&cut)).unwrap());
-    assert_eq!((&part.config["r"], &part.config["lora_alpha"]), (&2.into(), &whole.config["lora_alpha"]));
+    assert_eq!(
+        (&part.config["r"], &part.config["lora_alpha"], &whole.config["lora_alpha"]),
+        (&2.into(), &4.into(), &8.into())
+    );
     for (name, t) in &part.tensors {
         let axis = usize::from(name.ends_with("lora_B.weight"));
         let expected = whole.tensors[name].narrow(axis, 0, 2).unwrap().to_vec2::<f32>().unwrap();

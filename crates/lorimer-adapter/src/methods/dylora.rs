@@ -1,14 +1,15 @@
 //! # DyLoRA: one training, every rank
 //!
 //! Valipour et al. 2023, *DyLoRA: Parameter-Efficient Tuning of Pretrained Models using Dynamic Search-Free Low-Rank Adaptation*, EACL,
-//! arXiv 2210.07558, algorithm 1. Each step draws a rank b from `{rank_min … r}` and computes `y = W x + (α/b) · B_↓b A_↓b x` with the first b rows of A
-//! (r, inputs) and columns of B (outputs, r). All of these learn; with `frozen` only the b-th row and column do (faster, a little
+//! arXiv 2210.07558, algorithm 1. Each step draws a rank b from `{rank_min … r}` and computes `y = W x + s · B_↓b A_↓b x` with the first b rows of A
+//! (r, inputs) and columns of B (outputs, r). s is α/r at every rank (`scaling` = `fixed`, as the reference code) or α/b (`rank`). All of these learn; with `frozen` only the b-th row and column do (faster, a little
 //! worse). Rows that a step does not touch get no step of the optimiser: moments and step counts are kept a row.
 //!
-//! Afterwards every b is an adapter: A_↓b, B_↓b, α/b. `lorimer resize --rank b` cuts the file, `lorimer eval --rank all` prints the whole curve.
+//! Afterwards every b is an adapter: A_↓b, B_↓b, s. `lorimer resize --rank b` cuts the file, `lorimer eval --rank all` prints the whole curve.
 //!
 //! Settings: `r` (the largest), `rank_min`, `ranks` (a list in place of the range), `distribution` (`uniform`, or `geometric` with the chance of
-//! each next rank times `ratio`), `frozen`.
+//! each next rank times `ratio`), `scaling`, `frozen`. With `rank` a row's part in the output changes r-fold with the rank that is drawn, and small
+//! ranks learnt badly in our runs (`bench/dylora.sh`).
 //!
 //! Trainable parameters of a projection: `r · (inputs + outputs)`.
 //!
@@ -49,7 +50,7 @@ pub const ENTRY: Entry = Entry {
     lr: 1e-3,
     flags: FLAGS,
     source: include_str!("dylora.rs"),
-    laws: &[(r#"{"r": 4}"#, 0.0), (r#"{"r": 3, "frozen": true, "lora_dropout": 0.2}"#, 0.0)],
+    laws: &[(r#"{"r": 4}"#, 0.0), (r#"{"r": 3, "frozen": true, "scaling": "rank", "lora_dropout": 0.2}"#, 0.0)],
     build: |settings| {
         let mut settings = settings.clone();
         let own: DyloraConfig = configure("dylora", &split_off::<DyloraConfig>(&mut settings))?;
@@ -79,8 +80,21 @@ pub struct DyloraConfig {
     pub distribution: Distribution,
     /// With `geometric`: the chance of a rank over that of the one before.
     pub ratio: f64,
+    /// What the product is multiplied by.
+    pub scaling: Scaling,
     /// Only the last row of A and column of B learn.
     pub frozen: bool,
+}
+
+/// What the product is multiplied by at rank b.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Scaling {
+    /// α/r, whatever b is.
+    #[default]
+    Fixed,
+    /// α/b.
+    Rank,
 }
 
 /// How often each rank is drawn.
@@ -96,7 +110,14 @@ pub enum Distribution {
 
 impl Default for DyloraConfig {
     fn default() -> Self {
-        Self { rank_min: 1, ranks: Vec::new(), distribution: Distribution::Uniform, ratio: 0.8, frozen: false }
+        Self {
+            rank_min: 1,
+            ranks: Vec::new(),
+            distribution: Distribution::Uniform,
+            ratio: 0.8,
+            scaling: Scaling::Fixed,
+            frozen: false,
+        }
     }
 }
 
@@ -161,7 +182,9 @@ impl Method for Dylora {
         })?;
         let b = Var::from_tensor(&Tensor::zeros((config.r, site.outputs), dtype, &Device::Cpu)?)?;
         let dropout = Dropout::new(config.lora_dropout, &site.path);
-        Ok(Box::new(DyloraDelta { a, b, config: config.clone(), path: site.path.clone(), dropout }))
+        let alpha = config.alpha(&site.path)?;
+        let (fixed, root) = (self.own.scaling == Scaling::Fixed, config.use_rslora);
+        Ok(Box::new(DyloraDelta { a, b, alpha, fixed, root, dropout }))
     }
 
     fn parameters(&self, site: &Site) -> Result<usize> {
@@ -182,17 +205,19 @@ struct DyloraDelta {
     a: Var,
     /// Bᵀ (r, outputs), so that a rank is a row of both.
     b: Var,
-    config: LoraConfig,
-    path: String,
+    alpha: f64,
+    /// Whether the scaling is that of the whole rank at every rank.
+    fixed: bool,
+    /// Whether α is over the root of the rank.
+    root: bool,
     dropout: Dropout,
 }
 
 impl DyloraDelta {
-    /// α/b, or α/√b.
-    fn scaling(&self, rank: usize) -> TensorResult<f64> {
-        let alpha = self.config.alpha(&self.path).map_err(candle_core::Error::wrap)?;
-        let rank = rank as f64;
-        Ok(alpha / if self.config.use_rslora { rank.sqrt() } else { rank })
+    /// s at rank `rank` of `all`.
+    fn scaling(&self, rank: usize, all: usize) -> f64 {
+        let over = if self.fixed { all } else { rank } as f64;
+        self.alpha / if self.root { over.sqrt() } else { over }
     }
 }
 
@@ -209,7 +234,7 @@ impl Delta for DyloraDelta {
             }
         };
         let (a, b) = (cut(&self.a)?, cut(&self.b)?.t()?.contiguous()?);
-        Ok(Some(Change::Thin(LowRank { a, b, scaling: self.scaling(rank)? })))
+        Ok(Some(Change::Thin(LowRank { a, b, scaling: self.scaling(rank, all) })))
     }
 
     fn mask(&self, x: &Tensor, step: &Step) -> TensorResult<Option<Tensor>> {

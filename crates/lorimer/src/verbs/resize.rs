@@ -40,7 +40,10 @@ impl Resize {
             lorimer: env!("CARGO_PKG_VERSION").to_string(),
             base: before.and_then(|m| m.base.clone()),
             chat_template: before.and_then(|m| m.chat_template.clone()),
-            training: json!({ "resized_from": before.map(|m| &m.content_id), "rank": self.rank }),
+            training: json!({
+                "resized_from": before.map(|m| &m.content_id), "rank": self.rank,
+                "method_settings": before.map(|m| &m.training["method_settings"]),
+            }),
             golden: Vec::new(),
             frozen: Default::default(),
         });
