@@ -169,7 +169,7 @@ fn main() -> Result<()> {
         text(&["sentiment-movies.train", "sentiment-products.train", "sentiment-news.train", "wordnet-define.train"])?;
     let held = train.split_off(train.len() - 200.min(train.len() / 5));
     let runs = [
-        ("full", "full", json!({}), 2e-3),
+        ("full", "full", json!({}), 1e-3),
         ("galore", "galore", json!({ "rank": WIDTH / 4, "update_proj_gap": 50 }), 8e-3),
         ("galore-8bit", "galore", json!({ "rank": WIDTH / 4, "update_proj_gap": 50, "bits": 8 }), 8e-3),
         ("lora", "lora", json!({ "r": WIDTH / 4 }), 4e-3),
