@@ -15,8 +15,7 @@
 //! ```
 //! use lorimer_adapter::example::project;
 //! let y = project("full", "{}", &[&[1., 0.], &[0., 1.]], &[("full_weight", &[2., 0., 0., 3.])], &[1., 1.]);
-//! // What the change adds to W x = (1, 1).
-//! assert_eq!(y, [1.0, 2.0]);
+//! assert_eq!(y, [2.0, 3.0]);
 //! ```
 
 use candle_core::{Result as TensorResult, Var};
