@@ -46,6 +46,15 @@ const FILES: [&str; 4] = ["parameters.safetensors", "optimizer.safetensors", "be
 const MANIFEST: &str = "manifest.json";
 const PREFIX: &str = "checkpoint-";
 
+/// Removes a checkpoint: under a name that no resumption looks at, so that a kill in between leaves no half one.
+fn remove(path: &Path) -> Result<()> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let away = path.with_file_name(format!(".{name}.removed.tmp"));
+    fs::rename(path, &away).map_err(lorimer_model::Error::io("remove", path))?;
+    fs::remove_dir_all(&away).map_err(lorimer_model::Error::io("remove", &away))?;
+    Ok(())
+}
+
 impl Checkpoint {
     /// Writes `checkpoint-<step>` into the run's folder and then removes the oldest above `keep`.
     pub fn write(&self, run: &Path, keep: usize) -> Result<PathBuf> {
@@ -69,7 +78,7 @@ impl Checkpoint {
         let mut all = Self::list(run);
         while all.len() > keep.max(1) {
             let (_, oldest) = all.remove(0);
-            fs::remove_dir_all(&oldest).map_err(lorimer_model::Error::io("remove", &oldest))?;
+            remove(&oldest)?;
         }
         Ok(path)
     }
@@ -103,7 +112,7 @@ impl Checkpoint {
     /// Removes all checkpoints of a run.
     pub fn clear(run: &Path) -> Result<()> {
         for (_, path) in Self::list(run) {
-            fs::remove_dir_all(&path).map_err(lorimer_model::Error::io("remove", &path))?;
+            remove(&path)?;
         }
         Ok(())
     }
