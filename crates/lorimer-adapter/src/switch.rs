@@ -86,8 +86,7 @@ impl Entries {
         let mut product = 0.0;
         for a in &self.modules {
             let Some(b) = others.get(a.path.as_str()) else { continue };
-            let in_b: HashMap<u32, f32> = b.positions.iter().copied().zip(b.values.iter().copied()).collect();
-            found.shared += a.positions.iter().filter(|p| in_b.contains_key(p)).count();
+            found.shared += a.positions.iter().filter(|p| b.positions.binary_search(p).is_ok()).count();
             product += product_norm(a, b);
         }
         found.share = found.shared as f64 / self.len().min(other.len()).max(1) as f64;

@@ -204,7 +204,6 @@ mod tests {
         // Descent, for X = 0.
         let along = (xa * &ga)?.sum_all()?.to_scalar::<f64>()? + (xb * &gb)?.sum_all()?.to_scalar::<f64>()?;
         assert!(along >= 0.0);
-        // X keeps the gradients nearer to the plain ones than none.
         Ok(())
     }
 
