@@ -2,12 +2,13 @@
 //! arXiv 2501.08727), without forming T.
 //!
 //! Two products with the cores as right sides, (rows·n₁, n₂) · (n₂, n₂ r²) and (rows·n₂, n₁ r²) · (n₁ r², n₁), and between them an exchange
-//! of places. The backward computes what lies between them again in place of keeping it.
+//! of places, for as many rows at a time as the second-level cache holds. The backward computes what lies between them again in place of
+//! keeping it.
 
 use candle_core::{DType, Device, Result, Tensor};
 use rayon::prelude::*;
 
-use crate::products::{Product, Right, Term, run};
+use crate::products::{Out, Product, Right, Term, run};
 use crate::raw::{Real, with_slices};
 
 /// The reference form: T as a matrix (n₁ n₂, n₁ n₂).
@@ -53,18 +54,16 @@ fn matrices(first: &Tensor, second: &Tensor) -> Result<(Tensor, Tensor)> {
     Ok((first, second))
 }
 
-/// (rows, p, q, c) → (rows, q, p, c) on all threads.
+/// (rows, p, q, c) → (rows, q, p, c).
 fn exchange<T: Real>(values: &[T], (p, q, c): (usize, usize, usize)) -> Vec<T> {
-    let mut out = vec![T::zero(); values.len()];
-    let row = (p * q * c).max(1);
-    out.par_chunks_mut(row).zip(values.par_chunks(row)).for_each(|(out, values)| {
-        for i in 0..p {
-            for j in 0..q {
-                let (from, to) = ((i * q + j) * c, (j * p + i) * c);
-                out[to..to + c].copy_from_slice(&values[from..from + c]);
+    let mut out = Vec::with_capacity(values.len());
+    for values in values.chunks_exact((p * q * c).max(1)) {
+        for j in 0..q {
+            for i in 0..p {
+                out.extend_from_slice(&values[(i * q + j) * c..][..c]);
             }
         }
-    });
+    }
     out
 }
 
@@ -72,30 +71,20 @@ fn product<T: Real>(shape: (usize, usize), term: Term<'_, T>) -> Result<Vec<T>> 
     Ok(run(vec![Product::new(shape, vec![term])])?.pop().unwrap_or_default())
 }
 
-/// Pieces that a long sum is cut into, so that there is work for all threads. Their number does not depend on that of the threads.
-const PIECES: usize = 8;
-
-/// `leftᵀ · right` for `left` (depth, m) and `right` (depth, n) with many more rows than columns.
-fn long_outer<T: Real>(left: &[T], right: &[T], (depth, m, n): (usize, usize, usize)) -> Result<Vec<T>> {
-    let rows = depth.div_ceil(PIECES).max(1);
-    let pieces = left.chunks(rows * m).zip(right.chunks(rows * n)).map(|(left, right)| {
-        Product::new((m, n), vec![Term::outer(left, (left.len() / m, m), Right::Slice(right, n))])
-    });
-    let mut found = run(pieces.collect())?.into_iter();
-    let mut sum = found.next().unwrap_or_else(|| vec![T::zero(); m * n]);
-    for piece in found {
-        sum.iter_mut().zip(piece).for_each(|(sum, v)| *sum += v);
-    }
-    Ok(sum)
-}
+/// Numbers between the two products that are alive at a time: half of a second-level cache. The cut into blocks of rows follows from it,
+/// not from the number of threads, and neither does the result.
+const BLOCK: usize = 1 << 15;
 
 impl Sizes {
-    /// What lies between the products: (rows·n₂, n₁ r²).
+    fn block(&self) -> usize {
+        (BLOCK / (self.n1 * self.n2 * self.ring).max(1)).max(1)
+    }
+
+    /// What lies between the products: (rows·n₂, n₁ r²) for some rows of x.
     fn between<T: Real>(&self, x: &[T], second: &[T]) -> Result<Vec<T>> {
-        let Self { rows, n1, n2, ring } = *self;
-        let width = n2 * ring;
-        let z = product((rows * n1, width), Term::backward(x, n2, Right::Slice(second, width)))?;
-        Ok(exchange(&z, (n1, n2, ring)))
+        let (rows, width) = (x.len() / self.n2, self.n2 * self.ring);
+        let z = product((rows, width), Term::backward(x, self.n2, Right::Slice(second, width)))?;
+        Ok(exchange(&z, (self.n1, self.n2, self.ring)))
     }
 }
 
@@ -104,9 +93,15 @@ pub(crate) fn forward<T: Real>(x: &Tensor, first: &Tensor, second: &Tensor) -> R
     let Sizes { rows, n1, n2, ring } = sizes;
     let (first, second) = matrices(first, second)?;
     with_slices([x, &first, &second], |[x, first, second]: [&[T]; 3]| {
-        let z = sizes.between(x, second)?;
-        let y = product((rows * n2, n1), Term::backward(&z, n1 * ring, Right::Slice(first, n1)))?;
-        Tensor::from_vec(exchange(&y, (n2, n1, 1)), (rows, n1 * n2), &Device::Cpu)
+        let mut out = vec![T::zero(); x.len()];
+        let block = (sizes.block() * n1 * n2).max(1);
+        out.par_chunks_mut(block).zip(x.par_chunks(block)).try_for_each(|(out, x)| {
+            let z = sizes.between(x, second)?;
+            let y = product((x.len() / n1, n1), Term::backward(&z, n1 * ring, Right::Slice(first, n1)))?;
+            out.copy_from_slice(&exchange(&y, (n2, n1, 1)));
+            Result::Ok(())
+        })?;
+        Tensor::from_vec(out, (rows, n1 * n2), &Device::Cpu)
     })
 }
 
@@ -117,13 +112,35 @@ pub(crate) fn backward<T: Real>(g: &Tensor, x: &Tensor, first: &Tensor, second: 
     let (depth, width, r) = (n1 * ring, n2 * ring, first.dim(2)?);
     let (m1, m2) = matrices(first, second)?;
     with_slices([g, x, &m1, &m2], |[g, x, m1, m2]: [&[T]; 4]| {
-        let z = sizes.between(x, m2)?;
-        let g = exchange(g, (n1, n2, 1));
-        let dm1 = long_outer(&z, &g, (rows * n2, depth, n1))?;
-        let dz = product((rows * n2, depth), Term::forward(&g, n1, Right::Slice(m1, n1)))?;
-        let dz = exchange(&dz, (n2, n1, ring));
-        let dm2 = long_outer(x, &dz, (rows * n1, n2, width))?;
-        let dx = product((rows * n1, n2), Term::forward(&dz, width, Right::Slice(m2, width)))?;
+        let mut dx = vec![T::zero(); x.len()];
+        let block = (sizes.block() * n1 * n2).max(1);
+        let blocks = dx.par_chunks_mut(block).zip(x.par_chunks(block)).zip(g.par_chunks(block));
+        let parts = blocks.map(|((dx, x), g)| {
+            let (outer, inner) = (x.len() / n1, x.len() / n2);
+            let z = sizes.between(x, m2)?;
+            let g = exchange(g, (n1, n2, 1));
+            let dz = product((outer, depth), Term::forward(&g, n1, Right::Slice(m1, n1)))?;
+            let dz = exchange(&dz, (n2, n1, ring));
+            let into = Out::Into(dx, false);
+            let found = run(vec![
+                Product::new((depth, n1), vec![Term::outer(&z, (outer, depth), Right::Slice(&g, n1))]),
+                Product::new((n2, width), vec![Term::outer(x, (inner, n2), Right::Slice(&dz, width))]),
+                Product {
+                    out: into,
+                    rows: inner,
+                    columns: n2,
+                    terms: vec![Term::forward(&dz, width, Right::Slice(m2, width))],
+                },
+            ])?;
+            Ok(found)
+        });
+        let mut sums = [vec![T::zero(); depth * n1], vec![T::zero(); n2 * width]];
+        for part in parts.collect::<Result<Vec<_>>>()? {
+            for (sum, part) in sums.iter_mut().zip(part) {
+                sum.iter_mut().zip(part).for_each(|(sum, v)| *sum += v);
+            }
+        }
+        let [dm1, dm2] = sums;
         let tensor = |values: Vec<T>, shape: &[usize]| Tensor::from_vec(values, shape, &Device::Cpu);
         Ok([
             tensor(dx, &[rows, n1 * n2])?,
