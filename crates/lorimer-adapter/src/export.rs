@@ -37,9 +37,11 @@ fn squares(t: &Tensor) -> TensorResult<f64> {
 }
 
 /// One module's LoRA, whether it is exact, ‖ΔW‖² and the squared error.
-type One = (LowRank, bool, f64, f64);
+pub type One = (LowRank, bool, f64, f64);
 
-fn one(site: &Site, base: &Projection, delta: &dyn Delta, rank: Option<usize>) -> Result<One> {
+/// The change of one projection as a product of thin matrices: its own, where it is one and `rank` allows it, else the best of rank
+/// `rank` (64 where none is given).
+pub fn low_rank_of(site: &Site, base: &Projection, delta: &dyn Delta, rank: Option<usize>) -> Result<One> {
     let side = site.inputs.min(site.outputs);
     if let Some(Change::Thin(low)) = delta.change(base, 0, &Step::default())? {
         let own = low.a.dim(0)?;
@@ -70,8 +72,10 @@ pub fn to_lora(
     base_name: &str,
 ) -> Result<(StoredAdapter, Exported)> {
     let sites = adapter.sites(model);
-    let found =
-        sites.par_iter().map(|(site, base, delta)| one(site, base, *delta, rank)).collect::<Result<Vec<One>>>()?;
+    let found = sites
+        .par_iter()
+        .map(|(site, base, delta)| low_rank_of(site, base, *delta, rank))
+        .collect::<Result<Vec<One>>>()?;
     let (mut whole, mut error, mut exact, mut largest) = (0.0, 0.0, 0, 0);
     let mut modules = BTreeMap::new();
     for ((site, ..), (low, is_exact, squared, wrong)) in sites.iter().zip(found) {

@@ -152,6 +152,11 @@ pub trait Delta: Send + Sync {
     fn pair_scaling(&self) -> Option<f64> {
         None
     }
+    /// (s b a, o) where the output is `o ∘ (W x) + s b a x` with one factor o (outputs) a row of W: a form that is served beside
+    /// others in one batch.
+    fn scaled(&self, _base: &Projection) -> TensorResult<Option<(LowRank, Tensor)>> {
+        Ok(None)
+    }
     /// The change as entries of the weight, where only some are changed.
     fn sparse(&self) -> Option<(Arc<SparseIndex>, Tensor)> {
         None

@@ -1,7 +1,23 @@
-//! Generation with adapters: sampling, stop conditions, streaming, over the same model code that trains.
+//! Generation with adapters over the same model code that trains: one answer at a time ([`generate()`]), or many requests for many adapters
+//! of one base in one batch ([`Engine`]).
 
+pub mod batched;
+pub mod engine;
+pub mod error;
 pub mod generate;
+pub mod hosted;
+pub mod pool;
+pub mod prefix;
+pub mod residency;
+pub mod residents;
 pub mod sampling;
+pub mod scheduler;
+pub mod simulate;
+pub mod workload;
 
+pub use engine::{Engine, EngineSettings, EngineState, Event, Request, Token};
+pub use error::{Error, Result};
 pub use generate::{FinishReason, Generation, generate};
+pub use hosted::Hosted;
 pub use sampling::Sampling;
+pub use scheduler::{Policy, Refusal};

@@ -6,10 +6,12 @@ use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use crate::raw::{Real, Shared, Strides, product, product_raw, slice, with_slices};
-use crate::wide::softmax;
+use crate::wide::{softmax, sum2, wide};
 
 /// Query rows whose scores are formed at a time.
 const BLOCK: usize = 64;
+/// Up to this many queries a segment's keys are read where they are, and not copied together for a product.
+const FEW: usize = 4;
 
 /// Queries of one sequence, or of a part of several, in a packed batch: the rows `q_start..q_start+q_len` see the key rows of
 /// `keys` one after the other, of which the last `q_len` stand at the queries' own positions (what is before them comes
@@ -73,6 +75,25 @@ pub fn attention(
     q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, op)
 }
 
+/// [`attention`] over keys and values that lie in the rows of a pool: `pool` is (rows, kv_heads·d), and a key's value is
+/// `values_at` rows further on. `q` (rows, heads·d) f32; the segments' keys are rows of the pool.
+pub fn attention_in_pool(
+    q: &Tensor,
+    (pool, kv_width, values_at): (&[f32], usize, usize),
+    segments: &[Segment],
+    head_dim: usize,
+    scale: f64,
+) -> Result<Tensor> {
+    if kv_width == 0 || pool.len() % kv_width != 0 || values_at * kv_width > pool.len() {
+        candle_core::bail!("attention: a pool of {} numbers has no rows of {kv_width}", pool.len());
+    }
+    let values = &pool[values_at * kv_width..];
+    let shapes = (q.dims2()?, (values.len() / kv_width, kv_width));
+    let op = Attention::of_shapes(shapes, segments, head_dim, scale)?;
+    let y = with_slices([q], |[q]: [&[f32]; 1]| Ok(op.forward(q, pool, values)))?;
+    Tensor::from_vec(y, q.shape(), q.device())
+}
+
 /// The reference form out of plain candle operations, one segment and one head at a time.
 pub fn attention_reference(
     (q, k, v): (&Tensor, &Tensor, &Tensor),
@@ -122,19 +143,26 @@ impl Attention {
         head_dim: usize,
         scale: f64,
     ) -> Result<Self> {
-        let ((rows, q_width), (k_rows, kv_width)) = (q.dims2()?, k.dims2()?);
+        if v.dims2()? != k.dims2()? {
+            candle_core::bail!("attention: k {:?} and v {:?} differ", k.shape(), v.shape());
+        }
+        Self::of_shapes((q.dims2()?, k.dims2()?), segments, head_dim, scale)
+    }
+
+    fn of_shapes(
+        ((rows, q_width), (k_rows, kv_width)): ((usize, usize), (usize, usize)),
+        segments: &[Segment],
+        head_dim: usize,
+        scale: f64,
+    ) -> Result<Self> {
         let fits = head_dim > 0
-            && v.dims2()? == (k_rows, kv_width)
             && q_width % head_dim == 0
             && kv_width % head_dim == 0
             && kv_width > 0
             && q_width % kv_width == 0;
         if !fits {
             candle_core::bail!(
-                "attention: q {:?}, k {:?}, v {:?} do not divide into heads of {head_dim}",
-                q.shape(),
-                k.shape(),
-                v.shape()
+                "attention: q ({rows}, {q_width}) and k ({k_rows}, {kv_width}) do not divide into heads of {head_dim}"
             );
         }
         let mut end = 0;
@@ -197,6 +225,15 @@ impl Attention {
         let tasks = self.segments.iter().flat_map(|s| (0..self.heads).map(move |h| (s, h)));
         tasks.collect::<Vec<_>>().into_par_iter().for_each(|(s, head)| {
             let column = self.key_column(head);
+            if s.q_len <= FEW {
+                for i in 0..s.q_len {
+                    let at = (s.q_start + i) * q_width + head * d;
+                    // SAFETY: as below: this task's row and columns.
+                    let out = unsafe { std::slice::from_raw_parts_mut(out.at(at), d) };
+                    self.one_query(&q[at..at + d], (k, v, column), (s, i), out);
+                }
+                return;
+            }
             let (k, k_stride) = s.key_rows(k, kv_width, column, d);
             let (v, v_stride) = s.key_rows(v, kv_width, column, d);
             for from in (0..s.q_len).step_by(BLOCK) {
@@ -222,6 +259,34 @@ impl Attention {
             }
         });
         y
+    }
+
+    /// The attention of query `i` of a segment in one head, its keys and values read where they are.
+    fn one_query<T: Real>(
+        &self,
+        q: &[T],
+        (k, v, column): (&[T], &[T], usize),
+        (s, i): (&Segment, usize),
+        out: &mut [T],
+    ) {
+        let (kv_width, d) = (self.kv_heads * self.head_dim, self.head_dim);
+        let seen = s.key_count() - s.q_len + i + 1;
+        let rows = || s.keys.iter().flat_map(|&(start, n)| start..start + n).take(seen);
+        let scale = T::from_f64(self.scale);
+        let mut p = Vec::with_capacity(seen);
+        wide(|| {
+            for row in rows() {
+                p.push(sum2(q, &k[row * kv_width + column..][..d], |a, b| a * b) * scale);
+            }
+        });
+        softmax(&mut p);
+        out.fill(T::zero());
+        wide(|| {
+            for (row, &p) in rows().zip(&p) {
+                let v = &v[row * kv_width + column..][..d];
+                out.iter_mut().zip(v).for_each(|(out, &v)| *out += p * v);
+            }
+        });
     }
 
     /// dV = Pᵀ dO, dS = P∘(dO Vᵀ − rowsum(dO∘O))·scale, dQ = dS K, dK = dSᵀ Q, with P formed again.
@@ -362,6 +427,33 @@ mod tests {
             let slow = attention_reference((&q, &k, &v), &segments, d, 0.4).unwrap();
             assert_close(&fast, &slow, 1e-5).unwrap();
         }
+    }
+
+    /// Keys and values of two sequences in pages of four, in no order.
+    #[test]
+    fn a_pool_gives_what_the_reference_gives() -> Result<()> {
+        let (d, kv_width, page) = (8, 16, 4);
+        let pool = random((10 * 2 * page, kv_width), 4, DType::F32)?;
+        let keys = |pages: &[usize], mut n: usize| {
+            let mut spans = Vec::new();
+            for p in pages {
+                spans.push((p * 2 * page, n.min(page)));
+                n -= n.min(page);
+            }
+            spans
+        };
+        let segments = [
+            Segment { q_start: 0, q_len: 1, keys: keys(&[7, 2, 9], 10) },
+            Segment { q_start: 1, q_len: 6, keys: keys(&[3, 0], 7) },
+            Segment { q_start: 7, q_len: 3, keys: keys(&[5, 1], 8) },
+        ];
+        let q = random((10, 32), 5, DType::F32)?;
+        let values = pool.narrow(0, page, 10 * 2 * page - page)?;
+        let keys = pool.narrow(0, 0, 10 * 2 * page - page)?;
+        let slow = attention_reference((&q, &keys, &values), &segments, d, 0.3)?;
+        let numbers = pool.flatten_all()?.to_vec1::<f32>()?;
+        let fast = attention_in_pool(&q, (&numbers, kv_width, page), &segments, d, 0.3)?;
+        assert_close(&fast, &slow, 1e-5)
     }
 
     #[test]

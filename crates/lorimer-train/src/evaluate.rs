@@ -51,8 +51,7 @@ struct Item<'a> {
 }
 
 /// Log p of every wanted target, and whether it is the likeliest token, item by item.
-fn score(model: &Llama, adaptation: &dyn Adaptation, items: &[Item<'_>]) -> Result<Vec<Vec<(f64, bool)>>> {
-    let adaptation = Inference(adaptation);
+fn score(model: &Llama, adaptation: &(dyn Adaptation + Sync), items: &[Item<'_>]) -> Result<Vec<Vec<(f64, bool)>>> {
     let mut scores = Vec::with_capacity(items.len());
     let mut from = 0;
     while from < items.len() {
@@ -63,7 +62,7 @@ fn score(model: &Llama, adaptation: &dyn Adaptation, items: &[Item<'_>]) -> Resu
         }
         let chunk = &items[from..to];
         let batch = Batch::share(chunk.iter().map(|i| i.tokens.as_slice()));
-        let hidden = model.hidden(&batch, &adaptation)?;
+        let hidden = rayon::scope(|_| model.hidden(&batch, &Inference(adaptation)))?;
         let wanted: Vec<(u32, u32)> = chunk
             .iter()
             .zip(&batch.rows)
@@ -73,7 +72,7 @@ fn score(model: &Llama, adaptation: &dyn Adaptation, items: &[Item<'_>]) -> Resu
         for part in wanted.chunks(256) {
             let (rows, targets): (Vec<u32>, Vec<u32>) = part.iter().copied().unzip();
             let index = Tensor::from_vec(rows, part.len(), hidden.device())?;
-            let logits = model.logits(&hidden.index_select(&index, 0)?, &adaptation)?;
+            let logits = rayon::scope(|_| model.logits(&hidden.index_select(&index, 0)?, &Inference(adaptation)))?;
             let losses = cross_entropy(&logits, &targets)?.to_dtype(DType::F64)?.to_vec1::<f64>()?;
             let best = logits.argmax(1)?.to_vec1::<u32>()?;
             flat.extend(losses.iter().zip(best).zip(&targets).map(|((l, b), t)| (-l, b == *t)));
@@ -90,7 +89,7 @@ fn score(model: &Llama, adaptation: &dyn Adaptation, items: &[Item<'_>]) -> Resu
 pub fn evaluate(
     model: &Llama,
     text: &TextModel,
-    adaptation: &dyn Adaptation,
+    adaptation: &(dyn Adaptation + Sync),
     examples: &[Example],
     choices: &[String],
     mut progress: impl FnMut(usize),
@@ -154,7 +153,12 @@ pub fn evaluate(
 }
 
 /// log p of every token of a sequence from `first` on, given those before it.
-pub fn log_probabilities(model: &Llama, adaptation: &dyn Adaptation, tokens: &[u32], first: usize) -> Result<Vec<f32>> {
+pub fn log_probabilities(
+    model: &Llama,
+    adaptation: &(dyn Adaptation + Sync),
+    tokens: &[u32],
+    first: usize,
+) -> Result<Vec<f32>> {
     let wanted = (first.max(1)..tokens.len()).map(|i| (i - 1, tokens[i])).collect();
     let example = Example { tokens: Vec::new(), learnt: Vec::new(), answer: None };
     let item = Item { tokens: tokens.to_vec(), example: &example, wanted };

@@ -25,7 +25,7 @@ use serde_json::Value;
 use super::lora::{Lora, LoraConfig, LoraDelta, is_lora};
 use super::{Entry, Served};
 use crate::error::Result;
-use crate::method::{Delta, Method, NotMergeable, Source, Step};
+use crate::method::{Delta, LowRank, Method, NotMergeable, Source, Step};
 
 /// The registry's line.
 pub const ENTRY: Entry = Entry {
@@ -124,6 +124,12 @@ impl Delta for DoraDelta {
         let ratio = self.ratio(base)?.detach().unsqueeze(1)?;
         let moved = (base.dense(self.low_rank.a.dtype())? + self.low_rank.weight_change()?)?;
         Ok(Ok(moved.broadcast_mul(&ratio)?))
+    }
+
+    fn scaled(&self, base: &Projection) -> TensorResult<Option<(LowRank, Tensor)>> {
+        let ratio = self.ratio(base)?.detach();
+        let (a, b) = (self.low_rank.a.detach(), self.low_rank.b.detach().broadcast_mul(&ratio.unsqueeze(1)?)?);
+        Ok(Some((LowRank { a, b, scaling: self.low_rank.scaling }, ratio)))
     }
 
     fn trainable(&self) -> Vec<(&'static str, &Var)> {

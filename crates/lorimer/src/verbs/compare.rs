@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
-use std::sync::atomic::Ordering;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -31,6 +32,10 @@ pub struct Compare {
     /// Do at most so many runs now
     #[arg(long)]
     max_runs: Option<usize>,
+    /// Runs at a time, which share the machine's threads. More than one is quicker over all (up to a fifth on two cores), but
+    /// then the table's seconds are those of runs that disturb each other. No other figure depends on it
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=256))]
+    jobs: u16,
 }
 
 /// What is compared.
@@ -262,73 +267,116 @@ impl Spec {
     }
 }
 
+/// A run and the line of the table that it is for.
+type Job<'a> = (&'a str, RunSpec);
+
 /// Does runs that are not done, each in a process of its own.
 struct Runner<'a> {
     folder: &'a Path,
+    jobs: usize,
+    stop: std::sync::Arc<AtomicBool>,
+    global: Global,
+    clock: Instant,
+    progress: Mutex<Progress>,
+}
+
+/// How far a comparison is.
+struct Progress {
+    /// Runs that may still be begun now.
     left: Option<usize>,
     done: usize,
-    total: usize,
-    clock: Instant,
     made: usize,
-    stop: std::sync::Arc<std::sync::atomic::AtomicBool>,
-    global: Global,
+    total: usize,
 }
 
 impl Runner<'_> {
-    /// The run's result; None where no more runs are to be made now.
-    fn result(&mut self, line: &str, spec: &RunSpec) -> Result<Option<RunResult>> {
-        let path = self.folder.join(format!("{}.json", spec.name(line)));
-        if path.is_file()
-            && let Ok(found) = read_json::<RunResult>(&path, 16 << 20)
-            && found.spec == *spec
-        {
-            self.done += 1;
-            return Ok(Some(found));
+    /// The results of the runs, in their order; None for those that are not to be made now.
+    fn results(&self, jobs: &[Job<'_>]) -> Result<Vec<Option<RunResult>>> {
+        let mut found: Vec<Option<RunResult>> = jobs.iter().map(|job| self.kept(job)).collect();
+        let to_do: Vec<usize> = (0..jobs.len()).filter(|&i| found[i].is_none()).collect();
+        self.progress.lock().expect("no run panics").done += jobs.len() - to_do.len();
+        let next = Mutex::new(to_do.into_iter());
+        let made = Mutex::new(Vec::new());
+        let work = || -> Result<()> {
+            while !self.stop.load(Ordering::Relaxed) {
+                let Some(i) = next.lock().expect("no run panics").next() else { break };
+                {
+                    let mut progress = self.progress.lock().expect("no run panics");
+                    match &mut progress.left {
+                        Some(0) => break,
+                        Some(left) => *left -= 1,
+                        None => (),
+                    }
+                }
+                if let Some(result) = self.make(&jobs[i])? {
+                    made.lock().expect("no run panics").push((i, result));
+                }
+            }
+            Ok(())
+        };
+        std::thread::scope(|scope| {
+            let workers: Vec<_> = (0..self.jobs).map(|_| scope.spawn(work)).collect();
+            workers.into_iter().try_for_each(|worker| match worker.join() {
+                Ok(result) => result,
+                Err(panic) => std::panic::resume_unwind(panic),
+            })
+        })?;
+        for (i, result) in made.into_inner().expect("no run panics") {
+            found[i] = Some(result);
         }
-        if self.left == Some(0) || self.stop.load(Ordering::Relaxed) {
-            return Ok(None);
+        Ok(found)
+    }
+
+    fn path(&self, (line, spec): &Job<'_>, end: &str) -> PathBuf {
+        self.folder.join(format!("{}.{end}", spec.name(line)))
+    }
+
+    /// What was found before.
+    fn kept(&self, job: &Job<'_>) -> Option<RunResult> {
+        let path = self.path(job, "json");
+        let found = path.is_file().then(|| read_json::<RunResult>(&path, 16 << 20).ok()).flatten()?;
+        (found.spec == job.1).then_some(found)
+    }
+
+    /// Makes a run. None where it was interrupted.
+    fn make(&self, job: &Job<'_>) -> Result<Option<RunResult>> {
+        let (given, work, path) = (self.path(job, "spec"), self.path(job, "work"), self.path(job, "json"));
+        let name = job.1.name(job.0);
+        write_json(&given, &job.1)?;
+        let mut command = Command::new(std::env::current_exe()?);
+        command.arg("compare-run").arg(&given).arg("--work").arg(&work).arg("--result").arg(&path);
+        if !self.global.verbose {
+            command.arg("--quiet");
         }
-        if let Some(left) = &mut self.left {
-            *left -= 1;
+        if self.jobs > 1 {
+            let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
+            command.env("RAYON_NUM_THREADS", (threads / self.jobs).max(1).to_string());
         }
-        let name = spec.name(line);
-        let (given, work) = (self.folder.join(format!("{name}.spec")), self.folder.join(format!("{name}.work")));
-        write_json(&given, spec)?;
-        let status = Command::new(std::env::current_exe()?)
-            .arg("compare-run")
-            .arg(&given)
-            .arg("--work")
-            .arg(&work)
-            .arg("--result")
-            .arg(&path)
-            .args(if self.global.verbose { &[][..] } else { &["--quiet"][..] })
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .status()
-            .context("cannot start a run")?;
+        let status = command.stdin(Stdio::null()).stdout(Stdio::null()).status().context("cannot start a run")?;
         if self.stop.load(Ordering::Relaxed) || status.code() == Some(130) {
             self.stop.store(true, Ordering::Relaxed);
             return Ok(None);
         }
         if !status.success() || !path.is_file() {
+            // The others end what they are at, and begin nothing new.
+            self.progress.lock().expect("no run panics").left = Some(0);
             bail!("the run `{name}` failed ({status}); its error stands above");
         }
         let _ = std::fs::remove_file(&given);
         let _ = std::fs::remove_dir_all(&work);
         let found: RunResult = read_json(&path, 16 << 20)?;
-        (self.done, self.made) = (self.done + 1, self.made + 1);
-        let each = self.clock.elapsed().as_secs_f64() / self.made as f64;
-        let rest = each * self.total.saturating_sub(self.done) as f64 / 60.0;
+        let mut progress = self.progress.lock().expect("no run panics");
+        (progress.done, progress.made) = (progress.done + 1, progress.made + 1);
+        let (done, total) = (progress.done, progress.total);
+        let each = self.clock.elapsed().as_secs_f64() / progress.made as f64;
+        let rest = each * total.saturating_sub(done) as f64 / 60.0;
         let figure = |v: Option<f64>| v.map_or("-".into(), |v| format!("{v:.4}"));
         match &found.error {
-            Some(error) => tracing::info!("{}/{} {name}: {error}; {rest:.0} min left", self.done, self.total),
-            None => tracing::info!(
-                "{}/{} {name}: loss {}, accuracy {}; {rest:.0} min left",
-                self.done,
-                self.total,
-                figure(found.loss),
-                figure(found.accuracy)
-            ),
+            Some(error) => tracing::info!("{done}/{total} {name}: {error}; {rest:.0} min left"),
+            None => {
+                let (loss, accuracy) = (figure(found.loss), figure(found.accuracy));
+                tracing::info!("{done}/{total} {name}: loss {loss}, accuracy {accuracy}; {rest:.0} min left");
+            }
         }
         Ok(Some(found))
     }
@@ -339,61 +387,48 @@ impl Compare {
         let spec = read_spec(&self.file)?;
         let folder = self.output.join("runs");
         create_folder(&folder)?;
-        let sweeps: usize = spec.methods.iter().map(|m| spec.sweep_runs(m).len()).sum();
-        let mut runner = Runner {
+        let sweeps: Vec<Job<'_>> = spec
+            .methods
+            .iter()
+            .flat_map(|m| spec.sweep_runs(m).into_iter().map(|run| (m.name.as_str(), run)))
+            .collect();
+        let total = spec.tasks.len() + sweeps.len() + spec.methods.len() * spec.tasks.len() * spec.seeds.len();
+        let runner = Runner {
             folder: &folder,
-            left: self.max_runs,
-            done: 0,
-            total: spec.tasks.len() + sweeps + spec.methods.len() * spec.tasks.len() * spec.seeds.len(),
-            clock: Instant::now(),
-            made: 0,
+            jobs: self.jobs.into(),
             stop: common::stop_flag(),
             global,
+            clock: Instant::now(),
+            progress: Mutex::new(Progress { left: self.max_runs, done: 0, made: 0, total }),
         };
+        let bases: Vec<Job<'_>> = spec.tasks.iter().map(|task| ("base", spec.run(task, None, 1.0, 0))).collect();
         let mut report = Report::default();
-        let mut missing = 0;
-        for task in &spec.tasks {
-            match runner.result("base", &spec.run(task, None, 1.0, 0))? {
-                Some(found) => report.base.push(found),
-                None => missing += 1,
-            }
-        }
+        report.base = runner.results(&bases)?.into_iter().flatten().collect();
+        let found = runner.results(&sweeps)?;
         let mut rates: BTreeMap<&str, f64> = BTreeMap::new();
         for method in &spec.methods {
-            let mut best: Option<(f64, f64)> = None;
-            let mut whole = true;
-            for run in spec.sweep_runs(method) {
-                let Some(found) = runner.result(&method.name, &run)? else {
-                    (whole, missing) = (false, missing + 1);
-                    continue;
-                };
-                if let Some(loss) = found.loss
-                    && best.is_none_or(|(_, least)| loss < least)
-                {
-                    best = Some((run.lr, loss));
-                }
-                report.sweeps.push((method.name.clone(), found));
+            let mine = || sweeps.iter().zip(&found).filter(|((line, _), _)| *line == method.name);
+            if mine().any(|(_, found)| found.is_none()) {
+                continue;
             }
+            let losses = mine().filter_map(|((_, run), found)| Some((run.lr, found.as_ref()?.loss?)));
+            let best = losses.min_by(|a, b| a.1.total_cmp(&b.1)).map(|(lr, _)| lr);
             let shipped = methods::entry(method.method())?.lr;
-            if whole {
-                rates.insert(&method.name, method.lr.or(best.map(|b| b.0)).unwrap_or(shipped));
-            }
+            rates.insert(&method.name, method.lr.or(best).unwrap_or(shipped));
         }
+        report.sweeps =
+            sweeps.iter().zip(found).filter_map(|((line, _), run)| Some((line.to_string(), run?))).collect();
         // Seeds outside, so that an unfinished comparison has every method at least once.
+        let mut jobs: Vec<Job<'_>> = Vec::new();
         for &seed in &spec.seeds {
             for task in &spec.tasks {
-                for method in &spec.methods {
-                    let Some(&lr) = rates.get(method.name.as_str()) else {
-                        missing += 1;
-                        continue;
-                    };
-                    match runner.result(&method.name, &spec.run(task, Some(method), lr, seed))? {
-                        Some(found) => report.runs.push((method.name.clone(), found)),
-                        None => missing += 1,
-                    }
-                }
+                let known = spec.methods.iter().filter_map(|m| Some((m, *rates.get(m.name.as_str())?)));
+                jobs.extend(known.map(|(m, lr)| (m.name.as_str(), spec.run(task, Some(m), lr, seed))));
             }
         }
+        let found = runner.results(&jobs)?;
+        report.runs = jobs.iter().zip(found).filter_map(|((line, _), run)| Some((line.to_string(), run?))).collect();
+        let missing = total - report.base.len() - report.sweeps.len() - report.runs.len();
         report.finish(&spec, &rates);
         let text = markdown(&spec, &report);
         write_json(&self.output.join("results.json"), &report.json())?;

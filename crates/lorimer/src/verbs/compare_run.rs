@@ -64,7 +64,7 @@ impl CompareRun {
             file_bytes: None,
         };
         let choices = find_choices(&eval);
-        let measure = |adaptation: &dyn Adaptation, result: &mut RunResult| -> Result<()> {
+        let measure = |adaptation: &(dyn Adaptation + Sync), result: &mut RunResult| -> Result<()> {
             let found = evaluate(&base.model, &base.text, adaptation, &eval, &choices, |_| {})?;
             result.loss = Some(found.loss);
             result.accuracy = found.choice_accuracy.or(Some(found.exact_match));

@@ -52,7 +52,7 @@ impl Quickstart {
         let (train, _) = common::load_data(&paths[0], &base.text, &EncodeOptions::default())?;
         let (valid, _) = common::load_data(&paths[1], &base.text, &EncodeOptions::default())?;
         let choices = find_choices(&valid);
-        let measure = |what: &str, adaptation: &dyn lorimer::model::Adaptation| -> Result<_> {
+        let measure = |what: &str, adaptation: &(dyn lorimer::model::Adaptation + Sync)| -> Result<_> {
             let bar = common::bar(
                 valid.len() as u64,
                 &format!("evaluating {what} {{bar:30}} {{pos}}/{{len}} rows {{eta}}"),

@@ -1,0 +1,164 @@
+//! An adapter in host memory, in the form in which it is served: low-rank factors of every projection at its own rank.
+
+use std::collections::HashMap;
+
+use candle_core::{DType, Tensor};
+use lorimer_adapter::export::low_rank_of;
+use lorimer_adapter::{Adapter, LowRank};
+use lorimer_model::{BaseModel, Projection, Site};
+use rayon::prelude::*;
+
+use crate::error::{Error, Result};
+use crate::pool::Geometry;
+
+/// Where the factors of one projection lie in the adapter's numbers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// Rank r; 0 where only the output is scaled or a bias changed.
+    pub rank: usize,
+    /// Where A (r, inputs) begins.
+    pub a: usize,
+    /// Where scaling · Bᵀ (r, outputs) begins.
+    pub b: usize,
+    /// Where what the frozen output is multiplied by (outputs) begins.
+    pub output_scale: Option<usize>,
+    /// Where what is added to every row of the output (outputs) begins.
+    pub bias: Option<usize>,
+}
+
+/// How an adapter came into this form.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Conversion {
+    /// Projections whose form equals what the adapter does there.
+    pub exact: usize,
+    /// All of its projections.
+    pub modules: usize,
+    /// ‖approximation − ΔW‖ / ‖ΔW‖ over the others (Frobenius); 0 where there are none.
+    pub error: f64,
+}
+
+/// An adapter ready to be put into the pool.
+#[derive(Debug)]
+pub struct Hosted {
+    /// `sha256:…` over configuration and tensors.
+    pub content_id: String,
+    /// The method's name.
+    pub method: String,
+    /// The largest rank.
+    pub rank: usize,
+    /// All factors.
+    pub numbers: Vec<f32>,
+    /// By the projection's path.
+    pub places: HashMap<String, Place>,
+    /// How exact it is.
+    pub conversion: Conversion,
+    /// Why it may only be used alone and at weight 1, if so.
+    pub not_additive: Option<&'static str>,
+}
+
+/// What an adapter does to one projection, as it is served.
+struct Served {
+    low: LowRank,
+    output_scale: Option<Tensor>,
+    bias: Option<Tensor>,
+    /// ‖ΔW‖² and the squared error, where the form is an approximation.
+    inexact: Option<(f64, f64)>,
+}
+
+fn served(adapter: &Adapter, site: &Site, base: &Projection, rank: Option<usize>) -> Result<Option<Served>> {
+    let mut bias = adapter.parameters().get(&site.bias_path()).map(|own| match &base.bias {
+        Some(base) => own.as_tensor() - base,
+        None => Ok(own.as_tensor().clone()),
+    });
+    let Some(delta) = adapter.delta(&site.path) else {
+        let none = || -> Result<LowRank> {
+            let empty = |shape| Tensor::zeros(shape, DType::F32, &candle_core::Device::Cpu);
+            Ok(LowRank { a: empty((0, site.inputs))?, b: empty((site.outputs, 0))?, scaling: 1.0 })
+        };
+        let of = |bias| Ok(Served { low: none()?, output_scale: None, bias: Some(bias), inexact: None });
+        return bias.transpose()?.map(of).transpose();
+    };
+    if let Some(change) = delta.bias_change(base)? {
+        bias = Some(match bias {
+            Some(own) => own? + change,
+            None => Ok(change),
+        });
+    }
+    let bias = bias.transpose()?;
+    if let Some((low, scale)) = delta.scaled(base)? {
+        return Ok(Some(Served { low, output_scale: Some(scale), bias, inexact: None }));
+    }
+    let (low, exact, whole, wrong) = low_rank_of(site, base, delta, rank)?;
+    Ok(Some(Served { low, output_scale: None, bias, inexact: (!exact).then_some((whole, wrong)) }))
+}
+
+fn flat(t: &Tensor) -> Result<Vec<f32>> {
+    Ok(t.detach().to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
+}
+
+impl Hosted {
+    /// The served form of an adapter on a model. `rank` bounds the rank of projections whose change is not low-rank as it is, or is above
+    /// it; without, those get 64.
+    pub fn new(model: &dyn BaseModel, adapter: &Adapter, content_id: String, rank: Option<usize>) -> Result<Self> {
+        let projections = model.projections();
+        let biases: Vec<String> = projections.iter().map(|(site, _)| site.bias_path()).collect();
+        if let Some(path) = adapter.parameters().keys().find(|path| !biases.contains(path)) {
+            return Err(Error::Request(format!(
+                "the adapter brings its own `{path}`, of which a batch of many adapters has one only; merge it into the base instead"
+            )));
+        }
+        let find = |&(site, base): &(&Site, &Projection)| -> Result<Option<(String, Served)>> {
+            Ok(served(adapter, site, base, rank)?.map(|served| (site.path.clone(), served)))
+        };
+        let found = projections.par_iter().map(find).collect::<Result<Vec<_>>>()?;
+        let mut hosted = Self {
+            content_id,
+            method: adapter.method.name().to_string(),
+            rank: 0,
+            numbers: Vec::new(),
+            places: HashMap::new(),
+            conversion: Conversion { exact: 0, modules: 0, error: 0.0 },
+            not_additive: adapter.method.not_additive(),
+        };
+        let (mut whole, mut wrong) = (0.0, 0.0);
+        for (path, Served { low, output_scale, bias, inexact }) in found.into_iter().flatten() {
+            let rank = low.a.dim(0)?;
+            hosted.rank = hosted.rank.max(rank);
+            hosted.conversion.modules += 1;
+            match inexact {
+                None => hosted.conversion.exact += 1,
+                Some((all, error)) => (whole, wrong) = (whole + all, wrong + error),
+            }
+            let a = hosted.put(&low.a)?;
+            let b = hosted.put(&(low.b.t()? * low.scaling)?)?;
+            let output_scale = output_scale.map(|t| hosted.put(&t)).transpose()?;
+            let bias = bias.map(|t| hosted.put(&t)).transpose()?;
+            hosted.places.insert(path, Place { rank, a, b, output_scale, bias });
+        }
+        hosted.conversion.error = if whole > 0.0 { (wrong / whole).sqrt() } else { 0.0 };
+        if hosted.places.is_empty() {
+            return Err(Error::Request("the adapter changes no projection of this base".into()));
+        }
+        if !hosted.numbers.iter().all(|v| v.is_finite()) {
+            return Err(Error::Request("the adapter's factors are not finite".into()));
+        }
+        hosted.numbers.shrink_to_fit();
+        Ok(hosted)
+    }
+
+    fn put(&mut self, t: &Tensor) -> Result<usize> {
+        let start = self.numbers.len();
+        self.numbers.extend(flat(t)?);
+        Ok(start)
+    }
+
+    /// Bytes in host memory.
+    pub fn bytes(&self) -> usize {
+        self.numbers.len() * size_of::<f32>()
+    }
+
+    /// Pages that it takes in a pool.
+    pub fn pages(&self, geometry: Geometry) -> usize {
+        geometry.pages_of_numbers(self.numbers.len())
+    }
+}

@@ -1,0 +1,277 @@
+//! The scheduler in simulated time: what a machine of given speed would do with a workload, in seconds for hours of it.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use crate::pool::Geometry;
+use crate::residency::Residency;
+use crate::scheduler::{Job, Policy, Scheduler};
+use crate::workload::Workload;
+
+/// How long a step takes on a machine, in seconds: `step + row · rows + adapter · adapters + load · pages of adapters loaded`.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Machine {
+    /// What every step takes.
+    pub step: f64,
+    /// What each token row adds.
+    pub row: f64,
+    /// What each adapter in the batch adds.
+    pub adapter: f64,
+    /// What each page of an adapter that is copied into the pool adds.
+    pub load: f64,
+    /// Bytes of the pool.
+    pub pool_bytes: usize,
+}
+
+/// What came of a workload.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct Outcome {
+    /// Requests that came.
+    pub requests: usize,
+    /// Requests that were answered.
+    pub answered: usize,
+    /// Requests that were refused.
+    pub refused: usize,
+    /// Answered requests a second.
+    pub requests_per_second: f64,
+    /// Tokens of answers a second.
+    pub tokens_per_second: f64,
+    /// Mean seconds from arrival to the last token.
+    pub latency: f64,
+    /// Mean seconds from arrival to the first token.
+    pub first_token: f64,
+    /// Share of all requests whose first token came within the objective.
+    pub attainment: f64,
+    /// Mean reward of all requests: 1 within the objective, falling to 0 at twice that, 0 if refused.
+    pub satisfaction: f64,
+    /// Adapters copied into the pool.
+    pub loads: u64,
+    /// Requests that were put back because the pool was full after all.
+    pub put_back: usize,
+    /// Largest share of the pool that requests and their adapters took.
+    pub fullest: f64,
+    /// Simulated seconds.
+    pub seconds: f64,
+}
+
+/// Seconds to the first token that S-LoRA's evaluation asks for.
+pub const OBJECTIVE: f64 = 6.0;
+
+/// One request under way.
+struct Under {
+    adapter: Arc<str>,
+    arrived: f64,
+    prompt: usize,
+    computed: usize,
+    generated: usize,
+    output: usize,
+    first: Option<f64>,
+}
+
+/// Runs the scheduler over a workload. `numbers` tells how many numbers an adapter of a rank has.
+pub fn simulate(
+    workload: &Workload,
+    machine: &Machine,
+    policy: Policy,
+    geometry: Geometry,
+    numbers: impl Fn(usize) -> usize,
+) -> Result<Outcome, String> {
+    let arrivals = workload.arrivals()?;
+    let pages = machine.pool_bytes / geometry.page_bytes().max(1);
+    let mut scheduler = Scheduler::new(policy, geometry, pages);
+    let mut residency = Residency::default();
+    let mut under: HashMap<u64, Under> = HashMap::new();
+    let mut outcome = Outcome { requests: arrivals.len(), ..Default::default() };
+    let names: Vec<Arc<str>> = (0..workload.adapters).map(|i| i.to_string().into()).collect();
+    let (mut now, mut next, mut tokens) = (0.0, 0, 0);
+    while next < arrivals.len() || !under.is_empty() {
+        if under.is_empty() && next < arrivals.len() {
+            now = f64::max(now, arrivals[next].at);
+        }
+        while let Some(a) = arrivals.get(next).filter(|a| a.at <= now) {
+            let adapter = names[a.adapter].clone();
+            let size = geometry.pages_of_numbers(numbers(workload.rank(a.adapter)));
+            let job = Job {
+                id: next as u64,
+                tenant: String::new(),
+                adapters: vec![(adapter.clone(), size)],
+                prompt: a.input,
+                max_output: a.output,
+                arrived: a.at,
+            };
+            match scheduler.submit(job) {
+                Ok(()) => {
+                    let (prompt, output) = (a.input, a.output);
+                    let new = Under { adapter, arrived: a.at, prompt, computed: 0, generated: 0, output, first: None };
+                    under.insert(next as u64, new);
+                }
+                Err(_) => outcome.refused += 1,
+            }
+            next += 1;
+        }
+        let plan = scheduler.plan(now, |_| 0);
+        for id in &plan.refused {
+            under.remove(id);
+            outcome.refused += 1;
+        }
+        let mut copied = 0;
+        for (id, _) in &plan.admitted {
+            let Some(u) = under.get(id) else { continue };
+            if !residency.lease(&u.adapter) {
+                let size = geometry.pages_of_numbers(numbers(workload.rank(arrivals[*id as usize].adapter)));
+                residency.insert(u.adapter.clone(), size);
+                residency.lease(&u.adapter);
+                copied += size;
+            }
+        }
+        let rows: usize = plan.work.iter().map(|(_, n)| n).sum();
+        for (id, n) in &plan.work {
+            if let Some(u) = under.get_mut(id) {
+                u.computed += n;
+            }
+        }
+        // The account of the engine: keys of all that run, and adapters, of which those that nobody uses give way.
+        let mut work = plan.work;
+        let taken = |under: &HashMap<u64, Under>| -> usize {
+            under.values().filter(|u| u.computed > 0).map(|u| geometry.pages_of_tokens(u.computed)).sum()
+        };
+        let mut keys = taken(&under);
+        while keys + residency.pages() > pages {
+            if residency.evict().is_some() {
+                continue;
+            }
+            let Some(last) = scheduler.put_back_last() else { return Err("one request alone does not fit".into()) };
+            outcome.put_back += 1;
+            work.retain(|(id, _)| *id != last);
+            if let Some(u) = under.get_mut(&last) {
+                residency.unlease(&u.adapter);
+                (u.prompt, u.computed) = (u.prompt.max(u.computed), 0);
+            }
+            keys = taken(&under);
+        }
+        outcome.fullest = outcome.fullest.max((keys + residency.pages()) as f64 / pages.max(1) as f64);
+        let mut adapters: Vec<&Arc<str>> = work.iter().filter_map(|(id, _)| Some(&under.get(id)?.adapter)).collect();
+        adapters.sort_unstable();
+        adapters.dedup();
+        if rows == 0 {
+            // Nothing runs: the next arrival, or a waiting request that is refused with time.
+            let arrival = arrivals.get(next).map_or(now + 1.0, |a| a.at);
+            now = f64::max(arrival.min(now + 1.0), now + 1e-3);
+            continue;
+        }
+        let distinct = adapters.len() as f64;
+        now += machine.step + machine.row * rows as f64 + machine.adapter * distinct + machine.load * copied as f64;
+        for (id, _) in work {
+            let Some(u) = under.get_mut(&id) else { continue };
+            if u.computed < u.prompt {
+                continue;
+            }
+            u.generated += 1;
+            tokens += 1;
+            scheduler.generated(id);
+            if u.first.is_none() {
+                u.first = Some(now);
+                let waited = now - u.arrived;
+                outcome.first_token += waited;
+                outcome.attainment += f64::from(u8::from(waited <= OBJECTIVE));
+                outcome.satisfaction += (2.0 - waited / OBJECTIVE).clamp(0.0, 1.0);
+            }
+            if u.generated >= u.output {
+                outcome.answered += 1;
+                outcome.latency += now - u.arrived;
+                residency.unlease(&u.adapter);
+                scheduler.remove(id);
+                under.remove(&id);
+            }
+        }
+    }
+    let (answered, all) = (outcome.answered.max(1) as f64, outcome.requests.max(1) as f64);
+    outcome.latency /= answered;
+    outcome.first_token /= answered;
+    outcome.attainment /= all;
+    outcome.satisfaction /= all;
+    outcome.seconds = now;
+    outcome.requests_per_second = outcome.answered as f64 / now.max(1e-9);
+    outcome.tokens_per_second = tokens as f64 / now.max(1e-9);
+    outcome.loads = residency.loads;
+    Ok(outcome)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// SmolLM2-135M: keys of 3 · 64 numbers in 30 layers; an adapter on q, k, v and o has 3840 numbers a rank and layer.
+    const GEOMETRY: Geometry = Geometry { kv_width: 192, layers: 30 };
+
+    fn numbers(rank: usize) -> usize {
+        rank * 3840 * 30
+    }
+
+    fn machine() -> Machine {
+        Machine { step: 0.025, row: 0.0012, adapter: 2e-4, load: 1e-5, pool_bytes: 2 << 30 }
+    }
+
+    fn run(workload: &Workload, machine: &Machine, policy: Policy) -> Outcome {
+        simulate(workload, machine, policy, GEOMETRY, numbers).unwrap()
+    }
+
+    #[test]
+    fn throughput_hardly_depends_on_the_number_of_adapters() {
+        let at = |adapters: usize| {
+            let workload = Workload { adapters, rate: 1.0, duration: 120.0, output: (8, 128), ..Default::default() };
+            run(&workload, &machine(), Policy::default())
+        };
+        let few = at(5);
+        assert_eq!((few.answered, few.loads), (few.requests, 5));
+        for n in [100, 2000, 100_000] {
+            let many = at(n);
+            assert_eq!(many.answered, many.requests);
+            assert!(many.requests_per_second > 0.95 * few.requests_per_second, "{n}: {many:?} against {few:?}");
+        }
+    }
+
+    #[test]
+    fn the_pool_is_never_more_than_full_and_all_are_answered() {
+        for seed in 0..4 {
+            let workload = Workload {
+                adapters: 300,
+                rate: 3.0,
+                cv: 2.0,
+                duration: 60.0,
+                ranks: vec![64, 32, 16, 8],
+                seed,
+                ..Default::default()
+            };
+            let small = Machine { pool_bytes: 150 << 20, ..machine() };
+            let outcome = run(&workload, &small, Policy::default());
+            assert_eq!(outcome.answered + outcome.refused, outcome.requests, "{outcome:?}");
+            assert!(outcome.fullest <= 1.0 && outcome.fullest > 0.5, "{outcome:?}");
+            // The test of admission holds but for slow prefills.
+            assert!(outcome.put_back * 20 <= outcome.requests, "{outcome:?}");
+        }
+    }
+
+    #[test]
+    fn refusing_early_keeps_the_objective_for_more() {
+        let workload = Workload { adapters: 200, rate: 6.0, duration: 120.0, ..Default::default() };
+        let plain = run(&workload, &machine(), Policy::default());
+        let early = run(&workload, &machine(), Policy { first_token: Some(OBJECTIVE), ..Default::default() });
+        assert!(early.refused > 0 && early.answered + early.refused == early.requests);
+        assert!(early.attainment > plain.attainment + 0.1, "{early:?} against {plain:?}");
+        assert!(early.satisfaction > plain.satisfaction, "{early:?} against {plain:?}");
+    }
+
+    #[test]
+    fn clustering_lets_more_run_where_adapters_are_bounded() {
+        let workload = Workload { adapters: 50, rate: 8.0, duration: 60.0, output: (8, 64), ..Default::default() };
+        let policy = Policy { max_adapters: Some(8), ..Default::default() };
+        let with = run(&workload, &machine(), policy.clone());
+        let without = run(&workload, &machine(), Policy { cluster: false, ..policy });
+        assert_eq!((with.answered, without.answered), (with.requests, without.requests));
+        assert!(with.requests_per_second > without.requests_per_second, "{with:?} against {without:?}");
+    }
+}

@@ -1,0 +1,396 @@
+//! One frozen product for the rows of many adapters, and each adapter's low-rank change for its own rows.
+//!
+//! `y = x Wᵀ` is computed once for all rows; then rows `s` with adapters i get
+//! `y_s ← y_s ∘ (1 + Σ w_i (o_i − 1)) + Σ w_i ((x_s A_iᵀ) B_i + c_i)`, and all rows W's bias (Chen et al. 2023,
+//! *Punica*, arXiv 2310.18547, "SGMV"; Sheng et al. 2024, *S-LoRA*, arXiv 2311.03285, "MBGMM, MBGMV"). Every adapter has its own
+//! rank r_i, so the work is `rows_i · 2 r_i (inputs + outputs)` and nothing is padded. Factors lie in pages of a pool. For a few rows (decoding)
+//! they are read where they are; for more (prefill) they are copied together once a block of rows and multiplied by gemm.
+
+use std::cell::RefCell;
+use std::ops::Range;
+
+use candle_core::{Result, Tensor};
+use rayon::prelude::*;
+
+use crate::products::{Product, Right, Term, run};
+use crate::raw::{Shared, Strides, product, with_slices};
+use crate::storage::FrozenWeight;
+use crate::wide::{sum2, wide};
+
+/// Rows of a task.
+const BLOCK: usize = 64;
+/// Up to this many rows the factors are read where they are.
+const FEW: usize = 4;
+
+/// Vectors of one length, one after the other in pages of a pool.
+#[derive(Clone, Copy, Debug)]
+pub struct Paged<'a> {
+    /// The pool's numbers.
+    pub pool: &'a [f32],
+    /// Numbers of a page.
+    pub page: usize,
+    /// The pages, in order, that the owner's numbers lie in.
+    pub pages: &'a [u32],
+    /// Where the first vector begins, in the owner's numbers.
+    pub start: usize,
+    /// How many vectors there are.
+    pub count: usize,
+    /// Numbers of a vector.
+    pub length: usize,
+}
+
+impl Paged<'_> {
+    /// An error unless all of it lies inside the pool.
+    fn check(&self) -> Result<()> {
+        let end = self.count.checked_mul(self.length).and_then(|n| n.checked_add(self.start));
+        let pages = self.pool.len().checked_div(self.page).unwrap_or(0);
+        let inside = end.is_some_and(|end| end <= self.pages.len() * self.page);
+        if !inside || self.pages.iter().any(|&p| p as usize >= pages) {
+            candle_core::bail!("segmented product: {} vectors of {} lie outside their pages", self.count, self.length);
+        }
+        Ok(())
+    }
+
+    /// Calls `f` with the pieces of vector `i`, each with the place of its first number in the vector.
+    #[inline(always)]
+    fn pieces(&self, i: usize, mut f: impl FnMut(usize, &[f32])) {
+        let mut at = self.start + i * self.length;
+        let mut done = 0;
+        while done < self.length {
+            let (page, inside) = (self.pages[at / self.page] as usize, at % self.page);
+            let n = (self.page - inside).min(self.length - done);
+            f(done, &self.pool[page * self.page + inside..][..n]);
+            (at, done) = (at + n, done + n);
+        }
+    }
+
+    /// All vectors, (count, length).
+    fn gather(&self, to: &mut Vec<f32>) {
+        to.clear();
+        for i in 0..self.count {
+            self.pieces(i, |_, piece| to.extend_from_slice(piece));
+        }
+    }
+
+    /// All vectors as a tensor (count, length).
+    fn tensor(&self) -> Result<Tensor> {
+        let mut numbers = Vec::new();
+        self.gather(&mut numbers);
+        Tensor::from_vec(numbers, (self.count, self.length), &candle_core::Device::Cpu)
+    }
+}
+
+/// What one adapter does to the output of a projection.
+#[derive(Clone, Copy, Debug)]
+pub struct Addition<'a> {
+    /// A: r vectors of `inputs`.
+    pub a: Paged<'a>,
+    /// Bᵀ: r vectors of `outputs`, scaling included.
+    pub b: Paged<'a>,
+    /// o: what the frozen output is multiplied by (one vector of `outputs`).
+    pub output_scale: Option<Paged<'a>>,
+    /// c: what is added to every row (one vector of `outputs`).
+    pub bias: Option<Paged<'a>>,
+    /// w.
+    pub weight: f32,
+}
+
+/// Rows of one or more adapters.
+#[derive(Clone, Debug)]
+pub struct Group<'a> {
+    /// Which rows of x.
+    pub rows: Range<usize>,
+    /// What is added there, in order.
+    pub additions: Vec<Addition<'a>>,
+}
+
+/// One frozen weight and the groups of rows that get more than its product. Groups are in order and apart from each other.
+pub struct Segmented<'a> {
+    /// W (outputs, inputs).
+    pub weight: &'a FrozenWeight,
+    /// Its bias (outputs), added last.
+    pub bias: Option<&'a Tensor>,
+    /// The groups.
+    pub groups: Vec<Group<'a>>,
+}
+
+fn check(x: (usize, usize), part: &Segmented<'_>) -> Result<()> {
+    let (outputs, inputs) = part.weight.dims()?;
+    if inputs != x.1 {
+        candle_core::bail!("segmented product: x is {x:?} but the weight is ({outputs}, {inputs})");
+    }
+    let mut end = 0;
+    for group in &part.groups {
+        if group.rows.start < end || group.rows.end < group.rows.start || group.rows.end > x.0 {
+            candle_core::bail!("segmented product: rows {:?} are out of order or beyond {}", group.rows, x.0);
+        }
+        end = group.rows.end;
+        for Addition { a, b, output_scale, bias, .. } in &group.additions {
+            a.check()?;
+            b.check()?;
+            if a.count != b.count || a.length != inputs || b.length != outputs {
+                candle_core::bail!(
+                    "segmented product: factors ({}, {}) and ({}, {}) do not fit a weight of ({outputs}, {inputs})",
+                    a.count,
+                    a.length,
+                    b.count,
+                    b.length
+                );
+            }
+            for vector in output_scale.iter().chain(bias) {
+                vector.check()?;
+                if (vector.count, vector.length) != (1, outputs) {
+                    candle_core::bail!("segmented product: a vector of {} for {outputs} outputs", vector.length);
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+#[derive(Default)]
+struct Scratch {
+    factor: Vec<f32>,
+    thin: Vec<f32>,
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+/// The outputs (rows, outputs) of projections that read the same `x` (rows, inputs), in f32 on the CPU.
+pub fn project_segmented(x: &Tensor, parts: &[Segmented<'_>]) -> Result<Vec<Tensor>> {
+    let (rows, inputs) = x.dims2()?;
+    for part in parts {
+        check((rows, inputs), part)?;
+    }
+    let guards: Vec<_> = parts.iter().map(|part| part.weight.guard()).collect();
+    let mut outputs = with_slices([x], |[x]: [&[f32]; 1]| {
+        let products = guards.iter().map(|guard| {
+            let view = guard.view()?;
+            Ok(Product::new((rows, view.shape().0), vec![Term::forward(x, inputs, Right::Weight(view))]))
+        });
+        let mut outputs = run(products.collect::<Result<Vec<_>>>()?)?;
+        let mut tasks: Vec<(usize, &Group<'_>, Range<usize>)> = Vec::new();
+        for (i, part) in parts.iter().enumerate() {
+            for group in part.groups.iter().filter(|g| !g.additions.is_empty()) {
+                for start in group.rows.clone().step_by(BLOCK) {
+                    tasks.push((i, group, start..(start + BLOCK).min(group.rows.end)));
+                }
+            }
+        }
+        let widths: Vec<usize> = outputs.iter().map(|y| y.len() / rows.max(1)).collect();
+        let shared: Vec<Shared<f32>> = outputs.iter_mut().map(|y| Shared(y.as_mut_ptr())).collect();
+        tasks.par_iter().with_max_len(1).for_each(|(i, group, rows)| {
+            let width = widths[*i];
+            // SAFETY: the rows of groups are disjoint (checked) and inside the output; each task has its own block of them.
+            let y = unsafe { std::slice::from_raw_parts_mut(shared[*i].at(rows.start * width), rows.len() * width) };
+            let x = &x[rows.start * inputs..rows.end * inputs];
+            SCRATCH.with_borrow_mut(|scratch| {
+                scale(&group.additions, width, y, scratch);
+                group.additions.iter().for_each(|addition| add(x, (inputs, width), addition, y, scratch));
+            });
+        });
+        Ok(outputs)
+    })?;
+    let of = |(y, part): (&mut Vec<f32>, &Segmented<'_>)| {
+        let y = Tensor::from_vec(std::mem::take(y), (rows, part.weight.dims()?.0), x.device())?;
+        part.bias.map_or_else(|| Ok(y.clone()), |bias| y.broadcast_add(bias))
+    };
+    outputs.iter_mut().zip(parts).map(of).collect()
+}
+
+/// `y ← y ∘ (1 + Σ w (o − 1))`, where there is an o.
+fn scale(additions: &[Addition<'_>], outputs: usize, y: &mut [f32], scratch: &mut Scratch) {
+    if additions.iter().all(|a| a.output_scale.is_none()) {
+        return;
+    }
+    let factor = &mut scratch.factor;
+    factor.clear();
+    factor.resize(outputs, 1.0);
+    for Addition { output_scale, weight, .. } in additions {
+        if let Some(o) = output_scale {
+            o.pieces(0, |at, o| factor[at..].iter_mut().zip(o).for_each(|(f, o)| *f += weight * (o - 1.0)));
+        }
+    }
+    for y in y.chunks_exact_mut(outputs) {
+        y.iter_mut().zip(factor.iter()).for_each(|(y, f)| *y *= f);
+    }
+}
+
+/// `y ← y + w ((x Aᵀ) B + c)` for the rows of `x`.
+fn add(x: &[f32], (inputs, outputs): (usize, usize), addition: &Addition<'_>, y: &mut [f32], scratch: &mut Scratch) {
+    let Addition { a, b, bias, weight, .. } = addition;
+    let rows = x.len() / inputs;
+    if let Some(bias) = bias {
+        for y in y.chunks_exact_mut(outputs) {
+            bias.pieces(0, |at, c| y[at..].iter_mut().zip(c).for_each(|(y, c)| *y += weight * c));
+        }
+    }
+    let rank = a.count;
+    if rank == 0 {
+        return;
+    }
+    let Scratch { factor, thin } = scratch;
+    thin.clear();
+    thin.resize(rows * rank, 0.0);
+    if rows <= FEW {
+        wide(|| {
+            for j in 0..rank {
+                a.pieces(j, |at, piece| {
+                    for (x, thin) in x.chunks_exact(inputs).zip(thin.chunks_exact_mut(rank)) {
+                        thin[j] += sum2(&x[at..at + piece.len()], piece, |x, a| x * a);
+                    }
+                });
+            }
+            thin.iter_mut().for_each(|u| *u *= weight);
+            for j in 0..rank {
+                b.pieces(j, |at, piece| {
+                    for (y, thin) in y.chunks_exact_mut(outputs).zip(thin.chunks_exact(rank)) {
+                        let u = thin[j];
+                        y[at..at + piece.len()].iter_mut().zip(piece).for_each(|(y, b)| *y += u * b);
+                    }
+                });
+            }
+        });
+        return;
+    }
+    let (wide_x, wide_y, thin_strides) = (Strides(inputs, 1), Strides(outputs, 1), Strides(rank, 1));
+    a.gather(factor);
+    product((rows, rank, inputs), thin, thin_strides, false, x, wide_x, factor, Strides(1, inputs), *weight, false);
+    b.gather(factor);
+    product((rows, outputs, rank), y, wide_y, true, thin, thin_strides, factor, Strides(outputs, 1), 1.0, false);
+}
+
+/// The reference form out of plain candle operations.
+pub fn project_segmented_reference(x: &Tensor, parts: &[Segmented<'_>]) -> Result<Vec<Tensor>> {
+    let one = |part: &Segmented<'_>| {
+        check(x.dims2()?, part)?;
+        let w = part.weight.dense(x.dtype())?.t()?;
+        let mut pieces = Vec::new();
+        let mut at = 0;
+        let end = Group { rows: x.dim(0)?..x.dim(0)?, additions: vec![] };
+        for group in part.groups.iter().chain([&end]) {
+            // Rows between two groups are the frozen product.
+            for (rows, additions) in [(at..group.rows.start, &[][..]), (group.rows.clone(), &group.additions[..])] {
+                if rows.is_empty() {
+                    continue;
+                }
+                let x = x.narrow(0, rows.start, rows.len())?;
+                let frozen = x.matmul(&w)?;
+                let mut y = frozen.clone();
+                for Addition { a, b, output_scale, bias, weight } in additions {
+                    if let Some(scale) = output_scale {
+                        y = (y + (frozen.broadcast_mul(&(scale.tensor()? - 1.0)?)? * f64::from(*weight))?)?;
+                    }
+                    if let Some(bias) = bias {
+                        y = y.broadcast_add(&(bias.tensor()? * f64::from(*weight))?)?;
+                    }
+                    if a.count > 0 {
+                        y = (y + (x.matmul(&a.tensor()?.t()?)?.matmul(&b.tensor()?)? * f64::from(*weight))?)?;
+                    }
+                }
+                pieces.push(y);
+            }
+            at = group.rows.end;
+        }
+        let y = Tensor::cat(&pieces, 0)?;
+        part.bias.map_or_else(|| Ok(y.clone()), |bias| y.broadcast_add(bias))
+    };
+    parts.iter().map(one).collect()
+}
+
+/// Copies the rows of `rows` (n, width), f32, into a pool of rows of that width: row i to row `to[i]`.
+pub fn store_rows(pool: &mut [f32], rows: &Tensor, to: impl ExactSizeIterator<Item = usize>) -> Result<()> {
+    let (n, width) = rows.dims2()?;
+    if to.len() != n {
+        candle_core::bail!("{n} rows for {} places in the pool", to.len());
+    }
+    with_slices([rows], |[rows]: [&[f32]; 1]| {
+        for (row, place) in rows.chunks_exact(width.max(1)).zip(to) {
+            match pool.get_mut(place.saturating_mul(width)..place.saturating_add(1).saturating_mul(width)) {
+                Some(to) => to.copy_from_slice(row),
+                None => candle_core::bail!("row {place} is outside the pool"),
+            }
+        }
+        Ok(())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::DType;
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::check::{assert_close, random};
+
+    const PAGE: usize = 48;
+
+    fn numbers(n: usize, seed: u64) -> Vec<f32> {
+        random((1, n), seed, DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(32))]
+        /// Adapters of any rank (0 too) on any rows, rows without any, sums of two, scales of the output.
+        #[test]
+        fn equals_the_reference(
+            groups in prop::collection::vec((0usize..3, 1usize..80, prop::collection::vec((0usize..9, any::<bool>()), 0..3)), 0..5),
+            (inputs, outputs) in (1usize..40, 1usize..70),
+        ) {
+            let pool = numbers(64 * PAGE, 1);
+            let pages: Vec<u32> = (0..64).map(|i| (i * 37 + 5) % 64).collect();
+            let paged = |start: usize, count: usize, length: usize| {
+                Paged { pool: &pool, page: PAGE, pages: &pages, start: start % PAGE, count, length }
+            };
+            let mut rows = 0;
+            let mut parts = Vec::new();
+            for (before, n, additions) in groups {
+                let start = rows + before;
+                rows = start + n;
+                let additions = additions.into_iter().enumerate().map(|(i, (rank, scaled))| Addition {
+                    a: paged(7 * i, rank, inputs),
+                    b: paged(11 * i + 1, rank, outputs),
+                    output_scale: scaled.then(|| paged(3 * i, 1, outputs)),
+                    bias: (rank % 2 == 1).then(|| paged(5 * i, 1, outputs)),
+                    weight: 0.5 + i as f32,
+                });
+                parts.push(Group { rows: start..rows, additions: additions.collect() });
+            }
+            let x = random((rows + 2, inputs), 2, DType::F32).unwrap();
+            let weights = [3, 4].map(|seed| FrozenWeight::Dense(random((outputs, inputs), seed, DType::F32).unwrap()));
+            let bias = random((1, outputs), 5, DType::F32).unwrap().squeeze(0).unwrap();
+            let part = |(i, weight)| Segmented { weight, bias: (i == 1).then_some(&bias), groups: parts.clone() };
+            let all: Vec<_> = weights.iter().enumerate().map(part).collect();
+            let fast = project_segmented(&x, &all).unwrap();
+            let slow = project_segmented_reference(&x, &all).unwrap();
+            for (fast, slow) in fast.iter().zip(&slow) {
+                assert_close(fast, slow, 1e-4).unwrap();
+            }
+        }
+    }
+
+    #[test]
+    fn what_lies_outside_is_refused() -> Result<()> {
+        let pool = numbers(4 * PAGE, 1);
+        let weight = FrozenWeight::Dense(random((6, 5), 3, DType::F32)?);
+        let x = random((3, 5), 2, DType::F32)?;
+        let with = |pages: &[u32], rank: usize, rows: Range<usize>| {
+            let paged = |length| Paged { pool: &pool, page: PAGE, pages, start: 0, count: rank, length };
+            let addition = Addition { a: paged(5), b: paged(6), output_scale: None, bias: None, weight: 1.0 };
+            let groups = vec![Group { rows, additions: vec![addition] }];
+            project_segmented(&x, &[Segmented { weight: &weight, bias: None, groups }])
+        };
+        assert!(with(&[0], 8, 0..3).is_ok());
+        assert!(with(&[0], 9, 0..3).is_err());
+        assert!(with(&[4], 1, 0..3).is_err());
+        assert!(with(&[0], 1, 0..4).is_err());
+        let mut pool = vec![0.0; 20];
+        store_rows(&mut pool, &x, [3, 0, 1].into_iter())?;
+        assert_eq!(pool[15..20], x.get(0)?.to_vec1::<f32>()?);
+        assert!(store_rows(&mut pool, &x, [4, 0, 1].into_iter()).is_err());
+        assert!(store_rows(&mut pool, &x, [0, 1].into_iter()).is_err());
+        Ok(())
+    }
+}

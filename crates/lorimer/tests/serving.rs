@@ -1,0 +1,357 @@
+//! Serving many adapters of one base in one batch gives what each gives alone.
+
+#[path = "common/tiny.rs"]
+mod tiny;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use candle_core::{DType, Tensor};
+use lorimer::model::weights::LoadDtype;
+use lorimer::model::{BaseModel, KvCache};
+use lorimer::prelude::*;
+use lorimer::serve::batched::{Batched, Rows, Used};
+use lorimer::serve::pool::{BLOCK, Geometry, Pool};
+use lorimer::serve::residents::Residents;
+use lorimer::serve::scheduler::Policy;
+use lorimer::serve::{Engine, EngineSettings, Event, FinishReason, Hosted, Request, Sampling};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+fn model() -> Llama {
+    tiny::model_as(DType::F32, LoadDtype::Stored)
+}
+
+fn hosted(model: &Llama, adapter: &Adapter, name: &str) -> Arc<Hosted> {
+    Arc::new(Hosted::new(model, adapter, format!("sha256:{name}"), None).unwrap())
+}
+
+/// An adapter of a method that does something.
+fn moved(model: &Llama, name: &str, settings: &str) -> Adapter {
+    let adapter = tiny::attach(model, name, settings);
+    tiny::move_all(&adapter);
+    adapter
+}
+
+/// The logits of every sequence's rows, computed together.
+fn together(model: &Llama, sequences: &[(Vec<u32>, Vec<(Arc<Hosted>, f32)>)]) -> Vec<Tensor> {
+    let geometry = Geometry::of(&model.config);
+    let mut pool = Pool::new(geometry, 4000 * geometry.page_bytes()).unwrap();
+    let mut residents = Residents::default();
+    let mut blocks = Vec::new();
+    for (tokens, adapters) in sequences {
+        for (adapter, _) in adapters {
+            assert!(residents.account().lease(&adapter.content_id) || residents.load(adapter, geometry, &mut pool));
+        }
+        let pages = pool.take(geometry.pages_of_tokens(tokens.len())).unwrap();
+        blocks.push(pages.chunks(geometry.layers).map(<[u32]>::to_vec).collect::<Vec<_>>());
+    }
+    let rows = sequences.iter().zip(&blocks).map(|((tokens, adapters), blocks)| Rows {
+        count: tokens.len(),
+        position: 0,
+        blocks,
+        adapters: adapters
+            .iter()
+            .map(|(adapter, weight)| {
+                let (hosted, pages) = residents.get(&adapter.content_id).unwrap();
+                Used { hosted, pages, weight: *weight }
+            })
+            .collect(),
+    });
+    let tokens: Vec<u32> = sequences.iter().flat_map(|(tokens, _)| tokens.clone()).collect();
+    let needed: Vec<u32> = (0..tokens.len() as u32).collect();
+    let batch = Batched::new(pool.numbers(), geometry, rows.collect(), &needed);
+    let layout = model.layout(&batch.positions(), &batch.segments(), None);
+    let mut h = model.embed(&tokens, &batch).unwrap();
+    for i in 0..model.layer_count() {
+        h = model.layer(i, &h, &layout, &batch, None).unwrap();
+    }
+    let logits = model.logits(&model.finish(&h, &batch).unwrap(), &batch).unwrap();
+    let mut at = 0;
+    let one = |(tokens, _): &(Vec<u32>, _)| {
+        at += tokens.len();
+        logits.narrow(0, at - tokens.len(), tokens.len()).unwrap()
+    };
+    sequences.iter().map(one).collect()
+}
+
+/// The logits of one sequence alone, by the code that trains.
+fn alone(model: &Llama, tokens: &[u32], adaptation: &dyn Adaptation) -> Tensor {
+    let batch = Batch::pack([tokens]);
+    model.logits(&model.hidden(&batch, adaptation).unwrap(), adaptation).unwrap()
+}
+
+fn difference(a: &Tensor, b: &Tensor) -> f64 {
+    tiny::distance(&a.to_dtype(DType::F64).unwrap(), &b.to_dtype(DType::F64).unwrap())
+}
+
+/// Law 9: every method and variant, all in one batch, beside rows of the bare base.
+#[test]
+fn batched_is_alone_for_every_method() {
+    let model = model();
+    let mut rng = ChaCha8Rng::seed_from_u64(1);
+    let (mut adapters, mut sequences) = (Vec::new(), Vec::new());
+    for entry in methods::REGISTRY {
+        for (i, (settings, _)) in entry.laws.iter().enumerate() {
+            let adapter = moved(&model, entry.name, settings);
+            let name = format!("{} {settings}", entry.name);
+            // On the tiny base the approximation's rank is that of the whole matrix, so that nothing is lost.
+            match Hosted::new(&model, &adapter, format!("{}-{i}", entry.name), None) {
+                Ok(hosted) => {
+                    let tokens: Vec<u32> = (0..rng.random_range(1..40)).map(|_| rng.random_range(0..40)).collect();
+                    sequences.push((tokens, vec![(Arc::new(hosted), 1.0)]));
+                    adapters.push((name, Some(adapter)));
+                }
+                Err(error) => {
+                    assert!(error.to_string().contains("merge it into the base"), "{name}: {error}");
+                    assert!(settings.contains("modules_to_save"), "{name}: {error}");
+                }
+            }
+            if i == 0 {
+                sequences.push((vec![3, 1, 4, 1, 5], vec![]));
+                adapters.push((format!("the base after {}", entry.name), None));
+            }
+        }
+    }
+    let served = methods::REGISTRY.iter().filter(|e| adapters.iter().any(|(name, _)| name.starts_with(e.name)));
+    assert_eq!(served.count(), methods::REGISTRY.len(), "every method is served in some form");
+    let found = together(&model, &sequences);
+    for (((name, adapter), (tokens, _)), found) in adapters.iter().zip(&sequences).zip(&found) {
+        let expected = match adapter {
+            Some(adapter) => alone(&model, tokens, &Attached::one(adapter)),
+            None => alone(&model, tokens, &Frozen),
+        };
+        let largest = expected.abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap();
+        let wrong = difference(found, &expected) / f64::from(largest);
+        assert!(wrong < 1e-4, "{name}: {wrong:e}");
+    }
+}
+
+#[test]
+fn sums_of_weighted_adapters_in_one_batch() {
+    let model = model();
+    let (one, two) = (moved(&model, "dora", r#"{"r": 3}"#), moved(&model, "bone", r#"{"r": 4}"#));
+    let (a, b) = (hosted(&model, &one, "one"), hosted(&model, &two, "two"));
+    let tokens = vec![7, 8, 9, 3, 2, 30, 12];
+    let sequences = [
+        (tokens.clone(), vec![(a.clone(), 0.5), (b.clone(), -1.25)]),
+        (tokens.clone(), vec![(a.clone(), 2.0)]),
+        (tokens.clone(), vec![(b, 1.0), (a, 1.0)]),
+    ];
+    let found = together(&model, &sequences);
+    for (weights, found) in
+        [[(&one, 0.5), (&two, -1.25)], [(&one, 2.0), (&two, 0.0)], [(&two, 1.0), (&one, 1.0)]].iter().zip(found)
+    {
+        let expected = alone(&model, &tokens, &Attached::weighted(weights.to_vec()).unwrap());
+        assert!(difference(&found, &expected) < 1e-3, "{weights:?}", weights = weights.map(|w| w.1));
+    }
+}
+
+/// Greedy tokens of one request alone, token by token, by the code that trains.
+fn answer(model: &Llama, adaptation: &dyn Adaptation, prompt: &[u32], n: usize, stop: u32) -> (Vec<u32>, f32) {
+    let mut cache = KvCache::default();
+    let mut hidden = model.hidden_cached(prompt, &mut cache, adaptation).unwrap();
+    let (mut tokens, mut closest) = (Vec::new(), f32::INFINITY);
+    while tokens.len() < n {
+        let last = hidden.narrow(0, hidden.dim(0).unwrap() - 1, 1).unwrap();
+        let logits = model.logits(&last, adaptation).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let mut order: Vec<usize> = (0..logits.len()).collect();
+        order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]));
+        closest = closest.min(logits[order[0]] - logits[order[1]]);
+        let token = order[0] as u32;
+        tokens.push(token);
+        if token == stop {
+            break;
+        }
+        hidden = model.hidden_cached(&[token], &mut cache, adaptation).unwrap();
+    }
+    (tokens, closest)
+}
+
+/// Hundreds of requests over many adapters through a pool that holds only some of them: everyone gets what he would get alone, whatever
+/// has to be put back or thrown out meanwhile; at the end the account of the pool is exact.
+#[test]
+fn an_engine_answers_as_if_each_were_alone() {
+    let model = model();
+    let settings = [
+        ("lora", r#"{"r": 2}"#),
+        ("lora", r#"{"r": 9, "target_modules": ["q_proj", "o_proj"]}"#),
+        ("dora", r#"{"r": 3}"#),
+        ("bone", r#"{"r": 4}"#),
+        ("lora-xs", r#"{"r": 4}"#),
+        ("vera", r#"{"r": 5}"#),
+    ];
+    let adapters: Vec<_> = settings.iter().map(|(name, settings)| moved(&model, name, settings)).collect();
+    let hosted: Vec<_> = adapters.iter().enumerate().map(|(i, a)| hosted(&model, a, &i.to_string())).collect();
+    let geometry = Geometry::of(&model.config);
+    let largest = hosted.iter().map(|h| h.pages(geometry)).max().unwrap();
+    let mut rng = ChaCha8Rng::seed_from_u64(2);
+    let policy = Policy { batch_tokens: 24, max_running: 9, ..Default::default() };
+    let pool_bytes = (2 * largest + geometry.pages_of_tokens(260)) * geometry.page_bytes();
+    let mut engine = Engine::new(&model, EngineSettings { pool_bytes, policy, prefix_cache: true }).unwrap();
+    let shared: Vec<u32> = (0..40).map(|_| rng.random_range(0..40)).collect();
+    let mut wanted = HashMap::new();
+    let mut answers: HashMap<u64, Vec<u32>> = HashMap::new();
+    let mut cancelled = Vec::new();
+    let (mut now, mut submitted) = (0.0, 0);
+    while submitted < 300 || !engine.is_idle() {
+        for _ in 0..rng.random_range(0..4) {
+            if submitted == 300 {
+                break;
+            }
+            submitted += 1;
+            let which = rng.random_range(0..=settings.len());
+            let mut prompt = shared[..rng.random_range(0..shared.len())].to_vec();
+            prompt.extend((0..rng.random_range(1..30)).map(|_| rng.random_range(0..40u32)));
+            let max_tokens = rng.random_range(1..30);
+            let request = Request {
+                prompt: prompt.clone(),
+                adapters: hosted.get(which).map(|h| (h.clone(), 1.0)).into_iter().collect(),
+                max_tokens,
+                sampling: Sampling::default(),
+                seed: 0,
+                stop: vec![5],
+                log_probabilities: None,
+                tenant: format!("t{}", which % 3),
+            };
+            let id = engine.submit(request, now).unwrap().unwrap();
+            wanted.insert(id, (which, prompt, max_tokens));
+            if rng.random_range(0..20) == 0 {
+                cancelled.push(id);
+            }
+        }
+        now += 0.01;
+        for event in engine.step(now) {
+            match event {
+                Event::Token(id, token, reason) => {
+                    answers.entry(id).or_default().push(token.token);
+                    let n = answers[&id].len();
+                    assert_eq!(reason == Some(FinishReason::Stop), token.token == 5);
+                    assert_eq!(reason.is_some(), token.token == 5 || n == wanted[&id].2);
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+        if rng.random_range(0..6) == 0
+            && let Some(id) = cancelled.pop()
+        {
+            engine.cancel(id);
+            wanted.remove(&id);
+        }
+    }
+    let state = engine.state();
+    assert_eq!(state.free_pages + state.adapter_pages + state.cached_pages, state.pages);
+    assert!(state.adapter_evictions > 0 && state.cached_tokens > 0, "{state:?}");
+    let mut compared = 0;
+    for (id, (which, prompt, n)) in &wanted {
+        let (expected, closest) = match adapters.get(*which) {
+            Some(adapter) => answer(&model, &Attached::one(adapter), prompt, *n, 5),
+            None => answer(&model, &Frozen, prompt, *n, 5),
+        };
+        // Where two tokens are as good as equally likely, rounding may choose.
+        if closest > 1e-4 {
+            assert_eq!(answers[id], expected, "request {id} with adapter {which}");
+            compared += 1;
+        }
+    }
+    assert!(compared > 250, "{compared}");
+}
+
+/// A request that was put back half-way goes on where it was.
+#[test]
+fn a_request_that_was_put_back_loses_nothing() {
+    let model = model();
+    let geometry = Geometry::of(&model.config);
+    let policy = Policy { batch_tokens: 8, ..Default::default() };
+    let pool_bytes = geometry.pages_of_tokens(6 * BLOCK) * geometry.page_bytes();
+    let mut engine = Engine::new(&model, EngineSettings { pool_bytes, policy, prefix_cache: false }).unwrap();
+    let request = |prompt: Vec<u32>, max_tokens: usize| Request {
+        prompt,
+        adapters: vec![],
+        max_tokens,
+        sampling: Sampling { temperature: 1.0, ..Default::default() },
+        seed: 7,
+        stop: vec![],
+        log_probabilities: Some(2),
+        tenant: String::new(),
+    };
+    // The second is let in with its end after the first's; its slow prefill makes them overlap after all.
+    let lengths = [(9usize, 40usize), (38, 9), (30, 12)];
+    let prompt = |n: usize| (0..n as u32).map(|i| i * 7 % 40).collect::<Vec<_>>();
+    let mut together: HashMap<u64, Vec<_>> = HashMap::new();
+    for (n, max_tokens) in lengths {
+        engine.submit(request(prompt(n), max_tokens), 0.0).unwrap().unwrap();
+    }
+    let mut steps = 0;
+    while !engine.is_idle() {
+        steps += 1;
+        assert!(steps < 1000);
+        for event in engine.step(f64::from(steps)) {
+            let Event::Token(id, token, _) = event else { panic!("{event:?}") };
+            together.entry(id).or_default().push(token);
+        }
+    }
+    for (id, (n, max_tokens)) in lengths.into_iter().enumerate() {
+        let settings = EngineSettings { pool_bytes: 1 << 20, ..Default::default() };
+        let mut engine = Engine::new(&model, settings).unwrap();
+        engine.submit(request(prompt(n), max_tokens), 0.0).unwrap().unwrap();
+        let mut alone = Vec::new();
+        while !engine.is_idle() {
+            for event in engine.step(0.0) {
+                let Event::Token(_, token, _) = event else { panic!("{event:?}") };
+                alone.push(token);
+            }
+        }
+        assert_eq!(alone.len(), max_tokens);
+        let together = &together[&(id as u64)];
+        assert_eq!(
+            alone.iter().map(|t| t.token).collect::<Vec<_>>(),
+            together.iter().map(|t| t.token).collect::<Vec<_>>()
+        );
+        for (a, b) in alone.iter().zip(together) {
+            assert!((a.log_probability.unwrap() - b.log_probability.unwrap()).abs() < 1e-4);
+            assert_eq!(a.top[0].0, b.top[0].0);
+        }
+    }
+}
+
+#[test]
+fn requests_that_cannot_be_are_refused() {
+    let model = model();
+    let mut engine = Engine::new(&model, EngineSettings { pool_bytes: 1 << 16, ..Default::default() }).unwrap();
+    let adapter = hosted(&model, &moved(&model, "lora", r#"{"r": 2}"#), "a");
+    let alone = hosted(&model, &moved(&model, "hydra", r#"{"r": 2}"#), "b");
+    let request = Request {
+        prompt: vec![1, 2],
+        adapters: vec![],
+        max_tokens: 3,
+        sampling: Sampling::default(),
+        seed: 0,
+        stop: vec![],
+        log_probabilities: None,
+        tenant: String::new(),
+    };
+    let with = |change: &dyn Fn(&mut Request)| {
+        let mut request = request.clone();
+        change(&mut request);
+        request
+    };
+    let refused = [
+        (with(&|r| r.prompt.clear()), "empty"),
+        (with(&|r| r.prompt.push(40)), "outside the vocabulary"),
+        (with(&|r| r.max_tokens = 0), "at least 1"),
+        (with(&|r| r.max_tokens = usize::MAX), "longer than"),
+        (with(&|r| r.sampling.top_p = -1.0), "top-p"),
+        (with(&|r| r.adapters = vec![(adapter.clone(), f32::NAN)]), "finite"),
+        (with(&|r| r.adapters = vec![(adapter.clone(), 1.0), (adapter.clone(), 1.0)]), "twice"),
+        (with(&|r| r.adapters = vec![(adapter.clone(), 1.0), (alone.clone(), 1.0)]), "alone"),
+        (with(&|r| r.adapters = vec![(alone.clone(), 0.5)]), "at weight 1"),
+    ];
+    for (request, why) in refused {
+        let error = engine.submit(request, 0.0).unwrap_err().to_string();
+        assert!(error.contains(why), "{error}");
+    }
+    let large = with(&|r| r.prompt = vec![1; 1900]);
+    assert_eq!(engine.submit(large, 0.0).unwrap(), Err(lorimer::serve::Refusal::TooLarge));
+    assert!(engine.is_idle() && BaseModel::dtype(&model) == DType::F32);
+}
