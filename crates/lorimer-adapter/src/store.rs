@@ -91,6 +91,15 @@ pub struct StoredAdapter {
 impl StoredAdapter {
     /// Reads an adapter folder.
     pub fn read(folder: &Path) -> Result<Self> {
+        Self::read_with(folder, SafetensorsFile::open)
+    }
+
+    /// [`Self::read`] for a folder that others may change meanwhile, with tensors of at most `limit` bytes.
+    pub fn read_changing(folder: &Path, limit: u64) -> Result<Self> {
+        Self::read_with(folder, |path| SafetensorsFile::read(path, limit))
+    }
+
+    fn read_with(folder: &Path, open: impl FnOnce(&Path) -> lorimer_model::Result<SafetensorsFile>) -> Result<Self> {
         let invalid = |problem: &str| Err(lorimer_model::Error::invalid(folder, problem).into());
         if !folder.is_dir() {
             return invalid(
@@ -112,7 +121,7 @@ impl StoredAdapter {
             true => Some(read_json(&manifest_path, MAX_CONFIG_BYTES)?),
             false => None,
         };
-        let tensors = read_tensors(&folder.join(WEIGHTS_FILE))?;
+        let tensors = read_tensors(&open(&folder.join(WEIGHTS_FILE))?)?;
         Ok(Self { path: folder.to_path_buf(), config, tensors, manifest })
     }
 
@@ -169,8 +178,8 @@ impl StoredAdapter {
     }
 }
 
-fn read_tensors(path: &Path) -> Result<BTreeMap<String, Tensor>> {
-    let file = SafetensorsFile::open(path)?;
+fn read_tensors(file: &SafetensorsFile) -> Result<BTreeMap<String, Tensor>> {
+    let path = file.path.as_path();
     let names = file.names();
     if names.len() > MAX_TENSORS {
         return Err(lorimer_model::Error::invalid(

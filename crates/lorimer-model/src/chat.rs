@@ -65,6 +65,12 @@ fn tojson(value: Jinja, options: Kwargs) -> Result<Jinja, JinjaError> {
     Ok(Jinja::from_safe_string(out))
 }
 
+impl std::fmt::Debug for ChatTemplate {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("ChatTemplate").field(&self.source).finish()
+    }
+}
+
 impl ChatTemplate {
     /// Compiles a template; `bos` and `eos` are the texts of those tokens ("" where there is none).
     pub fn new(source: &str, bos: &str, eos: &str) -> Result<Self> {

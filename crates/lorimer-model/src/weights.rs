@@ -50,20 +50,45 @@ impl LoadDtype {
 /// Type, dimensions (outermost first) and bytes of a tensor in a mapped file.
 pub type RawTensor<'a, D> = (D, Vec<usize>, &'a [u8]);
 
-/// One safetensors file, mapped, its header checked.
+/// A file's bytes: mapped, or read into memory.
+enum Bytes {
+    Mapped(MappedFile),
+    Read(Vec<u8>),
+}
+
+impl std::ops::Deref for Bytes {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        match self {
+            Self::Mapped(file) => file,
+            Self::Read(bytes) => bytes,
+        }
+    }
+}
+
+/// One safetensors file, its header checked.
 pub struct SafetensorsFile {
     /// Where it is.
     pub path: PathBuf,
     /// Names, types, shapes and offsets.
     pub metadata: safetensors::tensor::Metadata,
-    bytes: MappedFile,
+    bytes: Bytes,
     data_start: usize,
 }
 
 impl SafetensorsFile {
     /// Maps a file and checks its header: bounded in size, offsets contiguous, shapes as long as their spans.
     pub fn open(path: &Path) -> Result<Self> {
-        let bytes = MappedFile::open(path).map_err(Error::io("read", path))?;
+        let mapped = MappedFile::open(path).map_err(Error::io("read", path))?;
+        Self::of(path, Bytes::Mapped(mapped))
+    }
+
+    /// [`Self::open`] for a file of at most `limit` bytes that others may change meanwhile: it is read first, and what was read is used.
+    pub fn read(path: &Path, limit: u64) -> Result<Self> {
+        Self::of(path, Bytes::Read(crate::files::read_bounded(path, limit)?))
+    }
+
+    fn of(path: &Path, bytes: Bytes) -> Result<Self> {
         let length = bytes.first_chunk::<8>().map(|b| u64::from_le_bytes(*b));
         match length {
             Some(n) if n <= MAX_HEADER_BYTES => {}

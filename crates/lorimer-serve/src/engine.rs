@@ -58,6 +58,8 @@ pub struct Request {
     pub log_probabilities: Option<usize>,
     /// Whom it is for.
     pub tenant: String,
+    /// Names under which the adapters were asked for, for figures.
+    pub names: Vec<String>,
 }
 
 /// A generated token.
@@ -100,6 +102,15 @@ struct Sequence {
     /// Whether its adapters are leased.
     runs: bool,
     rng: ChaCha8Rng,
+}
+
+/// Names of adapters that requests use, at most some hundred of each.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct AtWork {
+    /// Of those that run.
+    pub running: Vec<String>,
+    /// Of those that wait.
+    pub waiting: Vec<String>,
 }
 
 /// Figures of an engine.
@@ -255,6 +266,22 @@ impl<'m> Engine<'m> {
     /// Whether nothing waits or runs.
     pub fn is_idle(&self) -> bool {
         self.sequences.is_empty()
+    }
+
+    /// Names of the adapters at work.
+    pub fn at_work(&self) -> AtWork {
+        const MOST: usize = 256;
+        let names = |runs: bool| {
+            let of = self.sequences.values().filter(|s| s.runs == runs).flat_map(|s| &s.request.names);
+            let unique: std::collections::BTreeSet<&String> = of.collect();
+            unique.into_iter().take(MOST).cloned().collect()
+        };
+        AtWork { running: names(true), waiting: names(false) }
+    }
+
+    /// Number of requests that run.
+    pub fn running(&self) -> usize {
+        self.scheduler.running()
     }
 
     /// Waiting requests whose adapters are worth having at hand.
@@ -473,7 +500,7 @@ impl<'m> Engine<'m> {
     /// Draws a request's next token.
     fn draw(&mut self, id: u64, logits: &[f32]) -> Option<Event> {
         let s = self.sequences.get_mut(&id)?;
-        let token = s.request.sampling.draw(logits, &s.tokens, &mut s.rng);
+        let token = s.request.sampling.draw(logits, s.tokens.split_at(s.request.prompt.len()), &mut s.rng);
         s.tokens.push(token);
         s.generated += 1;
         self.counted.generated_tokens += 1;

@@ -7,6 +7,7 @@ use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 
 use crate::sampling::Sampling;
+use crate::stream::TextStream;
 
 /// Prompt tokens that go through the model at a time.
 const PREFILL: usize = 512;
@@ -54,44 +55,42 @@ pub fn generate(
     let adaptation = Inference(adaptation);
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let mut cache = KvCache::default();
-    let (mut seen, mut generated) = (prompt.to_vec(), Vec::new());
+    let (mut seen, mut generated) = (prompt.to_vec(), 0);
     let mut hidden = None;
     for part in prompt.chunks(PREFILL) {
         hidden = Some(model.hidden_cached(part, &mut cache, &adaptation)?);
     }
-    let (mut answer, mut shown) = (String::new(), 0);
+    let (mut answer, mut pieces) = (String::new(), TextStream::new(text, stop));
     let mut finish_reason = FinishReason::Length;
-    let longest_stop = stop.iter().map(String::len).max().unwrap_or(0);
-    while generated.len() < max_tokens {
+    let mut show = |piece: String| {
+        if !piece.is_empty() {
+            stream(&piece);
+            answer.push_str(&piece);
+        }
+    };
+    while generated < max_tokens {
         let Some(h) = &hidden else { break };
         let last = h.narrow(0, h.dim(0)? - 1, 1)?;
         let logits = model.logits(&last, &adaptation)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
-        let token = sampling.draw(&logits, &seen, &mut rng);
-        generated.push(token);
+        let token = sampling.draw(&logits, seen.split_at(prompt.len()), &mut rng);
+        generated += 1;
         seen.push(token);
         if text.eos_ids.contains(&token) {
             finish_reason = FinishReason::Stop;
             break;
         }
-        answer = text.decode(&generated, false)?;
-        if let Some(at) = stop.iter().filter(|s| !s.is_empty()).filter_map(|s| answer.find(s.as_str())).min() {
-            answer.truncate(at);
+        show(pieces.push(token)?);
+        if pieces.stopped() {
             finish_reason = FinishReason::Stop;
             break;
         }
-        // A replacement character at the end is half of a letter whose other bytes are still to come.
-        let certain = answer.trim_end_matches('\u{fffd}').len().saturating_sub(longest_stop.saturating_sub(1));
-        let certain = (0..=certain).rev().find(|&i| answer.is_char_boundary(i)).unwrap_or(0);
-        if certain > shown {
-            stream(&answer[shown..certain]);
-            shown = certain;
-        }
-        if generated.len() < max_tokens {
+        if generated < max_tokens {
             hidden = Some(model.hidden_cached(&[token], &mut cache, &adaptation)?);
         }
     }
-    if answer.len() > shown {
-        stream(&answer[shown..]);
+    show(pieces.finish()?);
+    if pieces.stopped() {
+        finish_reason = FinishReason::Stop;
     }
-    Ok(Generation { text: answer, tokens: generated.len(), finish_reason, prompt_tokens: prompt.len() })
+    Ok(Generation { text: answer, tokens: generated, finish_reason, prompt_tokens: prompt.len() })
 }

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use candle_core::{DType, Tensor};
 use lorimer_adapter::export::low_rank_of;
 use lorimer_adapter::{Adapter, LowRank};
+use lorimer_model::chat::ChatTemplate;
 use lorimer_model::{BaseModel, Projection, Site};
 use rayon::prelude::*;
 
@@ -54,6 +55,8 @@ pub struct Hosted {
     pub conversion: Conversion,
     /// Why it may only be used alone and at weight 1, if so.
     pub not_additive: Option<&'static str>,
+    /// The chat template that it was trained with, where that is not the base's.
+    pub template: Option<ChatTemplate>,
 }
 
 /// What an adapter does to one projection, as it is served.
@@ -119,6 +122,7 @@ impl Hosted {
             places: HashMap::new(),
             conversion: Conversion { exact: 0, modules: 0, error: 0.0 },
             not_additive: adapter.method.not_additive(),
+            template: None,
         };
         let (mut whole, mut wrong) = (0.0, 0.0);
         for (path, Served { low, output_scale, bias, inexact }) in found.into_iter().flatten() {

@@ -38,6 +38,13 @@ impl Residency {
         true
     }
 
+    /// Notes a use without a lease.
+    pub fn touch(&mut self, content: &str) {
+        if self.lease(content) {
+            self.unlease(content);
+        }
+    }
+
     /// Gives a lease back.
     pub fn unlease(&mut self, content: &str) {
         if let Some(entry) = self.all.get_mut(content) {

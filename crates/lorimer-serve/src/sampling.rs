@@ -1,11 +1,13 @@
 //! From logits to the next token.
 
+use std::borrow::Cow;
+use std::collections::HashSet;
+
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
-/// How tokens are drawn. The filters act in llama.cpp's and transformers' order: repetition penalty, temperature,
-/// top-k, top-p, min-p.
+/// How tokens are drawn. The filters act in llama.cpp's and transformers' order: penalties, temperature, top-k, top-p, min-p.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Sampling {
     /// 0 takes the likeliest token; higher flattens.
@@ -18,11 +20,25 @@ pub struct Sampling {
     pub min_p: f64,
     /// Logits of tokens seen before are divided (if positive) or multiplied by this (CTRL, arXiv 1909.05858); 1 for none.
     pub repetition_penalty: f64,
+    /// Taken off the logit of a token for each time that the answer has it already (OpenAI's); 0 for none.
+    #[serde(default)]
+    pub frequency_penalty: f64,
+    /// Taken off the logit of a token that the answer has already; 0 for none.
+    #[serde(default)]
+    pub presence_penalty: f64,
 }
 
 impl Default for Sampling {
     fn default() -> Self {
-        Self { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, repetition_penalty: 1.0 }
+        Self {
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            frequency_penalty: 0.0,
+            presence_penalty: 0.0,
+        }
     }
 }
 
@@ -42,43 +58,58 @@ impl Sampling {
         if !(self.repetition_penalty > 0.0 && self.repetition_penalty.is_finite()) {
             return bad("repetition-penalty", self.repetition_penalty, "above 0");
         }
+        for (name, value) in
+            [("frequency-penalty", self.frequency_penalty), ("presence-penalty", self.presence_penalty)]
+        {
+            if !(-2.0..=2.0).contains(&value) {
+                return bad(name, value, "from -2 to 2");
+            }
+        }
         Ok(())
     }
 
-    /// Draws a token. `seen` are the tokens of prompt and answer so far.
-    pub fn draw(&self, logits: &[f32], seen: &[u32], rng: &mut ChaCha8Rng) -> u32 {
-        let mut logits: Vec<f64> = logits.iter().map(|&l| f64::from(l)).collect();
-        if self.repetition_penalty != 1.0 {
-            let unique: std::collections::HashSet<u32> = seen.iter().copied().collect();
-            for token in unique {
-                if let Some(l) = logits.get_mut(token as usize) {
-                    *l = if *l > 0.0 { *l / self.repetition_penalty } else { *l * self.repetition_penalty };
-                }
-            }
-        }
-        let likeliest = || {
-            let best = logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1).then(b.0.cmp(&a.0)));
-            best.map_or(0, |(i, _)| i as u32)
-        };
+    /// Draws a token after a prompt and what there is of its answer.
+    pub fn draw(&self, logits: &[f32], (prompt, answer): (&[u32], &[u32]), rng: &mut ChaCha8Rng) -> u32 {
+        let mut logits: Cow<'_, [f32]> = logits.into();
+        self.penalise(&mut logits, prompt, answer);
+        let by = |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
+        let Some(first) = (0..logits.len() as u32).min_by(by) else { return 0 };
         if self.temperature == 0.0 {
-            return likeliest();
+            return first;
         }
+        let top = f64::from(logits[first as usize]);
+        let weight = |t: u32| ((f64::from(logits[t as usize]) - top) / self.temperature).exp();
         let mut order: Vec<u32> = (0..logits.len() as u32).collect();
-        order.sort_by(|&a, &b| logits[b as usize].total_cmp(&logits[a as usize]).then(a.cmp(&b)));
-        if self.top_k > 0 {
+        if self.top_k > 0 && self.top_k < order.len() {
+            order.select_nth_unstable_by(self.top_k - 1, by);
             order.truncate(self.top_k);
+            order.sort_unstable_by(by);
         }
-        let Some(&first) = order.first() else { return 0 };
-        let top = logits[first as usize];
-        let mut weights: Vec<f64> =
-            order.iter().map(|&t| ((logits[t as usize] - top) / self.temperature).exp()).collect();
-        let total: f64 = weights.iter().sum();
-        let (mut kept, mut mass) = (0, 0.0);
-        while kept < weights.len() && (kept == 0 || (mass < self.top_p * total && weights[kept] >= self.min_p)) {
-            mass += weights[kept];
-            kept += 1;
+        let mut weights: Vec<f64> = order.iter().map(|&t| weight(t)).collect();
+        let mut mass: f64 = weights.iter().sum();
+        if self.top_p < 1.0 || self.min_p > 0.0 {
+            // The likeliest that are kept, looked for among ever more of them.
+            let (total, mut among) = (mass, 64);
+            (weights, mass) = loop {
+                if among < order.len() {
+                    order.select_nth_unstable_by(among - 1, by);
+                }
+                let among_now = among.min(order.len());
+                order[..among_now].sort_unstable_by(by);
+                let (mut kept, mut mass) = (Vec::new(), 0.0);
+                for w in order[..among_now].iter().map(|&t| weight(t)) {
+                    if !kept.is_empty() && (mass >= self.top_p * total || w < self.min_p) {
+                        break;
+                    }
+                    kept.push(w);
+                    mass += w;
+                }
+                if kept.len() < among_now || among_now == order.len() {
+                    break (kept, mass);
+                }
+                among *= 8;
+            };
         }
-        weights.truncate(kept);
         let mut at = rng.random::<f64>() * mass;
         for (token, weight) in order.iter().zip(&weights) {
             at -= weight;
@@ -86,7 +117,30 @@ impl Sampling {
                 return *token;
             }
         }
-        order[kept - 1]
+        order[weights.len() - 1]
+    }
+
+    /// Makes tokens less likely that were there before.
+    fn penalise(&self, logits: &mut Cow<'_, [f32]>, prompt: &[u32], answer: &[u32]) {
+        if self.repetition_penalty != 1.0 {
+            let unique: HashSet<u32> = prompt.iter().chain(answer).copied().collect();
+            let (logits, penalty) = (logits.to_mut(), self.repetition_penalty as f32);
+            for token in unique {
+                if let Some(l) = logits.get_mut(token as usize) {
+                    *l = if *l > 0.0 { *l / penalty } else { *l * penalty };
+                }
+            }
+        }
+        if self.frequency_penalty != 0.0 || self.presence_penalty != 0.0 {
+            let logits = logits.to_mut();
+            let mut seen = HashSet::new();
+            for &token in answer {
+                if let Some(l) = logits.get_mut(token as usize) {
+                    let once = if seen.insert(token) { self.presence_penalty } else { 0.0 };
+                    *l -= (self.frequency_penalty + once) as f32;
+                }
+            }
+        }
     }
 }
 
@@ -98,7 +152,7 @@ mod tests {
     fn share(sampling: &Sampling, token: u32) -> f64 {
         let mut rng = ChaCha8Rng::seed_from_u64(1);
         let logits = [2.0f32.ln(), 1.0f32.ln(), 1.0f32.ln(), -30.0];
-        (0..4000).filter(|_| sampling.draw(&logits, &[], &mut rng) == token).count() as f64 / 4000.0
+        (0..4000).filter(|_| sampling.draw(&logits, (&[], &[]), &mut rng) == token).count() as f64 / 4000.0
     }
 
     #[test]
@@ -116,7 +170,52 @@ mod tests {
     fn repeated_tokens_become_less_likely() {
         let sampling = Sampling { repetition_penalty: 2.0, ..Default::default() };
         let mut rng = ChaCha8Rng::seed_from_u64(1);
-        assert_eq!(sampling.draw(&[1.0, 0.9], &[0], &mut rng), 1);
-        assert_eq!(sampling.draw(&[-1.0, -1.5], &[0], &mut rng), 1);
+        assert_eq!(sampling.draw(&[1.0, 0.9], (&[0], &[]), &mut rng), 1);
+        assert_eq!(sampling.draw(&[-1.0, -1.5], (&[], &[0]), &mut rng), 1);
+    }
+
+    #[test]
+    fn penalties_count_what_the_answer_has() {
+        let mut rng = ChaCha8Rng::seed_from_u64(1);
+        let logits = [3.0, 2.0, 1.9];
+        let frequency = Sampling { frequency_penalty: 0.6, ..Default::default() };
+        assert_eq!(frequency.draw(&logits, (&[0, 0, 0], &[0]), &mut rng), 0);
+        assert_eq!(frequency.draw(&logits, (&[], &[0, 0]), &mut rng), 1);
+        let presence = Sampling { presence_penalty: 1.05, ..Default::default() };
+        assert_eq!(presence.draw(&logits, (&[], &[0, 0, 0]), &mut rng), 1);
+        assert_eq!(presence.draw(&logits, (&[], &[0, 1]), &mut rng), 0);
+        assert!(Sampling { presence_penalty: 3.0, ..Default::default() }.check().is_err());
+    }
+
+    /// Filters over a long row of logits keep what sorting all of it would keep.
+    #[test]
+    fn filters_keep_the_likeliest() {
+        let logits: Vec<f32> = (0..3000u32).map(|i| ((i * 7919 % 3000) as f32 / 900.0).sin() * 2.0).collect();
+        for sampling in [
+            Sampling { temperature: 1.3, top_p: 0.5, ..Default::default() },
+            Sampling { temperature: 0.7, min_p: 0.3, ..Default::default() },
+            Sampling { temperature: 1.0, top_k: 900, top_p: 0.8, ..Default::default() },
+            Sampling { temperature: 0.2, top_k: 5, min_p: 0.9, ..Default::default() },
+        ] {
+            let mut order: Vec<usize> = (0..logits.len()).collect();
+            order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]).then(a.cmp(&b)));
+            order.truncate(if sampling.top_k > 0 { sampling.top_k } else { order.len() });
+            let top = f64::from(logits[order[0]]);
+            let weights: Vec<f64> =
+                order.iter().map(|&t| ((f64::from(logits[t]) - top) / sampling.temperature).exp()).collect();
+            let total: f64 = weights.iter().sum();
+            let (mut kept, mut mass) = (HashSet::new(), 0.0);
+            for (token, w) in order.iter().zip(&weights) {
+                if !kept.is_empty() && (mass >= sampling.top_p * total || *w < sampling.min_p) {
+                    break;
+                }
+                kept.insert(*token as u32);
+                mass += w;
+            }
+            let mut rng = ChaCha8Rng::seed_from_u64(4);
+            let drawn: HashSet<u32> = (0..20_000).map(|_| sampling.draw(&logits, (&[], &[]), &mut rng)).collect();
+            assert!(drawn.is_subset(&kept), "{sampling:?}");
+            assert!(drawn.len() * 10 > kept.len() * 8, "{} of {} for {sampling:?}", drawn.len(), kept.len());
+        }
     }
 }

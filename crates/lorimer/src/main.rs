@@ -50,6 +50,8 @@ enum Verb {
     Eval(verbs::eval::Eval),
     /// Answer a prompt
     Generate(verbs::generate::Generate),
+    /// Serve a base and its adapters over HTTP
+    Serve(Box<verbs::serve::Serve>),
     /// Merge adapters into the base's weights
     Merge(verbs::merge::Merge),
     /// Convert an adapter between PEFT, llama.cpp GGUF and kohya-style files
@@ -90,6 +92,7 @@ fn main() -> ExitCode {
         Verb::Plan(v) => v.run(cli.global),
         Verb::Eval(v) => v.run(cli.global),
         Verb::Generate(v) => v.run(cli.global),
+        Verb::Serve(v) => v.run(cli.global),
         Verb::Merge(v) => v.run(cli.global),
         Verb::Convert(v) => v.run(cli.global),
         Verb::Extract(v) => v.run(cli.global),

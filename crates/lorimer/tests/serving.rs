@@ -213,6 +213,7 @@ fn an_engine_answers_as_if_each_were_alone() {
                 stop: vec![5],
                 log_probabilities: None,
                 tenant: format!("t{}", which % 3),
+                names: vec![],
             };
             let id = engine.submit(request, now).unwrap().unwrap();
             wanted.insert(id, (which, prompt, max_tokens));
@@ -274,6 +275,7 @@ fn a_request_that_was_put_back_loses_nothing() {
         stop: vec![],
         log_probabilities: Some(2),
         tenant: String::new(),
+        names: vec![],
     };
     // The second is let in with its end after the first's; its slow prefill makes them overlap after all.
     let lengths = [(9usize, 40usize), (38, 9), (30, 12)];
@@ -330,6 +332,7 @@ fn requests_that_cannot_be_are_refused() {
         stop: vec![],
         log_probabilities: None,
         tenant: String::new(),
+        names: vec![],
     };
     let with = |change: &dyn Fn(&mut Request)| {
         let mut request = request.clone();

@@ -20,6 +20,7 @@ use serde_json::{Value, json};
 use crate::Global;
 use crate::common::{self, ModelArgs};
 use crate::flags::{AdapterArgs, Planned, StepArgs, show_bytes};
+use crate::verbs::bench_serve::BenchServe;
 use crate::verbs::switch::BenchSwitch;
 
 /// Measure speed and memory, alone or against a peer
@@ -37,6 +38,8 @@ enum What {
     Plan(BenchPlan),
     /// Switching sparse adapters under one base, against fusing LoRAs
     Switch(BenchSwitch),
+    /// Serving: requests/s, tokens/s and latency, for any number of adapters
+    Serve(Box<BenchServe>),
 }
 
 /// Each of twelve settings is planned, then run for some steps in a process of its own
@@ -150,6 +153,7 @@ impl Bench {
             What::Train(bench) => bench.run(global),
             What::Plan(bench) => bench.run(global),
             What::Switch(bench) => bench.run(global),
+            What::Serve(v) => v.run(global),
         }
     }
 }
@@ -439,7 +443,7 @@ fn short_name(work: &str) -> String {
 }
 
 /// Runs a command and reads the JSON object on the last line of its output.
-fn answer(mut command: Command, what: &str) -> Result<Value> {
+pub fn answer(mut command: Command, what: &str) -> Result<Value> {
     let output = command.output().with_context(|| format!("cannot run `{what}`"))?;
     let text = String::from_utf8_lossy(&output.stdout);
     let last = text.lines().rev().find(|l| !l.trim().is_empty()).unwrap_or_default();

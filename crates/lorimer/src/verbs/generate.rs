@@ -64,6 +64,7 @@ impl Generate {
             top_p: self.top_p,
             min_p: self.min_p,
             repetition_penalty: self.repetition_penalty,
+            ..Default::default()
         };
         if let Err(problem) = sampling.check() {
             bail!("{problem}");

@@ -1,6 +1,7 @@
 //! The verbs, one file each.
 
 pub mod bench;
+pub mod bench_serve;
 pub mod check;
 pub mod compare;
 pub mod compare_run;
@@ -15,5 +16,6 @@ pub mod plan;
 pub mod pull;
 pub mod quickstart;
 pub mod resize;
+pub mod serve;
 pub mod switch;
 pub mod train;

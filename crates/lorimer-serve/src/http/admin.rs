@@ -1,0 +1,124 @@
+//! Loading, replacing and dropping adapters while the server runs.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::{Path, State};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::error::ApiError;
+use super::{App, Body, done};
+use crate::hosted::Hosted;
+use crate::store::Put;
+
+/// vLLM's `POST /v1/load_lora_adapter`.
+#[derive(Deserialize)]
+pub struct Load {
+    lora_name: String,
+    lora_path: PathBuf,
+    /// Replace an adapter of that name.
+    #[serde(default)]
+    load_inplace: bool,
+}
+
+/// vLLM's `POST /v1/unload_lora_adapter`.
+#[derive(Deserialize)]
+pub struct Unload {
+    lora_name: String,
+}
+
+/// `PUT /v1/adapters/{name}`.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PutAdapter {
+    /// Folder below the folder of adapters.
+    path: PathBuf,
+    /// `create` (the default), `upsert`, or `swap` with `content_id`.
+    #[serde(default)]
+    mode: Mode,
+    /// With `swap`: what the name stands for until now.
+    content_id: Option<String>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Mode {
+    #[default]
+    Create,
+    Upsert,
+    Swap,
+}
+
+async fn give(app: &Arc<App>, name: &str, path: PathBuf, how: Put) -> Result<Arc<Hosted>, ApiError> {
+    let (store, base, name) = (app.needed_store()?.clone(), app.base.clone(), name.to_string());
+    if app.is_base(&name) {
+        return Err(ApiError::invalid(format!("`{name}` is the base's own name")));
+    }
+    app.blocking(move || Ok(store.put(&base.model, &name, &path, &how)?)).await
+}
+
+fn told(hosted: &Hosted) -> Value {
+    json!({
+        "content_id": hosted.content_id,
+        "method": hosted.method,
+        "rank": hosted.rank,
+        "host_bytes": hosted.bytes(),
+        "exact_modules": hosted.conversion.exact,
+        "modules": hosted.conversion.modules,
+        "conversion_error": hosted.conversion.error,
+    })
+}
+
+/// Gives a name to an adapter below the root.
+pub async fn load(State(app): State<Arc<App>>, Body(load): Body<Load>) -> Result<Json<Value>, ApiError> {
+    let how = if load.load_inplace { Put::Upsert } else { Put::Create };
+    let hosted = give(&app, &load.lora_name, load.lora_path, how).await?;
+    Ok(Json(done(format!("LoRA adapter `{}` added", load.lora_name), told(&hosted))))
+}
+
+/// Takes a name away.
+pub async fn unload(State(app): State<Arc<App>>, Body(unload): Body<Unload>) -> Result<Json<Value>, ApiError> {
+    let (store, name) = (app.needed_store()?.clone(), unload.lora_name);
+    app.blocking(move || {
+        store.remove(&name)?;
+        Ok(Json(done(format!("LoRA adapter `{name}` removed"), Value::Null)))
+    })
+    .await
+}
+
+/// Gives a name to an adapter, with a choice of when it may.
+pub async fn put(
+    State(app): State<Arc<App>>,
+    Path(name): Path<String>,
+    Body(put): Body<PutAdapter>,
+) -> Result<Json<Value>, ApiError> {
+    let how = match (put.mode, put.content_id) {
+        (Mode::Create, None) => Put::Create,
+        (Mode::Upsert, None) => Put::Upsert,
+        (Mode::Swap, Some(content)) => Put::Swap(content),
+        (Mode::Swap, None) => {
+            return Err(ApiError::invalid("mode `swap` needs `content_id`, what the name stands for until now"));
+        }
+        (_, Some(_)) => return Err(ApiError::invalid("`content_id` goes with mode `swap`")),
+    };
+    let hosted = give(&app, &name, put.path, how).await?;
+    Ok(Json(done(format!("`{name}` is {}", hosted.content_id), told(&hosted))))
+}
+
+/// `DELETE /v1/adapters/{name}`.
+pub async fn remove(State(app): State<Arc<App>>, Path(name): Path<String>) -> Result<Json<Value>, ApiError> {
+    let store = app.needed_store()?.clone();
+    app.blocking(move || {
+        store.remove(&name)?;
+        Ok(Json(done(format!("`{name}` removed"), Value::Null)))
+    })
+    .await
+}
+
+/// `GET /v1/adapters`.
+pub async fn list(State(app): State<Arc<App>>) -> Json<Value> {
+    let all: Vec<_> = app.store.iter().flat_map(|store| store.list()).collect();
+    Json(json!({ "base": app.name, "adapters": all }))
+}

@@ -1,0 +1,130 @@
+//! Requests under way: from tokens to pieces of text, for one or several choices at a time.
+
+use std::sync::Arc;
+
+use lorimer_model::Base;
+use tokio::sync::mpsc;
+
+use super::error::{ApiError, refused, stopping};
+use crate::engine::{Request, Token};
+use crate::generate::FinishReason;
+use crate::stream::TextStream;
+use crate::worker::{Heard, Ticket, Worker};
+
+/// Pieces that wait for a slow client before its answer waits too.
+const PIECES: usize = 64;
+
+/// A part of an answer.
+#[derive(Clone, Debug, Default)]
+pub struct Piece {
+    /// Which of the choices.
+    pub index: usize,
+    /// Text that has become certain.
+    pub text: String,
+    /// The tokens since the piece before.
+    pub tokens: Vec<Token>,
+    /// Why the choice ends with this piece, if it does.
+    pub finish: Option<FinishReason>,
+}
+
+/// The choices of one request.
+pub struct Answers {
+    pieces: mpsc::Receiver<Result<Piece, ApiError>>,
+    /// Choices that have not ended.
+    open: usize,
+}
+
+impl Answers {
+    /// Hands requests to the engine, a choice each.
+    pub async fn start(
+        worker: &Worker,
+        base: &Arc<Base>,
+        requests: Vec<Request>,
+        stop: Vec<String>,
+    ) -> Result<Self, ApiError> {
+        let (sender, pieces) = mpsc::channel(PIECES);
+        let (open, stop) = (requests.len(), Arc::new(stop));
+        for (index, request) in requests.into_iter().enumerate() {
+            let ticket = worker.submit(request).await?;
+            tokio::spawn(follow(ticket, base.clone(), stop.clone(), index, sender.clone()));
+        }
+        Ok(Self { pieces, open })
+    }
+
+    /// The next piece of any choice; None after the last.
+    pub async fn next(&mut self) -> Option<Result<Piece, ApiError>> {
+        if self.open == 0 {
+            return None;
+        }
+        let piece = self.pieces.recv().await.unwrap_or_else(|| Err(stopping()));
+        match &piece {
+            Ok(piece) if piece.finish.is_some() => self.open -= 1,
+            Ok(_) => {}
+            Err(_) => self.open = 0,
+        }
+        Some(piece)
+    }
+}
+
+/// Turns one choice's tokens into pieces until it ends or nobody listens.
+async fn follow(
+    mut ticket: Ticket,
+    base: Arc<Base>,
+    stop: Arc<Vec<String>>,
+    index: usize,
+    sender: mpsc::Sender<Result<Piece, ApiError>>,
+) {
+    let mut stream = TextStream::new(&base.text, &stop);
+    let mut tokens = Vec::new();
+    loop {
+        // A client that goes away while no text comes is noticed too.
+        let heard = tokio::select! {
+            heard = ticket.next() => heard,
+            () = sender.closed() => return,
+        };
+        let (token, reason) = match heard {
+            Some(Heard::Token(token, reason)) => (token, reason),
+            Some(Heard::Refused(refusal, retry_after)) => {
+                let _ = sender.send(Err(refused(refusal, retry_after))).await;
+                return;
+            }
+            Some(Heard::Failed(_)) => {
+                let status = axum::http::StatusCode::INTERNAL_SERVER_ERROR;
+                let error = ApiError::new(
+                    status,
+                    "computation_failed",
+                    "the answer could not be computed; see the server's log",
+                );
+                let _ = sender.send(Err(error)).await;
+                return;
+            }
+            None => {
+                let _ = sender.send(Err(stopping())).await;
+                return;
+            }
+        };
+        let ends = base.text.eos_ids.contains(&token.token);
+        let text = if ends { Ok(String::new()) } else { stream.push(token.token) };
+        let rest = match reason {
+            Some(_) => stream.finish(),
+            None => Ok(String::new()),
+        };
+        let (mut text, rest) = match (text, rest) {
+            (Ok(text), Ok(rest)) => (text, rest),
+            (Err(e), _) | (_, Err(e)) => {
+                let _ = sender.send(Err(ApiError::invalid(e.to_string()))).await;
+                return;
+            }
+        };
+        text.push_str(&rest);
+        tokens.push(token);
+        let finish = if stream.stopped() { Some(FinishReason::Stop) } else { reason };
+        if text.is_empty() && finish.is_none() {
+            continue;
+        }
+        let piece = Piece { index, text, tokens: std::mem::take(&mut tokens), finish };
+        if sender.send(Ok(piece)).await.is_err() || finish.is_some() {
+            return;
+        }
+    }
+}

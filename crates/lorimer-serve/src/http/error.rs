@@ -1,0 +1,112 @@
+//! Errors as OpenAI's clients read them, with stable codes.
+
+use axum::Json;
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use serde_json::json;
+
+use crate::scheduler::Refusal;
+use crate::store::{Code, StoreError};
+use crate::worker::Declined;
+
+/// An answer that is none.
+#[derive(Clone, Debug)]
+pub struct ApiError {
+    /// HTTP status.
+    pub status: StatusCode,
+    /// Stable code.
+    pub code: &'static str,
+    /// One sentence.
+    pub message: String,
+    /// Seconds after which to try again.
+    pub retry_after: Option<f64>,
+}
+
+impl ApiError {
+    /// An error of a status with a code.
+    pub fn new(status: StatusCode, code: &'static str, message: impl Into<String>) -> Self {
+        Self { status, code, message: message.into(), retry_after: None }
+    }
+
+    /// A request that cannot be served as it is.
+    pub fn invalid(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, "invalid_request", message)
+    }
+
+    /// The object that clients read.
+    pub fn body(&self) -> serde_json::Value {
+        let kind = match self.status {
+            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => "authentication_error",
+            status if status.is_client_error() => "invalid_request_error",
+            _ => "server_error",
+        };
+        json!({ "error": { "message": self.message, "type": kind, "param": null, "code": self.code } })
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let mut response = (self.status, Json(self.body())).into_response();
+        if let Some(seconds) = self.retry_after {
+            let value = HeaderValue::from(seconds.ceil().clamp(1.0, 3600.0) as u64);
+            response.headers_mut().insert(header::RETRY_AFTER, value);
+        }
+        if self.status == StatusCode::UNAUTHORIZED {
+            response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
+        response
+    }
+}
+
+impl From<StoreError> for ApiError {
+    fn from(error: StoreError) -> Self {
+        let (status, code) = match error.code {
+            Code::AdapterNotFound => (StatusCode::NOT_FOUND, "adapter_not_found"),
+            Code::InvalidName => (StatusCode::BAD_REQUEST, "invalid_name"),
+            Code::PathRefused => (StatusCode::FORBIDDEN, "path_refused"),
+            Code::AdapterExists => (StatusCode::CONFLICT, "adapter_exists"),
+            Code::ContentChanged => (StatusCode::CONFLICT, "content_changed"),
+            Code::AdapterInvalid => (StatusCode::UNPROCESSABLE_ENTITY, "adapter_invalid"),
+            Code::LimitExceeded => (StatusCode::UNPROCESSABLE_ENTITY, "limit_exceeded"),
+            Code::StoreFailed => (StatusCode::INTERNAL_SERVER_ERROR, "store_failed"),
+        };
+        Self::new(status, code, error.message)
+    }
+}
+
+/// What a refusal of the scheduler is called.
+pub fn refused(refusal: Refusal, retry_after: f64) -> ApiError {
+    let (status, code, message) = match refusal {
+        Refusal::QueueFull => {
+            (StatusCode::SERVICE_UNAVAILABLE, "queue_full", "too many requests are waiting; try again later")
+        }
+        Refusal::TooLate => (
+            StatusCode::SERVICE_UNAVAILABLE,
+            "overloaded",
+            "the first token would come later than this server promises; try again later",
+        ),
+        Refusal::TooLarge => (
+            StatusCode::UNPROCESSABLE_ENTITY,
+            "too_large",
+            "prompt, answer and adapters do not fit into the server's pool; ask for fewer tokens",
+        ),
+    };
+    let retry_after = (status == StatusCode::SERVICE_UNAVAILABLE).then_some(retry_after);
+    ApiError { retry_after, ..ApiError::new(status, code, message) }
+}
+
+impl From<Declined> for ApiError {
+    fn from(declined: Declined) -> Self {
+        match declined {
+            Declined::Invalid(message) => Self::invalid(message),
+            Declined::Refused(refusal, retry_after) => refused(refusal, retry_after),
+            Declined::Stopping => stopping(),
+        }
+    }
+}
+
+/// The server is shutting down.
+pub fn stopping() -> ApiError {
+    let message = "the server is shutting down; try another, or again later";
+    ApiError { retry_after: Some(5.0), ..ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "stopping", message) }
+}

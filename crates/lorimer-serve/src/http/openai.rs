@@ -1,0 +1,547 @@
+//! OpenAI's calls: models, completions and chat completions, with the ways in which others name an adapter.
+
+use std::collections::BTreeMap;
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use axum::Json;
+use axum::extract::State;
+use axum::http::StatusCode;
+use axum::response::sse::{Event, KeepAlive, Sse};
+use axum::response::{IntoResponse, Response};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::answer::{Answers, Piece};
+use super::error::ApiError;
+use super::{App, Body};
+use crate::engine::{Request, Token};
+use crate::generate::FinishReason;
+use crate::hosted::Hosted;
+use crate::sampling::Sampling;
+
+/// Most choices of one request.
+const MAX_CHOICES: usize = 16;
+/// Most stop texts, and the longest.
+const MAX_STOPS: (usize, usize) = (16, 200);
+/// Most adapters of one request.
+const MAX_ADAPTERS: usize = 16;
+/// Most likely tokens that are told with each.
+const MAX_LOGPROBS: usize = 20;
+/// Tokens of an answer where none are asked for.
+const DEFAULT_TOKENS: usize = 256;
+
+/// One of several adapters of a request.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Weighted {
+    id: String,
+    #[serde(default = "one")]
+    scale: f32,
+}
+
+fn one() -> f32 {
+    1.0
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(untagged)]
+enum OneOrMany<T> {
+    One(T),
+    Many(Vec<T>),
+}
+
+impl<T> OneOrMany<T> {
+    fn all(self) -> Vec<T> {
+        match self {
+            Self::One(one) => vec![one],
+            Self::Many(many) => many,
+        }
+    }
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+struct StreamOptions {
+    #[serde(default)]
+    include_usage: bool,
+}
+
+/// What chats and completions have in common.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Common {
+    model: Option<String>,
+    #[serde(alias = "adapter")]
+    adapter_id: Option<String>,
+    lora: Option<Vec<Weighted>>,
+    max_tokens: Option<usize>,
+    max_completion_tokens: Option<usize>,
+    temperature: Option<f64>,
+    top_p: Option<f64>,
+    top_k: Option<i64>,
+    min_p: Option<f64>,
+    repetition_penalty: Option<f64>,
+    frequency_penalty: Option<f64>,
+    presence_penalty: Option<f64>,
+    seed: Option<i64>,
+    n: Option<usize>,
+    stop: Option<OneOrMany<String>>,
+    #[serde(default)]
+    ignore_eos: bool,
+    #[serde(default)]
+    stream: bool,
+    stream_options: Option<StreamOptions>,
+    user: Option<String>,
+}
+
+/// `POST /v1/chat/completions`.
+#[derive(Clone, Debug, Deserialize)]
+pub struct ChatRequest {
+    messages: Vec<Value>,
+    tools: Option<Value>,
+    #[serde(default)]
+    logprobs: bool,
+    top_logprobs: Option<usize>,
+    #[serde(flatten)]
+    common: Common,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(untagged)]
+enum Prompt {
+    Text(String),
+    Tokens(Vec<u32>),
+    Texts(Vec<String>),
+    ManyTokens(Vec<Vec<u32>>),
+}
+
+/// `POST /v1/completions`.
+#[derive(Clone, Debug, Deserialize)]
+pub struct CompletionRequest {
+    prompt: Prompt,
+    #[serde(default)]
+    echo: bool,
+    logprobs: Option<usize>,
+    #[serde(flatten)]
+    common: Common,
+}
+
+/// Adapters with their weights, as the engine takes them, and their names.
+type Adapters = (Vec<(Arc<Hosted>, f32)>, Vec<String>);
+
+impl Common {
+    /// Names of the adapters asked for, with their weights: by `lora`, `adapter_id`, `model` = `base:adapter`, or `model` = adapter.
+    fn adapters(&self, app: &App) -> Result<Vec<(String, f32)>, ApiError> {
+        let model = self.model.as_deref().unwrap_or_default();
+        let base = model.is_empty() || app.is_base(model);
+        let own = match base {
+            true => None,
+            false => Some(match model.split_once(':') {
+                Some((base, name)) if app.is_base(base) => name.trim_start_matches(':').to_string(),
+                _ => model.to_string(),
+            }),
+        };
+        let mut named: Vec<(String, f32)> = Vec::new();
+        for w in self.lora.iter().flatten() {
+            named.push((w.id.clone(), w.scale));
+        }
+        named.extend(self.adapter_id.iter().map(|name| (name.clone(), 1.0)));
+        // `model` may say the same again, as some clients do.
+        named.extend(own.filter(|own| !named.iter().any(|(name, _)| name == own)).map(|name| (name, 1.0)));
+        if named.len() > MAX_ADAPTERS {
+            return Err(ApiError::invalid(format!(
+                "{} adapters, at most {MAX_ADAPTERS} are put together",
+                named.len()
+            )));
+        }
+        Ok(named)
+    }
+
+    fn sampling(&self) -> Result<Sampling, ApiError> {
+        let top_k = match self.top_k.unwrap_or(0) {
+            // Where -1 stands for all.
+            -1 => 0,
+            k => usize::try_from(k).map_err(|_| ApiError::invalid(format!("top_k {k} should be 0 or more")))?,
+        };
+        let sampling = Sampling {
+            temperature: self.temperature.unwrap_or(1.0),
+            top_k,
+            top_p: self.top_p.unwrap_or(1.0),
+            min_p: self.min_p.unwrap_or(0.0),
+            repetition_penalty: self.repetition_penalty.unwrap_or(1.0),
+            frequency_penalty: self.frequency_penalty.unwrap_or(0.0),
+            presence_penalty: self.presence_penalty.unwrap_or(0.0),
+        };
+        let named = |problem: String| ApiError::invalid(problem.trim_start_matches("--").replacen('-', "_", 1));
+        sampling.check().map(|()| sampling).map_err(named)
+    }
+
+    fn stops(&self) -> Result<Vec<String>, ApiError> {
+        let stops = self.stop.clone().map(OneOrMany::all).unwrap_or_default();
+        if stops.len() > MAX_STOPS.0 || stops.iter().any(|s| s.is_empty() || s.len() > MAX_STOPS.1) {
+            let (most, longest) = MAX_STOPS;
+            return Err(ApiError::invalid(format!("stop should be at most {most} texts of 1 to {longest} bytes")));
+        }
+        Ok(stops)
+    }
+
+    /// The engine's requests: `n` for each prompt.
+    fn requests(
+        &self,
+        app: &App,
+        prompts: Vec<Vec<u32>>,
+        adapters: &Adapters,
+        log_probabilities: Option<usize>,
+        tenant: &str,
+    ) -> Result<Vec<Request>, ApiError> {
+        let n = self.n.unwrap_or(1);
+        if n == 0 || n.saturating_mul(prompts.len()) > MAX_CHOICES {
+            return Err(ApiError::invalid(format!("n times the prompts should be from 1 to {MAX_CHOICES}")));
+        }
+        if log_probabilities.is_some_and(|n| n > MAX_LOGPROBS) {
+            return Err(ApiError::invalid(format!("at most {MAX_LOGPROBS} log-probabilities are told with a token")));
+        }
+        let sampling = self.sampling()?;
+        let seed = self.seed.map_or_else(|| app.random(), |seed| seed as u64);
+        let asked = self.max_completion_tokens.or(self.max_tokens);
+        let longest = app.base.model.config.max_positions;
+        let mut requests = Vec::new();
+        for prompt in prompts {
+            // Unasked, an answer gets what room there is.
+            let room = longest.saturating_sub(prompt.len());
+            let max_tokens = asked.unwrap_or(DEFAULT_TOKENS.min(room).max(1));
+            for i in 0..n {
+                requests.push(Request {
+                    prompt: prompt.clone(),
+                    adapters: adapters.0.clone(),
+                    max_tokens,
+                    sampling: sampling.clone(),
+                    seed: seed.wrapping_add(i as u64),
+                    stop: if self.ignore_eos { Vec::new() } else { app.base.text.eos_ids.clone() },
+                    log_probabilities,
+                    tenant: tenant.to_string(),
+                    names: adapters.1.clone(),
+                });
+            }
+        }
+        Ok(requests)
+    }
+
+    fn tenant(&self) -> String {
+        self.user.as_deref().unwrap_or_default().chars().take(100).collect()
+    }
+}
+
+fn reason(finish: FinishReason) -> &'static str {
+    match finish {
+        FinishReason::Stop => "stop",
+        FinishReason::Length => "length",
+    }
+}
+
+/// How one of the two calls writes its answers.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Chat,
+    Completion,
+}
+
+/// What goes around every piece.
+struct Shape {
+    kind: Kind,
+    id: String,
+    created: u64,
+    model: String,
+    prompt_tokens: usize,
+    logprobs: bool,
+}
+
+impl Shape {
+    fn new(app: &App, kind: Kind, model: Option<&String>, requests: &[Request], logprobs: bool, n: usize) -> Self {
+        let prefix = if kind == Kind::Chat { "chatcmpl" } else { "cmpl" };
+        Self {
+            kind,
+            id: format!("{prefix}-{:016x}", app.random()),
+            created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
+            model: model.cloned().unwrap_or_else(|| app.name.clone()),
+            prompt_tokens: requests.iter().step_by(n.max(1)).map(|r| r.prompt.len()).sum(),
+            logprobs,
+        }
+    }
+
+    fn envelope(&self, object: &str, choices: Value) -> Value {
+        json!({ "id": self.id, "object": object, "created": self.created, "model": self.model, "choices": choices })
+    }
+
+    fn usage(&self, completion: usize) -> Value {
+        json!({
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": completion,
+            "total_tokens": self.prompt_tokens + completion,
+        })
+    }
+
+    /// Log-probabilities of some tokens in the form of the call.
+    fn logprobs(&self, app: &App, tokens: &[Token]) -> Value {
+        if !self.logprobs {
+            return Value::Null;
+        }
+        let text = |id: u32| app.base.text.decode(&[id], true).unwrap_or_default();
+        let told = |(id, p): (u32, f32)| json!({ "token": text(id), "logprob": p, "bytes": text(id).as_bytes() });
+        let own = |t: &Token| (t.token, t.log_probability.unwrap_or(0.0));
+        match self.kind {
+            Kind::Chat => {
+                let one = |t: &Token| {
+                    let mut entry = told(own(t));
+                    entry["top_logprobs"] = t.top.iter().map(|&top| told(top)).collect();
+                    entry
+                };
+                json!({ "content": tokens.iter().map(one).collect::<Vec<_>>() })
+            }
+            Kind::Completion => json!({
+                "tokens": tokens.iter().map(|t| text(t.token)).collect::<Vec<_>>(),
+                "token_logprobs": tokens.iter().map(|t| own(t).1).collect::<Vec<_>>(),
+                "top_logprobs": tokens.iter().map(|t| {
+                    t.top.iter().map(|&(id, p)| (text(id), p)).collect::<BTreeMap<_, _>>()
+                }).collect::<Vec<_>>(),
+            }),
+        }
+    }
+
+    /// A whole choice.
+    fn choice(&self, app: &App, index: usize, text: &str, tokens: &[Token], finish: FinishReason) -> Value {
+        let logprobs = self.logprobs(app, tokens);
+        match self.kind {
+            Kind::Chat => json!({
+                "index": index,
+                "message": { "role": "assistant", "content": text },
+                "logprobs": logprobs,
+                "finish_reason": reason(finish),
+            }),
+            Kind::Completion => {
+                json!({ "index": index, "text": text, "logprobs": logprobs, "finish_reason": reason(finish) })
+            }
+        }
+    }
+
+    /// A piece of a choice, for a stream.
+    fn chunk(&self, app: &App, piece: &Piece, first: bool) -> Value {
+        let (logprobs, finish) = (self.logprobs(app, &piece.tokens), piece.finish.map(reason));
+        match self.kind {
+            Kind::Chat => {
+                let mut delta = json!({ "content": piece.text });
+                if first {
+                    delta["role"] = "assistant".into();
+                }
+                let choice =
+                    json!({ "index": piece.index, "delta": delta, "logprobs": logprobs, "finish_reason": finish });
+                self.envelope("chat.completion.chunk", json!([choice]))
+            }
+            Kind::Completion => {
+                let choice =
+                    json!({ "index": piece.index, "text": piece.text, "logprobs": logprobs, "finish_reason": finish });
+                self.envelope("text_completion", json!([choice]))
+            }
+        }
+    }
+
+    fn object(&self) -> &'static str {
+        match self.kind {
+            Kind::Chat => "chat.completion",
+            Kind::Completion => "text_completion",
+        }
+    }
+}
+
+/// `POST /v1/chat/completions`.
+pub async fn chat(State(app): State<Arc<App>>, Body(request): Body<ChatRequest>) -> Result<Response, ApiError> {
+    if request.messages.is_empty() {
+        return Err(ApiError::invalid("messages should hold at least one message"));
+    }
+    let adapters = app.adapters(request.common.adapters(&app)?).await?;
+    let template = adapters.0.iter().find_map(|(a, _)| a.template.is_some().then(|| a.clone()));
+    let (base, messages, tools) = (app.base.clone(), request.messages.clone(), request.tools.clone());
+    let prompt = app
+        .blocking(move || {
+            let template = match template.as_ref().and_then(|a| a.template.as_ref()) {
+                Some(own) => own,
+                None => base.text.needed_template().map_err(|e| ApiError::invalid(e.to_string()))?,
+            };
+            let messages: Vec<Value> = messages.iter().map(plain_content).collect();
+            let text = template.render(&messages, tools.as_ref(), true);
+            let encoded = text.and_then(|text| base.text.encode(&text, false));
+            encoded.map(|e| e.ids).map_err(|e| ApiError::invalid(e.to_string()))
+        })
+        .await?;
+    let told = request.logprobs.then(|| request.top_logprobs.unwrap_or(0));
+    respond(&app, Kind::Chat, &request.common, vec![prompt], adapters, told, None).await
+}
+
+/// Content that comes in parts as one text, which is what templates of text models take.
+fn plain_content(message: &Value) -> Value {
+    let mut message = message.clone();
+    if let Some(Value::Array(parts)) = message.get("content") {
+        let text: Vec<&str> = parts.iter().filter_map(|p| p.get("text")?.as_str()).collect();
+        message["content"] = text.concat().into();
+    }
+    message
+}
+
+/// `POST /v1/completions`.
+pub async fn completions(
+    State(app): State<Arc<App>>,
+    Body(request): Body<CompletionRequest>,
+) -> Result<Response, ApiError> {
+    let adapters = app.adapters(request.common.adapters(&app)?).await?;
+    let (base, prompt) = (app.base.clone(), request.prompt.clone());
+    let (prompts, texts) = app
+        .blocking(move || {
+            let encode = |text: &String| {
+                base.text.encode(text, true).map(|e| e.ids).map_err(|e| ApiError::invalid(e.to_string()))
+            };
+            let decode = |ids: &Vec<u32>| base.text.decode(ids, false).unwrap_or_default();
+            Ok(match prompt {
+                Prompt::Text(text) => (vec![encode(&text)?], vec![text]),
+                Prompt::Texts(texts) => (texts.iter().map(encode).collect::<Result<Vec<_>, _>>()?, texts),
+                Prompt::Tokens(ids) => (vec![ids.clone()], vec![decode(&ids)]),
+                Prompt::ManyTokens(all) => (all.clone(), all.iter().map(decode).collect()),
+            })
+        })
+        .await?;
+    let echo = request.echo.then_some(texts);
+    respond(&app, Kind::Completion, &request.common, prompts, adapters, request.logprobs, echo).await
+}
+
+async fn respond(
+    app: &Arc<App>,
+    kind: Kind,
+    common: &Common,
+    prompts: Vec<Vec<u32>>,
+    adapters: Adapters,
+    log_probabilities: Option<usize>,
+    echo: Option<Vec<String>>,
+) -> Result<Response, ApiError> {
+    let (n, stops, tenant) = (common.n.unwrap_or(1), common.stops()?, common.tenant());
+    let requests = common.requests(app, prompts, &adapters, log_probabilities, &tenant)?;
+    let choices = requests.len();
+    let shape = Shape::new(app, kind, common.model.as_ref(), &requests, log_probabilities.is_some(), n);
+    let mut answers = Answers::start(&app.worker, &app.base, requests, stops).await?;
+    let echoed = move |index: usize| echo.as_ref().and_then(|all| all.get(index / n)).cloned().unwrap_or_default();
+    if common.stream {
+        // Refusals are known with the first piece, and then still have a status of their own.
+        let first = answers.next().await.unwrap_or_else(|| Err(super::error::stopping()))?;
+        let usage = common.stream_options.as_ref().is_some_and(|o| o.include_usage);
+        return Ok(stream(app.clone(), shape, answers, first, (choices, usage), echoed));
+    }
+    let mut texts: Vec<(String, Vec<Token>, Option<FinishReason>)> =
+        (0..choices).map(|i| (echoed(i), Vec::new(), None)).collect();
+    while let Some(piece) = answers.next().await {
+        let piece = piece?;
+        let (text, tokens, finish) = &mut texts[piece.index];
+        text.push_str(&piece.text);
+        tokens.extend(piece.tokens);
+        *finish = finish.or(piece.finish);
+    }
+    let generated = texts.iter().map(|(_, tokens, _)| tokens.len()).sum();
+    let all = texts
+        .iter()
+        .enumerate()
+        .map(|(i, (text, tokens, finish))| shape.choice(app, i, text, tokens, finish.unwrap_or(FinishReason::Length)));
+    let mut body = shape.envelope(shape.object(), all.collect());
+    body["usage"] = shape.usage(generated);
+    Ok(Json(body).into_response())
+}
+
+/// Server-sent events, one a piece, `[DONE]` at the end.
+fn stream(
+    app: Arc<App>,
+    shape: Shape,
+    answers: Answers,
+    first: Piece,
+    (choices, usage): (usize, bool),
+    echoed: impl Fn(usize) -> String + Send + 'static,
+) -> Response {
+    enum Next {
+        Piece(Piece),
+        Wait,
+        Done,
+        Over,
+    }
+    struct Sending<E> {
+        app: Arc<App>,
+        shape: Shape,
+        answers: Answers,
+        next: Next,
+        begun: Vec<bool>,
+        generated: usize,
+        usage: bool,
+        echoed: E,
+    }
+    let begun = vec![false; choices];
+    let start = Sending { app, shape, answers, next: Next::Piece(first), begun, generated: 0, usage, echoed };
+    let events = futures_util::stream::unfold(start, |mut s| async move {
+        loop {
+            let piece = match std::mem::replace(&mut s.next, Next::Wait) {
+                Next::Over => return None,
+                Next::Done => {
+                    s.next = Next::Over;
+                    return Some((Ok::<_, Infallible>(Event::default().data("[DONE]")), s));
+                }
+                Next::Piece(piece) => Some(Ok(piece)),
+                Next::Wait => s.answers.next().await,
+            };
+            let data = match piece {
+                Some(Ok(mut piece)) => {
+                    s.generated += piece.tokens.len();
+                    let first = !std::mem::replace(&mut s.begun[piece.index], true);
+                    if first {
+                        piece.text.insert_str(0, &(s.echoed)(piece.index));
+                    }
+                    s.shape.chunk(&s.app, &piece, first)
+                }
+                Some(Err(error)) => {
+                    s.next = Next::Done;
+                    error.body()
+                }
+                None if s.usage => {
+                    s.next = Next::Done;
+                    let object = if s.shape.kind == Kind::Chat { "chat.completion.chunk" } else { "text_completion" };
+                    let mut last = s.shape.envelope(object, json!([]));
+                    last["usage"] = s.shape.usage(s.generated);
+                    last
+                }
+                None => {
+                    s.next = Next::Done;
+                    continue;
+                }
+            };
+            return Some((Ok(Event::default().data(data.to_string())), s));
+        }
+    });
+    Sse::new(events).keep_alive(KeepAlive::default()).into_response()
+}
+
+/// `GET /v1/models`.
+pub async fn models(State(app): State<Arc<App>>) -> Json<Value> {
+    let entry = |id: &str, parent: Option<&str>, root: &str| json!({ "id": id, "object": "model", "created": app.started, "owned_by": "lorimer", "root": root, "parent": parent });
+    let mut data = vec![entry(&app.name, None, &app.name)];
+    for listed in app.store.iter().flat_map(|store| store.list()) {
+        data.push(entry(&listed.name, Some(&app.name), &listed.name));
+    }
+    Json(json!({ "object": "list", "data": data }))
+}
+
+/// `GET /v1/models/{name}`.
+pub async fn model(
+    State(app): State<Arc<App>>,
+    axum::extract::Path(name): axum::extract::Path<String>,
+) -> Result<Json<Value>, ApiError> {
+    let is_base = app.is_base(&name);
+    if !is_base && !app.store.as_ref().is_some_and(|store| store.contains(&name)) {
+        let message = "there is no model of that name; GET /v1/models lists what there is";
+        return Err(ApiError::new(StatusCode::NOT_FOUND, "adapter_not_found", message));
+    }
+    let parent = (!is_base).then_some(&app.name);
+    Ok(Json(json!({
+        "id": name, "object": "model", "created": app.started, "owned_by": "lorimer", "root": name, "parent": parent,
+    })))
+}

@@ -1,0 +1,343 @@
+//! The engine on a thread of its own, fed from anywhere.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError, TryRecvError};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use lorimer_model::Base;
+use serde::Serialize;
+use tokio::sync::{mpsc as channel, oneshot};
+
+use crate::engine::{AtWork, Engine, EngineSettings, EngineState, Event, Request, Token};
+use crate::error::Result;
+use crate::generate::FinishReason;
+use crate::scheduler::Refusal;
+
+/// How often figures are brought up to date.
+const FIGURES: Duration = Duration::from_millis(200);
+/// How long an engine whose requests all wait sleeps.
+const NAP: Duration = Duration::from_millis(2);
+
+/// What a request hears.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Heard {
+    /// A token; with the reason if it is the last.
+    Token(Token, Option<FinishReason>),
+    /// The request is refused, and may come again after so many seconds.
+    Refused(Refusal, f64),
+    /// The request could not be computed.
+    Failed(String),
+}
+
+/// Why a request was not taken.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Declined {
+    /// It cannot be served as it is.
+    Invalid(String),
+    /// The queue is full or the pool too small; seconds after which it may come again.
+    Refused(Refusal, f64),
+    /// The server is shutting down.
+    Stopping,
+}
+
+enum Command {
+    Submit(Box<Request>, oneshot::Sender<std::result::Result<u64, Declined>>, channel::UnboundedSender<Heard>),
+    Cancel(u64),
+}
+
+/// Sums of observed seconds in classes, as Prometheus keeps them.
+#[derive(Clone, Debug, Serialize)]
+pub struct Histogram {
+    /// Upper bounds of the classes.
+    pub bounds: &'static [f64],
+    /// Observations of each class, and those beyond the last.
+    pub counts: Vec<u64>,
+    /// Sum of all.
+    pub sum: f64,
+}
+
+impl Histogram {
+    fn new(bounds: &'static [f64]) -> Self {
+        Self { bounds, counts: vec![0; bounds.len() + 1], sum: 0.0 }
+    }
+
+    fn observe(&mut self, seconds: f64) {
+        let class = self.bounds.iter().position(|&b| seconds <= b).unwrap_or(self.bounds.len());
+        self.counts[class] += 1;
+        self.sum += seconds;
+    }
+}
+
+/// Figures of a running engine.
+#[derive(Clone, Debug, Serialize)]
+pub struct Figures {
+    /// The engine's.
+    pub engine: EngineState,
+    /// Adapters at work.
+    pub adapters: AtWork,
+    /// Seconds from arrival to the first token.
+    pub first_token: Histogram,
+    /// Seconds between two tokens of an answer.
+    pub between_tokens: Histogram,
+    /// Seconds from arrival to the last token.
+    pub whole: Histogram,
+    /// Requests answered.
+    pub answered: u64,
+    /// Requests refused.
+    pub refused: u64,
+    /// Requests whose client went away.
+    pub cancelled: u64,
+    /// Requests that failed.
+    pub failed: u64,
+    /// Times that the engine had to be made anew after a panic.
+    pub restarts: u64,
+}
+
+const FIRST: &[f64] = &[0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0];
+const BETWEEN: &[f64] = &[0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.5, 1.0];
+const WHOLE: &[f64] = &[0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0];
+
+impl Default for Figures {
+    fn default() -> Self {
+        Self {
+            engine: EngineState::default(),
+            adapters: AtWork::default(),
+            first_token: Histogram::new(FIRST),
+            between_tokens: Histogram::new(BETWEEN),
+            whole: Histogram::new(WHOLE),
+            answered: 0,
+            refused: 0,
+            cancelled: 0,
+            failed: 0,
+            restarts: 0,
+        }
+    }
+}
+
+/// The engine's thread. Dropping the last handle ends it.
+#[derive(Clone)]
+pub struct Worker {
+    commands: mpsc::Sender<Command>,
+    figures: Arc<Mutex<Figures>>,
+    stopping: Arc<AtomicBool>,
+}
+
+/// A request under way; dropping it takes it out of the engine.
+pub struct Ticket {
+    id: u64,
+    heard: channel::UnboundedReceiver<Heard>,
+    commands: mpsc::Sender<Command>,
+    over: bool,
+}
+
+impl Ticket {
+    /// What comes next; None after the last token, a refusal or a failure.
+    pub async fn next(&mut self) -> Option<Heard> {
+        let heard = self.heard.recv().await;
+        self.over |= !matches!(heard, Some(Heard::Token(_, None)));
+        heard
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        if !self.over {
+            let _ = self.commands.send(Command::Cancel(self.id));
+        }
+    }
+}
+
+impl Worker {
+    /// Starts the thread.
+    pub fn start(base: Arc<Base>, settings: EngineSettings) -> Result<Self> {
+        // What cannot be set up is told here.
+        Engine::new(&base.model, settings.clone())?;
+        let (commands, inbox) = mpsc::channel();
+        let worker = Self { commands, figures: Arc::default(), stopping: Arc::default() };
+        let (figures, stopping) = (worker.figures.clone(), worker.stopping.clone());
+        let run = move || Loop { base: &base, settings, inbox, figures, stopping, under: Default::default() }.run();
+        let thread = std::thread::Builder::new().name("engine".into()).spawn(run);
+        thread.map_err(|e| crate::Error::Pool(format!("the engine's thread cannot be started: {e}")))?;
+        Ok(worker)
+    }
+
+    /// Hands a request to the engine.
+    pub async fn submit(&self, request: Request) -> std::result::Result<Ticket, Declined> {
+        if self.stopping.load(Ordering::Relaxed) {
+            return Err(Declined::Stopping);
+        }
+        let (reply, answer) = oneshot::channel();
+        let (hear, heard) = channel::unbounded_channel();
+        let sent = self.commands.send(Command::Submit(Box::new(request), reply, hear));
+        sent.map_err(|_| Declined::Stopping)?;
+        let id = answer.await.map_err(|_| Declined::Stopping)??;
+        Ok(Ticket { id, heard, commands: self.commands.clone(), over: false })
+    }
+
+    /// Takes no more requests. Those under way are answered.
+    pub fn stop(&self) {
+        self.stopping.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether no more requests are taken.
+    pub fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::Relaxed)
+    }
+
+    /// Figures, at most a fifth of a second old.
+    pub fn figures(&self) -> Figures {
+        self.figures.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// One request's listener.
+struct Under {
+    hear: channel::UnboundedSender<Heard>,
+    arrived: f64,
+    last: Option<f64>,
+}
+
+struct Loop<'a> {
+    base: &'a Base,
+    settings: EngineSettings,
+    inbox: mpsc::Receiver<Command>,
+    figures: Arc<Mutex<Figures>>,
+    stopping: Arc<AtomicBool>,
+    under: std::collections::HashMap<u64, Under>,
+}
+
+impl Loop<'_> {
+    fn run(mut self) {
+        let clock = Instant::now();
+        let mut restarts = 0;
+        loop {
+            let Ok(mut engine) = Engine::new(&self.base.model, self.settings.clone()) else { return };
+            // A panic is a defect; it costs the requests of this moment, not the server.
+            let ended = catch_unwind(AssertUnwindSafe(|| self.serve(&mut engine, clock)));
+            if ended.is_ok() {
+                return;
+            }
+            restarts += 1;
+            tracing::error!("the engine failed and was made anew; the requests under way are lost");
+            let lost = self.under.drain().count() as u64;
+            self.change(|f| (f.restarts, f.failed) = (restarts, f.failed + lost));
+        }
+    }
+
+    fn change(&self, f: impl FnOnce(&mut Figures)) {
+        f(&mut self.figures.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// Serves until nobody can hand in requests any more.
+    fn serve(&mut self, engine: &mut Engine<'_>, clock: Instant) {
+        let mut told = Instant::now();
+        let mut waiting_only = false;
+        loop {
+            loop {
+                let command = match () {
+                    () if engine.is_idle() => self.inbox.recv_timeout(FIGURES),
+                    () if waiting_only => self.inbox.recv_timeout(NAP),
+                    () => self.inbox.try_recv().map_err(|e| match e {
+                        TryRecvError::Empty => RecvTimeoutError::Timeout,
+                        TryRecvError::Disconnected => RecvTimeoutError::Disconnected,
+                    }),
+                };
+                match command {
+                    Ok(command) => {
+                        waiting_only = false;
+                        self.handle(engine, command, clock.elapsed().as_secs_f64());
+                    }
+                    Err(RecvTimeoutError::Timeout) => break,
+                    Err(RecvTimeoutError::Disconnected) if engine.is_idle() => return,
+                    Err(RecvTimeoutError::Disconnected) => break,
+                }
+            }
+            if told.elapsed() >= FIGURES {
+                told = Instant::now();
+                let (state, adapters) = (engine.state(), engine.at_work());
+                self.change(|f| (f.engine, f.adapters) = (state, adapters));
+            }
+            if engine.is_idle() {
+                continue;
+            }
+            let events = engine.step(clock.elapsed().as_secs_f64());
+            let now = clock.elapsed().as_secs_f64();
+            waiting_only = events.is_empty() && engine.running() == 0;
+            for event in events {
+                self.tell(engine, event, now);
+            }
+        }
+    }
+
+    fn handle(&mut self, engine: &mut Engine<'_>, command: Command, now: f64) {
+        match command {
+            Command::Cancel(id) => {
+                if self.under.remove(&id).is_some() {
+                    engine.cancel(id);
+                    self.change(|f| f.cancelled += 1);
+                }
+            }
+            Command::Submit(request, reply, hear) => {
+                let taken = match engine.submit(*request, now) {
+                    _ if self.stopping.load(Ordering::Relaxed) => Err(Declined::Stopping),
+                    Err(error) => Err(Declined::Invalid(error.to_string())),
+                    Ok(Err(refusal)) => {
+                        self.change(|f| f.refused += 1);
+                        Err(Declined::Refused(refusal, engine.retry_after(now)))
+                    }
+                    Ok(Ok(id)) => Ok(id),
+                };
+                let id = taken.as_ref().ok().copied();
+                // Who asked may be gone already.
+                let heard = reply.send(taken).is_ok();
+                match id {
+                    Some(id) if heard => _ = self.under.insert(id, Under { hear, arrived: now, last: None }),
+                    Some(id) => engine.cancel(id),
+                    None => {}
+                }
+            }
+        }
+    }
+
+    fn tell(&mut self, engine: &mut Engine<'_>, event: Event, now: f64) {
+        let (id, heard) = match event {
+            Event::Token(id, token, reason) => (id, Heard::Token(token, reason)),
+            Event::Refused(id, refusal) => (id, Heard::Refused(refusal, engine.retry_after(now))),
+            Event::Failed(id, problem) => {
+                tracing::error!("a request failed: {problem}");
+                (id, Heard::Failed(problem))
+            }
+        };
+        let Some(under) = self.under.get_mut(&id) else { return };
+        let over = !matches!(heard, Heard::Token(_, None));
+        let mut figures = self.figures.lock().unwrap_or_else(PoisonError::into_inner);
+        match &heard {
+            Heard::Token(_, reason) => {
+                match under.last {
+                    Some(last) => figures.between_tokens.observe(now - last),
+                    None => figures.first_token.observe(now - under.arrived),
+                }
+                under.last = Some(now);
+                if reason.is_some() {
+                    figures.answered += 1;
+                    figures.whole.observe(now - under.arrived);
+                }
+            }
+            Heard::Refused(..) => figures.refused += 1,
+            Heard::Failed(_) => figures.failed += 1,
+        }
+        let gone = under.hear.send(heard).is_err();
+        if gone && !over {
+            figures.cancelled += 1;
+        }
+        drop(figures);
+        if over || gone {
+            self.under.remove(&id);
+        }
+        if gone && !over {
+            engine.cancel(id);
+        }
+    }
+}

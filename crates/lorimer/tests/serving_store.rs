@@ -1,0 +1,182 @@
+//! The store of adapters: names, confinement, replacement, bounds, and what is left after a restart.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use candle_core::DType;
+use lorimer::adapter::store::{CONFIG_FILE, WEIGHTS_FILE};
+use lorimer::model::weights::LoadDtype;
+use lorimer::prelude::*;
+use lorimer::serve::Hosted;
+use lorimer::serve::store::{Code, Put, REGISTRY_FILE, Store, StoreError, StoreSettings};
+use rand::{Rng, SeedableRng};
+
+#[path = "common/tiny.rs"]
+mod tiny;
+
+fn model() -> Llama {
+    tiny::model_as(DType::F32, LoadDtype::Stored)
+}
+
+/// Writes an adapter that does something; another `seed`, other content.
+fn write(model: &Llama, folder: &Path, settings: &str, seed: u64) {
+    let serde_json::Value::Object(settings) = serde_json::from_str(settings).unwrap() else { panic!("settings") };
+    let adapter = Adapter::attach(model, methods::build("lora", &settings).unwrap(), seed).unwrap();
+    tiny::move_all(&adapter);
+    adapter.to_stored("tiny").unwrap().write(folder, None).unwrap();
+}
+
+fn code(result: Result<Arc<Hosted>, StoreError>) -> Code {
+    result.map(|h| h.content_id.clone()).unwrap_err().code
+}
+
+fn open(root: &Path) -> Store {
+    Store::open(StoreSettings::new(root)).unwrap()
+}
+
+#[test]
+fn names_come_from_folders_and_at_run_time_and_outlive_a_restart() {
+    let (model, root) = (model(), tempfile::tempdir().unwrap());
+    for (name, seed) in [("a", 1), ("tenant/b", 2), ("deep/er/c", 3)] {
+        write(&model, &root.path().join(name), r#"{"r": 2}"#, seed);
+    }
+    let store = open(root.path());
+    assert_eq!(store.list().iter().map(|l| l.name.as_str()).collect::<Vec<_>>(), ["a", "deep/er/c", "tenant/b"]);
+    let a = store.get(&model, "a").unwrap();
+    assert!(Arc::ptr_eq(&a, &store.get(&model, "a").unwrap()), "read once");
+    // Folders that come later are found by their names.
+    write(&model, &root.path().join("late"), r#"{"r": 2}"#, 4);
+    store.get(&model, "late").unwrap();
+    // Another name for a folder: created, not created twice, replaced by comparison only, replaced in any case.
+    let b = Path::new("tenant/b");
+    let put = |name: &str, path: &Path, how: Put| store.put(&model, name, path, &how);
+    let first = put("alias", Path::new("a"), Put::Create).unwrap();
+    assert_eq!(first.content_id, a.content_id);
+    assert_eq!(code(put("alias", b, Put::Create)), Code::AdapterExists);
+    assert_eq!(code(put("alias", b, Put::Swap("sha256:other".into()))), Code::ContentChanged);
+    assert_eq!(store.get(&model, "alias").unwrap().content_id, a.content_id);
+    let second = put("alias", b, Put::Swap(a.content_id.clone())).unwrap();
+    assert_ne!(second.content_id, a.content_id);
+    assert_eq!(code(put("none", b, Put::Swap(a.content_id.clone()))), Code::AdapterNotFound);
+    put("alias", Path::new("late"), Put::Upsert).unwrap();
+    store.remove("a").unwrap();
+    assert_eq!(store.remove("a").unwrap_err().code, Code::AdapterNotFound);
+    let before: Vec<String> = store.list().into_iter().map(|l| l.name).collect();
+    assert_eq!(before, ["alias", "deep/er/c", "late", "tenant/b"]);
+    // A new process finds the same: names given stay given, names taken away stay away.
+    let again = open(root.path());
+    assert_eq!(again.list().into_iter().map(|l| l.name).collect::<Vec<_>>(), before);
+    let late = again.get(&model, "late").unwrap();
+    assert_eq!(again.get(&model, "alias").unwrap().content_id, late.content_id);
+    assert_eq!(code(again.get(&model, "a")), Code::AdapterNotFound);
+}
+
+#[test]
+fn changed_files_are_read_again_and_running_requests_keep_what_they_have() {
+    let (model, root) = (model(), tempfile::tempdir().unwrap());
+    let folder = root.path().join("a");
+    write(&model, &folder, r#"{"r": 2}"#, 1);
+    let store = open(root.path());
+    let old = store.get(&model, "a").unwrap();
+    write(&model, &folder, r#"{"r": 3}"#, 2);
+    let new = store.get(&model, "a").unwrap();
+    assert_ne!(old.content_id, new.content_id);
+    assert_eq!((old.rank, new.rank), (2, 3));
+    // A load that fails disturbs nothing, and is told each time.
+    std::fs::write(folder.join(WEIGHTS_FILE), b"half").unwrap();
+    for _ in 0..2 {
+        let error = store.get(&model, "a").unwrap_err();
+        assert_eq!(error.code, Code::AdapterInvalid);
+        assert!(!error.message.contains(root.path().to_str().unwrap()), "{error}");
+    }
+    write(&model, &folder, r#"{"r": 3}"#, 2);
+    assert_eq!(store.get(&model, "a").unwrap().content_id, new.content_id);
+}
+
+#[cfg(unix)]
+#[test]
+fn paths_and_names_that_leave_the_root_are_refused() {
+    use std::os::unix::fs::symlink;
+    let (model, all) = (model(), tempfile::tempdir().unwrap());
+    let (root, outside) = (all.path().join("root"), all.path().join("outside"));
+    write(&model, &outside, r#"{"r": 2}"#, 1);
+    write(&model, &root.join("good"), r#"{"r": 2}"#, 2);
+    symlink(&outside, root.join("link")).unwrap();
+    symlink(root.join("good"), root.join("inner")).unwrap();
+    write(&model, &root.join("hollow"), r#"{"r": 2}"#, 3);
+    std::fs::remove_file(root.join("hollow").join(WEIGHTS_FILE)).unwrap();
+    symlink(outside.join(WEIGHTS_FILE), root.join("hollow").join(WEIGHTS_FILE)).unwrap();
+    let store = open(&root);
+    assert_eq!(store.list().iter().map(|l| l.name.as_str()).collect::<Vec<_>>(), ["good", "hollow"]);
+    let long = "x".repeat(201);
+    for name in ["", "..", "../outside", "/etc", "a//b", "a/./b", ".hidden", "a b", "a\0", "good/", "ä", long.as_str()]
+    {
+        assert_eq!(code(store.get(&model, name)), Code::InvalidName, "{name:?}");
+        assert_eq!(code(store.put(&model, name, Path::new("good"), &Put::Upsert)), Code::InvalidName, "{name:?}");
+        assert_eq!(store.remove(name).unwrap_err().code, Code::InvalidName, "{name:?}");
+    }
+    assert_eq!(code(store.get(&model, "link")), Code::AdapterNotFound);
+    assert_eq!(code(store.get(&model, "hollow")), Code::PathRefused);
+    for path in ["../outside", "good/../../outside", "link", "", ".", "/", outside.to_str().unwrap()] {
+        let refused = code(store.put(&model, "new", Path::new(path), &Put::Upsert));
+        assert!(matches!(refused, Code::PathRefused), "{path:?}: {refused:?}");
+    }
+    assert_eq!(code(store.put(&model, "new", Path::new("nothing"), &Put::Upsert)), Code::AdapterNotFound);
+    // A link that stays inside, and a whole path that does, are what they lead to.
+    store.put(&model, "new", Path::new("inner"), &Put::Create).unwrap();
+    store.put(&model, "newer", &root.join("good"), &Put::Create).unwrap();
+}
+
+#[test]
+fn what_is_beyond_the_bounds_is_refused_and_what_is_least_used_gives_way() {
+    let (model, root) = (model(), tempfile::tempdir().unwrap());
+    for i in 0..6 {
+        write(&model, &root.path().join(format!("a{i}")), r#"{"r": 4}"#, i);
+    }
+    write(&model, &root.path().join("large"), r#"{"r": 9}"#, 9);
+    let bytes = open(root.path()).get(&model, "a0").unwrap().bytes();
+    let settings = StoreSettings { host_bytes: 3 * bytes.next_multiple_of(1024), ..StoreSettings::new(root.path()) };
+    let store = Store::open(StoreSettings { max_rank: 8, ..settings.clone() }).unwrap();
+    assert_eq!(code(store.get(&model, "large")), Code::LimitExceeded);
+    for i in 0..6 {
+        store.get(&model, &format!("a{i}")).unwrap();
+        let (held, adapters) = store.host();
+        assert!(held <= settings.host_bytes && adapters == (i + 1).min(3));
+    }
+    let small = Store::open(StoreSettings { host_bytes: bytes / 2, ..settings.clone() }).unwrap();
+    assert_eq!(code(small.get(&model, "a0")), Code::LimitExceeded);
+    let short = Store::open(StoreSettings { max_file_bytes: 100, ..settings }).unwrap();
+    assert_eq!(code(short.get(&model, "a0")), Code::AdapterInvalid);
+}
+
+/// Truncated, overwritten and emptied files, adapters of another base or without effect: an error each, never a panic, and nothing is kept.
+#[test]
+fn damaged_adapters_are_refused() {
+    let (model, root) = (model(), tempfile::tempdir().unwrap());
+    let folder = root.path().join("a");
+    write(&model, &folder, r#"{"r": 2}"#, 1);
+    let whole = [WEIGHTS_FILE, CONFIG_FILE].map(|name| (name, std::fs::read(folder.join(name)).unwrap()));
+    let store = open(root.path());
+    let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(3);
+    let mut refused = 0;
+    for i in 0..300 {
+        let (name, bytes) = &whole[i % 2];
+        let mut bytes = bytes.clone();
+        match rng.random_range(0..3) {
+            0 => bytes.truncate(rng.random_range(0..bytes.len())),
+            1 => (0..rng.random_range(1..9)).for_each(|_| {
+                let at = rng.random_range(0..bytes.len().min(400));
+                bytes[at] = rng.random();
+            }),
+            _ => bytes.iter_mut().take(8).for_each(|b| *b = 0xff),
+        }
+        std::fs::write(folder.join(name), &bytes).unwrap();
+        refused += usize::from(store.get(&model, "a").is_err());
+        whole.iter().for_each(|(name, bytes)| std::fs::write(folder.join(name), bytes).unwrap());
+    }
+    assert!(refused > 150, "{refused}");
+    store.get(&model, "a").unwrap();
+    std::fs::write(root.path().join(REGISTRY_FILE), b"{").unwrap();
+    let error = Store::open(StoreSettings::new(root.path())).err().unwrap();
+    assert_eq!(error.code, Code::StoreFailed);
+}
