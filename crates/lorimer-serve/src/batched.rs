@@ -5,7 +5,9 @@ use std::sync::{PoisonError, RwLock};
 
 use candle_core::{Result, Tensor};
 use lorimer_model::{Adaptation, AttentionCall, Point, Projection, Site};
-use lorimer_tensor::{Addition, Group, Paged, Segment, Segmented, attention_in_pool, project_segmented, store_rows};
+use lorimer_tensor::{
+    Addition, Group, Ops, Paged, Segment, Segmented, Tape, attention_in_pool, project_segmented, store_rows,
+};
 
 use crate::hosted::Hosted;
 use crate::pool::{BLOCK, Geometry};
@@ -45,6 +47,8 @@ pub struct Batched<'a> {
     ranges: Vec<Range<usize>>,
     /// The same, of the rows that the last layer gives.
     needed_ranges: Vec<Range<usize>>,
+    /// Nothing is recorded on it: with a tape operations run in our own kernels and build no graph.
+    tape: Tape,
 }
 
 impl<'a> Batched<'a> {
@@ -58,7 +62,7 @@ impl<'a> Batched<'a> {
             needed_ranges.push(at..at + inside);
             (row, at) = (end, at + inside);
         }
-        Self { pool: RwLock::new(pool), geometry, sequences, ranges, needed_ranges }
+        Self { pool: RwLock::new(pool), geometry, sequences, ranges, needed_ranges, tape: Tape::new([]) }
     }
 
     /// Positions of all rows.
@@ -150,6 +154,10 @@ impl<'a> Batched<'a> {
 }
 
 impl Adaptation for Batched<'_> {
+    fn ops(&self) -> Ops<'_> {
+        Ops::recorded(&self.tape)
+    }
+
     fn project(&self, site: &Site, base: &Projection, x: &Tensor) -> Result<Tensor> {
         let mut all = self.project_all(&[(site, base)], x)?;
         all.pop().ok_or_else(|| candle_core::Error::Msg("no projection".into()))

@@ -10,6 +10,7 @@ use candle_core::DType;
 use lorimer_model::Llama;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
+use rayon::prelude::*;
 use serde::Serialize;
 
 use crate::batched::{Batched, Rows, Used};
@@ -469,15 +470,11 @@ impl<'m> Engine<'m> {
         };
         // Inside the pool, so that each parallel part begins without waking a thread to carry it there.
         let logits = rayon::scope(|_| compute())?;
-        let logits = logits.map(|l| l.to_dtype(DType::F32)?.to_vec2::<f32>()).transpose()?.unwrap_or_default();
+        let logits = logits.map(|l| l.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()).transpose()?;
         for &(id, count) in work {
             self.advance(id, count);
         }
-        let mut events = Vec::new();
-        for (id, logits) in draws.into_iter().zip(logits) {
-            events.extend(self.draw(id, &logits));
-        }
-        Ok(events)
+        Ok(self.draw(&draws, &logits.unwrap_or_default()))
     }
 
     /// Rows of a request have been computed: whole blocks go into the prefix cache.
@@ -497,25 +494,44 @@ impl<'m> Engine<'m> {
         }
     }
 
-    /// Draws a request's next token.
-    fn draw(&mut self, id: u64, logits: &[f32]) -> Option<Event> {
-        let s = self.sequences.get_mut(&id)?;
-        let token = s.request.sampling.draw(logits, s.tokens.split_at(s.request.prompt.len()), &mut s.rng);
-        s.tokens.push(token);
-        s.generated += 1;
-        self.counted.generated_tokens += 1;
-        let told = s.request.log_probabilities.map(|n| log_probabilities(logits, token, n));
-        let (log_probability, top) = told.map_or((None, Vec::new()), |(own, top)| (Some(own), top));
-        let reason = match () {
-            () if s.request.stop.contains(&token) => Some(FinishReason::Stop),
-            () if s.generated >= s.request.max_tokens => Some(FinishReason::Length),
-            () => None,
-        };
-        self.scheduler.generated(id);
-        if reason.is_some() {
-            self.cancel(id);
+    /// Draws the next token of some requests, each from its row of `logits`.
+    fn draw(&mut self, ids: &[u64], logits: &[f32]) -> Vec<Event> {
+        if ids.is_empty() || logits.is_empty() {
+            return Vec::new();
         }
-        Some(Event::Token(id, Token { token, log_probability, top }, reason))
+        let rows: HashMap<u64, &[f32]> =
+            ids.iter().copied().zip(logits.chunks(logits.len().div_ceil(ids.len()))).collect();
+        let mut drawing: Vec<_> =
+            self.sequences.iter_mut().filter_map(|(id, s)| Some((*id, s, *rows.get(id)?))).collect();
+        let mut drawn: HashMap<u64, (Token, Option<FinishReason>)> = drawing
+            .par_iter_mut()
+            .with_max_len(1)
+            .map(|(id, s, logits)| {
+                let history = s.tokens.split_at(s.request.prompt.len());
+                let token = s.request.sampling.draw(logits, history, &mut s.rng);
+                s.tokens.push(token);
+                s.generated += 1;
+                let told = s.request.log_probabilities.map(|n| log_probabilities(logits, token, n));
+                let (log_probability, top) = told.map_or((None, Vec::new()), |(own, top)| (Some(own), top));
+                let reason = match () {
+                    () if s.request.stop.contains(&token) => Some(FinishReason::Stop),
+                    () if s.generated >= s.request.max_tokens => Some(FinishReason::Length),
+                    () => None,
+                };
+                (*id, (Token { token, log_probability, top }, reason))
+            })
+            .collect();
+        let mut events = Vec::new();
+        for &id in ids {
+            let Some((token, reason)) = drawn.remove(&id) else { continue };
+            self.counted.generated_tokens += 1;
+            self.scheduler.generated(id);
+            if reason.is_some() {
+                self.cancel(id);
+            }
+            events.push(Event::Token(id, token, reason));
+        }
+        events
     }
 }
 

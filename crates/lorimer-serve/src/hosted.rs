@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use candle_core::{DType, Tensor};
 use lorimer_adapter::export::low_rank_of;
-use lorimer_adapter::{Adapter, LowRank};
+use lorimer_adapter::{Adapter, Change, LowRank, Step};
 use lorimer_model::chat::ChatTemplate;
 use lorimer_model::{BaseModel, Projection, Site};
 use rayon::prelude::*;
@@ -91,7 +91,12 @@ fn served(adapter: &Adapter, site: &Site, base: &Projection, rank: Option<usize>
     if let Some((low, scale)) = delta.scaled(base)? {
         return Ok(Some(Served { low, output_scale: Some(scale), bias, inexact: None }));
     }
-    let (low, exact, whole, wrong) = low_rank_of(site, base, delta, rank)?;
+    // What is low-rank as it is stays as it is, whatever its rank.
+    let own = match delta.change(base, 0, &Step::default())? {
+        Some(Change::Thin(low)) => low.a.dim(0)? < site.inputs.min(site.outputs),
+        _ => false,
+    };
+    let (low, exact, whole, wrong) = low_rank_of(site, base, delta, if own { None } else { rank })?;
     Ok(Some(Served { low, output_scale: None, bias, inexact: (!exact).then_some((whole, wrong)) }))
 }
 
@@ -100,8 +105,8 @@ fn flat(t: &Tensor) -> Result<Vec<f32>> {
 }
 
 impl Hosted {
-    /// The served form of an adapter on a model. `rank` bounds the rank of projections whose change is not low-rank as it is, or is above
-    /// it; without, those get 64.
+    /// The served form of an adapter on a model. `rank` is that of projections whose change is not low-rank as it is; 64 where none is
+    /// given.
     pub fn new(model: &dyn BaseModel, adapter: &Adapter, content_id: String, rank: Option<usize>) -> Result<Self> {
         let projections = model.projections();
         let biases: Vec<String> = projections.iter().map(|(site, _)| site.bias_path()).collect();

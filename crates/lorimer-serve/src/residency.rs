@@ -146,9 +146,9 @@ mod tests {
             for (act, n) in acts {
                 let name = n.to_string();
                 match act {
-                    0 => if !there.contains_key(&name) {
+                    0 => if let std::collections::hash_map::Entry::Vacant(free) = there.entry(name.clone()) {
                         all.insert(name.as_str().into(), n + 1);
-                        there.insert(name, (n + 1, 0, false));
+                        free.insert((n + 1, 0, false));
                     }
                     1 => {
                         let leased = all.lease(&name);

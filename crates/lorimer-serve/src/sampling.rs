@@ -73,7 +73,7 @@ impl Sampling {
         let mut logits: Cow<'_, [f32]> = logits.into();
         self.penalise(&mut logits, prompt, answer);
         let by = |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
-        let Some(first) = (0..logits.len() as u32).min_by(by) else { return 0 };
+        let first = likeliest(&logits);
         if self.temperature == 0.0 {
             return first;
         }
@@ -142,6 +142,16 @@ impl Sampling {
             }
         }
     }
+}
+
+/// The first of the largest.
+fn likeliest(logits: &[f32]) -> u32 {
+    let mut lanes = [f32::NEG_INFINITY; 16];
+    for chunk in logits.chunks(16) {
+        lanes.iter_mut().zip(chunk).for_each(|(lane, &l)| *lane = lane.max(l));
+    }
+    let largest = lanes.into_iter().fold(f32::NEG_INFINITY, f32::max);
+    logits.iter().position(|&l| l == largest).unwrap_or(0) as u32
 }
 
 #[cfg(test)]

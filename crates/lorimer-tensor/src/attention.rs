@@ -280,11 +280,18 @@ impl Attention {
             }
         });
         softmax(&mut p);
-        out.fill(T::zero());
         wide(|| {
-            for (row, &p) in rows().zip(&p) {
-                let v = &v[row * kv_width + column..][..d];
-                out.iter_mut().zip(v).for_each(|(out, &v)| *out += p * v);
+            // Some columns at a time, whose sums stay in registers.
+            for (part, out) in out.chunks_mut(32).enumerate() {
+                let (mut sums, n) = ([T::zero(); 32], out.len());
+                for (row, &p) in rows().zip(&p) {
+                    let v = &v[row * kv_width + column + part * 32..][..n];
+                    match <&[T; 32]>::try_from(v) {
+                        Ok(v) => sums.iter_mut().zip(v).for_each(|(sum, &v)| *sum += p * v),
+                        Err(_) => sums.iter_mut().zip(v).for_each(|(sum, &v)| *sum += p * v),
+                    }
+                }
+                out.copy_from_slice(&sums[..n]);
             }
         });
     }

@@ -6,8 +6,8 @@
 //! several terms into one result (`g W + dU A`). The right side is packed where it is used, out of whatever it is stored in, so that
 //! a weight in fewer bits is expanded for some columns at a time and never whole; the left side is read where it lies.
 //!
-//! On x86-64 with AVX2 and FMA an own kernel does this in f32: tiles of 6 × 16 numbers in registers over panels of 16
-//! columns (Goto and van de Geijn 2008, "Anatomy of High-Performance Matrix Multiplication"). Elsewhere, and in f64, faer
+//! On x86-64 with AVX2 and FMA an own kernel does this in f32: tiles of 6 × 16 numbers in registers (14 × 32 with AVX-512) over panels of
+//! 16 columns (Goto and van de Geijn 2008, "Anatomy of High-Performance Matrix Multiplication"). Elsewhere, and in f64, faer
 //! multiplies term by term. The cut into tasks does not depend on the number of threads, and neither does the result.
 
 #[cfg(target_arch = "x86_64")]
@@ -267,6 +267,29 @@ mod tests {
             }
         }
         Ok(())
+    }
+
+    /// The tiles of AVX2, which a processor with AVX-512 does not use otherwise, give what those of AVX-512 give.
+    #[cfg(target_arch = "x86_64")]
+    #[test]
+    fn narrow_registers_give_what_wide_ones_give() {
+        if !kernel::available() || !kernel::has_512() {
+            return;
+        }
+        for (rows, columns, depth) in [(5, 1, 9), (6, 33, 40), (29, 47, 100), (16, 576, 576), (31, 64, 1)] {
+            let (x, w) = (values((rows, depth), 1), values((columns, depth), 2));
+            for keep in [false, true] {
+                let one = |use_512: bool| {
+                    let mut y = vec![1f32; rows * columns];
+                    let terms = vec![Term::forward(&x, depth, Right::Slice(w.as_slice(), depth))];
+                    let out = Shared(y.as_mut_ptr());
+                    let product = Product { out: Out::Into(&mut y, keep), rows, columns, terms };
+                    kernel::run(&[product], &[out], use_512);
+                    y
+                };
+                assert_same(&one(true), &one(false), &format!("{rows} x {columns} x {depth}"));
+            }
+        }
     }
 
     /// On one thread and on three the bits are the same.

@@ -82,7 +82,7 @@ impl Real for f32 {
     fn run_products(products: &[Product<'_, f32>], outs: &[Shared<f32>]) -> bool {
         let available = crate::products::kernel::available();
         if available {
-            crate::products::kernel::run(products, outs);
+            crate::products::kernel::run(products, outs, crate::products::kernel::has_512());
         }
         available
     }

@@ -51,7 +51,15 @@ pub(crate) fn sum2<T: Real>(a: &[T], b: &[T], f: impl Fn(T, T) -> T) -> T {
             *lane += f(a, b);
         }
     }
-    lanes.iter().copied().sum::<T>() + tail
+    // By halves, so that no addition waits for fifteen others.
+    let mut half = 8;
+    while half > 0 {
+        for i in 0..half {
+            lanes[i] += lanes[i + half];
+        }
+        half /= 2;
+    }
+    lanes[0] + tail
 }
 
 /// Puts e^(v − maximum) in the place of every v; gives the maximum and the sum of the new values.

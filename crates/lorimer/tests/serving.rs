@@ -33,8 +33,11 @@ fn moved(model: &Llama, name: &str, settings: &str) -> Adapter {
     adapter
 }
 
+/// A sequence with its adapters and their weights.
+type Asked = (Vec<u32>, Vec<(Arc<Hosted>, f32)>);
+
 /// The logits of every sequence's rows, computed together.
-fn together(model: &Llama, sequences: &[(Vec<u32>, Vec<(Arc<Hosted>, f32)>)]) -> Vec<Tensor> {
+fn together(model: &Llama, sequences: &[Asked]) -> Vec<Tensor> {
     let geometry = Geometry::of(&model.config);
     let mut pool = Pool::new(geometry, 4000 * geometry.page_bytes()).unwrap();
     let mut residents = Residents::default();
@@ -263,7 +266,7 @@ fn an_engine_answers_as_if_each_were_alone() {
 fn a_request_that_was_put_back_loses_nothing() {
     let model = model();
     let geometry = Geometry::of(&model.config);
-    let policy = Policy { batch_tokens: 8, ..Default::default() };
+    let policy = Policy { batch_tokens: 2, ..Default::default() };
     let pool_bytes = geometry.pages_of_tokens(6 * BLOCK) * geometry.page_bytes();
     let mut engine = Engine::new(&model, EngineSettings { pool_bytes, policy, prefix_cache: false }).unwrap();
     let request = |prompt: Vec<u32>, max_tokens: usize| Request {
@@ -277,8 +280,8 @@ fn a_request_that_was_put_back_loses_nothing() {
         tenant: String::new(),
         names: vec![],
     };
-    // The second is let in with its end after the first's; its slow prefill makes them overlap after all.
-    let lengths = [(9usize, 40usize), (38, 9), (30, 12)];
+    // Two rows a step: prompts take so long that requests which should have come to their ends one after the other overlap after all.
+    let lengths = [(9usize, 60usize), (38, 9), (30, 12)];
     let prompt = |n: usize| (0..n as u32).map(|i| i * 7 % 40).collect::<Vec<_>>();
     let mut together: HashMap<u64, Vec<_>> = HashMap::new();
     for (n, max_tokens) in lengths {
@@ -293,6 +296,7 @@ fn a_request_that_was_put_back_loses_nothing() {
             together.entry(id).or_default().push(token);
         }
     }
+    assert!(engine.state().put_back > 0, "{:?}", engine.state());
     for (id, (n, max_tokens)) in lengths.into_iter().enumerate() {
         let settings = EngineSettings { pool_bytes: 1 << 20, ..Default::default() };
         let mut engine = Engine::new(&model, settings).unwrap();

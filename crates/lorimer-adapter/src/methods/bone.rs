@@ -52,7 +52,7 @@ pub const ENTRY: Entry = Entry {
     variants: &["row", "bat", "mini"],
     peft_type: "MISS",
     mergeable: true,
-    served: Served::Converted,
+    served: Served::Batched,
     lr: 5e-4,
     flags: &[("rank", "r"), ("dropout", "miss_dropout"), ("bias", "bias"), ("init", "init_weights")],
     source: include_str!("bone.rs"),

@@ -42,7 +42,7 @@ pub const ENTRY: Entry = Entry {
     peft_type: "LORA",
     mergeable: true,
     served: Served::Batched,
-    lr: 1e-3,
+    lr: 5e-4,
     flags: FLAGS,
     source: include_str!("eva.rs"),
     laws: &[

@@ -47,7 +47,7 @@ pub const ENTRY: Entry = Entry {
     variants: &["both", "parallel", "sequential"],
     peft_type: "HYDRA",
     mergeable: true,
-    served: Served::Converted,
+    served: Served::Batched,
     lr: 2e-3,
     flags: &[("rank", "r")],
     source: include_str!("hydra.rs"),

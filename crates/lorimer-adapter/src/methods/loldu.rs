@@ -51,8 +51,8 @@ pub const ENTRY: Entry = Entry {
     variants: &["ldu", "uniform", "normal", "constant", "s_uniform", "s_normal", "ones", "zeros"],
     peft_type: "LOLDU",
     mergeable: true,
-    served: Served::Converted,
-    lr: 5e-3,
+    served: Served::Batched,
+    lr: 1e-3,
     flags: &[("rank", "r"), ("alpha", "lora_alpha"), ("init", "start")],
     source: include_str!("loldu.rs"),
     laws: &[

@@ -51,7 +51,7 @@ pub const ENTRY: Entry = Entry {
     peft_type: "LORA",
     mergeable: true,
     served: Served::Batched,
-    lr: 2e-4,
+    lr: 2e-3,
     flags: FLAGS,
     source: include_str!("lora.rs"),
     laws: &[

@@ -43,7 +43,7 @@ pub const ENTRY: Entry = Entry {
     variants: &[],
     peft_type: "LORA_SB",
     mergeable: true,
-    served: Served::Converted,
+    served: Served::Batched,
     lr: 5e-4,
     flags: &[("rank", "r"), ("lr", "init_lr")],
     source: include_str!("lora_sb.rs"),

@@ -42,7 +42,7 @@ pub const ENTRY: Entry = Entry {
     variants: &[],
     peft_type: "LORA_XS",
     mergeable: true,
-    served: Served::Converted,
+    served: Served::Batched,
     lr: 5e-4,
     flags: &[("rank", "r"), ("alpha", "lora_alpha")],
     source: include_str!("lora_xs.rs"),

@@ -54,7 +54,7 @@ pub const ENTRY: Entry = Entry {
     variants: &["nlora", "slora", "inttune"],
     peft_type: "NLORA",
     mergeable: true,
-    served: Served::Converted,
+    served: Served::Batched,
     lr: 5e-6,
     flags: &[("rank", "r"), ("alpha", "lora_alpha"), ("init", "start")],
     source: include_str!("nlora.rs"),

@@ -45,7 +45,7 @@ pub const ENTRY: Entry = Entry {
     variants: &[],
     peft_type: "VERA",
     mergeable: true,
-    served: Served::Converted,
+    served: Served::Batched,
     lr: 1e-2,
     flags: &[("rank", "r"), ("dropout", "vera_dropout"), ("bias", "bias")],
     source: include_str!("vera.rs"),
