@@ -303,8 +303,9 @@ impl Store {
         {
             let mut inner = self.lock();
             inner.account.touch(&content);
-            if let Some(hosted) = inner.hosted.get(&content) {
-                return Ok(hosted.clone());
+            if let Some(hosted) = inner.hosted.get(&content).cloned() {
+                inner.loading.remove(name);
+                return Ok(hosted);
             }
         }
         let loaded = self.load(model, &folder);

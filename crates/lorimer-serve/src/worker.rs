@@ -280,14 +280,15 @@ impl Loop<'_> {
                 }
             }
             Command::Submit(request, reply, hear) => {
-                let taken = match engine.submit(*request, now) {
-                    _ if self.stopping.load(Ordering::Relaxed) => Err(Declined::Stopping),
-                    Err(error) => Err(Declined::Invalid(error.to_string())),
-                    Ok(Err(refusal)) => {
+                let stopping = self.stopping.load(Ordering::Relaxed);
+                let taken = match (!stopping).then(|| engine.submit(*request, now)) {
+                    None => Err(Declined::Stopping),
+                    Some(Err(error)) => Err(Declined::Invalid(error.to_string())),
+                    Some(Ok(Err(refusal))) => {
                         self.change(|f| f.refused += 1);
                         Err(Declined::Refused(refusal, engine.retry_after(now)))
                     }
-                    Ok(Ok(id)) => Ok(id),
+                    Some(Ok(Ok(id))) => Ok(id),
                 };
                 let id = taken.as_ref().ok().copied();
                 // Who asked may be gone already.
