@@ -100,8 +100,9 @@ struct Sequence {
     node: Option<NodeId>,
     /// What its keys and values depend on beside the tokens.
     content: String,
-    /// Whether its adapters are leased.
+    /// Whether it was let in, and how many of its adapters are leased to it.
     runs: bool,
+    leased: usize,
     rng: ChaCha8Rng,
 }
 
@@ -217,6 +218,7 @@ impl<'m> Engine<'m> {
             node: None,
             content: content.join("+"),
             runs: false,
+            leased: 0,
             rng: ChaCha8Rng::seed_from_u64(request.seed),
             request,
         };
@@ -283,15 +285,6 @@ impl<'m> Engine<'m> {
     /// Number of requests that run.
     pub fn running(&self) -> usize {
         self.scheduler.running()
-    }
-
-    /// Waiting requests whose adapters are worth having at hand.
-    pub fn next_up(&self, n: usize) -> Vec<&Arc<Hosted>> {
-        let jobs = self.scheduler.next_up(n);
-        jobs.iter()
-            .filter_map(|job| self.sequences.get(&job.id))
-            .flat_map(|s| s.request.adapters.iter().map(|a| &a.0))
-            .collect()
     }
 
     /// Keeps an adapter in the pool once it is there, or no longer.
@@ -366,26 +359,19 @@ impl<'m> Engine<'m> {
     /// request with its rows, those with the same adapters next to each other.
     fn prepare(&mut self, plan: Plan) -> Vec<(u64, usize)> {
         for (id, _) in &plan.admitted {
-            let Some(sequence) = self.sequences.get_mut(id) else { continue };
-            sequence.runs = true;
-            let adapters: Vec<Arc<Hosted>> = sequence.request.adapters.iter().map(|(a, _)| a.clone()).collect();
-            for adapter in adapters {
-                let content = &adapter.content_id;
-                if self.residents.account().lease(content) {
-                    continue;
-                }
-                // That it fits was the scheduler's test; should it not, this request waits.
-                let there = self.make_room(adapter.pages(self.geometry), *id)
-                    && self.residents.load(&adapter, self.geometry, &mut self.pool);
-                if !there || !self.residents.account().lease(content) {
-                    break;
-                }
+            if let Some(s) = self.sequences.get_mut(id) {
+                s.runs = true;
             }
+        }
+        for (id, _) in &plan.admitted {
+            self.lease(*id);
         }
         let mut work = Vec::new();
         for (id, rows) in plan.work {
-            // It may have been put back to make room for one before it.
-            let Some(s) = self.sequences.get(&id).filter(|s| s.runs) else { continue };
+            // It may have been put back to make room for another.
+            let Some(s) = self.sequences.get(&id).filter(|s| s.runs && s.leased == s.request.adapters.len()) else {
+                continue;
+            };
             let blocks = (s.computed + rows).div_ceil(BLOCK);
             let wanted = blocks.saturating_sub(s.blocks.len()) * self.geometry.layers;
             if !self.make_room(wanted, id) {
@@ -399,6 +385,27 @@ impl<'m> Engine<'m> {
         work.retain(|(id, _)| self.sequences.get(id).is_some_and(|s| s.runs));
         work.sort_by_cached_key(|(id, _)| (self.sequences.get(id).map(|s| s.content.clone()), *id));
         work
+    }
+
+    /// Sees to a request's adapters in the pool, as long as it runs: making room for one may put it back.
+    fn lease(&mut self, id: u64) {
+        loop {
+            let Some(s) = self.sequences.get(&id).filter(|s| s.runs) else { return };
+            let Some((adapter, _)) = s.request.adapters.get(s.leased) else { return };
+            let adapter = adapter.clone();
+            let account = self.residents.account();
+            if !account.lease(&adapter.content_id) {
+                // That it fits was the scheduler's test.
+                let room = self.make_room(adapter.pages(self.geometry), id);
+                if !room || !self.residents.load(&adapter, self.geometry, &mut self.pool) {
+                    return;
+                }
+                continue;
+            }
+            if let Some(s) = self.sequences.get_mut(&id) {
+                s.leased += 1;
+            }
+        }
     }
 
     /// Frees pages: adapters that no request uses, then prompts that are kept, then the request that came last, which starts again later.
@@ -426,10 +433,9 @@ impl<'m> Engine<'m> {
     fn vacate(&mut self, sequence: &mut Sequence) {
         sequence.blocks.drain(..).for_each(|pages| self.pool.release(&pages));
         (sequence.computed, sequence.shared, sequence.node) = (0, 0, None);
-        if std::mem::take(&mut sequence.runs) {
-            for (adapter, _) in &sequence.request.adapters {
-                self.residents.account().unlease(&adapter.content_id);
-            }
+        sequence.runs = false;
+        for (adapter, _) in &sequence.request.adapters[..std::mem::take(&mut sequence.leased)] {
+            self.residents.account().unlease(&adapter.content_id);
         }
     }
 

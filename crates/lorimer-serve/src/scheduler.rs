@@ -195,11 +195,6 @@ impl Scheduler {
         self.running.len()
     }
 
-    /// The first waiting requests of every tenant, as many as may be let in next: whose adapters are worth loading.
-    pub fn next_up(&self, n: usize) -> Vec<&Job> {
-        self.waiting.values().flat_map(|queue| queue.iter().take(n)).take(n).collect()
-    }
-
     /// Takes a request into the queue.
     pub fn submit(&mut self, job: Job) -> Result<(), Refusal> {
         self.arrivals.add(job.arrived, 1.0);
@@ -422,10 +417,10 @@ impl Scheduler {
     /// Refuses waiting requests whose first token would come too late even if they were let in now.
     fn refuse_late(&mut self, promised: f64, now: f64, plan: &mut Plan) {
         let late: Vec<(String, u64)> = {
-            let rate = self.rows.at(now);
-            let until = |job: &Job| if rate > 0.0 { job.prompt as f64 / rate } else { 0.0 };
+            // Seconds a row.
+            let each = self.until_first_token(1, now);
             let jobs = self.waiting.iter().flat_map(|(tenant, queue)| queue.iter().map(move |job| (tenant, job)));
-            let late = jobs.filter(|(_, job)| now - job.arrived + until(job) > promised);
+            let late = jobs.filter(|(_, job)| now - job.arrived + each * job.prompt as f64 > promised);
             late.map(|(tenant, job)| (tenant.clone(), job.id)).collect()
         };
         for (tenant, id) in late {
