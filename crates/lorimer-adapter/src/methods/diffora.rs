@@ -43,7 +43,7 @@ pub const ENTRY: Entry = Entry {
     peft_type: "LORA",
     mergeable: true,
     served: Served::Batched,
-    lr: 1e-3,
+    lr: 2e-3,
     flags: FLAGS,
     source: include_str!("diffora.rs"),
     laws: &[

@@ -47,7 +47,7 @@ pub const ENTRY: Entry = Entry {
     peft_type: "LORA",
     mergeable: true,
     served: Served::Batched,
-    lr: 1e-3,
+    lr: 2e-3,
     flags: FLAGS,
     source: include_str!("dylora.rs"),
     laws: &[(r#"{"r": 4}"#, 0.0), (r#"{"r": 3, "frozen": true, "scaling": "rank", "lora_dropout": 0.2}"#, 0.0)],

@@ -39,7 +39,7 @@ pub const ENTRY: Entry = Entry {
     peft_type: "FULL",
     mergeable: true,
     served: Served::Converted,
-    lr: 5e-5,
+    lr: 1e-4,
     flags: &[("bias", "bias")],
     source: include_str!("full.rs"),
     laws: &[("{}", 1e-12), (r#"{"target_modules": ["q_proj", "down_proj"], "bias": "lora_only"}"#, 1e-12)],

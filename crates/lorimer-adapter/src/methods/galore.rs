@@ -36,7 +36,7 @@ pub const ENTRY: Entry = Entry {
     peft_type: "FULL",
     mergeable: true,
     served: Served::Converted,
-    lr: 2e-4,
+    lr: 2e-3,
     flags: &[("rank", "rank"), ("bias", "bias")],
     source: include_str!("galore.rs"),
     laws: &[(r#"{"rank": 4}"#, 1e-12), (r#"{"rank": 4, "proj_type": "full", "update_proj_gap": 10}"#, 1e-12)],

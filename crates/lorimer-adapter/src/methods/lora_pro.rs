@@ -40,7 +40,7 @@ pub const ENTRY: Entry = Entry {
     peft_type: "LORA",
     mergeable: true,
     served: Served::Batched,
-    lr: 2e-4,
+    lr: 1e-3,
     flags: FLAGS,
     source: include_str!("lora_pro.rs"),
     laws: &[(r#"{"r": 3}"#, 0.0), (r#"{"r": 3, "variant": "full"}"#, 0.0)],

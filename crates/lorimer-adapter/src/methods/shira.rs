@@ -56,7 +56,7 @@ pub const ENTRY: Entry = Entry {
     peft_type: "SHIRA",
     mergeable: true,
     served: Served::Converted,
-    lr: 1e-3,
+    lr: 2e-3,
     flags: &[("rank", "r")],
     source: include_str!("shira.rs"),
     laws: &[

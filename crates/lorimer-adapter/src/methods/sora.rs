@@ -49,7 +49,7 @@ pub const ENTRY: Entry = Entry {
     peft_type: "LORA",
     mergeable: true,
     served: Served::Batched,
-    lr: 1e-3,
+    lr: 2e-3,
     flags: FLAGS,
     source: include_str!("sora.rs"),
     laws: &[(r#"{"r": 4}"#, 0.0), (r#"{"r": 3, "gate": "ones", "use_rslora": true, "lora_dropout": 0.2}"#, 0.0)],

@@ -1,5 +1,7 @@
 //! The kernel for AVX2 and FMA in f32, with tiles in AVX-512 registers where the processor has those.
 
+mod avx512;
+
 use std::arch::x86_64::*;
 use std::cell::RefCell;
 use std::ops::Range;
@@ -13,8 +15,6 @@ use crate::wide::sum2;
 
 /// Rows of a tile.
 const TILE: usize = 6;
-/// Most rows of a tile in AVX-512's 32 registers: 14 rows of two, two of the right side, and one of the left.
-const TILE_512: usize = 14;
 /// Columns of a panel: two registers, or one of AVX-512's.
 const PANEL: usize = 16;
 /// Columns of a task, or the storage's granule where that is more.
@@ -27,10 +27,6 @@ const NARROW: usize = 128;
 const TASK_ROWS: usize = 96;
 /// Up to this many rows a product is limited by reading the weight, and takes dot products with it unpacked.
 const FEW_ROWS: usize = 4;
-
-/// The same in AVX-512 registers, where dot products of several rows with two at a time keep both multipliers busy.
-const FEW_ROWS_512: usize = 32;
-
 /// Numbers in a line of the cache.
 const LINE: usize = 16;
 /// Rows that packing asks for ahead.
@@ -109,12 +105,12 @@ unsafe fn one(p: &Product<'_, f32>, out: Shared<f32>, task: &Task, scratch: &mut
     let mut keep = p.keep();
     for term in &p.terms {
         let left = term.left[(task.rows.start * term.strides.0).min(term.left.len())..].as_ptr();
-        if term.transposed && rows <= (if use_512 { FEW_ROWS_512 } else { FEW_ROWS }) && term.strides.1 == 1 {
+        if term.transposed && rows <= (if use_512 { avx512::FEW_ROWS } else { FEW_ROWS }) && term.strides.1 == 1 {
             let (shape, columns) = ((rows, p.columns), task.columns.clone());
             // SAFETY: as this function's.
             unsafe {
                 match use_512 {
-                    true => few_512(term, left, out, shape, columns, keep, scratch),
+                    true => avx512::few(term, left, out, shape, columns, keep, scratch),
                     false => few(term, left, out, shape, columns, keep, scratch),
                 }
             };
@@ -136,7 +132,7 @@ unsafe fn one(p: &Product<'_, f32>, out: Shared<f32>, task: &Task, scratch: &mut
                 let strides = (term.strides.0, term.strides.1, p.columns);
                 let (shape, packed) = ((rows, columns, depth), scratch.packed.as_ptr());
                 match use_512 {
-                    true => block_512(shape, left, packed, out, strides, keep),
+                    true => avx512::block(shape, left, packed, out, strides, keep),
                     false => block(shape, left, packed, out, strides, keep),
                 }
             }
@@ -178,14 +174,7 @@ unsafe fn few(
     let depth = term.depth;
     scratch.expanded.resize(depth, 0.0);
     for (j, column) in columns.enumerate() {
-        let w = match (plain(term.right), term.right) {
-            (Some((values, length)), _) => &values[column * length..][..depth],
-            (None, Right::Weight(view)) => {
-                view.expand(column, 0..depth, &mut scratch.expanded);
-                &scratch.expanded[..depth]
-            }
-            (None, Right::Slice(..)) => return,
-        };
+        let w = right_row(term.right, column, depth, &mut scratch.expanded);
         for row in 0..rows {
             // SAFETY: the caller's shapes.
             unsafe {
@@ -207,87 +196,6 @@ fn right_row<'a>(right: Right<'a, f32>, row: usize, depth: usize, room: &'a mut 
             &room[..depth]
         }
         (None, Right::Slice(..)) => &room[..depth],
-    }
-}
-
-/// [`few`] in AVX-512 registers: up to eight rows by two of the right side at a time.
-#[target_feature(enable = "avx512f")]
-unsafe fn few_512(
-    term: &Term<'_, f32>,
-    left: *const f32,
-    out: *mut f32,
-    (rows, stride): (usize, usize),
-    columns: Range<usize>,
-    keep: bool,
-    scratch: &mut Scratch,
-) {
-    let depth = term.depth;
-    scratch.expanded.resize(scratch.expanded.len().max(2 * depth), 0.0);
-    let (room, rest) = scratch.expanded.split_at_mut(depth);
-    for (j, column) in columns.clone().enumerate().step_by(2) {
-        let first = right_row(term.right, column, depth, room);
-        let two = column + 1 < columns.end;
-        let second = if two { right_row(term.right, column + 1, depth, rest) } else { first };
-        // Reading the weight is what takes the time, so the row after the next two is asked for while these are multiplied.
-        let ahead = plain(term.right).map_or(0, |(_, length)| 4 * length);
-        for row in (0..rows).step_by(8) {
-            // SAFETY: the caller's shapes.
-            unsafe {
-                let a = left.add(row * term.strides.0);
-                let c = out.add(row * stride + j);
-                let strides = (term.strides.0, stride);
-                macro_rules! dots {
-                    ($($m:literal)*) => {
-                        match rows - row {
-                            $($m => dots_512::<$m>(a, (first, second), c, strides, keep, two, ahead),)*
-                            _ => dots_512::<8>(a, (first, second), c, strides, keep, two, ahead),
-                        }
-                    };
-                }
-                dots!(1 2 3 4 5 6 7);
-            }
-        }
-    }
-}
-
-/// Dot products of M rows with two of the right side.
-#[inline]
-#[target_feature(enable = "avx512f")]
-unsafe fn dots_512<const M: usize>(
-    a: *const f32,
-    (first, second): (&[f32], &[f32]),
-    c: *mut f32,
-    (a_row, c_row): (usize, usize),
-    keep: bool,
-    two: bool,
-    ahead: usize,
-) {
-    let depth = first.len().min(second.len());
-    // SAFETY: the caller's pointers hold M rows of `depth` numbers and M rows of one result, or two.
-    unsafe {
-        let mut sums = [[_mm512_setzero_ps(); 2]; M];
-        let mut d = 0;
-        while d < depth {
-            let mask = if depth - d >= 16 { 0xffff } else { ((1u32 << (depth - d)) - 1) as __mmask16 };
-            let b = [first, second].map(|b| {
-                // A hint: an address outside of memory is ignored.
-                _mm_prefetch::<_MM_HINT_T0>(b.as_ptr().wrapping_add(d + ahead).cast());
-                _mm512_maskz_loadu_ps(mask, b.as_ptr().add(d))
-            });
-            for (i, sums) in sums.iter_mut().enumerate() {
-                let a = _mm512_maskz_loadu_ps(mask, a.add(i * a_row + d));
-                for (sum, &b) in sums.iter_mut().zip(&b) {
-                    *sum = _mm512_fmadd_ps(a, b, *sum);
-                }
-            }
-            d += 16;
-        }
-        for (i, sums) in sums.iter().enumerate() {
-            for (w, &sum) in sums.iter().enumerate().take(1 + usize::from(two)) {
-                let (c, sum) = (c.add(i * c_row + w), _mm512_reduce_add_ps(sum));
-                *c = if keep { *c + sum } else { sum };
-            }
-        }
     }
 }
 
@@ -432,88 +340,6 @@ unsafe fn block(
                     (5, true) => tile::<5, 1>(depth, a, b, c, strides, keep, n),
                     (_, true) => tile::<TILE, 1>(depth, a, b, c, strides, keep, n),
                 }
-            }
-        }
-    }
-}
-
-/// [`block`] in AVX-512 registers. Rows are cut into tiles as like each other as can be, so that none is thin.
-#[target_feature(enable = "avx512f")]
-unsafe fn block_512(
-    (rows, columns, depth): (usize, usize, usize),
-    left: *const f32,
-    packed: *const f32,
-    out: *mut f32,
-    strides: (usize, usize, usize),
-    keep: bool,
-) {
-    let tiles = rows.div_ceil(TILE_512);
-    let (height, higher) = (rows / tiles.max(1), rows % tiles.max(1));
-    let mut row = 0;
-    for i in 0..tiles {
-        let m = height + usize::from(i < higher);
-        for column in (0..columns).step_by(2 * PANEL) {
-            let n = (2 * PANEL).min(columns - column);
-            // SAFETY: the tile lies inside the caller's matrices; its panels follow each other.
-            unsafe {
-                let a = left.add(row * strides.0);
-                let b = packed.add(column * depth);
-                let c = out.add(row * strides.2 + column);
-                macro_rules! tiles {
-                    ($($m:literal)*) => {
-                        match (m, n <= PANEL) {
-                            $(
-                                ($m, true) => tile_512::<$m, 1>(depth, a, b, c, strides, keep, n),
-                                ($m, false) => tile_512::<$m, 2>(depth, a, b, c, strides, keep, n),
-                            )*
-                            _ => {}
-                        }
-                    };
-                }
-                tiles!(1 2 3 4 5 6 7 8 9 10 11 12 13 14);
-            }
-        }
-        row += m;
-    }
-}
-
-/// M rows by W panels of 16 columns, of which `n` numbers count.
-#[inline]
-#[target_feature(enable = "avx512f")]
-unsafe fn tile_512<const M: usize, const W: usize>(
-    depth: usize,
-    mut a: *const f32,
-    b: *const f32,
-    c: *mut f32,
-    (a_row, a_depth, c_row): (usize, usize, usize),
-    keep: bool,
-    n: usize,
-) {
-    // SAFETY: the caller's pointers hold M rows, W panels of `depth` by 16 packed numbers, and M rows of n results.
-    unsafe {
-        for i in 0..M {
-            for w in 0..W {
-                _mm_prefetch::<_MM_HINT_T0>(c.wrapping_add(i * c_row + w * PANEL).cast());
-            }
-        }
-        let mut sums = [[_mm512_setzero_ps(); W]; M];
-        for d in 0..depth {
-            let b: [__m512; W] = std::array::from_fn(|w| _mm512_loadu_ps(b.add((w * depth + d) * PANEL)));
-            for (i, sums) in sums.iter_mut().enumerate() {
-                let a = _mm512_set1_ps(*a.add(i * a_row));
-                for (sum, &b) in sums.iter_mut().zip(&b) {
-                    *sum = _mm512_fmadd_ps(a, b, *sum);
-                }
-            }
-            a = a.add(a_depth);
-        }
-        for (i, sums) in sums.iter().enumerate() {
-            for (w, &sum) in sums.iter().enumerate() {
-                let c = c.add(i * c_row + w * PANEL);
-                let count = (n - w * PANEL).min(PANEL);
-                let mask = (((1u32 << count) - 1) & 0xffff) as __mmask16;
-                let sum = if keep { _mm512_add_ps(sum, _mm512_maskz_loadu_ps(mask, c)) } else { sum };
-                _mm512_mask_storeu_ps(c, mask, sum);
             }
         }
     }
