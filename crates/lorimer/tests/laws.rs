@@ -335,8 +335,13 @@ fn savings_do_not_show_in_f32() {
             let oracle: Vec<_> =
                 adapter.trainable().iter().map(|(_, v)| flat(oracle.get(v.as_tensor()).unwrap())).collect();
             let (d, scale) = (worst(&plain, &oracle), oracle.concat().iter().fold(1f32, |top, g| top.max(g.abs())));
-            // Nyström's pseudo-inverse of a slice of W multiplies rounding by the slice's condition, which is some 10⁴ for an NF4 one.
-            let tolerance = if name == "nlora" { 5e-3 } else { 2e-5 };
+            // Nyström's pseudo-inverse of a slice of W multiplies rounding by the slice's condition: some 10⁴ for the NF4 one here, on which the
+            // order of sums in the kernel shows most.
+            let tolerance = match (name, load) {
+                ("nlora", LoadDtype::Nf4) => 5e-3,
+                ("nlora", _) => 5e-4,
+                _ => 2e-5,
+            };
             assert!(d < tolerance * scale.max(10.0), "{name} {settings} in {load:?}: {d:e} of {scale}");
         }
     }
