@@ -242,6 +242,9 @@ fn errors_are_one_clear_sentence() {
     let keys = write("keys.jsonl", "{\"question\": \"a\"}\n");
     let with_data = |data: &str| error(&["train", "--model", &f.model, "--data", data, "--output", &f.path("x")]);
     let with = |more: &[&str]| error(&f.train(&f.path("x"), more));
+    // The system's reason stands once.
+    let missing = error(&["compare", &f.path("nothing.yaml")]);
+    assert_eq!(missing.matches("os error").count(), 1, "{missing}");
     let messages = [
         error(&["pull", "no such model"]),
         error(&["pull", "owner/name"]),
