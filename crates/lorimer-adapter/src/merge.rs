@@ -274,8 +274,9 @@ pub fn merge_to_folder(
     dtype: LoadDtype,
     mut progress: impl FnMut(&str),
 ) -> Result<Merged> {
-    if dtype == LoadDtype::Nf4 {
-        return Err(Error::Refused("a merged base is not written in nf4; choose f32, f16, bf16 or stored".into()));
+    if matches!(dtype, LoadDtype::Nf4 | LoadDtype::Int8) {
+        let text = "a merged base is not written in nf4 or int8; choose f32, f16, bf16 or stored";
+        return Err(Error::Refused(text.into()));
     }
     refuse_own_folder(base, output)?;
     let (config, weights) = open_weights(base, LoadDtype::F32)?;
@@ -329,7 +330,7 @@ pub fn merge_to_folder(
         let to = match dtype {
             LoadDtype::F16 => DType::F16,
             LoadDtype::Bf16 => DType::BF16,
-            LoadDtype::F32 | LoadDtype::Stored | LoadDtype::Nf4 => DType::F32,
+            LoadDtype::F32 | LoadDtype::Stored | LoadDtype::Nf4 | LoadDtype::Int8 => DType::F32,
         };
         let mut names: Vec<String> = weights.names().into_iter().filter(|n| n != "rope_freqs.weight").collect();
         if untie {
@@ -408,7 +409,7 @@ fn write_companions(
             let name = match dtype {
                 LoadDtype::F16 => "float16",
                 LoadDtype::Bf16 => "bfloat16",
-                LoadDtype::F32 | LoadDtype::Stored | LoadDtype::Nf4 => "float32",
+                LoadDtype::F32 | LoadDtype::Stored | LoadDtype::Nf4 | LoadDtype::Int8 => "float32",
             };
             let mut json = config.to_json(name);
             if matches!(config.rope_scaling, lorimer_model::config::RopeScaling::Factors(_)) {

@@ -29,6 +29,8 @@ pub enum LoadDtype {
     Stored,
     /// NormalFloat-4 with double quantisation (QLoRA), 4.13 bits a weight; embedding and head as the file has them.
     Nf4,
+    /// 8 bits a weight (4 where the file has Q4_0 or Q4_1), and serving rounds activations to 8 bits for products in whole numbers.
+    Int8,
 }
 
 impl LoadDtype {
@@ -37,7 +39,7 @@ impl LoadDtype {
             Self::F32 => DType::F32,
             Self::F16 => DType::F16,
             Self::Bf16 => DType::BF16,
-            Self::Stored | Self::Nf4 => stored,
+            Self::Stored | Self::Nf4 | Self::Int8 => stored,
         }
     }
 
@@ -302,7 +304,11 @@ impl Weights {
     /// A frozen weight of the given shape, kept as [`LoadDtype`] says.
     pub fn weight(&self, name: &str, shape: (usize, usize)) -> Result<FrozenWeight> {
         let weight = self.weight_unpacked(name, shape)?;
-        Ok(if self.dtype.packs(name) { weight.to_nf4()? } else { weight })
+        Ok(match self.dtype {
+            LoadDtype::Int8 => weight.to_panels()?,
+            dtype if dtype.packs(name) => weight.to_nf4()?,
+            _ => weight,
+        })
     }
 
     /// Bytes that [`Self::weight`] would take in memory under `dtype`, found without reading it.
@@ -311,6 +317,14 @@ impl Weights {
         self.check(name, &[outputs, inputs])?;
         if dtype.packs(name) {
             return Ok(lorimer_tensor::nf4::bytes(shape));
+        }
+        if dtype == LoadDtype::Int8 {
+            let four_bits = match &self.source {
+                Source::Gguf { file, .. } => file.tensor(&gguf_name(name).unwrap_or_default())?.map(|(kind, ..)| kind),
+                _ => None,
+            };
+            let four_bits = matches!(four_bits, Some(GgmlDType::Q4_0 | GgmlDType::Q4_1));
+            return Ok(lorimer_tensor::panels::bytes(shape, four_bits));
         }
         let of = |stored: DType| outputs * inputs * dtype.of(stored).size_in_bytes();
         let stored = match &self.source {
@@ -356,7 +370,7 @@ impl Weights {
                 }
                 let blocks = FrozenWeight::from_ggml(dtype, &bytes, shape)?;
                 Ok(match self.dtype {
-                    LoadDtype::Stored => blocks,
+                    LoadDtype::Stored | LoadDtype::Int8 => blocks,
                     // What is packed anew is expanded first.
                     LoadDtype::Nf4 if !self.dtype.packs(name) => blocks,
                     other => FrozenWeight::Dense(blocks.dense(other.of(DType::F32))?),

@@ -12,6 +12,8 @@ use crate::wide::{softmax, sum2, wide};
 const BLOCK: usize = 64;
 /// Up to this many queries a segment's keys are read where they are, and not copied together for a product.
 const FEW: usize = 4;
+/// From so many segments on, a task of few queries takes all heads that share keys.
+const MANY: usize = 4;
 
 /// Queries of one sequence, or of a part of several, in a packed batch: the rows `q_start..q_start+q_len` see the key rows of
 /// `keys` one after the other, of which the last `q_len` stand at the queries' own positions (what is before them comes
@@ -37,6 +39,11 @@ impl Segment {
         self.keys.iter().map(|&(_, n)| n).sum()
     }
 
+    /// Its key rows in order.
+    fn rows(&self) -> impl Iterator<Item = usize> {
+        self.keys.iter().flat_map(|&(start, n)| start..start + n)
+    }
+
     /// Columns `column..column+width` of this segment's key rows and the distance between two of them: where they are, or
     /// copied together if they lie in several spans.
     fn key_rows<'a, T: Real>(
@@ -52,7 +59,7 @@ impl Segment {
             return (Cow::Borrowed(&rows[start * row_width + column..][..(n - 1) * row_width + width]), row_width);
         }
         let mut out = Vec::with_capacity(self.key_count() * width);
-        for row in self.keys.iter().flat_map(|&(start, n)| start..start + n) {
+        for row in self.rows() {
             let at = row * row_width + column;
             out.extend_from_slice(&rows[at..at + width]);
         }
@@ -222,15 +229,23 @@ impl Attention {
         let d = self.head_dim;
         let mut y = vec![T::zero(); q.len()];
         let out = Shared(y.as_mut_ptr());
-        let tasks = self.segments.iter().flat_map(|s| (0..self.heads).map(move |h| (s, h)));
-        tasks.collect::<Vec<_>>().into_par_iter().for_each(|(s, head)| {
+        let group = self.heads / self.kv_heads;
+        // Heads that share keys read them together, unless there would be hardly a task for every thread.
+        let together = if self.segments.len() < MANY { 1 } else { group };
+        let tasks = self.segments.iter().flat_map(|s| {
+            let heads = if s.q_len <= FEW { together } else { 1 };
+            (0..self.heads).step_by(heads).map(move |h| (s, h, heads))
+        });
+        tasks.collect::<Vec<_>>().into_par_iter().with_max_len(1).for_each(|(s, head, heads)| {
             let column = self.key_column(head);
             if s.q_len <= FEW {
+                let places: Vec<usize> = s.rows().map(|row| row * kv_width + column).collect();
                 for i in 0..s.q_len {
                     let at = (s.q_start + i) * q_width + head * d;
                     // SAFETY: as below: this task's row and columns.
-                    let out = unsafe { std::slice::from_raw_parts_mut(out.at(at), d) };
-                    self.one_query(&q[at..at + d], (k, v, column), (s, i), out);
+                    let out = unsafe { std::slice::from_raw_parts_mut(out.at(at), heads * d) };
+                    let places = &places[..places.len() - s.q_len + i + 1];
+                    self.one_query(&q[at..at + heads * d], (k, v, places), out);
                 }
                 return;
             }
@@ -261,39 +276,31 @@ impl Attention {
         y
     }
 
-    /// The attention of query `i` of a segment in one head, its keys and values read where they are.
-    fn one_query<T: Real>(
-        &self,
-        q: &[T],
-        (k, v, column): (&[T], &[T], usize),
-        (s, i): (&Segment, usize),
-        out: &mut [T],
-    ) {
-        let (kv_width, d) = (self.kv_heads * self.head_dim, self.head_dim);
-        let seen = s.key_count() - s.q_len + i + 1;
-        let rows = || s.keys.iter().flat_map(|&(start, n)| start..start + n).take(seen);
-        let scale = T::from_f64(self.scale);
-        let mut p = Vec::with_capacity(seen);
-        wide(|| {
-            for row in rows() {
-                p.push(sum2(q, &k[row * kv_width + column..][..d], |a, b| a * b) * scale);
-            }
-        });
-        softmax(&mut p);
-        wide(|| {
-            // Some columns at a time, whose sums stay in registers.
-            for (part, out) in out.chunks_mut(32).enumerate() {
-                let (mut sums, n) = ([T::zero(); 32], out.len());
-                for (row, &p) in rows().zip(&p) {
-                    let v = &v[row * kv_width + column + part * 32..][..n];
-                    match <&[T; 32]>::try_from(v) {
-                        Ok(v) => sums.iter_mut().zip(v).for_each(|(sum, &v)| *sum += p * v),
-                        Err(_) => sums.iter_mut().zip(v).for_each(|(sum, &v)| *sum += p * v),
+    /// The attention of one query in heads that share keys (heads·d), its keys and values read at their `places`.
+    fn one_query<T: Real>(&self, q: &[T], (k, v, places): (&[T], &[T], &[usize]), out: &mut [T]) {
+        let (d, scale) = (self.head_dim, T::from_f64(self.scale));
+        if T::attend_one((q, d), (k, v, places), scale, out) {
+            return;
+        }
+        for (q, out) in q.chunks_exact(d).zip(out.chunks_exact_mut(d)) {
+            let mut p = Vec::with_capacity(places.len());
+            wide(|| p.extend(places.iter().map(|&at| sum2(q, &k[at..at + d], |a, b| a * b) * scale)));
+            softmax(&mut p);
+            wide(|| {
+                // Some columns at a time, whose sums stay in registers.
+                for (part, out) in out.chunks_mut(32).enumerate() {
+                    let (mut sums, n) = ([T::zero(); 32], out.len());
+                    for (at, &p) in places.iter().zip(&p) {
+                        let v = &v[at + part * 32..][..n];
+                        match <&[T; 32]>::try_from(v) {
+                            Ok(v) => sums.iter_mut().zip(v).for_each(|(sum, &v)| *sum += p * v),
+                            Err(_) => sums.iter_mut().zip(v).for_each(|(sum, &v)| *sum += p * v),
+                        }
                     }
+                    out.copy_from_slice(&sums[..n]);
                 }
-                out.copy_from_slice(&sums[..n]);
-            }
-        });
+            });
+        }
     }
 
     /// dV = Pᵀ dO, dS = P∘(dO Vᵀ − rowsum(dO∘O))·scale, dQ = dS K, dK = dSᵀ Q, with P formed again.
@@ -341,8 +348,7 @@ impl Attention {
         // Segments may share key rows, so the sums are formed here, in a fixed order.
         let (mut dk, mut dv) = (vec![T::zero(); k.len()], vec![T::zero(); v.len()]);
         for ((s, kv), (part_k, part_v)) in tasks.into_iter().zip(parts) {
-            let rows = s.keys.iter().flat_map(|&(start, n)| start..start + n);
-            for (row, (from_k, from_v)) in rows.zip(part_k.chunks_exact(d).zip(part_v.chunks_exact(d))) {
+            for (row, (from_k, from_v)) in s.rows().zip(part_k.chunks_exact(d).zip(part_v.chunks_exact(d))) {
                 let at = row * kv_width + kv * d;
                 dk[at..at + d].iter_mut().zip(from_k).for_each(|(sum, &v)| *sum += v);
                 dv[at..at + d].iter_mut().zip(from_v).for_each(|(sum, &v)| *sum += v);
@@ -461,6 +467,26 @@ mod tests {
         let numbers = pool.flatten_all()?.to_vec1::<f32>()?;
         let fast = attention_in_pool(&q, (&numbers, kv_width, page), &segments, d, 0.3)?;
         assert_close(&fast, &slow, 1e-5)
+    }
+
+    /// Single queries as decoding has them: heads that share keys together and each by itself, widths of one register and of several.
+    #[test]
+    fn one_query_gives_what_the_reference_gives() -> Result<()> {
+        for (d, group, sequences) in [(8, 2, 5), (16, 3, 5), (64, 3, 6), (80, 7, 4), (128, 1, 2), (64, 3, 1)] {
+            let lengths: Vec<_> = (0..sequences).map(|i| (1 + i % 2, 9 * i)).collect();
+            let (segments, rows, keys) = packed(&lengths);
+            let q = random((rows, group * 2 * d), 1, DType::F32)?;
+            let (k, v) = (random((keys, 2 * d), 2, DType::F32)?, random((keys, 2 * d), 3, DType::F32)?);
+            let fast = attention((&q, &k, &v), &segments, d, 0.4)?;
+            assert_close(&fast, &attention_reference((&q, &k, &v), &segments, d, 0.4)?, 1e-5)?;
+            // Alone, a sequence gives the same bits.
+            for s in &segments {
+                let alone = attention((&q, &k, &v), std::slice::from_ref(s), d, 0.4)?.narrow(0, s.q_start, s.q_len)?;
+                let together = fast.narrow(0, s.q_start, s.q_len)?;
+                assert_eq!(alone.flatten_all()?.to_vec1::<f32>()?, together.flatten_all()?.to_vec1::<f32>()?);
+            }
+        }
+        Ok(())
     }
 
     #[test]

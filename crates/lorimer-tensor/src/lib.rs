@@ -21,6 +21,7 @@ pub mod memory;
 pub mod nf4;
 pub mod norm;
 pub mod ops;
+pub mod panels;
 mod products;
 pub mod project;
 mod raw;

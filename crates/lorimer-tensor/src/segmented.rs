@@ -12,9 +12,10 @@ use std::ops::Range;
 use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
+use crate::panels;
 use crate::products::{Product, Right, Term, run};
 use crate::raw::{Shared, Strides, product, with_slices};
-use crate::storage::FrozenWeight;
+use crate::storage::{FrozenWeight, Guard, View};
 use crate::wide::{sum2, wide};
 
 /// Rows of a task.
@@ -166,11 +167,7 @@ pub fn project_segmented(x: &Tensor, parts: &[Segmented<'_>]) -> Result<Vec<Tens
     }
     let guards: Vec<_> = parts.iter().map(|part| part.weight.guard()).collect();
     let mut outputs = with_slices([x], |[x]: [&[f32]; 1]| {
-        let products = guards.iter().map(|guard| {
-            let view = guard.view()?;
-            Ok(Product::new((rows, view.shape().0), vec![Term::forward(x, inputs, Right::Weight(view))]))
-        });
-        let mut outputs = run(products.collect::<Result<Vec<_>>>()?)?;
+        let mut outputs = frozen(x, (rows, inputs), &guards)?;
         let mut tasks: Vec<(usize, &Group<'_>, Range<usize>)> = Vec::new();
         for (i, part) in parts.iter().enumerate() {
             for group in part.groups.iter().filter(|g| !g.additions.is_empty()) {
@@ -198,6 +195,22 @@ pub fn project_segmented(x: &Tensor, parts: &[Segmented<'_>]) -> Result<Vec<Tens
         part.bias.map_or_else(|| Ok(y.clone()), |bias| y.broadcast_add(bias))
     };
     outputs.iter_mut().zip(parts).map(of).collect()
+}
+
+/// The frozen products; in 8 bits where the weights are laid out for that and the processor can.
+fn frozen(x: &[f32], (rows, inputs): (usize, usize), weights: &[Guard<'_>]) -> Result<Vec<Vec<f32>>> {
+    let views = weights.iter().map(Guard::view).collect::<Result<Vec<_>>>()?;
+    let packed = views.iter().map(|view| match view {
+        View::Panels(packed) if panels::available() => Some(*packed),
+        _ => None,
+    });
+    if let Some(packed) = packed.collect::<Option<Vec<_>>>() {
+        return Ok(panels::products(x, inputs, &packed));
+    }
+    let products = views.iter().map(|&view| {
+        Product::new((rows, view.shape().0), vec![Term::forward(x, inputs, Right::Weight(view))])
+    });
+    run(products.collect())
 }
 
 /// `y ← y ∘ (1 + Σ w (o − 1))`, where there is an o.

@@ -13,6 +13,7 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 
 use crate::nf4::{self, Nf4};
+use crate::panels::{self, Panels};
 
 /// A frozen weight `(outputs, inputs)` in whatever storage the base uses. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -23,6 +24,8 @@ pub enum FrozenWeight {
     Quantised(Arc<Blocks>),
     /// NormalFloat-4.
     Nf4(Arc<Nf4>),
+    /// 8 or 4 bits, laid out for products with activations in 8 bits.
+    Panels(Arc<Panels>),
 }
 
 /// GGUF blocks of a matrix, row by row.
@@ -36,6 +39,34 @@ pub struct Blocks {
 impl Blocks {
     fn row_bytes(&self) -> usize {
         self.shape.1 / self.dtype.block_size() * self.dtype.type_size()
+    }
+
+    /// Whether weights are 4 (or 8) bits with half-precision numbers for 32 of them, which [`Panels`] keep exactly.
+    fn affine_bits(&self) -> Option<usize> {
+        match self.dtype {
+            GgmlDType::Q4_0 | GgmlDType::Q4_1 => Some(4),
+            GgmlDType::Q8_0 => Some(8),
+            _ => None,
+        }
+    }
+
+    /// A block of a matrix that has [`Self::affine_bits`].
+    fn affine(&self, row: usize, block: usize) -> panels::Block {
+        let bytes = &self.bytes[row * self.row_bytes() + block * self.dtype.type_size()..][..self.dtype.type_size()];
+        let half = |at: usize| f16::from_le_bytes([bytes[at], bytes[at + 1]]);
+        let d = half(0);
+        let nibbles = |bytes: &[u8]| {
+            std::array::from_fn(|i| if i < 16 { bytes[i] & 15 } else { bytes[i - 16] >> 4 })
+        };
+        match self.dtype {
+            GgmlDType::Q4_0 => panels::Block { codes: nibbles(&bytes[2..]), d, m: f16::from_f32(-8.0 * d.to_f32()) },
+            GgmlDType::Q4_1 => panels::Block { codes: nibbles(&bytes[4..]), d, m: half(2) },
+            _ => panels::Block {
+                codes: std::array::from_fn(|i| bytes[2 + i].wrapping_add(128)),
+                d,
+                m: f16::from_f32(-128.0 * d.to_f32()),
+            },
+        }
     }
 
     /// Columns of a row as f32; the first is a multiple of the block's size.
@@ -95,12 +126,34 @@ impl FrozenWeight {
         Ok(Self::Nf4(Arc::new(Nf4::quantise(&values, self.dims()?))))
     }
 
+    /// The weight in 8 bits (4 where it is in 4), for products with activations in 8 bits; GGUF's Q4_0, Q4_1 and Q8_0 exactly, others rounded.
+    /// Fails where a value is not finite or a block's numbers are beyond half precision.
+    pub fn to_panels(&self) -> Result<Self> {
+        let shape = self.dims()?;
+        let packed = match self {
+            Self::Panels(panels) => return Ok(Self::Panels(panels.clone())),
+            Self::Quantised(blocks) if let Some(bits) = blocks.affine_bits() => {
+                Panels::pack(shape, bits == 4, |row, block| blocks.affine(row, block))?
+            }
+            _ => {
+                let values = self.dense(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+                let block = |row: usize, block: usize| {
+                    let start = row * shape.1 + block * panels::BLOCK;
+                    panels::Block::of(&values[start..(start + panels::BLOCK).min((row + 1) * shape.1)])
+                };
+                Panels::pack(shape, false, block)?
+            }
+        };
+        Ok(Self::Panels(Arc::new(packed)))
+    }
+
     /// `(outputs, inputs)`.
     pub fn dims(&self) -> Result<(usize, usize)> {
         match self {
             Self::Dense(w) => w.dims2(),
             Self::Quantised(blocks) => Ok(blocks.shape),
             Self::Nf4(packed) => Ok(packed.shape()),
+            Self::Panels(packed) => Ok(packed.shape()),
         }
     }
 
@@ -141,15 +194,17 @@ impl FrozenWeight {
             Self::Dense(w) => w.elem_count() * w.dtype().size_in_bytes(),
             Self::Quantised(blocks) => blocks.bytes.len(),
             Self::Nf4(packed) => packed.bytes(),
+            Self::Panels(packed) => packed.bytes(),
         }
     }
 
-    /// How it is stored, for people: `f32`, `bf16`, `Q4_1`, `nf4`.
+    /// How it is stored, for people: `f32`, `bf16`, `Q4_1`, `nf4`, `int8`.
     pub fn storage_name(&self) -> String {
         match self {
             Self::Dense(w) => w.dtype().as_str().to_string(),
             Self::Quantised(blocks) => format!("{:?}", blocks.dtype),
             Self::Nf4(_) => "nf4".to_string(),
+            Self::Panels(packed) => format!("int{}", packed.bits()),
         }
     }
 
@@ -176,6 +231,7 @@ impl Guard<'_> {
         Ok(match self {
             Self::Packed(FrozenWeight::Quantised(blocks)) => View::Blocks(blocks),
             Self::Packed(FrozenWeight::Nf4(packed)) => View::Nf4(packed),
+            Self::Packed(FrozenWeight::Panels(packed)) => View::Panels(packed),
             Self::Packed(FrozenWeight::Dense(_)) => candle_core::bail!("a dense weight is not packed"),
             Self::Dense(storage, layout) => {
                 let (_, inputs) = layout.shape().dims2()?;
@@ -203,6 +259,7 @@ pub(crate) enum View<'a> {
     Bf16(&'a [bf16], usize),
     Blocks(&'a Blocks),
     Nf4(&'a Nf4),
+    Panels(&'a Panels),
 }
 
 impl View<'_> {
@@ -216,6 +273,7 @@ impl View<'_> {
             Self::Bf16(w, inputs) => of(w.len(), *inputs),
             Self::Blocks(blocks) => blocks.shape,
             Self::Nf4(packed) => packed.shape(),
+            Self::Panels(packed) => packed.shape(),
         }
     }
 
@@ -224,6 +282,7 @@ impl View<'_> {
         match self {
             Self::Blocks(blocks) => blocks.dtype.block_size(),
             Self::Nf4(_) => nf4::BLOCK,
+            Self::Panels(_) => panels::BLOCK,
             _ => 1,
         }
     }
@@ -239,6 +298,7 @@ impl View<'_> {
             Self::Bf16(w, inputs) => out.iter_mut().zip(&w[part(*inputs)]).for_each(|(o, v)| *o = v.to_f32()),
             Self::Blocks(blocks) => blocks.expand(row, columns, out),
             Self::Nf4(packed) => packed.expand(row, columns, out),
+            Self::Panels(packed) => packed.expand(row, columns, out),
         }
     }
 }

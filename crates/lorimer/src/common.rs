@@ -104,6 +104,8 @@ pub enum DtypeFlag {
     Stored,
     /// NormalFloat-4 with double quantisation (QLoRA): about half a byte a weight; embedding and head as stored
     Nf4,
+    /// 8 bits a weight, or the 4 of Q4_0 and Q4_1; `serve` multiplies it by activations in 8 bits: fastest there, see docs/serving.md
+    Int8,
 }
 
 impl From<DtypeFlag> for LoadDtype {
@@ -114,6 +116,7 @@ impl From<DtypeFlag> for LoadDtype {
             DtypeFlag::Bf16 => Self::Bf16,
             DtypeFlag::Stored => Self::Stored,
             DtypeFlag::Nf4 => Self::Nf4,
+            DtypeFlag::Int8 => Self::Int8,
         }
     }
 }

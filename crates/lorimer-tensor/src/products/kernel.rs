@@ -2,6 +2,8 @@
 
 mod avx512;
 
+pub(crate) use avx512::attend_one;
+
 use std::arch::x86_64::*;
 use std::cell::RefCell;
 use std::ops::Range;

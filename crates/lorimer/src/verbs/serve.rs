@@ -76,6 +76,9 @@ impl Serve {
         if self.first_token.is_some_and(|s| !(s.is_finite() && s > 0.0)) {
             bail!("--first-token should be above 0");
         }
+        if matches!(self.model.dtype, common::DtypeFlag::Int8) && !lorimer::tensor::panels::available() {
+            bail!("--dtype int8 needs a processor with AVX-512 VNNI to be fast, and this one has none; choose another --dtype");
+        }
         let address = http::address(&self.host, self.port).map_err(|e| anyhow!(e))?;
         let keys = Keys { api: self.api_key, admin: self.admin_key };
         keys.check(address.ip()).map_err(|e| anyhow!(e))?;

@@ -4,6 +4,7 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::{PANEL, Scratch, Term, plain, right_row};
+use crate::wide::softmax;
 
 /// Most rows of a tile in the 32 registers: 14 rows of two, two of the right side, and one of the left.
 const TILE: usize = 14;
@@ -123,6 +124,88 @@ unsafe fn dots<const M: usize, const AHEAD: bool>(
             let c = c.add(i * c_row);
             let u = if keep { _mm512_add_ps(u, _mm512_maskz_loadu_ps(mask, c)) } else { u };
             _mm512_mask_storeu_ps(c, mask, u);
+        }
+    }
+}
+
+/// Attention of one query in up to six heads that share keys: softmax(q Kᵀ · scale) V with the keys and values at `places`. q and `out`
+/// (heads, d), d a multiple of 16. A head's result does not depend on the others.
+#[target_feature(enable = "avx512f")]
+pub(crate) fn attend_one(
+    (q, d): (&[f32], usize),
+    (keys, values, places): (&[f32], &[f32], &[usize]),
+    scale: f32,
+    out: &mut [f32],
+) {
+    let (heads, seen) = (q.len() / d, places.len());
+    assert!(heads <= DOTS.0 && q.len() == heads * d && out.len() == q.len() && d.is_multiple_of(16));
+    assert!(places.iter().all(|at| at + d <= keys.len() && at + d <= values.len()), "attention: a key outside");
+    let mut p = vec![0f32; heads * seen];
+    for (i, some) in places.chunks(DOTS.1).enumerate() {
+        let k: [*const f32; DOTS.1] = std::array::from_fn(|j| keys[some[j.min(some.len() - 1)]..].as_ptr());
+        let c = p[i * DOTS.1..].as_mut_ptr();
+        let (a, strides, n) = (q.as_ptr(), (d, seen), some.len());
+        macro_rules! dots {
+            ($($m:literal)*) => {
+                match heads {
+                    // SAFETY: q has so many rows, the keys are inside (asserted), and p has room for n numbers a row.
+                    $($m => unsafe { dots::<$m, false>(d, a, k, c, strides, false, n, 0) },)*
+                    _ => {}
+                }
+            };
+        }
+        dots!(1 2 3 4 5 6);
+    }
+    for p in p.chunks_exact_mut(seen.max(1)) {
+        p.iter_mut().for_each(|p| *p *= scale);
+        softmax(p);
+    }
+    let mut column = 0;
+    while column < d {
+        let wide = d - column >= 64;
+        macro_rules! weighted {
+            ($($m:literal)*) => {
+                match (heads, wide) {
+                    // SAFETY: p is (heads, seen), the values are inside (asserted), and the columns are inside of d.
+                    $(
+                        ($m, true) => unsafe { weighted::<$m, 4>(&p, values, places, (column, d), out) },
+                        ($m, false) => unsafe { weighted::<$m, 1>(&p, values, places, (column, d), out) },
+                    )*
+                    _ => {}
+                }
+            };
+        }
+        weighted!(1 2 3 4 5 6);
+        column += if wide { 64 } else { 16 };
+    }
+}
+
+/// Σ p v for M heads and W registers of columns.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn weighted<const M: usize, const W: usize>(
+    p: &[f32],
+    values: &[f32],
+    places: &[usize],
+    (column, d): (usize, usize),
+    out: &mut [f32],
+) {
+    let seen = places.len();
+    // SAFETY: as the caller says.
+    unsafe {
+        let mut sums = [[_mm512_setzero_ps(); W]; M];
+        for (j, at) in places.iter().enumerate() {
+            let v = values.as_ptr().add(at + column);
+            let v: [__m512; W] = std::array::from_fn(|w| _mm512_loadu_ps(v.add(w * 16)));
+            for (i, sums) in sums.iter_mut().enumerate() {
+                let p = _mm512_set1_ps(*p.as_ptr().add(i * seen + j));
+                sums.iter_mut().zip(&v).for_each(|(sum, &v)| *sum = _mm512_fmadd_ps(p, v, *sum));
+            }
+        }
+        for (i, sums) in sums.iter().enumerate() {
+            for (w, &sum) in sums.iter().enumerate() {
+                _mm512_storeu_ps(out.as_mut_ptr().add(i * d + column + w * 16), sum);
+            }
         }
     }
 }

@@ -1,0 +1,371 @@
+//! Weights in 8 or 4 bits for products with activations in 8 bits.
+//!
+//! A weight is `d·q + m` with q a whole number and d, m half-precision numbers of a block of 32 inputs of one output: GGUF's Q4_0, Q4_1 and
+//! Q8_0 are kept exactly (q in 4, 4 and 8 bits), everything else is rounded to 8 bits. In a product every block of 32 activations is rounded
+//! to `s·p`, p in −127 … 127 and s its largest absolute value over 127, as llama.cpp does; then
+//! `Σ w x ≈ Σ_blocks d·s·Σ q p + m·s·Σ p`, the inner sums exact in whole numbers. The error is that of the activations' rounding (at most
+//! s/2 each) and, where the weight was rounded, of that.
+//!
+//! Sixteen outputs stand next to each other, so that a product reads one stream of memory and forms no sums across a register.
+
+#[cfg(target_arch = "x86_64")]
+mod vnni;
+
+use std::ops::Range;
+
+use candle_core::Result;
+use half::f16;
+use rayon::prelude::*;
+
+use crate::raw::Shared;
+use crate::wide::wide;
+
+/// Inputs that share d and m, and activations that share s.
+pub(crate) const BLOCK: usize = 32;
+/// Outputs of a panel: the lanes of a register.
+const PANEL: usize = 16;
+/// Panels of a task.
+const TASK: usize = 2;
+
+/// A line of the cache.
+#[derive(Clone, Copy, Debug)]
+#[repr(C, align(64))]
+struct Line([u8; 64]);
+
+/// A matrix (outputs, inputs) in panels of 16 outputs. A block of a panel is 8 (or 4) lines of codes, four inputs of each output to a line
+/// (in 4 bits: inputs 4i … 4i+3 in the lower and 16+4i … in the upper halves), and a line of sixteen d and sixteen m.
+#[derive(Debug)]
+pub struct Panels {
+    lines: Vec<Line>,
+    shape: (usize, usize),
+    /// Lines of codes in a block: 8, or 4 for 4 bits.
+    codes: usize,
+}
+
+/// 32 weights of an output.
+pub(crate) struct Block {
+    pub codes: [u8; BLOCK],
+    pub d: f16,
+    pub m: f16,
+}
+
+impl Block {
+    /// The nearest in 8 bits; fewer than 32 values leave the rest zero.
+    pub(crate) fn of(values: &[f32]) -> Self {
+        let low = values.iter().copied().fold(f32::INFINITY, f32::min);
+        let high = values.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let m = f16::from_f32(low);
+        let d = f16::from_f32((high - m.to_f32()).max(0.0) / 255.0);
+        let inverse = if d.to_f32() > 0.0 { d.to_f32().recip() } else { 0.0 };
+        let mut codes = [0; BLOCK];
+        codes.iter_mut().zip(values).for_each(|(code, v)| *code = ((v - m.to_f32()) * inverse).round() as u8);
+        Self { codes, d, m }
+    }
+}
+
+/// Bytes that a matrix (outputs, inputs) takes, in 4 bits or in 8.
+pub fn bytes((outputs, inputs): (usize, usize), four_bits: bool) -> usize {
+    outputs.div_ceil(PANEL) * inputs.div_ceil(BLOCK) * (if four_bits { 4 } else { 8 } + 1) * size_of::<Line>()
+}
+
+impl Panels {
+    /// Packs the blocks that `block(output, block of inputs)` gives. Fails where a d or m is not finite.
+    pub(crate) fn pack(
+        (outputs, inputs): (usize, usize),
+        four_bits: bool,
+        block: impl Fn(usize, usize) -> Block + Sync,
+    ) -> Result<Self> {
+        let codes = if four_bits { 4 } else { 8 };
+        let (panels, blocks) = (outputs.div_ceil(PANEL), inputs.div_ceil(BLOCK));
+        let mut lines = vec![Line([0; 64]); panels * blocks * (codes + 1)];
+        let finite = lines.par_chunks_mut((blocks * (codes + 1)).max(1)).enumerate().map(|(panel, lines)| {
+            let mut finite = true;
+            for (b, lines) in lines.chunks_exact_mut(codes + 1).enumerate() {
+                for lane in 0..PANEL.min(outputs - panel * PANEL) {
+                    let Block { codes: values, d, m } = block(panel * PANEL + lane, b);
+                    finite &= d.is_finite() && m.is_finite();
+                    for (i, code) in values.into_iter().enumerate() {
+                        let (group, inside) = (i / 4, i % 4);
+                        let shift = if group < codes { 0 } else { 4 };
+                        lines[group % codes].0[lane * 4 + inside] |= code << shift;
+                    }
+                    lines[codes].0[lane * 2..][..2].copy_from_slice(&d.to_le_bytes());
+                    lines[codes].0[32 + lane * 2..][..2].copy_from_slice(&m.to_le_bytes());
+                }
+            }
+            finite
+        });
+        if !finite.reduce(|| true, |a, b| a && b) {
+            candle_core::bail!("a weight is not finite, or beyond half precision, and cannot be kept in 8 bits");
+        }
+        Ok(Self { lines, shape: (outputs, inputs), codes })
+    }
+
+    /// (outputs, inputs).
+    pub fn shape(&self) -> (usize, usize) {
+        self.shape
+    }
+
+    /// Bits of a code: 4 or 8.
+    pub fn bits(&self) -> usize {
+        self.codes
+    }
+
+    /// Bytes taken.
+    pub fn bytes(&self) -> usize {
+        self.lines.len() * size_of::<Line>()
+    }
+
+    fn blocks(&self) -> usize {
+        self.shape.1.div_ceil(BLOCK)
+    }
+
+    /// Lines of a block of a panel.
+    fn block(&self, panel: usize, block: usize) -> &[Line] {
+        &self.lines[(panel * self.blocks() + block) * (self.codes + 1)..][..self.codes + 1]
+    }
+
+    /// d, m and the codes of a block of an output.
+    fn unpack(&self, output: usize, block: usize) -> (f32, f32, [u8; BLOCK]) {
+        let (lines, lane) = (self.block(output / PANEL, block), output % PANEL);
+        let half = |at: usize| f16::from_le_bytes([lines[self.codes].0[at], lines[self.codes].0[at + 1]]).to_f32();
+        let code = |i: usize| {
+            let (group, byte) = (i / 4, lines[i / 4 % self.codes].0[lane * 4 + i % 4]);
+            match (self.codes, group < self.codes) {
+                (8, _) => byte,
+                (_, true) => byte & 15,
+                (_, false) => byte >> 4,
+            }
+        };
+        (half(lane * 2), half(32 + lane * 2), std::array::from_fn(code))
+    }
+
+    /// Columns of a row as f32; the first column is a multiple of [`BLOCK`].
+    pub(crate) fn expand(&self, row: usize, columns: Range<usize>, out: &mut [f32]) {
+        for (i, out) in out[..columns.len()].chunks_mut(BLOCK).enumerate() {
+            let (d, m, codes) = self.unpack(row, columns.start / BLOCK + i);
+            out.iter_mut().zip(codes).for_each(|(out, q)| *out = f32::from(q) * d + m);
+        }
+    }
+}
+
+/// Activations in 8 bits: (rows, blocks·32) of p, and s and s·Σp of every block.
+struct Rounded {
+    values: Vec<i8>,
+    scales: Vec<[f32; 2]>,
+    blocks: usize,
+}
+
+impl Rounded {
+    fn new(x: &[f32], inputs: usize) -> Self {
+        let (rows, blocks) = (x.len() / inputs.max(1), inputs.div_ceil(BLOCK));
+        let mut rounded =
+            Self { values: vec![0; rows * blocks * BLOCK], scales: vec![[0.0; 2]; rows * blocks], blocks };
+        let parts = rounded.values.par_chunks_mut((blocks * BLOCK).max(1)).zip(rounded.scales.par_chunks_mut(blocks.max(1)));
+        parts.zip(x.par_chunks(inputs.max(1))).with_min_len(8).for_each(|((values, scales), x)| {
+            wide(|| {
+                for ((values, scale), x) in values.chunks_exact_mut(BLOCK).zip(scales).zip(x.chunks(BLOCK)) {
+                    match <&[f32; BLOCK]>::try_from(x) {
+                        Ok(x) => *scale = round(x, values),
+                        Err(_) => *scale = round(x, values),
+                    }
+                }
+            });
+        });
+        rounded
+    }
+}
+
+/// Rounds up to 32 activations; s and s·Σp. What is not finite makes both NaN.
+#[inline(always)]
+fn round(x: &[f32], values: &mut [i8]) -> [f32; 2] {
+    /// Adding and taking away 1.5·2²³ rounds to a whole number, half to even.
+    const ROUND: f32 = 12_582_912.0;
+    let largest = x.iter().fold(0f32, |most, v| if v.abs() > most { v.abs() } else { most });
+    let (s, inverse) = if largest > 0.0 { (largest / 127.0, 127.0 / largest) } else { (0.0, 0.0) };
+    let mut sum = 0i32;
+    let mut check = 0f32;
+    for (value, &x) in values.iter_mut().zip(x) {
+        // In the lowest byte of the number with 1.5·2²³ added.
+        *value = (x * inverse + ROUND).to_bits() as i8;
+        sum += i32::from(*value);
+        check += x * 0.0;
+    }
+    // Zero for finite numbers; else NaN.
+    [s + check, s * sum as f32 + check]
+}
+
+/// Whether products in 8 bits are fast on this processor: AVX-512 VNNI.
+pub fn available() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    {
+        vnni::available()
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    {
+        false
+    }
+}
+
+/// `x Wᵀ` with x (rows, inputs) in 8 bits, for weights of the same inputs; each (rows, outputs). A row's result does not depend on the
+/// others.
+pub(crate) fn products(x: &[f32], inputs: usize, weights: &[&Panels]) -> Vec<Vec<f32>> {
+    let rows = x.len() / inputs.max(1);
+    let rounded = Rounded::new(x, inputs);
+    let mut outs: Vec<Vec<f32>> = weights.iter().map(|w| vec![0f32; rows * w.shape.0]).collect();
+    let shared: Vec<Shared<f32>> = outs.iter_mut().map(|out| Shared(out.as_mut_ptr())).collect();
+    let tasks: Vec<(usize, usize)> = weights
+        .iter()
+        .enumerate()
+        .flat_map(|(i, w)| (0..w.shape.0.div_ceil(PANEL)).step_by(TASK).map(move |panel| (i, panel)))
+        .collect();
+    #[cfg(target_arch = "x86_64")]
+    let fast = vnni::available();
+    tasks.par_iter().with_max_len(1).for_each(|&(i, panel)| {
+        assert!(weights[i].shape.1 == inputs && rounded.blocks == weights[i].blocks(), "8-bit product: shapes");
+        let panels = panel..(panel + TASK).min(weights[i].shape.0.div_ceil(PANEL));
+        // SAFETY: the result has `rows` rows of `outputs` numbers; every task writes to its own panels' columns.
+        unsafe {
+            #[cfg(target_arch = "x86_64")]
+            if fast {
+                return vnni::panels(&rounded, weights[i], panels, shared[i].at(0));
+            }
+            plain(&rounded, weights[i], panels, shared[i].at(0));
+        }
+    });
+    outs
+}
+
+/// The reference form.
+///
+/// # Safety
+/// `out` holds a row of the weight's outputs for each of `x`'s rows, and nobody else uses the panels' columns of it.
+unsafe fn plain(x: &Rounded, weight: &Panels, panels: Range<usize>, out: *mut f32) {
+    let outputs = weight.shape.0;
+    for output in panels.start * PANEL..(panels.end * PANEL).min(outputs) {
+        for (row, (values, scales)) in x.values.chunks(x.blocks * BLOCK).zip(x.scales.chunks(x.blocks)).enumerate() {
+            let mut sum = 0f32;
+            for (b, (values, [s, offset])) in values.chunks_exact(BLOCK).zip(scales).enumerate() {
+                let (d, m, codes) = weight.unpack(output, b);
+                let whole: i32 = codes.iter().zip(values).map(|(&q, &p)| i32::from(q) * i32::from(p)).sum();
+                sum += m * offset + d * s * whole as f32;
+            }
+            // SAFETY: the caller's shapes.
+            unsafe { *out.add(row * outputs + output) = sum };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::quantized::{GgmlDType, QTensor};
+    use candle_core::{DType, Device, Tensor};
+
+    use super::*;
+    use crate::check::random;
+    use crate::storage::FrozenWeight;
+
+    fn numbers(shape: (usize, usize), seed: u64) -> Vec<f32> {
+        random(shape, seed, DType::F32).and_then(|t| t.flatten_all()?.to_vec1()).expect("numbers")
+    }
+
+    fn panels(weight: &FrozenWeight) -> std::sync::Arc<Panels> {
+        match weight.to_panels().expect("8 bits") {
+            FrozenWeight::Panels(panels) => panels,
+            other => panic!("{}", other.storage_name()),
+        }
+    }
+
+    /// GGUF's 4 and 8 bits come back exactly, other weights within half a step of their block.
+    #[test]
+    fn weights_come_back() -> Result<()> {
+        let shape = (37, 96);
+        let dense = Tensor::from_vec(numbers(shape, 1), shape, &Device::Cpu)?;
+        for (kind, bits) in [(GgmlDType::Q4_0, 4), (GgmlDType::Q4_1, 4), (GgmlDType::Q8_0, 8)] {
+            let blocks = FrozenWeight::from_ggml(kind, &QTensor::quantize(&dense, kind)?.data()?, shape)?;
+            let packed = panels(&blocks);
+            assert_eq!((packed.bits(), packed.bytes()), (bits, bytes(shape, bits == 4)));
+            let back = FrozenWeight::Panels(packed).dense(DType::F32)?;
+            let difference = (back - blocks.dense(DType::F32)?)?.abs()?.max_all()?.to_scalar::<f32>()?;
+            assert!(difference <= 1e-6, "{kind:?}: {difference:e}");
+        }
+        for inputs in [1, 31, 33, 96] {
+            let values = numbers((5, inputs), 2);
+            let packed = panels(&FrozenWeight::Dense(Tensor::from_slice(&values, (5, inputs), &Device::Cpu)?));
+            let mut back = vec![0f32; inputs];
+            for (row, values) in values.chunks(inputs).enumerate() {
+                packed.expand(row, 0..inputs, &mut back);
+                for (back, values) in back.chunks(BLOCK).zip(values.chunks(BLOCK)) {
+                    let most = values.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+                    let range = most - values.iter().copied().fold(f32::INFINITY, f32::min);
+                    let bound = range / 255.0 * 0.75 + most.abs().max(range) / 1024.0;
+                    back.iter().zip(values).for_each(|(a, b)| assert!((a - b).abs() <= bound, "{a} for {b}"));
+                }
+            }
+        }
+        let infinite = Tensor::from_slice(&[1f32, f32::INFINITY], (1, 2), &Device::Cpu)?;
+        assert!(FrozenWeight::Dense(infinite).to_panels().is_err());
+        Ok(())
+    }
+
+    /// Against the product in f64 with the same weights, within what rounding activations can do; and against the reference form.
+    #[test]
+    fn products_are_within_the_rounding_of_activations() -> Result<()> {
+        for (rows, outputs, inputs) in [(1, 40, 64), (3, 17, 100), (13, 33, 576), (29, 70, 32), (64, 16, 7)] {
+            let x = numbers((rows, inputs), 3);
+            let dense = FrozenWeight::Dense(Tensor::from_vec(numbers((outputs, inputs), 4), (outputs, inputs), &Device::Cpu)?);
+            let mut weights = vec![panels(&dense)];
+            if inputs.is_multiple_of(32) {
+                let w = dense.dense(DType::F32)?;
+                let blocks = QTensor::quantize(&w, GgmlDType::Q4_1)?;
+                weights.push(panels(&FrozenWeight::from_ggml(GgmlDType::Q4_1, &blocks.data()?, (outputs, inputs))?));
+            }
+            let all: Vec<&Panels> = weights.iter().map(|w| &**w).collect();
+            for (weight, y) in all.iter().zip(products(&x, inputs, &all)) {
+                let mut slow = vec![0f32; rows * outputs];
+                let rounded = Rounded::new(&x, inputs);
+                // SAFETY: as long as the shapes say.
+                unsafe { plain(&rounded, weight, 0..outputs.div_ceil(PANEL), slow.as_mut_ptr()) };
+                let mut w = vec![0f32; inputs];
+                for output in 0..outputs {
+                    weight.expand(output, 0..inputs, &mut w);
+                    for row in 0..rows {
+                        let x = &x[row * inputs..][..inputs];
+                        let exact: f64 = x.iter().zip(&w).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum();
+                        let bound: f64 = x
+                            .chunks(BLOCK)
+                            .zip(w.chunks(BLOCK))
+                            .map(|(x, w)| {
+                                let s = x.iter().fold(0f32, |m, v| m.max(v.abs())) / 127.0;
+                                w.iter().map(|w| f64::from(w.abs() * s) * 0.502).sum::<f64>()
+                            })
+                            .sum();
+                        let (y, slow) = (y[row * outputs + output], slow[row * outputs + output]);
+                        assert!((f64::from(y) - exact).abs() <= bound + 1e-5, "{y} for {exact}, bound {bound}");
+                        assert!((y - slow).abs() <= 1e-5 * (1.0 + slow.abs()), "{y} for {slow}");
+                    }
+                }
+            }
+            // A row alone gives the same bits.
+            let together = products(&x, inputs, &all);
+            for row in 0..rows {
+                for (alone, together) in products(&x[row * inputs..][..inputs], inputs, &all).iter().zip(&together) {
+                    assert_eq!(alone[..], together[row * outputs..][..outputs]);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn what_is_not_finite_stays_so() {
+        let weight = FrozenWeight::Dense(Tensor::ones((3, 40), DType::F32, &Device::Cpu).expect("ones"));
+        let weight = panels(&weight);
+        for bad in [f32::NAN, f32::INFINITY] {
+            let mut x = vec![1f32; 80];
+            x[3] = bad;
+            let y = products(&x, 40, &[&weight]).remove(0);
+            assert!(y[..3].iter().all(|v| v.is_nan()) && y[3..].iter().all(|v| (v - 40.0).abs() < 0.1), "{y:?}");
+        }
+    }
+}
