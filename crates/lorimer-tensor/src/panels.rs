@@ -181,18 +181,21 @@ impl Rounded {
 fn round(x: &[f32], values: &mut [i8]) -> [f32; 2] {
     /// Adding and taking away 1.5·2²³ rounds to a whole number, half to even.
     const ROUND: f32 = 12_582_912.0;
-    let largest = x.iter().fold(0f32, |most, v| if v.abs() > most { v.abs() } else { most });
+    // Absolute values are ordered as their bits are, and what is not finite is above them.
+    let largest = x.iter().map(|v| v.to_bits() & (u32::MAX >> 1)).max().unwrap_or(0);
+    let largest = f32::from_bits(largest);
+    if !largest.is_finite() {
+        return [f32::NAN; 2];
+    }
     let (s, inverse) = if largest > 0.0 { (largest / 127.0, 127.0 / largest) } else { (0.0, 0.0) };
     let mut sum = 0i32;
-    let mut check = 0f32;
     for (value, &x) in values.iter_mut().zip(x) {
         // In the lowest byte of the number with 1.5·2²³ added.
-        *value = (x * inverse + ROUND).to_bits() as i8;
-        sum += i32::from(*value);
-        check += x * 0.0;
+        let rounded = (x * inverse + ROUND).to_bits() as i8;
+        *value = rounded;
+        sum += i32::from(rounded);
     }
-    // Zero for finite numbers; else NaN.
-    [s + check, s * sum as f32 + check]
+    [s, s * sum as f32]
 }
 
 /// Whether products in 8 bits are fast on this processor: AVX-512 VNNI.

@@ -13,6 +13,8 @@ use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
 use crate::panels;
+#[cfg(target_arch = "x86_64")]
+use crate::products::kernel;
 use crate::products::{Product, Right, Term, run};
 use crate::raw::{Shared, Strides, product, with_slices};
 use crate::storage::{FrozenWeight, Guard, View};
@@ -63,6 +65,20 @@ impl Paged<'_> {
             f(done, &self.pool[page * self.page + inside..][..n]);
             (at, done) = (at + n, done + n);
         }
+    }
+
+    /// A vector's numbers where they are, or copied to the end of `room`, which has capacity for them.
+    fn whole(&self, i: usize, room: &mut Vec<f32>) -> *const f32 {
+        let (mut found, mut pieces, start) = (std::ptr::null(), 0, room.len());
+        self.pieces(i, |_, piece| {
+            (found, pieces) = (piece.as_ptr(), pieces + 1);
+        });
+        if pieces > 1 {
+            assert!(room.capacity() - start >= self.length);
+            self.pieces(i, |_, piece| room.extend_from_slice(piece));
+            found = room[start..].as_ptr();
+        }
+        found
     }
 
     /// All vectors, (count, length).
@@ -248,6 +264,16 @@ fn add(x: &[f32], (inputs, outputs): (usize, usize), addition: &Addition<'_>, y:
     thin.clear();
     thin.resize(rows * rank, 0.0);
     if rows <= FEW {
+        #[cfg(target_arch = "x86_64")]
+        if kernel::has_512() {
+            factor.clear();
+            // Vectors that lie in two pages are copied together; they do not move while there is room.
+            factor.reserve(rank * (inputs + outputs));
+            let mut vectors = |paged: &Paged<'_>| -> Vec<*const f32> { (0..rank).map(|j| paged.whole(j, factor)).collect() };
+            let (a, b) = (vectors(a), vectors(b));
+            // SAFETY: the processor can; the vectors are as long as x's and y's rows (checked).
+            return unsafe { kernel::add_low_rank((x, inputs), (&a, &b), *weight, (y, outputs), thin) };
+        }
         wide(|| {
             for j in 0..rank {
                 a.pieces(j, |at, piece| {

@@ -2,7 +2,7 @@
 
 mod avx512;
 
-pub(crate) use avx512::attend_one;
+pub(crate) use avx512::{add_low_rank, attend_one};
 
 use std::arch::x86_64::*;
 use std::cell::RefCell;

@@ -160,51 +160,111 @@ pub(crate) fn attend_one(
         p.iter_mut().for_each(|p| *p *= scale);
         softmax(p);
     }
+    let values: Vec<*const f32> = places.iter().map(|&at| values[at..].as_ptr()).collect();
+    // SAFETY: p is (heads, seen), every value has d numbers (asserted), and so has every row of `out`.
+    unsafe { weighted((heads, d), &p, &values, (out.as_mut_ptr(), d), false) };
+}
+
+/// `y ← y + w (x Aᵀ) B` for up to six rows: x (rows, inputs), y (rows, outputs), A and B as their vectors. A row's result does not depend on the
+/// others.
+///
+/// # Safety
+/// Every vector of `a` has `inputs` numbers and every one of `b` `outputs`.
+#[target_feature(enable = "avx512f")]
+pub(crate) unsafe fn add_low_rank(
+    (x, inputs): (&[f32], usize),
+    (a, b): (&[*const f32], &[*const f32]),
+    weight: f32,
+    (y, outputs): (&mut [f32], usize),
+    thin: &mut [f32],
+) {
+    let (rows, rank) = (x.len() / inputs, a.len());
+    assert!(rows <= DOTS.0 && y.len() == rows * outputs && thin.len() == rows * rank && b.len() == rank);
+    for (i, some) in a.chunks(DOTS.1).enumerate() {
+        let w: [*const f32; DOTS.1] = std::array::from_fn(|j| some[j.min(some.len() - 1)]);
+        let (a, c, n) = (x.as_ptr(), thin[i * DOTS.1..].as_mut_ptr(), some.len());
+        macro_rules! dots {
+            ($($m:literal)*) => {
+                match rows {
+                    // SAFETY: x has so many rows, the vectors are the caller's, and `thin` has room for n numbers a row.
+                    $($m => unsafe { dots::<$m, true>(inputs, a, w, c, (inputs, rank), false, n, DOTS.1 * inputs) },)*
+                    _ => {}
+                }
+            };
+        }
+        dots!(1 2 3 4 5 6);
+    }
+    thin.iter_mut().for_each(|u| *u *= weight);
+    // SAFETY: the caller's vectors; y has so many rows.
+    unsafe { weighted((rows, outputs), thin, b, (y.as_mut_ptr(), outputs), true) };
+}
+
+/// Σ p v for up to six rows of p (rows, values), each over all of the values' d numbers.
+///
+/// # Safety
+/// Every value has d numbers, and so has every row of `out`.
+#[target_feature(enable = "avx512f")]
+unsafe fn weighted(
+    (rows, d): (usize, usize),
+    p: &[f32],
+    values: &[*const f32],
+    (out, stride): (*mut f32, usize),
+    keep: bool,
+) {
     let mut column = 0;
     while column < d {
         let wide = d - column >= 64;
-        macro_rules! weighted {
+        let n = (d - column).min(if wide { 64 } else { 16 });
+        macro_rules! columns {
             ($($m:literal)*) => {
-                match (heads, wide) {
-                    // SAFETY: p is (heads, seen), the values are inside (asserted), and the columns are inside of d.
+                match (rows, wide) {
+                    // SAFETY: as this function's; n columns are inside.
                     $(
-                        ($m, true) => unsafe { weighted::<$m, 4>(&p, values, places, (column, d), out) },
-                        ($m, false) => unsafe { weighted::<$m, 1>(&p, values, places, (column, d), out) },
+                        ($m, true) => unsafe { weighted_columns::<$m, 4>(p, values, column, (out, stride), keep, n) },
+                        ($m, false) => unsafe { weighted_columns::<$m, 1>(p, values, column, (out, stride), keep, n) },
                     )*
                     _ => {}
                 }
             };
         }
-        weighted!(1 2 3 4 5 6);
-        column += if wide { 64 } else { 16 };
+        columns!(1 2 3 4 5 6);
+        column += n;
     }
 }
 
-/// Σ p v for M heads and W registers of columns.
+/// [`weighted`] for M rows and W registers of columns; in one register, n columns of it.
 #[inline]
 #[target_feature(enable = "avx512f")]
-unsafe fn weighted<const M: usize, const W: usize>(
+unsafe fn weighted_columns<const M: usize, const W: usize>(
     p: &[f32],
-    values: &[f32],
-    places: &[usize],
-    (column, d): (usize, usize),
-    out: &mut [f32],
+    values: &[*const f32],
+    column: usize,
+    (out, stride): (*mut f32, usize),
+    keep: bool,
+    n: usize,
 ) {
-    let seen = places.len();
+    let mask = ((1u32 << n.min(16)) - 1) as __mmask16;
     // SAFETY: as the caller says.
     unsafe {
+        let out = out.add(column);
         let mut sums = [[_mm512_setzero_ps(); W]; M];
-        for (j, at) in places.iter().enumerate() {
-            let v = values.as_ptr().add(at + column);
-            let v: [__m512; W] = std::array::from_fn(|w| _mm512_loadu_ps(v.add(w * 16)));
+        if keep {
             for (i, sums) in sums.iter_mut().enumerate() {
-                let p = _mm512_set1_ps(*p.as_ptr().add(i * seen + j));
+                for (w, sum) in sums.iter_mut().enumerate() {
+                    *sum = _mm512_maskz_loadu_ps(mask, out.add(i * stride + w * 16));
+                }
+            }
+        }
+        for (j, v) in values.iter().enumerate() {
+            let v: [__m512; W] = std::array::from_fn(|w| _mm512_maskz_loadu_ps(mask, v.add(column + w * 16)));
+            for (i, sums) in sums.iter_mut().enumerate() {
+                let p = _mm512_set1_ps(*p.as_ptr().add(i * values.len() + j));
                 sums.iter_mut().zip(&v).for_each(|(sum, &v)| *sum = _mm512_fmadd_ps(p, v, *sum));
             }
         }
         for (i, sums) in sums.iter().enumerate() {
             for (w, &sum) in sums.iter().enumerate() {
-                _mm512_storeu_ps(out.as_mut_ptr().add(i * d + column + w * 16), sum);
+                _mm512_mask_storeu_ps(out.add(i * stride + w * 16), mask, sum);
             }
         }
     }
