@@ -1,6 +1,6 @@
 //! Adapters on a model: attaching a new one, loading one from a file, and several at once with weights.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use candle_core::{DType, Result as TensorResult, Tensor, Var};
 use lorimer_model::{Adaptation, BaseModel, Projection, Site};
@@ -161,6 +161,9 @@ impl Adapter {
         let mut modules: BTreeMap<String, ModuleTensors> = BTreeMap::new();
         let mut parameters = BTreeMap::new();
         let mut accounting = Accounting::default();
+        let own = model.parameter_names().into_iter();
+        let own: HashSet<String> =
+            own.chain(projections.iter().flat_map(|(site, _)| [site.weight_path(), site.bias_path()])).collect();
         for (key, tensor) in &stored.tensors {
             let Some(path) = key.strip_prefix(PREFIX) else {
                 match method.take_shared(key, tensor) {
@@ -171,7 +174,9 @@ impl Adapter {
             };
             // PEFT keeps a trained bias of an adapted projection under `base_layer`.
             let path = path.replace(".base_layer.", ".");
-            if let Some(base) = base_parameter(model, &path)? {
+            if own.contains(&path)
+                && let Some(base) = base_parameter(model, &path)?
+            {
                 if base.dims() != tensor.dims() {
                     return Err(Error::Mismatch(format!(
                         "tensor `{key}` has shape {:?}, the base's has {:?}",

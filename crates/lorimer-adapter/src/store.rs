@@ -215,16 +215,21 @@ fn read_tensors(file: &SafetensorsFile) -> Result<BTreeMap<String, Tensor>> {
 
 /// Little-endian bytes of a CPU tensor.
 pub fn raw_bytes(t: &Tensor) -> Result<Vec<u8>> {
+    fn le<T, const N: usize>(values: &[T], bytes: impl Fn(&T) -> [u8; N]) -> Vec<u8> {
+        let mut out = vec![0; values.len() * N];
+        out.chunks_exact_mut(N).zip(values).for_each(|(out, v)| out.copy_from_slice(&bytes(v)));
+        out
+    }
     let flat = t.flatten_all()?;
     Ok(match t.dtype() {
         DType::U8 => flat.to_vec1::<u8>()?,
-        DType::U32 => flat.to_vec1::<u32>()?.iter().flat_map(|v| v.to_le_bytes()).collect(),
-        DType::I32 => flat.to_vec1::<i32>()?.iter().flat_map(|v| v.to_le_bytes()).collect(),
-        DType::I64 => flat.to_vec1::<i64>()?.iter().flat_map(|v| v.to_le_bytes()).collect(),
-        DType::F64 => flat.to_vec1::<f64>()?.iter().flat_map(|v| v.to_le_bytes()).collect(),
-        DType::F32 => flat.to_vec1::<f32>()?.iter().flat_map(|v| v.to_le_bytes()).collect(),
-        DType::F16 => flat.to_vec1::<half::f16>()?.iter().flat_map(|v| v.to_le_bytes()).collect(),
-        DType::BF16 => flat.to_vec1::<half::bf16>()?.iter().flat_map(|v| v.to_le_bytes()).collect(),
+        DType::U32 => le(&flat.to_vec1::<u32>()?, |v| v.to_le_bytes()),
+        DType::I32 => le(&flat.to_vec1::<i32>()?, |v| v.to_le_bytes()),
+        DType::I64 => le(&flat.to_vec1::<i64>()?, |v| v.to_le_bytes()),
+        DType::F64 => le(&flat.to_vec1::<f64>()?, |v| v.to_le_bytes()),
+        DType::F32 => le(&flat.to_vec1::<f32>()?, |v| v.to_le_bytes()),
+        DType::F16 => le(&flat.to_vec1::<half::f16>()?, |v| v.to_le_bytes()),
+        DType::BF16 => le(&flat.to_vec1::<half::bf16>()?, |v| v.to_le_bytes()),
         other => return Err(Error::Mismatch(format!("tensors of type {other:?} are not stored in adapters"))),
     })
 }

@@ -130,6 +130,11 @@ impl Hosted {
             template: None,
         };
         let (mut whole, mut wrong) = (0.0, 0.0);
+        let length = |(_, s): &(String, Served)| {
+            let vectors = s.output_scale.iter().chain(&s.bias).map(Tensor::elem_count);
+            s.low.a.elem_count() + s.low.b.elem_count() + vectors.sum::<usize>()
+        };
+        hosted.numbers.reserve_exact(found.iter().flatten().map(length).sum());
         for (path, Served { low, output_scale, bias, inexact }) in found.into_iter().flatten() {
             let rank = low.a.dim(0)?;
             hosted.rank = hosted.rank.max(rank);
@@ -139,7 +144,11 @@ impl Hosted {
                 Some((all, error)) => (whole, wrong) = (whole + all, wrong + error),
             }
             let a = hosted.put(&low.a)?;
-            let b = hosted.put(&(low.b.t()? * low.scaling)?)?;
+            let b = hosted.numbers.len();
+            let (numbers, scaling) = (flat(&low.b)?, low.scaling as f32);
+            for j in 0..rank {
+                hosted.numbers.extend(numbers.iter().skip(j).step_by(rank).map(|v| v * scaling));
+            }
             let output_scale = output_scale.map(|t| hosted.put(&t)).transpose()?;
             let bias = bias.map(|t| hosted.put(&t)).transpose()?;
             hosted.places.insert(path, Place { rank, a, b, output_scale, bias });
@@ -151,7 +160,6 @@ impl Hosted {
         if !hosted.numbers.iter().all(|v| v.is_finite()) {
             return Err(Error::Request("the adapter's factors are not finite".into()));
         }
-        hosted.numbers.shrink_to_fit();
         Ok(hosted)
     }
 
