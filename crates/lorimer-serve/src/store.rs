@@ -25,6 +25,9 @@ pub const REGISTRY_FILE: &str = ".lorimer-adapters.json";
 pub const MAX_NAME: usize = 200;
 /// Folders below folders that are looked into.
 const MAX_DEPTH: usize = 6;
+/// By how much threads that read adapters stand back.
+#[cfg(target_os = "linux")]
+const LOADER_NICE: i32 = 5;
 /// What the account of host memory counts in.
 const UNIT: usize = 1024;
 
@@ -187,6 +190,8 @@ pub struct Store {
     settings: StoreSettings,
     root: PathBuf,
     inner: Mutex<Inner>,
+    /// Where adapters are read: apart from the threads that compute, whose parallel parts would wait for it.
+    loaders: rayon::ThreadPool,
 }
 
 impl Store {
@@ -206,7 +211,16 @@ impl Store {
                 .map_err(|e| StoreError { code: Code::StoreFailed, message: e.to_string() })?,
             false => Registry::default(),
         };
-        let store = Self { settings, root, inner: Mutex::default() };
+        let threads = std::thread::available_parallelism().map_or(1, |n| n.get().div_ceil(4));
+        let loaders = rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("loader-{i}"));
+        // Threads that compute come first.
+        #[cfg(target_os = "linux")]
+        let loaders = loaders.start_handler(|_| _ = rustix::process::nice(LOADER_NICE));
+        let loaders = loaders.build().map_err(|e| StoreError {
+            code: Code::StoreFailed,
+            message: format!("the threads that read adapters cannot be started: {e}"),
+        })?;
+        let store = Self { settings, root, inner: Mutex::default(), loaders };
         {
             let mut inner = store.lock();
             for (name, path) in &registry.names {
@@ -273,7 +287,7 @@ impl Store {
     }
 
     /// The adapter of a name, read if it is not in memory or its files have changed.
-    pub fn get(&self, model: &dyn BaseModel, name: &str) -> Result<Arc<Hosted>, StoreError> {
+    pub fn get(&self, model: &(dyn BaseModel + Sync), name: &str) -> Result<Arc<Hosted>, StoreError> {
         check_name(name)?;
         let unknown = |shown: &str| format!("there is no adapter `{shown}`; GET /v1/models lists what there is");
         let find = || self.lock().names.get(name).cloned();
@@ -308,7 +322,7 @@ impl Store {
                 return Ok(hosted);
             }
         }
-        let loaded = self.load(model, &folder);
+        let loaded = self.loaders.install(|| self.load(model, &folder));
         let mut inner = self.lock();
         drop(guard);
         inner.loading.remove(name);
@@ -337,7 +351,7 @@ impl Store {
     }
 
     /// Reads an adapter folder into its served form.
-    fn load(&self, model: &dyn BaseModel, folder: &Path) -> Result<Hosted, StoreError> {
+    fn load(&self, model: &(dyn BaseModel + Sync), folder: &Path) -> Result<Hosted, StoreError> {
         let invalid = |e: String| StoreError { code: Code::AdapterInvalid, message: self.without_root(&e) };
         // Links inside the folder may not lead out either.
         for file in [WEIGHTS_FILE, CONFIG_FILE, MANIFEST_FILE].map(|name| folder.join(name)) {
@@ -405,13 +419,13 @@ impl Store {
     }
 
     /// Gives a name to the adapter in a folder below the root, once that was read and found good. Gives its content.
-    pub fn put(&self, model: &dyn BaseModel, name: &str, path: &Path, how: &Put) -> Result<Arc<Hosted>, StoreError> {
+    pub fn put(&self, model: &(dyn BaseModel + Sync), name: &str, path: &Path, how: &Put) -> Result<Arc<Hosted>, StoreError> {
         check_name(name)?;
         let path = self.confine(path)?;
         self.allowed(&self.lock(), name, how)?;
         let folder = self.root.join(&path);
         let stamp = Stamp::of(&folder);
-        let hosted = self.load(model, &folder)?;
+        let hosted = self.loaders.install(|| self.load(model, &folder))?;
         let mut inner = self.lock();
         // Again, since others may have come before.
         self.allowed(&inner, name, how)?;

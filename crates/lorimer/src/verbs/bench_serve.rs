@@ -1,5 +1,7 @@
 //! `lorimer bench serve`: the server as its clients see it, alone or against peers that get the same requests.
 
+mod cold;
+
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -47,6 +49,10 @@ pub struct BenchServe {
     /// Tokens of an answer: N, or LEAST-MOST
     #[arg(long, default_value = "32", value_parser = range)]
     output: (usize, usize),
+    /// Measure the time between two tokens of streams (--requests of them) beside so many requests of one token a second: for adapters that
+    /// are at work, then for cold ones, each read from its files
+    #[arg(long, value_name = "RATE", conflicts_with_all = ["trace", "peer"])]
+    cold_loads: Option<f64>,
     /// With --trace: requests a second
     #[arg(long, default_value_t = 2.0)]
     rate: f64,
@@ -87,6 +93,7 @@ fn range(text: &str) -> Result<(usize, usize), String> {
 }
 
 /// A request of a measurement.
+#[derive(Clone)]
 struct Ask {
     at: f64,
     adapter: usize,
@@ -211,7 +218,7 @@ impl BenchServe {
             false => (0..self.requests)
                 .map(|i| Arrival {
                     at: 0.0,
-                    adapter: i % adapters,
+                    adapter: i % if self.cold_loads.is_some() { self.requests } else { adapters },
                     input: rng.random_range(self.input.0..=self.input.1),
                     output: rng.random_range(self.output.0..=self.output.1),
                 })
@@ -229,6 +236,9 @@ impl BenchServe {
     pub fn run(self, global: Global) -> Result<ExitCode> {
         if self.rounds == 0 || self.requests == 0 || self.adapters.contains(&0) || self.ranks.contains(&0) {
             bail!("--rounds, --requests, --adapters and --ranks should be at least 1");
+        }
+        if self.cold_loads.is_some_and(|rate| !(rate.is_finite() && rate > 0.0)) {
+            bail!("--cold-loads should be above 0");
         }
         let (prepared, _) = common::prepare_base(&self.model, global)?;
         let config = prepared.config.clone();
@@ -250,26 +260,7 @@ impl BenchServe {
             "os": std::env::consts::OS, "arch": std::env::consts::ARCH,
         });
         common::print(global, &json!({ "rows": rows, "machine": machine, "peers": peers }), || {
-            let mut out = format!(
-                "{:<26} {:>9} {:>9} {:>10} {:>12} {:>11} {:>11} {:>9}\n",
-                "", "adapters", "requests", "requests/s", "out tokens/s", "latency, s", "p99, s", "peak"
-            );
-            for row in rows.iter().chain(&peers) {
-                let number =
-                    |field: &str, digits: usize| row[field].as_f64().map_or("-".into(), |v| format!("{v:.digits$}"));
-                out += &format!(
-                    "{:<26} {:>9} {:>9} {:>10} {:>12} {:>11} {:>11} {:>9}\n",
-                    row["name"].as_str().unwrap_or_default(),
-                    number("adapters", 0),
-                    number("requests", 0),
-                    number("requests_per_second", 2),
-                    number("output_tokens_per_second", 1),
-                    number("latency", 2),
-                    number("latency_p99", 2),
-                    row["peak_bytes"].as_f64().map_or("-".into(), |b| crate::flags::show_bytes(b as u64)),
-                );
-            }
-            out.trim_end().to_string()
+            table(self.cold_loads.is_some(), rows.iter().chain(&peers))
         })
     }
 
@@ -288,7 +279,10 @@ impl BenchServe {
             for (place, &adapters) in self.adapters.iter().enumerate() {
                 let asks = self.asks(adapters, config.vocab_size, round)?;
                 let server = Server::start(self, folder)?;
-                let row = runtime.block_on(self.ask(&server, asks, adapters, global))?;
+                let row = match self.cold_loads {
+                    Some(rate) => runtime.block_on(self.cold(&server, asks, adapters, rate))?,
+                    None => runtime.block_on(self.ask(&server, asks, adapters, global))?,
+                };
                 found[place].push(row);
             }
             for (place, peer) in self.peer.iter().enumerate() {
@@ -380,6 +374,48 @@ async fn send(client: &reqwest::Client, url: &str, body: &Value) -> Result<usize
         bail!("the server answers {status}: {}", answer["error"]["message"].as_str().unwrap_or_default());
     }
     answer["usage"]["completion_tokens"].as_u64().map(|n| n as usize).context("the answer tells no tokens")
+}
+
+/// A column of the table: its heading, the field shown, and digits after the point.
+type Column = (&'static str, &'static str, usize);
+
+const COLUMNS: [Column; 6] = [
+    ("adapters", "adapters", 0),
+    ("requests", "requests", 0),
+    ("requests/s", "requests_per_second", 2),
+    ("out tokens/s", "output_tokens_per_second", 1),
+    ("latency, s", "latency", 2),
+    ("p99, s", "latency_p99", 2),
+];
+
+const COLD_COLUMNS: [Column; 8] = [
+    ("loads/s", "loads_per_second", 1),
+    ("load p50, s", "load_p50", 3),
+    ("load p99, s", "load_p99", 3),
+    ("gap p50, s", "gap_p50", 4),
+    ("gap p99, s", "gap_p99", 4),
+    ("p50 cold", "gap_p50_while_loading", 4),
+    ("p99 cold", "gap_p99_while_loading", 4),
+    ("p99 ratio", "p99_ratio", 2),
+];
+
+/// The rows for people.
+fn table<'a>(cold: bool, rows: impl Iterator<Item = &'a Value>) -> String {
+    let columns: &[Column] = if cold { &COLD_COLUMNS } else { &COLUMNS };
+    let heads: String = columns.iter().map(|(head, ..)| format!(" {head:>12}")).collect();
+    let mut out = format!("{:<26}{heads}{}", "", if cold { "" } else { "      peak" });
+    for row in rows {
+        out += &format!("\n{:<26}", row["name"].as_str().unwrap_or_default());
+        for (_, field, digits) in columns {
+            let number = row[field].as_f64().map_or("-".into(), |v| format!("{v:.digits$}"));
+            out += &format!(" {number:>12}");
+        }
+        if !cold {
+            let peak = row["peak_bytes"].as_f64().map_or("-".into(), |b| crate::flags::show_bytes(b as u64));
+            out += &format!(" {peak:>9}");
+        }
+    }
+    out
 }
 
 /// The row in the middle by tokens a second.
