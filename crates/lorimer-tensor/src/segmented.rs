@@ -47,8 +47,11 @@ impl Paged<'_> {
     fn check(&self) -> Result<()> {
         let end = self.count.checked_mul(self.length).and_then(|n| n.checked_add(self.start));
         let pages = self.pool.len().checked_div(self.page).unwrap_or(0);
-        let inside = end.is_some_and(|end| end <= self.pages.len() * self.page);
-        if !inside || self.pages.iter().any(|&p| p as usize >= pages) {
+        let used = end.filter(|_| self.page > 0).and_then(|end| {
+            let (first, last) = (self.start / self.page, end.div_ceil(self.page));
+            self.pages.get(first.min(last)..last)
+        });
+        if used.is_none_or(|used| used.iter().any(|&p| p as usize >= pages)) {
             candle_core::bail!("segmented product: {} vectors of {} lie outside their pages", self.count, self.length);
         }
         Ok(())
@@ -67,18 +70,24 @@ impl Paged<'_> {
         }
     }
 
-    /// A vector's numbers where they are, or copied to the end of `room`, which has capacity for them.
-    fn whole(&self, i: usize, room: &mut Vec<f32>) -> *const f32 {
-        let (mut found, mut pieces, start) = (std::ptr::null(), 0, room.len());
-        self.pieces(i, |_, piece| {
-            (found, pieces) = (piece.as_ptr(), pieces + 1);
-        });
-        if pieces > 1 {
-            assert!(room.capacity() - start >= self.length);
-            self.pieces(i, |_, piece| room.extend_from_slice(piece));
-            found = room[start..].as_ptr();
+    /// Where the vectors are; what lies in two pages is copied to the end of `room`, which has capacity for all of it.
+    fn vectors(&self, room: &mut Vec<f32>, to: &mut Vec<*const f32>) {
+        to.clear();
+        let (mut index, mut inside) = (self.start / self.page, self.start % self.page);
+        for i in 0..self.count {
+            if inside + self.length <= self.page {
+                to.push(self.pool[self.pages[index] as usize * self.page + inside..][..self.length].as_ptr());
+            } else {
+                let start = room.len();
+                assert!(room.capacity() - start >= self.length);
+                self.pieces(i, |_, piece| room.extend_from_slice(piece));
+                to.push(room[start..].as_ptr());
+            }
+            inside += self.length;
+            while inside >= self.page {
+                (index, inside) = (index + 1, inside - self.page);
+            }
         }
-        found
     }
 
     /// All vectors, (count, length).
@@ -169,6 +178,8 @@ fn check(x: (usize, usize), part: &Segmented<'_>) -> Result<()> {
 struct Scratch {
     factor: Vec<f32>,
     thin: Vec<f32>,
+    /// Where vectors are, between gathering them and the product that reads them.
+    vectors: [Vec<*const f32>; 2],
 }
 
 thread_local! {
@@ -260,7 +271,7 @@ fn add(x: &[f32], (inputs, outputs): (usize, usize), addition: &Addition<'_>, y:
     if rank == 0 {
         return;
     }
-    let Scratch { factor, thin } = scratch;
+    let Scratch { factor, thin, vectors } = scratch;
     thin.clear();
     thin.resize(rows * rank, 0.0);
     if rows <= FEW {
@@ -269,10 +280,10 @@ fn add(x: &[f32], (inputs, outputs): (usize, usize), addition: &Addition<'_>, y:
             factor.clear();
             // Vectors that lie in two pages are copied together; they do not move while there is room.
             factor.reserve(rank * (inputs + outputs));
-            let mut vectors = |paged: &Paged<'_>| -> Vec<*const f32> { (0..rank).map(|j| paged.whole(j, factor)).collect() };
-            let (a, b) = (vectors(a), vectors(b));
+            a.vectors(factor, &mut vectors[0]);
+            b.vectors(factor, &mut vectors[1]);
             // SAFETY: the processor can; the vectors are as long as x's and y's rows (checked).
-            return unsafe { kernel::add_low_rank((x, inputs), (&a, &b), *weight, (y, outputs), thin) };
+            return unsafe { kernel::add_low_rank((x, inputs), (&vectors[0], &vectors[1]), *weight, (y, outputs), thin) };
         }
         wide(|| {
             for j in 0..rank {
