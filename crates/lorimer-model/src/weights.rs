@@ -29,7 +29,7 @@ pub enum LoadDtype {
     Stored,
     /// NormalFloat-4 with double quantisation (QLoRA), 4.13 bits a weight; embedding and head as the file has them.
     Nf4,
-    /// 8 bits a weight (4 where the file has Q4_0 or Q4_1), and serving rounds activations to 8 bits for products in whole numbers.
+    /// 8 bits a weight (4 where the file has Q4_0 or Q4_1), and serving multiplies in whole numbers, with activations in 16 bits.
     Int8,
 }
 

@@ -91,9 +91,19 @@ fn served(adapter: &Adapter, site: &Site, base: &Projection, rank: Option<usize>
     if let Some((low, scale)) = delta.scaled(base)? {
         return Ok(Some(Served { low, output_scale: Some(scale), bias, inexact: None }));
     }
-    // What is low-rank as it is stays as it is, whatever its rank.
+    // What is low-rank as it is stays as it is, whatever its rank; one that is as wide as the matrix becomes the matrix.
     let own = match delta.change(base, 0, &Step::default())? {
-        Some(Change::Thin(low)) => low.a.dim(0)? < site.inputs.min(site.outputs),
+        Some(Change::Thin(low)) if low.a.dim(0)? < site.inputs.min(site.outputs) => true,
+        Some(Change::Thin(low)) => {
+            let whole = (low.b.matmul(&low.a)? * low.scaling)?;
+            let identity = |n: usize| Tensor::eye(n, whole.dtype(), whole.device());
+            let (a, b) = match site.outputs <= site.inputs {
+                true => (whole.clone(), identity(site.outputs)?),
+                false => (identity(site.inputs)?, whole.clone()),
+            };
+            let low = LowRank { a, b, scaling: 1.0 };
+            return Ok(Some(Served { low, output_scale: None, bias, inexact: None }));
+        }
         _ => false,
     };
     let (low, exact, whole, wrong) = low_rank_of(site, base, delta, if own { None } else { rank })?;

@@ -1,10 +1,11 @@
-//! Weights in 8 or 4 bits for products with activations in 8 bits.
+//! Weights in 8 or 4 bits for products in whole numbers.
 //!
 //! A weight is `d·q + m` with q a whole number and d, m half-precision numbers of a block of 32 inputs of one output: GGUF's Q4_0, Q4_1 and
 //! Q8_0 are kept exactly (q in 4, 4 and 8 bits), everything else is rounded to 8 bits. In a product every block of 32 activations is rounded
-//! to `s·p`, p in −127 … 127 and s its largest absolute value over 127, as llama.cpp does; then
-//! `Σ w x ≈ Σ_blocks d·s·Σ q p + m·s·Σ p`, the inner sums exact in whole numbers. The error is that of the activations' rounding (at most
-//! s/2 each) and, where the weight was rounded, of that.
+//! to `s·(p + r/256)`, s its largest absolute value over 127, p and r bytes with a sign. Then
+//! `Σ w x ≈ Σ_blocks d·s·(Σ q p + Σ q r / 256) + m·s·(Σ p + Σ r / 256)`, the inner sums exact in whole numbers. The error is that of the
+//! activations' rounding (about s/512 each, 1.5e-5 of the block's largest; one byte, as llama.cpp takes it, gives s/2) and, where the weight was
+//! rounded, of that.
 //!
 //! Sixteen outputs stand next to each other, so that a product reads one stream of memory and forms no sums across a register.
 
@@ -149,7 +150,7 @@ impl Panels {
     }
 }
 
-/// Activations in 8 bits: (rows, blocks·32) of p, and s and s·Σp of every block.
+/// Activations in two bytes: (rows, blocks, 2, 32) of p and r, and s/256 and s·(Σp + Σr/256) of every block.
 struct Rounded {
     values: Vec<i8>,
     scales: Vec<[f32; 2]>,
@@ -160,11 +161,11 @@ impl Rounded {
     fn new(x: &[f32], inputs: usize) -> Self {
         let (rows, blocks) = (x.len() / inputs.max(1), inputs.div_ceil(BLOCK));
         let mut rounded =
-            Self { values: vec![0; rows * blocks * BLOCK], scales: vec![[0.0; 2]; rows * blocks], blocks };
-        let parts = rounded.values.par_chunks_mut((blocks * BLOCK).max(1)).zip(rounded.scales.par_chunks_mut(blocks.max(1)));
+            Self { values: vec![0; rows * blocks * 2 * BLOCK], scales: vec![[0.0; 2]; rows * blocks], blocks };
+        let parts = rounded.values.par_chunks_mut((blocks * 2 * BLOCK).max(1)).zip(rounded.scales.par_chunks_mut(blocks.max(1)));
         parts.zip(x.par_chunks(inputs.max(1))).with_min_len(8).for_each(|((values, scales), x)| {
             wide(|| {
-                for ((values, scale), x) in values.chunks_exact_mut(BLOCK).zip(scales).zip(x.chunks(BLOCK)) {
+                for ((values, scale), x) in values.chunks_exact_mut(2 * BLOCK).zip(scales).zip(x.chunks(BLOCK)) {
                     match <&[f32; BLOCK]>::try_from(x) {
                         Ok(x) => *scale = round(x, values),
                         Err(_) => *scale = round(x, values),
@@ -176,10 +177,10 @@ impl Rounded {
     }
 }
 
-/// Rounds up to 32 activations; s and s·Σp. What is not finite makes both NaN.
+/// Rounds up to 32 activations to 32 bytes of p and as many of r; s/256 and s·(Σp + Σr/256). What is not finite makes both NaN.
 #[inline(always)]
 fn round(x: &[f32], values: &mut [i8]) -> [f32; 2] {
-    /// Adding and taking away 1.5·2²³ rounds to a whole number, half to even.
+    /// Adding and taking away 1.5·2²³ rounds to a whole number, half to even; until then it is in the lowest bits.
     const ROUND: f32 = 12_582_912.0;
     // Absolute values are ordered as their bits are, and what is not finite is above them.
     let largest = x.iter().map(|v| v.to_bits() & (u32::MAX >> 1)).max().unwrap_or(0);
@@ -187,18 +188,23 @@ fn round(x: &[f32], values: &mut [i8]) -> [f32; 2] {
     if !largest.is_finite() {
         return [f32::NAN; 2];
     }
-    let (s, inverse) = if largest > 0.0 { (largest / 127.0, 127.0 / largest) } else { (0.0, 0.0) };
+    // Where 1/s is beyond f32 the activations are as good as zero.
+    let inverse = Some(127.0 / largest).filter(|inverse| inverse.is_finite()).unwrap_or(0.0);
+    let (first, second) = values.split_at_mut(BLOCK);
     let mut sum = 0i32;
-    for (value, &x) in values.iter_mut().zip(x) {
-        // In the lowest byte of the number with 1.5·2²³ added.
-        let rounded = (x * inverse + ROUND).to_bits() as i8;
-        *value = rounded;
-        sum += i32::from(rounded);
+    for ((p, r), &x) in first.iter_mut().zip(second).zip(x) {
+        let scaled = x * inverse;
+        let shifted = scaled + ROUND;
+        let rest = (scaled - (shifted - ROUND)) * 256.0;
+        let rest = (rest.clamp(-127.0, 127.0) + ROUND).to_bits() as i8;
+        (*p, *r) = (shifted.to_bits() as i8, rest);
+        sum += i32::from(shifted.to_bits() as i8) * 256 + i32::from(rest);
     }
-    [s, s * sum as f32]
+    let unit = largest / (127.0 * 256.0);
+    [unit, unit * sum as f32]
 }
 
-/// Whether products in 8 bits are fast on this processor: AVX-512 VNNI.
+/// Whether products in whole numbers are fast on this processor: AVX-512 VNNI.
 pub fn available() -> bool {
     #[cfg(target_arch = "x86_64")]
     {
@@ -210,7 +216,7 @@ pub fn available() -> bool {
     }
 }
 
-/// `x Wᵀ` with x (rows, inputs) in 8 bits, for weights of the same inputs; each (rows, outputs). A row's result does not depend on the
+/// `x Wᵀ` with x (rows, inputs) rounded, for weights of the same inputs; each (rows, outputs). A row's result does not depend on the
 /// others.
 pub(crate) fn products(x: &[f32], inputs: usize, weights: &[&Panels]) -> Vec<Vec<f32>> {
     let rows = x.len() / inputs.max(1);
@@ -225,7 +231,7 @@ pub(crate) fn products(x: &[f32], inputs: usize, weights: &[&Panels]) -> Vec<Vec
     #[cfg(target_arch = "x86_64")]
     let fast = vnni::available();
     tasks.par_iter().with_max_len(1).for_each(|&(i, panel)| {
-        assert!(weights[i].shape.1 == inputs && rounded.blocks == weights[i].blocks(), "8-bit product: shapes");
+        assert!(weights[i].shape.1 == inputs && rounded.blocks == weights[i].blocks(), "product in whole numbers: shapes");
         let panels = panel..(panel + TASK).min(weights[i].shape.0.div_ceil(PANEL));
         // SAFETY: the result has `rows` rows of `outputs` numbers; every task writes to its own panels' columns.
         unsafe {
@@ -246,11 +252,13 @@ pub(crate) fn products(x: &[f32], inputs: usize, weights: &[&Panels]) -> Vec<Vec
 unsafe fn plain(x: &Rounded, weight: &Panels, panels: Range<usize>, out: *mut f32) {
     let outputs = weight.shape.0;
     for output in panels.start * PANEL..(panels.end * PANEL).min(outputs) {
-        for (row, (values, scales)) in x.values.chunks(x.blocks * BLOCK).zip(x.scales.chunks(x.blocks)).enumerate() {
+        for (row, (values, scales)) in x.values.chunks(x.blocks * 2 * BLOCK).zip(x.scales.chunks(x.blocks)).enumerate() {
             let mut sum = 0f32;
-            for (b, (values, [s, offset])) in values.chunks_exact(BLOCK).zip(scales).enumerate() {
+            for (b, (values, [s, offset])) in values.chunks_exact(2 * BLOCK).zip(scales).enumerate() {
                 let (d, m, codes) = weight.unpack(output, b);
-                let whole: i32 = codes.iter().zip(values).map(|(&q, &p)| i32::from(q) * i32::from(p)).sum();
+                let (first, second) = values.split_at(BLOCK);
+                let sum_of = |values: &[i8]| codes.iter().zip(values).map(|(&q, &p)| i32::from(q) * i32::from(p)).sum::<i32>();
+                let whole = sum_of(first) * 256 + sum_of(second);
                 sum += m * offset + d * s * whole as f32;
             }
             // SAFETY: the caller's shapes.
@@ -340,7 +348,7 @@ mod tests {
                             .zip(w.chunks(BLOCK))
                             .map(|(x, w)| {
                                 let s = x.iter().fold(0f32, |m, v| m.max(v.abs())) / 127.0;
-                                w.iter().map(|w| f64::from(w.abs() * s) * 0.502).sum::<f64>()
+                                w.iter().map(|w| f64::from(w.abs() * s) / 255.0).sum::<f64>()
                             })
                             .sum();
                         let (y, slow) = (y[row * outputs + output], slow[row * outputs + output]);

@@ -224,7 +224,7 @@ pub fn project_segmented(x: &Tensor, parts: &[Segmented<'_>]) -> Result<Vec<Tens
     outputs.iter_mut().zip(parts).map(of).collect()
 }
 
-/// The frozen products; in 8 bits where the weights are laid out for that and the processor can.
+/// The frozen products; in whole numbers where the weights are laid out for that and the processor can.
 fn frozen(x: &[f32], (rows, inputs): (usize, usize), weights: &[Guard<'_>]) -> Result<Vec<Vec<f32>>> {
     let views = weights.iter().map(Guard::view).collect::<Result<Vec<_>>>()?;
     let packed = views.iter().map(|view| match view {

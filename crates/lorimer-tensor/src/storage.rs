@@ -24,7 +24,7 @@ pub enum FrozenWeight {
     Quantised(Arc<Blocks>),
     /// NormalFloat-4.
     Nf4(Arc<Nf4>),
-    /// 8 or 4 bits, laid out for products with activations in 8 bits.
+    /// 8 or 4 bits, laid out for products in whole numbers.
     Panels(Arc<Panels>),
 }
 
@@ -126,7 +126,7 @@ impl FrozenWeight {
         Ok(Self::Nf4(Arc::new(Nf4::quantise(&values, self.dims()?))))
     }
 
-    /// The weight in 8 bits (4 where it is in 4), for products with activations in 8 bits; GGUF's Q4_0, Q4_1 and Q8_0 exactly, others rounded.
+    /// The weight in 8 bits (4 where it is in 4), for products in whole numbers; GGUF's Q4_0, Q4_1 and Q8_0 exactly, others rounded.
     /// Fails where a value is not finite or a block's numbers are beyond half precision.
     pub fn to_panels(&self) -> Result<Self> {
         let shape = self.dims()?;

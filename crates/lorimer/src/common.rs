@@ -104,7 +104,7 @@ pub enum DtypeFlag {
     Stored,
     /// NormalFloat-4 with double quantisation (QLoRA): about half a byte a weight; embedding and head as stored
     Nf4,
-    /// 8 bits a weight, or the 4 of Q4_0 and Q4_1; `serve` multiplies it by activations in 8 bits: fastest there, see docs/serving.md
+    /// 8 bits a weight, or the 4 of Q4_0 and Q4_1; `serve` multiplies in whole numbers: smallest and fastest there
     Int8,
 }
 

@@ -1,4 +1,4 @@
-//! Products in 8 bits with AVX-512 VNNI, which adds four products of bytes to each of sixteen whole numbers at a time.
+//! Products in whole numbers with AVX-512 VNNI, which adds four products of bytes to each of sixteen whole numbers at a time.
 
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -28,7 +28,7 @@ pub(super) unsafe fn panels(x: &Rounded, weight: &Panels, panels: Range<usize>, 
             let count = PANEL.min(outputs - column);
             // SAFETY: the rows are inside of x, the panel inside of the weight, the tile inside of the result.
             unsafe {
-                let values = x.values.as_ptr().add(row * blocks * BLOCK);
+                let values = x.values.as_ptr().add(row * blocks * 2 * BLOCK);
                 let scales = x.scales.as_ptr().add(row * blocks);
                 let lines = weight.lines.as_ptr().add(panel * blocks * (weight.codes + 1));
                 let out = out.add(row * outputs + column);
@@ -67,21 +67,26 @@ unsafe fn tile<const M: usize, const CODES: usize>(
         let mut sums = [_mm512_setzero_ps(); M];
         for b in 0..blocks {
             let mut whole = [_mm512_setzero_si512(); M];
-            for line in 0..CODES {
-                let codes = _mm512_loadu_si512(lines.add(line).cast());
-                let (first, second) = match CODES {
-                    8 => (codes, codes),
-                    _ => (_mm512_and_si512(codes, low), _mm512_and_si512(_mm512_srli_epi16::<4>(codes), low)),
-                };
-                for (i, whole) in whole.iter_mut().enumerate() {
-                    let four = |group: usize| {
-                        let at = values.add((i * blocks + b) * BLOCK + group * 4);
-                        _mm512_set1_epi32(at.cast::<i32>().read_unaligned())
+            for byte in 0..2 {
+                for line in 0..CODES {
+                    let codes = _mm512_loadu_si512(lines.add(line).cast());
+                    let (first, second) = match CODES {
+                        8 => (codes, codes),
+                        _ => (_mm512_and_si512(codes, low), _mm512_and_si512(_mm512_srli_epi16::<4>(codes), low)),
                     };
-                    *whole = _mm512_dpbusd_epi32(*whole, first, four(line));
-                    if CODES == 4 {
-                        *whole = _mm512_dpbusd_epi32(*whole, second, four(line + 4));
+                    for (i, whole) in whole.iter_mut().enumerate() {
+                        let four = |group: usize| {
+                            let at = values.add(((i * blocks + b) * 2 + byte) * BLOCK + group * 4);
+                            _mm512_set1_epi32(at.cast::<i32>().read_unaligned())
+                        };
+                        *whole = _mm512_dpbusd_epi32(*whole, first, four(line));
+                        if CODES == 4 {
+                            *whole = _mm512_dpbusd_epi32(*whole, second, four(line + 4));
+                        }
                     }
+                }
+                if byte == 0 {
+                    whole.iter_mut().for_each(|whole| *whole = _mm512_slli_epi32::<8>(*whole));
                 }
             }
             let halves = lines.add(CODES).cast::<__m256i>();
