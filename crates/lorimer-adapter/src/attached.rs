@@ -208,7 +208,8 @@ impl Adapter {
         let (dtype, manifest) = (model.dtype(), stored.manifest.as_ref());
         let load = |(site, base, tensors): &mut (&Site, &Projection, ModuleTensors)| -> Result<_> {
             let before: Vec<String> = tensors.tensors.keys().cloned().collect();
-            if before.is_empty() {
+            // What the configuration does not name would be left out by others who read the file.
+            if before.is_empty() || !matcher.targets(site) {
                 return Ok((before, None));
             }
             let delta = method.attach(site, base, &mut Source::file(site, dtype, tensors))?;

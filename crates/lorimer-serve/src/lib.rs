@@ -7,6 +7,7 @@ pub mod error;
 pub mod generate;
 pub mod hosted;
 pub mod http;
+pub mod mirror;
 pub mod pool;
 pub mod prefix;
 pub mod residency;

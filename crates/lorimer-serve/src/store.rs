@@ -17,6 +17,7 @@ use lorimer_model::files::{read_json, write_json};
 use serde::{Deserialize, Serialize};
 
 use crate::hosted::{Conversion, Hosted};
+use crate::mirror::Mirror;
 use crate::residency::Residency;
 
 /// Names given at run time, in the root.
@@ -34,8 +35,10 @@ const UNIT: usize = 1024;
 /// Bounds of a store.
 #[derive(Clone, Debug)]
 pub struct StoreSettings {
-    /// The folder of adapters.
+    /// The folder of adapters; with [`Self::address`] the one that mirrors them.
     pub root: PathBuf,
+    /// The URL of an object store that the adapters come from.
+    pub address: Option<String>,
     /// Bytes of adapters in host memory, beside those that requests hold.
     pub host_bytes: usize,
     /// Largest tensor file that is read.
@@ -66,6 +69,7 @@ impl StoreSettings {
     pub fn new(root: impl Into<PathBuf>) -> Self {
         Self {
             root: root.into(),
+            address: None,
             host_bytes: 1 << 30,
             max_file_bytes: 1 << 30,
             max_rank: 512,
@@ -189,6 +193,8 @@ pub struct Listed {
 pub struct Store {
     settings: StoreSettings,
     root: PathBuf,
+    /// Where the adapters come from, if that is not a folder.
+    mirror: Option<Mirror>,
     inner: Mutex<Inner>,
     /// Where adapters are read: apart from the threads that compute, whose parallel parts would wait for it.
     loaders: rayon::ThreadPool,
@@ -198,6 +204,9 @@ impl Store {
     /// Opens a store: the registry, and every folder below the root that holds an adapter (without reading it).
     pub fn open(settings: StoreSettings) -> Result<Self, StoreError> {
         let shown = settings.root.display();
+        let mirror = settings.address.as_ref();
+        let mirror =
+            mirror.map(|address| Mirror::open(address, &settings.root, settings.max_file_bytes)).transpose()?;
         let root = settings.root.canonicalize().ok().filter(|root| root.is_dir());
         let Some(root) = root else {
             return refuse(
@@ -220,7 +229,7 @@ impl Store {
             code: Code::StoreFailed,
             message: format!("the threads that read adapters cannot be started: {e}"),
         })?;
-        let store = Self { settings, root, inner: Mutex::default(), loaders };
+        let store = Self { settings, root, mirror, inner: Mutex::default(), loaders };
         {
             let mut inner = store.lock();
             for (name, path) in &registry.names {
@@ -237,8 +246,25 @@ impl Store {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Looks for folders that are new. Links are not followed.
+    /// Looks for adapters that are new. Links are not followed.
     pub fn scan(&self) -> Result<(), StoreError> {
+        let paths = match &self.mirror {
+            Some(mirror) => mirror.list(self.settings.max_names)?.into_iter().map(PathBuf::from).collect(),
+            None => self.folders()?,
+        };
+        let mut inner = self.lock();
+        for path in paths {
+            let name = path.components().map(|c| c.as_os_str().to_string_lossy()).collect::<Vec<_>>().join("/");
+            let removed = inner.registry.removed.contains(&name);
+            if check_name(&name).is_ok() && !removed && !inner.names.contains_key(&name) {
+                inner.names.insert(name, Named { path, read: None });
+            }
+        }
+        Ok(())
+    }
+
+    /// Folders below the root that hold an adapter.
+    fn folders(&self) -> Result<Vec<PathBuf>, StoreError> {
         let mut folders = vec![(self.root.clone(), 0)];
         let mut found = Vec::new();
         while let Some((folder, depth)) = folders.pop() {
@@ -256,16 +282,24 @@ impl Store {
                 );
             }
         }
-        let mut inner = self.lock();
-        for folder in found {
-            let Ok(path) = folder.strip_prefix(&self.root) else { continue };
-            let name = path.components().map(|c| c.as_os_str().to_string_lossy()).collect::<Vec<_>>().join("/");
-            let removed = inner.registry.removed.contains(&name);
-            if check_name(&name).is_ok() && !removed && !inner.names.contains_key(&name) {
-                inner.names.insert(name, Named { path: path.to_path_buf(), read: None });
-            }
+        Ok(found.iter().filter_map(|folder| Some(folder.strip_prefix(&self.root).ok()?.to_path_buf())).collect())
+    }
+
+    /// What `path` stands for below the root or in the object store, and the folder to read it from.
+    fn locate(&self, path: &Path) -> Result<(PathBuf, PathBuf), StoreError> {
+        let Some(mirror) = &self.mirror else {
+            let below = self.confine(path)?;
+            let folder = self.root.join(&below);
+            return Ok((below, folder));
+        };
+        let shown = path.to_string_lossy();
+        match check_name(&shown) {
+            Err(_) => refuse(Code::PathRefused, format!("`{}` is no path in the object store", shown.escape_debug())),
+            Ok(()) => match mirror.fetch(path)? {
+                Some(folder) => Ok((path.to_path_buf(), folder)),
+                None => refuse(Code::AdapterNotFound, format!("there is no adapter `{shown}` in the object store")),
+            },
         }
-        Ok(())
     }
 
     /// The folder below the root that `path` names, which may be relative to the root or lie inside it. Links that lead out are refused.
@@ -296,10 +330,9 @@ impl Store {
             None => {
                 // A folder that came after the last look.
                 let own = Path::new(name);
-                let new = !self.lock().registry.removed.iter().any(|r| r == name)
-                    && self.confine(own).is_ok_and(|below| below == own)
-                    && self.root.join(own).join(CONFIG_FILE).is_file();
-                if !new {
+                let removed = self.lock().registry.removed.iter().any(|r| r == name);
+                let found = if removed { None } else { self.locate(own).ok() };
+                if !found.is_some_and(|(below, folder)| below == own && folder.join(CONFIG_FILE).is_file()) {
                     return refuse(Code::AdapterNotFound, unknown(name));
                 }
                 let named = Named { path: own.to_path_buf(), read: None };
@@ -309,7 +342,16 @@ impl Store {
         };
         let one_at_a_time = self.lock().loading.entry(name.to_string()).or_default().clone();
         let guard = one_at_a_time.lock().unwrap_or_else(PoisonError::into_inner);
-        let folder = self.root.join(self.confine(&named.path)?);
+        let located = self.locate(&named.path);
+        if let Err(StoreError { code: Code::AdapterNotFound, .. }) = &located {
+            // It is gone; a name that was given stays, and says so.
+            let mut inner = self.lock();
+            if !inner.registry.names.contains_key(name) {
+                inner.names.remove(name);
+            }
+            inner.loading.remove(name);
+        }
+        let (_, folder) = located?;
         let stamp = Stamp::of(&folder);
         let read = find().and_then(|n| n.read);
         if let (Some((then, content)), Some(now)) = (read, stamp)
@@ -339,7 +381,11 @@ impl Store {
         let (path, (then, content)) = {
             let inner = self.lock();
             let named = inner.names.get(name)?;
-            (self.root.join(&named.path), named.read.clone()?)
+            let folder = match &self.mirror {
+                Some(mirror) => mirror.current(&named.path)?,
+                None => self.root.join(&named.path),
+            };
+            (folder, named.read.clone()?)
         };
         if Stamp::of(&path)? != then {
             return None;
@@ -419,11 +465,16 @@ impl Store {
     }
 
     /// Gives a name to the adapter in a folder below the root, once that was read and found good. Gives its content.
-    pub fn put(&self, model: &(dyn BaseModel + Sync), name: &str, path: &Path, how: &Put) -> Result<Arc<Hosted>, StoreError> {
+    pub fn put(
+        &self,
+        model: &(dyn BaseModel + Sync),
+        name: &str,
+        path: &Path,
+        how: &Put,
+    ) -> Result<Arc<Hosted>, StoreError> {
         check_name(name)?;
-        let path = self.confine(path)?;
         self.allowed(&self.lock(), name, how)?;
-        let folder = self.root.join(&path);
+        let (path, folder) = self.locate(path)?;
         let stamp = Stamp::of(&folder);
         let hosted = self.loaders.install(|| self.load(model, &folder))?;
         let mut inner = self.lock();
@@ -471,7 +522,9 @@ impl Store {
         let mut names = inner.registry.names.clone();
         names.remove(name);
         let mut removed = inner.registry.removed.clone();
-        if self.root.join(name).join(CONFIG_FILE).is_file() && !removed.iter().any(|r| r == name) {
+        if (self.mirror.is_some() || self.root.join(name).join(CONFIG_FILE).is_file())
+            && !removed.iter().any(|r| r == name)
+        {
             removed.push(name.to_string());
         }
         self.write(&mut inner, Registry { names, removed })?;

@@ -162,7 +162,10 @@ impl Rounded {
         let (rows, blocks) = (x.len() / inputs.max(1), inputs.div_ceil(BLOCK));
         let mut rounded =
             Self { values: vec![0; rows * blocks * 2 * BLOCK], scales: vec![[0.0; 2]; rows * blocks], blocks };
-        let parts = rounded.values.par_chunks_mut((blocks * 2 * BLOCK).max(1)).zip(rounded.scales.par_chunks_mut(blocks.max(1)));
+        let parts = rounded
+            .values
+            .par_chunks_mut((blocks * 2 * BLOCK).max(1))
+            .zip(rounded.scales.par_chunks_mut(blocks.max(1)));
         parts.zip(x.par_chunks(inputs.max(1))).with_min_len(8).for_each(|((values, scales), x)| {
             wide(|| {
                 for ((values, scale), x) in values.chunks_exact_mut(2 * BLOCK).zip(scales).zip(x.chunks(BLOCK)) {
@@ -231,7 +234,10 @@ pub(crate) fn products(x: &[f32], inputs: usize, weights: &[&Panels]) -> Vec<Vec
     #[cfg(target_arch = "x86_64")]
     let fast = vnni::available();
     tasks.par_iter().with_max_len(1).for_each(|&(i, panel)| {
-        assert!(weights[i].shape.1 == inputs && rounded.blocks == weights[i].blocks(), "product in whole numbers: shapes");
+        assert!(
+            weights[i].shape.1 == inputs && rounded.blocks == weights[i].blocks(),
+            "product in whole numbers: shapes"
+        );
         let panels = panel..(panel + TASK).min(weights[i].shape.0.div_ceil(PANEL));
         // SAFETY: the result has `rows` rows of `outputs` numbers; every task writes to its own panels' columns.
         unsafe {
@@ -252,12 +258,14 @@ pub(crate) fn products(x: &[f32], inputs: usize, weights: &[&Panels]) -> Vec<Vec
 unsafe fn plain(x: &Rounded, weight: &Panels, panels: Range<usize>, out: *mut f32) {
     let outputs = weight.shape.0;
     for output in panels.start * PANEL..(panels.end * PANEL).min(outputs) {
-        for (row, (values, scales)) in x.values.chunks(x.blocks * 2 * BLOCK).zip(x.scales.chunks(x.blocks)).enumerate() {
+        for (row, (values, scales)) in x.values.chunks(x.blocks * 2 * BLOCK).zip(x.scales.chunks(x.blocks)).enumerate()
+        {
             let mut sum = 0f32;
             for (b, (values, [s, offset])) in values.chunks_exact(2 * BLOCK).zip(scales).enumerate() {
                 let (d, m, codes) = weight.unpack(output, b);
                 let (first, second) = values.split_at(BLOCK);
-                let sum_of = |values: &[i8]| codes.iter().zip(values).map(|(&q, &p)| i32::from(q) * i32::from(p)).sum::<i32>();
+                let sum_of =
+                    |values: &[i8]| codes.iter().zip(values).map(|(&q, &p)| i32::from(q) * i32::from(p)).sum::<i32>();
                 let whole = sum_of(first) * 256 + sum_of(second);
                 sum += m * offset + d * s * whole as f32;
             }
@@ -324,7 +332,8 @@ mod tests {
     fn products_are_within_the_rounding_of_activations() -> Result<()> {
         for (rows, outputs, inputs) in [(1, 40, 64), (3, 17, 100), (13, 33, 576), (29, 70, 32), (64, 16, 7)] {
             let x = numbers((rows, inputs), 3);
-            let dense = FrozenWeight::Dense(Tensor::from_vec(numbers((outputs, inputs), 4), (outputs, inputs), &Device::Cpu)?);
+            let dense =
+                FrozenWeight::Dense(Tensor::from_vec(numbers((outputs, inputs), 4), (outputs, inputs), &Device::Cpu)?);
             let mut weights = vec![panels(&dense)];
             if inputs.is_multiple_of(32) {
                 let w = dense.dense(DType::F32)?;

@@ -23,12 +23,7 @@ pub(crate) trait Real: WithDType + num_traits::Float + std::iter::Sum {
     }
     /// Attention of one query, `q` and `out` (heads, d), in heads that share the keys and values at `places`, where there is a kernel for it;
     /// else `false`, and nothing is done.
-    fn attend_one(
-        _q: (&[Self], usize),
-        _keys: (&[Self], &[Self], &[usize]),
-        _scale: Self,
-        _out: &mut [Self],
-    ) -> bool {
+    fn attend_one(_q: (&[Self], usize), _keys: (&[Self], &[Self], &[usize]), _scale: Self, _out: &mut [Self]) -> bool {
         false
     }
     /// A product on all threads: see [`product_raw`].
@@ -97,12 +92,7 @@ impl Real for f32 {
         available
     }
     #[cfg(target_arch = "x86_64")]
-    fn attend_one(
-        (q, d): (&[f32], usize),
-        keys: (&[f32], &[f32], &[usize]),
-        scale: f32,
-        out: &mut [f32],
-    ) -> bool {
+    fn attend_one((q, d): (&[f32], usize), keys: (&[f32], &[f32], &[usize]), scale: f32, out: &mut [f32]) -> bool {
         let fits = crate::products::kernel::has_512() && d > 0 && d.is_multiple_of(16) && q.len() == out.len();
         if fits {
             for (q, out) in q.chunks(d * 6).zip(out.chunks_mut(d * 6)) {

@@ -234,9 +234,9 @@ fn frozen(x: &[f32], (rows, inputs): (usize, usize), weights: &[Guard<'_>]) -> R
     if let Some(packed) = packed.collect::<Option<Vec<_>>>() {
         return Ok(panels::products(x, inputs, &packed));
     }
-    let products = views.iter().map(|&view| {
-        Product::new((rows, view.shape().0), vec![Term::forward(x, inputs, Right::Weight(view))])
-    });
+    let products = views
+        .iter()
+        .map(|&view| Product::new((rows, view.shape().0), vec![Term::forward(x, inputs, Right::Weight(view))]));
     run(products.collect())
 }
 
@@ -283,7 +283,9 @@ fn add(x: &[f32], (inputs, outputs): (usize, usize), addition: &Addition<'_>, y:
             a.vectors(factor, &mut vectors[0]);
             b.vectors(factor, &mut vectors[1]);
             // SAFETY: the processor can; the vectors are as long as x's and y's rows (checked).
-            return unsafe { kernel::add_low_rank((x, inputs), (&vectors[0], &vectors[1]), *weight, (y, outputs), thin) };
+            return unsafe {
+                kernel::add_low_rank((x, inputs), (&vectors[0], &vectors[1]), *weight, (y, outputs), thin)
+            };
         }
         wide(|| {
             for j in 0..rank {

@@ -55,9 +55,7 @@ impl Blocks {
         let bytes = &self.bytes[row * self.row_bytes() + block * self.dtype.type_size()..][..self.dtype.type_size()];
         let half = |at: usize| f16::from_le_bytes([bytes[at], bytes[at + 1]]);
         let d = half(0);
-        let nibbles = |bytes: &[u8]| {
-            std::array::from_fn(|i| if i < 16 { bytes[i] & 15 } else { bytes[i - 16] >> 4 })
-        };
+        let nibbles = |bytes: &[u8]| std::array::from_fn(|i| if i < 16 { bytes[i] & 15 } else { bytes[i - 16] >> 4 });
         match self.dtype {
             GgmlDType::Q4_0 => panels::Block { codes: nibbles(&bytes[2..]), d, m: f16::from_f32(-8.0 * d.to_f32()) },
             GgmlDType::Q4_1 => panels::Block { codes: nibbles(&bytes[4..]), d, m: half(2) },

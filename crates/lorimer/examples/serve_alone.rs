@@ -228,7 +228,13 @@ fn main() -> Result<()> {
         }
     }
     let n = requests.len();
-    println!("{n} requests over {} adapters of {}: together in {}, alone in {}", adapters.len(), METHODS.join(", "), arguments.dtype, arguments.against.as_ref().unwrap_or(&arguments.dtype));
+    println!(
+        "{n} requests over {} adapters of {}: together in {}, alone in {}",
+        adapters.len(),
+        METHODS.join(", "),
+        arguments.dtype,
+        arguments.against.as_ref().unwrap_or(&arguments.dtype)
+    );
     println!(
         "{:<8} {:>9} {:>13} {:>12} {:>12} {:>12} {:>12} {:>13}",
         "", "requests", "same answers", "same firsts", "tokens", "mean |Δ|", "largest |Δ|", "to training"

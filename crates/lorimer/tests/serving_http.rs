@@ -237,6 +237,17 @@ fn streams_choices_log_probabilities_stops_and_usage() {
     let plain = complete(json!({ "prompt": "up 3", "logprobs": 2 }));
     let own = plain["choices"][0]["text"].as_str().unwrap().to_string();
     assert_eq!(plain["choices"][0]["logprobs"]["token_logprobs"].as_array().unwrap().len(), 6);
+    // Where each token begins in the text, after the prompt if that is echoed.
+    let offsets = |answer: &Value, before: usize| {
+        let told = &answer["choices"][0]["logprobs"];
+        let mut at = before;
+        for (token, offset) in told["tokens"].as_array().unwrap().iter().zip(told["text_offset"].as_array().unwrap()) {
+            assert_eq!(*offset, json!(at), "{told}");
+            at += token.as_str().unwrap().chars().count();
+        }
+    };
+    offsets(&plain, 0);
+    offsets(&complete(json!({ "prompt": "up 3", "logprobs": 0, "echo": true })), 4);
     let both = complete(json!({ "prompt": ["up 3", "down 3"], "echo": true }));
     assert_eq!(both["choices"][0]["text"], format!("up 3{own}"));
     assert_eq!(both["choices"].as_array().unwrap().len(), 2);
@@ -324,6 +335,65 @@ fn adapters_come_and_go_while_the_server_runs() {
     server = Server::start(&f, &root, &[]);
     assert_eq!(server.answer(json!({ "model": "alias" })), yes);
     assert_eq!(server.chat(json!({ "model": "tenant/bone" })).code(), "adapter_not_found");
+}
+
+/// The OpenAPI document is the one that is checked in, and tells of calls that there are.
+#[test]
+fn the_document_is_that_of_the_server() {
+    let f = Fixture::new();
+    let root = f.path("adapters");
+    std::fs::create_dir(&root).unwrap();
+    let server = Server::start(&f, &root, &["--served-model-name", "small"]);
+    assert_eq!(server.get("/v1/models").json()["data"][0]["id"], "small");
+    let own = server.get("/openapi.json").json();
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/openapi.json");
+    let kept: Value = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+    assert_eq!(own, kept, "write it anew: lorimer serve --openapi > docs/openapi.json");
+    for (path, calls) in own["paths"].as_object().unwrap() {
+        for method in calls.as_object().unwrap().keys() {
+            let answer = server.send(&method.to_uppercase(), &path.replace("{name}", "x"), &json!({}));
+            let there = answer.status == 200 || !["not_found", "method_not_allowed"].contains(&answer.code().as_str());
+            assert!(there, "{method} {path}: {}", answer.body);
+        }
+    }
+}
+
+/// Adapters that come from an object store, here a folder named by its URL: fetched when asked for, and again when replaced.
+#[test]
+fn adapters_come_from_an_object_store() {
+    let f = Fixture::new();
+    let root = adapters(&f);
+    let cache = f.path("cache");
+    let address = format!("file://{root}");
+    let start = |address: &str| Server::start(&f, address, &["--adapter-cache", &cache]);
+    let server = start(&address);
+    let ids: Vec<Value> =
+        server.get("/v1/models").json()["data"].as_array().unwrap().iter().map(|m| m["id"].clone()).collect();
+    assert_eq!(ids[1..], [json!("tenant/bone"), json!("yes-no")]);
+    assert!(!Path::new(&cache).join("yes-no").exists(), "nothing is fetched unasked");
+    assert_eq!(server.answer(json!({ "model": "yes-no" })), "yes");
+    assert_eq!(server.send("PUT", "/v1/adapters/prod", &json!({ "path": "yes-no" })).status, 200);
+    for path in ["../adapters/yes-no", "/etc", "yes-no/../yes-no"] {
+        let answer = server.send("PUT", "/v1/adapters/x", &json!({ "path": path }));
+        assert_eq!((answer.status, answer.code().as_str()), (403, "path_refused"), "{}", answer.body);
+    }
+    let bone = server.answer(json!({ "model": "tenant/bone" }));
+    for file in ["adapter_model.safetensors", "adapter_config.json", "lorimer.json"] {
+        std::fs::copy(format!("{root}/tenant/bone/{file}"), format!("{root}/yes-no/{file}")).unwrap();
+    }
+    std::thread::sleep(Duration::from_millis(2500));
+    assert_eq!(server.answer(json!({ "model": "yes-no" })), bone);
+    let versions = std::fs::read_dir(format!("{cache}/yes-no")).unwrap().count();
+    assert_eq!(versions, 1, "what was replaced is gone");
+    drop(server);
+    // The name is kept, and what was fetched serves on without being fetched again.
+    let server = start(&address);
+    assert_eq!(server.answer(json!({ "model": "prod" })), bone);
+    assert_eq!(server.answer(json!({ "adapter_id": "yes-no" })), bone);
+    drop(server);
+    let problem =
+        error(&["serve", "--model", &f.model, "--adapters", "ftp://x/y", "--adapter-cache", &cache, "--port", "0"]);
+    assert!(problem.contains("ftp://x/y"), "{problem}");
 }
 
 #[test]

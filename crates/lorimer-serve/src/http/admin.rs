@@ -7,16 +7,20 @@ use axum::Json;
 use axum::extract::{Path, State};
 use serde::Deserialize;
 use serde_json::{Value, json};
+use utoipa::ToSchema;
 
-use super::error::ApiError;
+use super::error::{ApiError, Failure};
 use super::{App, Body, done};
 use crate::hosted::Hosted;
 use crate::store::Put;
 
 /// vLLM's `POST /v1/load_lora_adapter`.
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
 pub struct Load {
+    /// The name to give.
     lora_name: String,
+    /// A folder below the folder of adapters.
+    #[schema(value_type = String)]
     lora_path: PathBuf,
     /// Replace an adapter of that name.
     #[serde(default)]
@@ -24,16 +28,18 @@ pub struct Load {
 }
 
 /// vLLM's `POST /v1/unload_lora_adapter`.
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
 pub struct Unload {
+    /// The name to take away.
     lora_name: String,
 }
 
 /// `PUT /v1/adapters/{name}`.
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct PutAdapter {
     /// Folder below the folder of adapters.
+    #[schema(value_type = String)]
     path: PathBuf,
     /// `create` (the default), `upsert`, or `swap` with `content_id`.
     #[serde(default)]
@@ -42,7 +48,8 @@ pub struct PutAdapter {
     content_id: Option<String>,
 }
 
-#[derive(Default, Deserialize)]
+/// When a name may be given.
+#[derive(Default, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 enum Mode {
     #[default]
@@ -72,6 +79,7 @@ fn told(hosted: &Hosted) -> Value {
 }
 
 /// Gives a name to an adapter below the root.
+#[utoipa::path(post, path = "/v1/load_lora_adapter", tag = "administration", request_body = Load, responses((status = 200, description = "Done", body = Object), (status = "4XX", description = "Refused; nothing has changed", body = Failure)))]
 pub async fn load(State(app): State<Arc<App>>, Body(load): Body<Load>) -> Result<Json<Value>, ApiError> {
     let how = if load.load_inplace { Put::Upsert } else { Put::Create };
     let hosted = give(&app, &load.lora_name, load.lora_path, how).await?;
@@ -79,6 +87,7 @@ pub async fn load(State(app): State<Arc<App>>, Body(load): Body<Load>) -> Result
 }
 
 /// Takes a name away.
+#[utoipa::path(post, path = "/v1/unload_lora_adapter", tag = "administration", request_body = Unload, responses((status = 200, description = "Done", body = Object), (status = "4XX", description = "Refused; nothing has changed", body = Failure)))]
 pub async fn unload(State(app): State<Arc<App>>, Body(unload): Body<Unload>) -> Result<Json<Value>, ApiError> {
     let (store, name) = (app.needed_store()?.clone(), unload.lora_name);
     app.blocking(move || {
@@ -89,6 +98,7 @@ pub async fn unload(State(app): State<Arc<App>>, Body(unload): Body<Unload>) -> 
 }
 
 /// Gives a name to an adapter, with a choice of when it may.
+#[utoipa::path(put, path = "/v1/adapters/{name}", tag = "administration", params(("name" = String, Path, description = "The name; may hold `/`")), request_body = PutAdapter, responses((status = 200, description = "Done", body = Object), (status = "4XX", description = "Refused; nothing has changed", body = Failure)))]
 pub async fn put(
     State(app): State<Arc<App>>,
     Path(name): Path<String>,
@@ -108,6 +118,7 @@ pub async fn put(
 }
 
 /// `DELETE /v1/adapters/{name}`.
+#[utoipa::path(delete, path = "/v1/adapters/{name}", tag = "administration", params(("name" = String, Path, description = "The name; may hold `/`")), responses((status = 200, description = "Done", body = Object), (status = "4XX", description = "Refused; nothing has changed", body = Failure)))]
 pub async fn remove(State(app): State<Arc<App>>, Path(name): Path<String>) -> Result<Json<Value>, ApiError> {
     let store = app.needed_store()?.clone();
     app.blocking(move || {
@@ -118,6 +129,7 @@ pub async fn remove(State(app): State<Arc<App>>, Path(name): Path<String>) -> Re
 }
 
 /// `GET /v1/adapters`.
+#[utoipa::path(get, path = "/v1/adapters", tag = "inference", responses((status = 200, description = "Names, contents, ranks, bytes and errors of conversion", body = Object)))]
 pub async fn list(State(app): State<Arc<App>>) -> Json<Value> {
     let all: Vec<_> = app.store.iter().flat_map(|store| store.list()).collect();
     Json(json!({ "base": app.name, "adapters": all }))

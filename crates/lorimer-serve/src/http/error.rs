@@ -3,11 +3,32 @@
 use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use serde::Serialize;
 use serde_json::json;
+use utoipa::ToSchema;
 
 use crate::scheduler::Refusal;
 use crate::store::{Code, StoreError};
 use crate::worker::Declined;
+
+/// What clients read of an error.
+#[derive(Serialize, ToSchema)]
+pub struct Failure {
+    error: FailureDetails,
+}
+
+/// Kind, code and sentence of an error.
+#[derive(Serialize, ToSchema)]
+struct FailureDetails {
+    /// One sentence: what, where, and what to do.
+    message: String,
+    /// `invalid_request_error`, `authentication_error` or `server_error`.
+    r#type: &'static str,
+    /// Always null.
+    param: Option<String>,
+    /// Stable, for programs.
+    code: &'static str,
+}
 
 /// An answer that is none.
 #[derive(Clone, Debug)]
@@ -40,7 +61,8 @@ impl ApiError {
             status if status.is_client_error() => "invalid_request_error",
             _ => "server_error",
         };
-        json!({ "error": { "message": self.message, "type": kind, "param": null, "code": self.code } })
+        let message = self.message.clone();
+        json!(Failure { error: FailureDetails { message, r#type: kind, param: None, code: self.code } })
     }
 }
 

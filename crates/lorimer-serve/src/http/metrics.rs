@@ -37,6 +37,7 @@ fn escape(text: &str) -> String {
 }
 
 /// `GET /metrics`.
+#[utoipa::path(get, path = "/metrics", tag = "operation", responses((status = 200, description = "Figures for Prometheus", body = String, content_type = "text/plain")))]
 pub async fn prometheus(State(app): State<Arc<App>>) -> Response {
     let f = app.worker.figures();
     let model = escape(&app.name);
@@ -109,6 +110,7 @@ pub async fn prometheus(State(app): State<Arc<App>>) -> Response {
 }
 
 /// `GET /v1/state`: the same for people's programs.
+#[utoipa::path(get, path = "/v1/state", tag = "inference", responses((status = 200, description = "Figures of engine, store and requests", body = Object)))]
 pub async fn state(State(app): State<Arc<App>>) -> Json<Value> {
     let (bytes, count) = app.store.as_ref().map_or((0, 0), |store| store.host());
     Json(json!({

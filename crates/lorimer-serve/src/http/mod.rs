@@ -26,6 +26,8 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
+use utoipa::OpenApi;
+use utoipa::openapi::security::{Http, HttpAuthScheme, SecurityRequirement, SecurityScheme};
 
 use self::error::ApiError;
 use crate::hosted::Hosted;
@@ -244,6 +246,7 @@ async fn administration(State(app): State<Arc<App>>, request: Request, next: Nex
     }
 }
 
+#[utoipa::path(get, path = "/health", tag = "operation", responses((status = 200, description = "New requests are taken", body = Object), (status = 503, description = "The server is stopping", body = error::Failure)))]
 async fn health(State(app): State<Arc<App>>) -> Response {
     match app.worker.is_stopping() {
         true => error::stopping().into_response(),
@@ -255,6 +258,42 @@ async fn page() -> Response {
     let policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; frame-ancestors 'none'";
     let headers = [(header::CONTENT_SECURITY_POLICY, policy), (header::X_CONTENT_TYPE_OPTIONS, "nosniff")];
     (headers, Html(include_str!("page.html"))).into_response()
+}
+
+/// The calls as an OpenAPI document.
+#[derive(OpenApi)]
+#[openapi(
+    info(title = "Lorimer", description = "One base and its adapters; see docs/serving.md"),
+    paths(
+        openai::models,
+        openai::model,
+        openai::completions,
+        openai::chat,
+        admin::list,
+        admin::load,
+        admin::unload,
+        admin::put,
+        admin::remove,
+        metrics::state,
+        metrics::prometheus,
+        health
+    )
+)]
+struct Document;
+
+/// The OpenAPI document of the server, JSON for people to read.
+pub fn document() -> String {
+    let mut document = Document::openapi();
+    let key = SecurityScheme::Http(Http::new(HttpAuthScheme::Bearer));
+    document.components.get_or_insert_default().add_security_scheme("key", key);
+    // Without a key on this machine, with one elsewhere.
+    let none = SecurityRequirement::default();
+    document.security = Some(vec![none, SecurityRequirement::new("key", [""; 0])]);
+    document.to_pretty_json().unwrap_or_default()
+}
+
+async fn openapi() -> Response {
+    ([(header::CONTENT_TYPE, "application/json")], document()).into_response()
 }
 
 /// Every call of the server.
@@ -272,8 +311,11 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/v1/unload_lora_adapter", post(admin::unload))
         .route("/v1/adapters/{*name}", put(admin::put).delete(admin::remove))
         .route_layer(from_fn_with_state(app.clone(), administration));
-    let open =
-        Router::new().route("/health", get(health)).route("/metrics", get(metrics::prometheus)).route("/", get(page));
+    let open = Router::new()
+        .route("/health", get(health))
+        .route("/metrics", get(metrics::prometheus))
+        .route("/", get(page))
+        .route("/openapi.json", get(openapi));
     let unknown = || async {
         ApiError::new(StatusCode::NOT_FOUND, "not_found", "there is no such call; see README and docs/serving.md")
     };

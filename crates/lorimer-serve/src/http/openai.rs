@@ -12,9 +12,10 @@ use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
 use serde_json::{Value, json};
+use utoipa::ToSchema;
 
 use super::answer::{Answers, Piece};
-use super::error::ApiError;
+use super::error::{ApiError, Failure};
 use super::{App, Body};
 use crate::engine::{Request, Token};
 use crate::generate::FinishReason;
@@ -33,9 +34,11 @@ const MAX_LOGPROBS: usize = 20;
 const DEFAULT_TOKENS: usize = 256;
 
 /// One of several adapters of a request.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, ToSchema)]
 pub struct Weighted {
+    /// The adapter's name.
     id: String,
+    /// What its change is multiplied by.
     #[serde(default = "one")]
     scale: f32,
 }
@@ -44,15 +47,16 @@ fn one() -> f32 {
     1.0
 }
 
-#[derive(Clone, Debug, Deserialize)]
+/// One text or several.
+#[derive(Clone, Debug, Deserialize, ToSchema)]
 #[serde(untagged)]
-enum OneOrMany<T> {
-    One(T),
-    Many(Vec<T>),
+enum OneOrMany {
+    One(String),
+    Many(Vec<String>),
 }
 
-impl<T> OneOrMany<T> {
-    fn all(self) -> Vec<T> {
+impl OneOrMany {
+    fn all(self) -> Vec<String> {
         match self {
             Self::One(one) => vec![one],
             Self::Many(many) => many,
@@ -60,52 +64,79 @@ impl<T> OneOrMany<T> {
     }
 }
 
-#[derive(Clone, Debug, Default, Deserialize)]
+/// How a stream is sent.
+#[derive(Clone, Debug, Default, Deserialize, ToSchema)]
 struct StreamOptions {
+    /// Whether a last event tells the tokens.
     #[serde(default)]
     include_usage: bool,
 }
 
 /// What chats and completions have in common.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, ToSchema)]
 pub struct Common {
+    /// The base, an adapter, or BASE:ADAPTER.
     model: Option<String>,
+    /// An adapter (LoRAX); `adapter` means the same.
     #[serde(alias = "adapter")]
     adapter_id: Option<String>,
+    /// A weighted sum of adapters (llama.cpp).
     lora: Option<Vec<Weighted>>,
+    /// Most tokens of the answer.
     max_tokens: Option<usize>,
+    /// The same, and goes before it.
     max_completion_tokens: Option<usize>,
+    /// 0 takes the likeliest token; 1 where none is given.
     temperature: Option<f64>,
+    /// Only the likeliest tokens that together reach this probability.
     top_p: Option<f64>,
+    /// Only the k likeliest tokens; 0 or -1 for all.
     top_k: Option<i64>,
+    /// Only tokens at least this times as likely as the likeliest.
     min_p: Option<f64>,
+    /// Logits of tokens seen before are divided (if positive) or multiplied by this.
     repetition_penalty: Option<f64>,
+    /// Taken off a token's logit for each time that the answer has it already.
     frequency_penalty: Option<f64>,
+    /// Taken off the logit of a token that the answer has already.
     presence_penalty: Option<f64>,
+    /// The same seed draws the same tokens.
     seed: Option<i64>,
+    /// Answers to each prompt, 1 to 16.
     n: Option<usize>,
-    stop: Option<OneOrMany<String>>,
+    /// Texts that end the answer, up to 16.
+    stop: Option<OneOrMany>,
+    /// Whether to go on after the token that ends a text.
     #[serde(default)]
     ignore_eos: bool,
+    /// Whether the answer comes as server-sent events.
     #[serde(default)]
     stream: bool,
     stream_options: Option<StreamOptions>,
+    /// The tenant, for fairness.
     user: Option<String>,
 }
 
 /// `POST /v1/chat/completions`.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, ToSchema)]
 pub struct ChatRequest {
+    /// Messages with `role` and `content`, at least one.
+    #[schema(value_type = Vec<Object>)]
     messages: Vec<Value>,
+    /// Tools, handed to the chat template.
+    #[schema(value_type = Option<Vec<Object>>)]
     tools: Option<Value>,
+    /// Whether to tell log-probabilities.
     #[serde(default)]
     logprobs: bool,
+    /// How many of the likeliest tokens to tell with each, up to 20.
     top_logprobs: Option<usize>,
     #[serde(flatten)]
     common: Common,
 }
 
-#[derive(Clone, Debug, Deserialize)]
+/// A text or its tokens, one prompt or several.
+#[derive(Clone, Debug, Deserialize, ToSchema)]
 #[serde(untagged)]
 enum Prompt {
     Text(String),
@@ -115,11 +146,13 @@ enum Prompt {
 }
 
 /// `POST /v1/completions`.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, ToSchema)]
 pub struct CompletionRequest {
     prompt: Prompt,
+    /// Whether the answer begins with the prompt.
     #[serde(default)]
     echo: bool,
+    /// How many of the likeliest tokens to tell with each, up to 20.
     logprobs: Option<usize>,
     #[serde(flatten)]
     common: Common,
@@ -280,8 +313,8 @@ impl Shape {
         })
     }
 
-    /// Log-probabilities of some tokens in the form of the call.
-    fn logprobs(&self, app: &App, tokens: &[Token]) -> Value {
+    /// Log-probabilities of some tokens in the form of the call; `offset` is the number of characters before the first of them.
+    fn logprobs(&self, app: &App, tokens: &[Token], offset: usize) -> Value {
         if !self.logprobs {
             return Value::Null;
         }
@@ -298,6 +331,9 @@ impl Shape {
                 json!({ "content": tokens.iter().map(one).collect::<Vec<_>>() })
             }
             Kind::Completion => json!({
+                "text_offset": tokens.iter().scan(offset, |at, t| {
+                    Some(std::mem::replace(at, *at + text(t.token).chars().count()))
+                }).collect::<Vec<_>>(),
                 "tokens": tokens.iter().map(|t| text(t.token)).collect::<Vec<_>>(),
                 "token_logprobs": tokens.iter().map(|t| own(t).1).collect::<Vec<_>>(),
                 "top_logprobs": tokens.iter().map(|t| {
@@ -308,8 +344,15 @@ impl Shape {
     }
 
     /// A whole choice.
-    fn choice(&self, app: &App, index: usize, text: &str, tokens: &[Token], finish: FinishReason) -> Value {
-        let logprobs = self.logprobs(app, tokens);
+    fn choice(
+        &self,
+        app: &App,
+        (index, offset): (usize, usize),
+        text: &str,
+        tokens: &[Token],
+        finish: FinishReason,
+    ) -> Value {
+        let logprobs = self.logprobs(app, tokens, offset);
         match self.kind {
             Kind::Chat => json!({
                 "index": index,
@@ -323,9 +366,9 @@ impl Shape {
         }
     }
 
-    /// A piece of a choice, for a stream.
-    fn chunk(&self, app: &App, piece: &Piece, first: bool) -> Value {
-        let (logprobs, finish) = (self.logprobs(app, &piece.tokens), piece.finish.map(reason));
+    /// A piece of a choice, for a stream; `offset` is the number of characters before its tokens.
+    fn chunk(&self, app: &App, piece: &Piece, first: bool, offset: usize) -> Value {
+        let (logprobs, finish) = (self.logprobs(app, &piece.tokens, offset), piece.finish.map(reason));
         match self.kind {
             Kind::Chat => {
                 let mut delta = json!({ "content": piece.text });
@@ -353,6 +396,7 @@ impl Shape {
 }
 
 /// `POST /v1/chat/completions`.
+#[utoipa::path(post, path = "/v1/chat/completions", tag = "inference", request_body = ChatRequest, responses((status = 200, description = "OpenAI's `chat.completion`, or server-sent `chat.completion.chunk` events", body = Object), (status = "4XX", description = "Refused", body = Failure), (status = 503, description = "Overloaded or stopping; `Retry-After` says for how long", body = Failure)))]
 pub async fn chat(State(app): State<Arc<App>>, Body(request): Body<ChatRequest>) -> Result<Response, ApiError> {
     if request.messages.is_empty() {
         return Err(ApiError::invalid("messages should hold at least one message"));
@@ -387,6 +431,7 @@ fn plain_content(message: &Value) -> Value {
 }
 
 /// `POST /v1/completions`.
+#[utoipa::path(post, path = "/v1/completions", tag = "inference", request_body = CompletionRequest, responses((status = 200, description = "OpenAI's `text_completion`, whole or as server-sent events", body = Object), (status = "4XX", description = "Refused", body = Failure), (status = 503, description = "Overloaded or stopping; `Retry-After` says for how long", body = Failure)))]
 pub async fn completions(
     State(app): State<Arc<App>>,
     Body(request): Body<CompletionRequest>,
@@ -434,6 +479,7 @@ async fn respond(
     }
     let mut texts: Vec<(String, Vec<Token>, Option<FinishReason>)> =
         (0..choices).map(|i| (echoed(i), Vec::new(), None)).collect();
+    let offsets: Vec<usize> = texts.iter().map(|(text, ..)| text.chars().count()).collect();
     while let Some(piece) = answers.next().await {
         let piece = piece?;
         let (text, tokens, finish) = &mut texts[piece.index];
@@ -442,10 +488,9 @@ async fn respond(
         *finish = finish.or(piece.finish);
     }
     let generated = texts.iter().map(|(_, tokens, _)| tokens.len()).sum();
-    let all = texts
-        .iter()
-        .enumerate()
-        .map(|(i, (text, tokens, finish))| shape.choice(app, i, text, tokens, finish.unwrap_or(FinishReason::Length)));
+    let all = texts.iter().zip(offsets).enumerate().map(|(i, ((text, tokens, finish), offset))| {
+        shape.choice(app, (i, offset), text, tokens, finish.unwrap_or(FinishReason::Length))
+    });
     let mut body = shape.envelope(shape.object(), all.collect());
     body["usage"] = shape.usage(generated);
     Ok(Json(body).into_response())
@@ -472,12 +517,15 @@ fn stream(
         answers: Answers,
         next: Next,
         begun: Vec<bool>,
+        /// Characters of each choice so far.
+        offsets: Vec<usize>,
         generated: usize,
         usage: bool,
         echoed: E,
     }
     let begun = vec![false; choices];
-    let start = Sending { app, shape, answers, next: Next::Piece(first), begun, generated: 0, usage, echoed };
+    let offsets = (0..choices).map(|i| echoed(i).chars().count()).collect();
+    let start = Sending { app, shape, answers, next: Next::Piece(first), begun, offsets, generated: 0, usage, echoed };
     let events = futures_util::stream::unfold(start, |mut s| async move {
         loop {
             let piece = match std::mem::replace(&mut s.next, Next::Wait) {
@@ -496,7 +544,10 @@ fn stream(
                     if first {
                         piece.text.insert_str(0, &(s.echoed)(piece.index));
                     }
-                    s.shape.chunk(&s.app, &piece, first)
+                    let data = s.shape.chunk(&s.app, &piece, first, s.offsets[piece.index]);
+                    let told = |t: &Token| s.app.base.text.decode(&[t.token], true).unwrap_or_default().chars().count();
+                    s.offsets[piece.index] += piece.tokens.iter().map(told).sum::<usize>();
+                    data
                 }
                 Some(Err(error)) => {
                     s.next = Next::Done;
@@ -521,6 +572,7 @@ fn stream(
 }
 
 /// `GET /v1/models`.
+#[utoipa::path(get, path = "/v1/models", tag = "inference", responses((status = 200, description = "The base and its adapters", body = Object)))]
 pub async fn models(State(app): State<Arc<App>>) -> Json<Value> {
     let entry = |id: &str, parent: Option<&str>, root: &str| json!({ "id": id, "object": "model", "created": app.started, "owned_by": "lorimer", "root": root, "parent": parent });
     let mut data = vec![entry(&app.name, None, &app.name)];
@@ -531,6 +583,7 @@ pub async fn models(State(app): State<Arc<App>>) -> Json<Value> {
 }
 
 /// `GET /v1/models/{name}`.
+#[utoipa::path(get, path = "/v1/models/{name}", tag = "inference", params(("name" = String, Path, description = "The base or an adapter; may hold `/`")), responses((status = 200, description = "A model", body = Object), (status = 404, description = "There is none", body = Failure)))]
 pub async fn model(
     State(app): State<Arc<App>>,
     axum::extract::Path(name): axum::extract::Path<String>,

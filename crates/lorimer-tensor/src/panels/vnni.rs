@@ -10,7 +10,9 @@ const TILE: usize = 12;
 
 /// Whether the processor can.
 pub(super) fn available() -> bool {
-    is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") && is_x86_feature_detected!("avx512vnni")
+    is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512vnni")
 }
 
 /// As [`super::plain`]. Rows are cut into tiles as like each other as can be.
@@ -90,7 +92,8 @@ unsafe fn tile<const M: usize, const CODES: usize>(
                 }
             }
             let halves = lines.add(CODES).cast::<__m256i>();
-            let (d, m) = (_mm512_cvtph_ps(_mm256_loadu_si256(halves)), _mm512_cvtph_ps(_mm256_loadu_si256(halves.add(1))));
+            let (d, m) =
+                (_mm512_cvtph_ps(_mm256_loadu_si256(halves)), _mm512_cvtph_ps(_mm256_loadu_si256(halves.add(1))));
             for (i, (sum, &whole)) in sums.iter_mut().zip(&whole).enumerate() {
                 let [s, offset] = *scales.add(i * blocks + b);
                 *sum = _mm512_fmadd_ps(m, _mm512_set1_ps(offset), *sum);

@@ -21,9 +21,16 @@ use crate::{Global, common};
 pub struct Serve {
     #[command(flatten)]
     model: ModelArgs,
-    /// Folder of adapters: each folder below it with an adapter_config.json is served under its path
+    /// Folder of adapters, or the URL of an object store (s3://bucket/prefix, set up by AWS_… variables): each folder below it with an
+    /// adapter_config.json is served under its path
+    #[arg(long, value_name = "FOLDER|URL")]
+    adapters: Option<String>,
+    /// Folder that keeps what was fetched from an object store [default: below ~/.cache/lorimer]
     #[arg(long, value_name = "FOLDER")]
-    adapters: Option<PathBuf>,
+    adapter_cache: Option<PathBuf>,
+    /// The base's name for clients [default: as --model has it]
+    #[arg(long, value_name = "NAME", visible_alias = "served-model-name")]
+    served_name: Option<String>,
     /// Address to listen at; other than 127.0.0.1 needs keys
     #[arg(long, default_value = "127.0.0.1")]
     host: String,
@@ -63,13 +70,27 @@ pub struct Serve {
     /// Do not keep keys and values of prompts for requests that begin alike
     #[arg(long)]
     no_prefix_cache: bool,
+    /// Print the OpenAPI document of the server, and serve nothing
+    #[arg(long)]
+    openapi: bool,
     /// Seconds that requests under way get when the server is told to stop
     #[arg(long, default_value_t = 30)]
     grace: u64,
 }
 
+/// The folder that mirrors an object store, where none is given.
+fn adapter_cache(address: &str) -> PathBuf {
+    use sha2::Digest;
+    let hash: String = sha2::Sha256::digest(address).iter().take(8).map(|b| format!("{b:02x}")).collect();
+    lorimer::model::pull::own_cache().join("adapters").join(hash)
+}
+
 impl Serve {
     pub fn run(self, global: Global) -> Result<ExitCode> {
+        if self.openapi {
+            println!("{}", http::document());
+            return Ok(ExitCode::SUCCESS);
+        }
         if self.max_running == 0 || self.batch_tokens == 0 {
             bail!("--max-running and --batch-tokens should be at least 1");
         }
@@ -77,7 +98,9 @@ impl Serve {
             bail!("--first-token should be above 0");
         }
         if matches!(self.model.dtype, common::DtypeFlag::Int8) && !lorimer::tensor::panels::available() {
-            bail!("--dtype int8 needs a processor with AVX-512 VNNI to be fast, and this one has none; choose another --dtype");
+            bail!(
+                "--dtype int8 needs a processor with AVX-512 VNNI to be fast, and this one has none; choose another --dtype"
+            );
         }
         let address = http::address(&self.host, self.port).map_err(|e| anyhow!(e))?;
         let keys = Keys { api: self.api_key, admin: self.admin_key };
@@ -86,13 +109,22 @@ impl Serve {
         let base = Arc::new(base);
         let store = match self.adapters {
             None => None,
-            Some(root) => {
+            Some(place) => {
+                let address = place.contains("://").then(|| place.clone());
+                let root = match &address {
+                    Some(address) => {
+                        let own = || adapter_cache(address);
+                        self.adapter_cache.unwrap_or_else(own)
+                    }
+                    None => PathBuf::from(place),
+                };
                 let chat = ChatDefaults {
                     bos: base.text.bos.clone().unwrap_or_default(),
                     eos: base.text.eos.clone().unwrap_or_default(),
                     template: base.text.template().map(|t| t.source().to_string()),
                 };
                 let settings = StoreSettings {
+                    address,
                     host_bytes: usize::try_from(self.host_memory)?,
                     max_rank: self.max_rank,
                     conversion_rank: self.conversion_rank,
@@ -115,9 +147,10 @@ impl Serve {
             prefix_cache: !self.no_prefix_cache,
         };
         let pool_bytes = settings.pool_bytes;
+        let name = self.served_name.unwrap_or_else(|| pulled.name.clone());
         let worker = Worker::start(base.clone(), settings)?;
         let count = store.as_ref().map_or(0, |store| store.list().len());
-        let app = App::new(base, pulled.name.clone(), store, worker, keys, address.ip().is_loopback());
+        let app = App::new(base, name.clone(), store, worker, keys, address.ip().is_loopback());
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
         let stop = common::stop_flag();
         runtime.block_on(async {
@@ -126,7 +159,7 @@ impl Serve {
             let address = listener.local_addr()?;
             tracing::info!("{count} adapters, a pool of {:.0} MB", pool_bytes as f64 / 1e6);
             common::print(global, &serde_json::json!({ "url": format!("http://{address}") }), || {
-                format!("{} is served at http://{address}", pulled.name)
+                format!("{name} is served at http://{address}")
             })?;
             let stopped = async {
                 while !stop.load(Ordering::Relaxed) {

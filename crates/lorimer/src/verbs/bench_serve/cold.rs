@@ -26,7 +26,9 @@ async fn stream(client: reqwest::Client, url: Arc<String>, ask: Ask) -> Result<V
         buffer.push_str(std::str::from_utf8(&chunk).context("the stream is no text")?);
         while let Some(end) = buffer.find("\n\n") {
             let event: String = buffer.drain(..end + 2).collect();
-            let Some(Ok(event)) = event.trim().strip_prefix("data: ").map(serde_json::from_str::<Value>) else { continue };
+            let Some(Ok(event)) = event.trim().strip_prefix("data: ").map(serde_json::from_str::<Value>) else {
+                continue;
+            };
             if event["choices"][0]["text"].is_string() {
                 if let Some(before) = last.replace(now) {
                     gaps.push(now.duration_since(before).as_secs_f64());
@@ -69,7 +71,8 @@ async fn ask(
         let (client, url) = (client.clone(), url.clone());
         tasks.spawn(async move {
             let begun = Instant::now();
-            let body = json!({ "model": name(adapter), "prompt": [3], "max_tokens": 1, "ignore_eos": true, "user": "cold" });
+            let body =
+                json!({ "model": name(adapter), "prompt": [3], "max_tokens": 1, "ignore_eos": true, "user": "cold" });
             send(&client, &url, &body).await?;
             anyhow::Ok(begun.elapsed().as_secs_f64())
         });
@@ -101,7 +104,10 @@ async fn beside(
 }
 
 fn quantile(sorted: &[f64], q: f64) -> f64 {
-    sorted.get(((sorted.len() as f64 * q).ceil() as usize).clamp(1, sorted.len().max(1)) - 1).copied().unwrap_or(f64::NAN)
+    sorted
+        .get(((sorted.len() as f64 * q).ceil() as usize).clamp(1, sorted.len().max(1)) - 1)
+        .copied()
+        .unwrap_or(f64::NAN)
 }
 
 impl BenchServe {
@@ -125,7 +131,8 @@ impl BenchServe {
             a.prompt.reverse();
             a
         });
-        let (during, loads, seconds) = beside(&client, &url, turned.collect(), (first..adapters).collect(), rate).await?;
+        let (during, loads, seconds) =
+            beside(&client, &url, turned.collect(), (first..adapters).collect(), rate).await?;
         Ok(json!({
             "name": "lorimer", "adapters": adapters, "loads": loads.len(), "loads_per_second": loads.len() as f64 / seconds,
             "load_p50": quantile(&loads, 0.5), "load_p99": quantile(&loads, 0.99),

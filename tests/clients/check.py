@@ -1,0 +1,188 @@
+#!/usr/bin/env python3
+"""The server as its real clients use it: the `openai` package, the page in headless Chromium, and adapters in an S3-compatible store.
+
+usage: check.py LORIMER CHROMIUM [SCREENSHOT.png]
+
+Needs the packages `openai`, `playwright`, `moto[server]` and `boto3`. Trains two small adapters of the tiny base of the tests, serves them and asks. Ends with an error where
+something is not as it should be.
+"""
+import json, os, pathlib, shutil, subprocess, sys, tempfile, time, urllib.error, urllib.request
+
+import boto3
+from moto.server import ThreadedMotoServer
+from openai import NotFoundError, OpenAI
+from playwright.sync_api import expect, sync_playwright
+
+lorimer, chromium = sys.argv[1:3]
+screenshot = sys.argv[3] if len(sys.argv) > 3 else None
+base = pathlib.Path(__file__).resolve().parents[1] / "goldens" / "tiny-llama"
+folder = pathlib.Path(tempfile.mkdtemp())
+rows = [("up", "yes"), ("down", "no")]
+data = folder / "data.jsonl"
+message = lambda role, content: {"role": role, "content": content}
+data.write_text("".join(
+    json.dumps({"messages": [message("user", f"{rows[i % 2][0]} {i // 2}"), message("assistant", rows[i % 2][1])]}) + "\n"
+    for i in range(24)))
+root = folder / "adapters"
+for name, more in [("yes-no", ["--max-steps", "60"]), ("tenant/bone", ["--max-steps", "20", "--method", "bone", "--rank", "4"])]:
+    command = [lorimer, "train", "--model", base, "--data", data, "--output", root / name, "--lr", "1e-2", "--quiet", *more]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+def serve(adapters, *more, **environment):
+    command = [lorimer, "serve", "--model", base, "--adapters", adapters, "--port", "0", "--pool", "4MB", "--json", "--quiet", *more]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment})
+    return server, json.loads(server.stdout.readline())["url"]
+
+
+def end(server):
+    server.terminate()
+    assert server.wait(timeout=60) == 0, server.returncode
+
+
+def with_openai(url):
+    client = OpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
+    names = [m.id for m in client.models.list()]
+    assert names[1:] == ["tenant/bone", "yes-no"], names
+    assert client.models.retrieve("tenant/bone").id == "tenant/bone"
+    ask = dict(messages=[message("user", "up 3")], max_tokens=8, temperature=0)
+    chat = client.chat.completions.create(model="yes-no", logprobs=True, top_logprobs=2, **ask)
+    assert chat.choices[0].message.content == "yes" and chat.choices[0].finish_reason == "stop", chat
+    assert chat.usage.completion_tokens == len(chat.choices[0].logprobs.content), chat
+    stream = client.chat.completions.create(model="yes-no", stream=True, stream_options={"include_usage": True}, **ask)
+    chunks = list(stream)
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == "yes", chunks
+    assert chunks[-1].usage == chat.usage, chunks[-1]
+    mixed = client.chat.completions.create(model=names[0], extra_body={"lora": [{"id": "yes-no", "scale": 1.0}]}, **ask)
+    assert mixed.choices[0].message.content == "yes", mixed
+    text = client.completions.create(model="yes-no", prompt=["up 3", "down 3"], max_tokens=4, temperature=0, n=2, logprobs=2, echo=True)
+    assert len(text.choices) == 4 and all(c.logprobs.text_offset[0] >= 4 for c in text.choices), text
+    try:
+        client.chat.completions.create(model="none", **ask)
+        sys.exit("an adapter that is not there was answered for")
+    except NotFoundError as error:
+        assert error.code == "adapter_not_found", error
+
+
+def with_chromium(url):
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1280, "height": 720})
+        problems = []
+        page.on("pageerror", lambda e: problems.append(str(e)))
+        page.on("console", lambda m: problems.append(m.text) if m.type == "error" else None)
+        page.on("request", lambda r: problems.append(r.url) if not r.url.startswith(url) else None)
+        page.goto(url)
+        expect(page.locator("#adapters li")).to_have_count(3)
+        page.get_by_label("Search adapters").fill("YES")
+        expect(page.locator("#adapters li")).to_have_count(1)
+        page.get_by_title("chat with it").click()
+        page.get_by_label("Search adapters").fill("bone")
+        page.get_by_title("compare with it").click()
+        expect(page.locator("section h2")).to_have_text(["yes-no", "tenant/bone"])
+        page.get_by_label("Message").fill("up 3")
+        page.get_by_label("Message").press("Enter")
+        expect(page.locator("section:first-child .assistant")).to_have_text("yes")
+        expect(page.locator("section .speed")).to_contain_text(["tokens, first after"] * 2)
+        # A second turn, sent with the button.
+        page.get_by_label("Message").fill("down 5")
+        page.get_by_role("button", name="Send").click()
+        expect(page.locator("section:first-child .assistant").nth(1)).to_have_text("no")
+        expect(page.locator("#pooltext")).to_contain_text("adapters")
+        expect(page.locator("#pool i")).to_have_count(3)
+        if screenshot:
+            page.screenshot(path=screenshot)
+        # The adapter goes while the page is open: the error is shown, not swallowed.
+        urllib.request.urlopen(urllib.request.Request(f"{url}/v1/adapters/yes-no", method="DELETE"))
+        page.get_by_label("Message").fill("up 4")
+        page.get_by_role("button", name="Send").click()
+        expect(page.locator("section:first-child .error")).to_contain_text("no adapter")
+        # Narrow, as on a telephone: everything is still there.
+        page.set_viewport_size({"width": 380, "height": 720})
+        expect(page.get_by_label("Message")).to_be_in_viewport()
+        problems = [p for p in problems if "404" not in p]
+        assert not problems, problems
+        browser.close()
+
+
+def with_s3():
+    moto = ThreadedMotoServer(port=0)
+    moto.start()
+    host, port = moto.get_host_and_port()
+    keys = dict(AWS_ACCESS_KEY_ID="key", AWS_SECRET_ACCESS_KEY="secret", AWS_REGION="us-east-1")
+    endpoint = f"http://127.0.0.1:{port}"
+    s3 = boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1", aws_access_key_id="key", aws_secret_access_key="secret")
+    s3.create_bucket(Bucket="models")
+
+    def upload(name, source):
+        for file in (root / source).iterdir():
+            if file.name in ("adapter_model.safetensors", "adapter_config.json", "lorimer.json"):
+                s3.upload_file(str(file), "models", f"adapters/{name}/{file.name}")
+
+    upload("team/yes-no", "yes-no")
+    upload("bone", "tenant/bone")
+    s3.put_object(Bucket="models", Key="adapters/broken/adapter_config.json", Body=b"{}")
+    cache = folder / "cache"
+    environment = dict(keys, AWS_ENDPOINT=endpoint, AWS_ALLOW_HTTP="true")
+    start = lambda: serve("s3://models/adapters", "--adapter-cache", cache, **environment)
+    server, url = start()
+
+    def ask(url, model, text="up 3"):
+        client = OpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
+        answer = client.chat.completions.create(model=model, messages=[message("user", text)], max_tokens=8, temperature=0)
+        return answer.choices[0].message.content
+
+    names = [m.id for m in OpenAI(base_url=url + "/v1", api_key="none").models.list()][1:]
+    assert names == ["bone", "broken", "team/yes-no"], names
+    # Keys that are no paths end no server.
+    s3.put_object(Bucket="models", Key="adapters/../up/adapter_config.json", Body=b"{}")
+    assert ask(url, "team/yes-no") == "yes" and ask(url, "team/yes-no", "down 4") == "no"
+    other = ask(url, "bone", "left 7")
+    for missing in ["broken", "none", "../up"]:
+        try:
+            ask(url, missing)
+            sys.exit(f"{missing} was answered for")
+        except NotFoundError as error:
+            assert error.code == "adapter_not_found", error
+        except Exception as error:
+            assert missing == "../up" and error.code == "invalid_name", error
+    # A name of its own, kept over a restart; an adapter that came later; one that was replaced; one that went.
+    def call(method, path, body=None):
+        data = json.dumps(body).encode() if body else None
+        return urllib.request.urlopen(urllib.request.Request(url + path, data, {"Content-Type": "application/json"}, method=method))
+
+    call("PUT", "/v1/adapters/prod", {"path": "team/yes-no"})
+    try:
+        call("PUT", "/v1/adapters/prod2", {"path": "../../etc"})
+        sys.exit("a path out of the store was taken")
+    except urllib.error.HTTPError as error:
+        assert json.load(error)["error"]["code"] == "path_refused"
+    upload("late", "yes-no")
+    assert ask(url, "late") == "yes"
+    upload("bone", "yes-no")
+    s3.delete_object(Bucket="models", Key="adapters/late/adapter_config.json")
+    time.sleep(2.5)
+    assert ask(url, "bone") == "yes"
+    try:
+        ask(url, "late")
+        sys.exit("an adapter that went was answered for")
+    except NotFoundError:
+        pass
+    end(server)
+    server, url = start()
+    assert ask(url, "prod") == "yes"
+    # Without the store, what was fetched is served.
+    moto.stop()
+    time.sleep(2.5)
+    assert ask(url, "prod") == "yes"
+    end(server)
+    assert not any(".." in str(p.relative_to(cache)) for p in cache.rglob("*")) and not (folder / "up").exists()
+
+
+server, url = serve(root)
+with_openai(url)
+with_chromium(url)
+end(server)
+with_s3()
+shutil.rmtree(folder)
+print("the openai client, the page and the object store do what they should")
