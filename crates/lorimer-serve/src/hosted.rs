@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use candle_core::{DType, Tensor};
 use lorimer_adapter::export::low_rank_of;
-use lorimer_adapter::{Adapter, Change, LowRank, Step};
+use lorimer_adapter::{Adapter, Change, Golden, LowRank, Step};
 use lorimer_model::chat::ChatTemplate;
 use lorimer_model::{BaseModel, Projection, Site};
 use rayon::prelude::*;
@@ -57,6 +57,8 @@ pub struct Hosted {
     pub not_additive: Option<&'static str>,
     /// The chat template that it was trained with, where that is not the base's.
     pub template: Option<ChatTemplate>,
+    /// Prompts with the log-probabilities that it gave when it was trained.
+    pub golden: Vec<Golden>,
 }
 
 /// What an adapter does to one projection, as it is served.
@@ -138,6 +140,7 @@ impl Hosted {
             conversion: Conversion { exact: 0, modules: 0, error: 0.0 },
             not_additive: adapter.method.not_additive(),
             template: None,
+            golden: Vec::new(),
         };
         let (mut whole, mut wrong) = (0.0, 0.0);
         let length = |(_, s): &(String, Served)| {

@@ -10,6 +10,7 @@ pub mod http;
 pub mod mirror;
 pub mod pool;
 pub mod prefix;
+pub mod replay;
 pub mod residency;
 pub mod residents;
 pub mod sampling;

@@ -396,6 +396,11 @@ impl Store {
         Some(hosted)
     }
 
+    /// Runs something on the threads that read adapters, apart from those that compute.
+    pub fn aside<T: Send>(&self, f: impl FnOnce() -> T + Send) -> T {
+        self.loaders.install(f)
+    }
+
     /// Reads an adapter folder into its served form.
     fn load(&self, model: &(dyn BaseModel + Sync), folder: &Path) -> Result<Hosted, StoreError> {
         let invalid = |e: String| StoreError { code: Code::AdapterInvalid, message: self.without_root(&e) };
@@ -414,9 +419,9 @@ impl Store {
         let content = stored.content_id().map_err(|e| invalid(e.to_string()))?;
         let adapter = Adapter::load_whole(model, &stored).map_err(|e| invalid(e.to_string()))?;
         let template = self.template(&stored).map_err(|e| invalid(e.to_string()))?;
-        drop(stored);
+        let golden = stored.manifest.map(|m| m.golden).unwrap_or_default();
         let hosted = Hosted::new(model, &adapter, content, Some(self.settings.conversion_rank));
-        let hosted = Hosted { template, ..hosted.map_err(|e| invalid(e.to_string()))? };
+        let hosted = Hosted { template, golden, ..hosted.map_err(|e| invalid(e.to_string()))? };
         if hosted.rank > self.settings.max_rank {
             let message = format!("the adapter has rank {}, at most {} is served", hosted.rank, self.settings.max_rank);
             return refuse(Code::LimitExceeded, message);
@@ -450,7 +455,12 @@ impl Store {
     /// Keeps an adapter in host memory; others give way.
     fn keep(&self, inner: &mut Inner, hosted: Hosted) -> Arc<Hosted> {
         let content: Arc<str> = hosted.content_id.as_str().into();
-        if let Some(there) = inner.hosted.get(&content) {
+        if let Some(there) = inner.hosted.get_mut(&content) {
+            // Template and golden prompts are no part of the content: what was read last counts.
+            let source = |h: &Hosted| h.template.as_ref().map(|t| t.source().to_string());
+            if there.golden != hosted.golden || source(there) != source(&hosted) {
+                *there = Arc::new(hosted);
+            }
             return there.clone();
         }
         let units = hosted.bytes().div_ceil(UNIT);

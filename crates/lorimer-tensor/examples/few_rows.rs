@@ -1,8 +1,9 @@
-//! Time of all frozen products of one forward of SmolLM2-135M's shapes, in f32, for numbers of rows as decoding has them:
-//! `cargo run --release -p lorimer-tensor --example few_rows`. The best of seven; random weights.
+//! Time of all frozen products of one forward of SmolLM2-135M's shapes, in f32 and in whole numbers (8 bits, and 4 as Q4_1 has them), for numbers
+//! of rows as decoding and prompts have them: `cargo run --release -p lorimer-tensor --example few_rows`. The best of seven; random weights.
 
 use std::time::Instant;
 
+use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Result, Tensor};
 use lorimer_tensor::{FrozenWeight, Segmented, project_segmented};
 
@@ -12,8 +13,24 @@ const INNER: usize = 1536;
 const KEYS: usize = 192;
 const VOCABULARY: usize = 49_152;
 
-fn weight(outputs: usize, inputs: usize) -> Result<FrozenWeight> {
-    Ok(FrozenWeight::Dense(Tensor::rand(-1f32, 1.0, (outputs, inputs), &Device::Cpu)?))
+/// How weights are kept.
+#[derive(Clone, Copy)]
+enum Kept {
+    F32,
+    Int8,
+    Int4,
+}
+
+fn weight((outputs, inputs): (usize, usize), kept: Kept) -> Result<FrozenWeight> {
+    let dense = Tensor::rand(-1f32, 1.0, (outputs, inputs), &Device::Cpu)?;
+    match kept {
+        Kept::F32 => Ok(FrozenWeight::Dense(dense)),
+        Kept::Int8 => FrozenWeight::Dense(dense).to_panels(),
+        Kept::Int4 => {
+            let blocks = QTensor::quantize(&dense, GgmlDType::Q4_1)?;
+            FrozenWeight::from_ggml(GgmlDType::Q4_1, &blocks.data()?, (outputs, inputs))?.to_panels()
+        }
+    }
 }
 
 fn project(x: &Tensor, weights: &[FrozenWeight]) -> Result<()> {
@@ -22,6 +39,15 @@ fn project(x: &Tensor, weights: &[FrozenWeight]) -> Result<()> {
 }
 
 fn main() -> Result<()> {
+    println!("{:>6} {:>5} {:>8} {:>9} {:>8}", "", "rows", "ms", "GOP/s", "GB/s");
+    for (name, kept) in [("f32", Kept::F32), ("int8", Kept::Int8), ("int4", Kept::Int4)] {
+        measure(name, kept)?;
+    }
+    Ok(())
+}
+
+fn measure(name: &str, kept: Kept) -> Result<()> {
+    let weight = |outputs: usize, inputs: usize| weight((outputs, inputs), kept);
     // Weights of one input together, as the model asks for them; the last of a layer reads the wide input.
     let layer = || -> Result<[Vec<FrozenWeight>; 4]> {
         Ok([
@@ -35,8 +61,7 @@ fn main() -> Result<()> {
     let head = [weight(VOCABULARY, HIDDEN)?];
     let numbers =
         (LAYERS * (2 * HIDDEN * HIDDEN + 2 * KEYS * HIDDEN + 3 * INNER * HIDDEN) + VOCABULARY * HIDDEN) as f64;
-    println!("{:>5} {:>8} {:>9} {:>8}", "rows", "ms", "GFLOP/s", "GB/s");
-    for rows in [1, 2, 4, 8, 16, 32] {
+    for rows in [1, 2, 4, 8, 16, 32, 512] {
         let narrow = Tensor::rand(-1f32, 1.0, (rows, HIDDEN), &Device::Cpu)?;
         let wide = Tensor::rand(-1f32, 1.0, (rows, INNER), &Device::Cpu)?;
         let forward = || -> Result<()> {
@@ -54,8 +79,10 @@ fn main() -> Result<()> {
             rayon::scope(|_| forward())?;
             best = best.min(clock.elapsed().as_secs_f64());
         }
-        let (flops, bytes) = (2.0 * numbers * rows as f64, 4.0 * numbers);
-        println!("{rows:>5} {:>8.1} {:>9.0} {:>8.1}", best * 1e3, flops / best / 1e9, bytes / best / 1e9);
+        let stored = |weights: &[FrozenWeight]| weights.iter().map(FrozenWeight::bytes).sum::<usize>();
+        let bytes = layers.iter().flatten().map(|w| stored(w)).sum::<usize>() + stored(&head);
+        let (flops, bytes) = (2.0 * numbers * rows as f64, bytes as f64);
+        println!("{name:>6} {rows:>5} {:>8.1} {:>9.0} {:>8.1}", best * 1e3, flops / best / 1e9, bytes / best / 1e9);
     }
     Ok(())
 }

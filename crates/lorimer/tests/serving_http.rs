@@ -290,6 +290,23 @@ fn adapters_come_and_go_while_the_server_runs() {
     assert_eq!(first.status, 200, "{}", first.body);
     let content = first.json()["content_id"].as_str().unwrap().to_string();
     assert_eq!(server.answer(json!({ "model": "alias" })), yes);
+    // What was recorded when it was trained is what is served; what was not recorded so is told.
+    assert!(first.json()["golden_difference"].as_f64().unwrap() < 1e-3, "{}", first.body);
+    let manifest = Path::new(&root).join("yes-no/lorimer.json");
+    let kept = std::fs::read_to_string(&manifest).unwrap();
+    let golden = |change: &dyn Fn(&mut Value)| {
+        let mut manifest_now: Value = serde_json::from_str(&kept).unwrap();
+        change(&mut manifest_now["golden"][0]);
+        std::fs::write(&manifest, manifest_now.to_string()).unwrap();
+        let answer = load(&server, "told", "yes-no", json!({ "load_inplace": true }));
+        assert_eq!(answer.status, 200, "{}", answer.body);
+        answer.json()["golden_difference"].as_f64()
+    };
+    assert!(golden(&|g| g["log_probabilities"][0] = json!(-9.0)).unwrap() > 1.0);
+    assert_eq!(golden(&|g| g["tokens"] = json!([1u32 << 31])), None);
+    assert_eq!(golden(&|g| g["first"] = json!(0)), None);
+    std::fs::write(&manifest, &kept).unwrap();
+    assert_eq!(server.post("/v1/unload_lora_adapter", &json!({ "lora_name": "told" })).status, 200);
     assert_eq!(load(&server, "alias", "tenant/bone", json!({})).code(), "adapter_exists");
     assert_eq!(load(&server, "alias", "tenant/bone", json!({ "load_inplace": true })).status, 200);
     assert_eq!(server.answer(json!({ "model": "alias" })), other);

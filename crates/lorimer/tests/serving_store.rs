@@ -180,3 +180,88 @@ fn damaged_adapters_are_refused() {
     let error = Store::open(StoreSettings::new(root.path())).err().unwrap();
     assert_eq!(error.code, Code::StoreFailed);
 }
+
+/// Whatever bytes an adapter's folder holds, it is served or refused, and no name stands for what was refused.
+#[test]
+fn ten_thousand_hostile_folders() {
+    let (model, root) = (model(), tempfile::tempdir().unwrap());
+    let settings = [
+        ("lora", r#"{"r": 2}"#),
+        ("dora", r#"{"r": 2}"#),
+        ("bone", r#"{"r": 2}"#),
+        ("vera", r#"{"r": 2}"#),
+        ("shira", r#"{"r": 2}"#),
+        ("randlora", r#"{"r": 2}"#),
+    ];
+    let mut whole = Vec::new();
+    for (i, (name, settings)) in settings.into_iter().enumerate() {
+        let adapter = tiny::attach(&model, name, settings);
+        tiny::move_all(&adapter);
+        let folder = root.path().join(format!("whole{i}"));
+        adapter.to_stored("tiny").unwrap().write(&folder, None).unwrap();
+        let read = |name: &str| std::fs::read(folder.join(name)).unwrap();
+        whole.push((read(WEIGHTS_FILE), read(CONFIG_FILE)));
+    }
+    let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(11);
+    let store = open(root.path());
+    let folder = root.path().join("hostile");
+    std::fs::create_dir(&folder).unwrap();
+    let words =
+        ["null", "-1", "1e400", "\"\"", "[]", "{}", "18446744073709551615", "0", "true", "\"../x\"", "0.5", "1e9"];
+    let (mut good, mut bad) = (0, 0);
+    for _ in 0..10_000 {
+        let (mut weights, mut config) = whole[rng.random_range(0..whole.len())].clone();
+        for _ in 0..rng.random_range(1..4) {
+            match rng.random_range(0..8) {
+                // Bytes anywhere, the header's length, the header itself.
+                0 => (0..rng.random_range(1..8)).for_each(|_| {
+                    let at = rng.random_range(0..weights.len());
+                    weights[at] = rng.random();
+                }),
+                1 => weights[..8].copy_from_slice(&(rng.random::<u64>() >> rng.random_range(0..64)).to_le_bytes()),
+                2 => {
+                    let header = 8..weights.len().min(400);
+                    let at = rng.random_range(header);
+                    weights[at] = b"0123456789,:[]{}\"aF"[rng.random_range(0..19)];
+                }
+                3 => weights.truncate(rng.random_range(8..=weights.len())),
+                4 => weights.extend((0..rng.random_range(1..64)).map(|_| rng.random::<u8>())),
+                // A value of the configuration by another, or bytes of it.
+                5 | 6 => {
+                    let text = String::from_utf8_lossy(&config).into_owned();
+                    let colons: Vec<usize> = text.match_indices(": ").map(|(i, _)| i + 2).collect();
+                    if let Some(&at) = colons.get(rng.random_range(0..colons.len().max(1))) {
+                        let end = text[at..].find(['\n', ',']).map_or(text.len(), |n| at + n);
+                        let word = words[rng.random_range(0..words.len())];
+                        config = format!("{}{word}{}", &text[..at], &text[end..]).into_bytes();
+                    }
+                }
+                _ => {
+                    let at = rng.random_range(0..config.len());
+                    config[at] = rng.random();
+                }
+            }
+            if weights.len() < 16 || config.is_empty() {
+                break;
+            }
+        }
+        std::fs::write(folder.join(WEIGHTS_FILE), &weights).unwrap();
+        std::fs::write(folder.join(CONFIG_FILE), &config).unwrap();
+        match store.put(&model, "hostile-name", Path::new("hostile"), &Put::Upsert) {
+            Ok(hosted) => {
+                assert!(hosted.numbers.iter().all(|v| v.is_finite()));
+                store.remove("hostile-name").unwrap();
+                good += 1;
+            }
+            Err(error) => {
+                assert!(
+                    matches!(error.code, Code::AdapterInvalid | Code::LimitExceeded) && !error.message.is_empty(),
+                    "{error:?}"
+                );
+                assert!(!store.contains("hostile-name"));
+                bad += 1;
+            }
+        }
+    }
+    assert!(good > 100 && bad > 3000, "{good} were served, {bad} refused");
+}

@@ -12,7 +12,11 @@ use utoipa::ToSchema;
 use super::error::{ApiError, Failure};
 use super::{App, Body, done};
 use crate::hosted::Hosted;
+use crate::replay::replay;
 use crate::store::Put;
+
+/// |Δ log p| of golden prompts above which the log says so.
+const GOLDEN_TOLERANCE: f64 = 0.05;
 
 /// vLLM's `POST /v1/load_lora_adapter`.
 #[derive(Deserialize, ToSchema)]
@@ -66,8 +70,28 @@ async fn give(app: &Arc<App>, name: &str, path: PathBuf, how: Put) -> Result<Arc
     app.blocking(move || Ok(store.put(&base.model, &name, &path, &how)?)).await
 }
 
-fn told(hosted: &Hosted) -> Value {
+/// What is told of an adapter that was given a name; its golden prompts are replayed for it.
+async fn told(app: &Arc<App>, hosted: Arc<Hosted>) -> Result<Value, ApiError> {
+    let (store, base) = (app.needed_store()?.clone(), app.base.clone());
+    app.blocking(move || {
+        let golden = match store.aside(|| replay(&base.model, &hosted)) {
+            Ok(golden) => golden,
+            Err(problem) => {
+                tracing::warn!("golden prompts of {} were not replayed: {problem}", hosted.content_id);
+                None
+            }
+        };
+        if let Some(difference) = golden.filter(|d| *d > GOLDEN_TOLERANCE) {
+            tracing::warn!("golden prompts of {} differ by {difference:.3} in log p", hosted.content_id);
+        }
+        Ok(describe(&hosted, golden))
+    })
+    .await
+}
+
+fn describe(hosted: &Hosted, golden: Option<f64>) -> Value {
     json!({
+        "golden_difference": golden.filter(|d| d.is_finite()),
         "content_id": hosted.content_id,
         "method": hosted.method,
         "rank": hosted.rank,
@@ -83,7 +107,7 @@ fn told(hosted: &Hosted) -> Value {
 pub async fn load(State(app): State<Arc<App>>, Body(load): Body<Load>) -> Result<Json<Value>, ApiError> {
     let how = if load.load_inplace { Put::Upsert } else { Put::Create };
     let hosted = give(&app, &load.lora_name, load.lora_path, how).await?;
-    Ok(Json(done(format!("LoRA adapter `{}` added", load.lora_name), told(&hosted))))
+    Ok(Json(done(format!("LoRA adapter `{}` added", load.lora_name), told(&app, hosted.clone()).await?)))
 }
 
 /// Takes a name away.
@@ -114,7 +138,7 @@ pub async fn put(
         (_, Some(_)) => return Err(ApiError::invalid("`content_id` goes with mode `swap`")),
     };
     let hosted = give(&app, &name, put.path, how).await?;
-    Ok(Json(done(format!("`{name}` is {}", hosted.content_id), told(&hosted))))
+    Ok(Json(done(format!("`{name}` is {}", hosted.content_id), told(&app, hosted.clone()).await?)))
 }
 
 /// `DELETE /v1/adapters/{name}`.

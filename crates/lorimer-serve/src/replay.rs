@@ -1,0 +1,79 @@
+//! Golden prompts of an adapter, computed by the code that serves and held against what was recorded when it was trained.
+
+use lorimer_adapter::Golden;
+use lorimer_model::Llama;
+
+use crate::batched::{Batched, Rows, Used};
+use crate::error::{Error, Result};
+use crate::hosted::Hosted;
+use crate::pool::{Geometry, Pool};
+use crate::residents::Residents;
+
+/// Most tokens that are computed for one adapter.
+const MOST: usize = 512;
+
+/// The largest |Δ log p| over an adapter's golden prompts, as many as fit into 512 tokens; None where none is recorded. An error where what is
+/// recorded cannot be of this base.
+pub fn replay(model: &Llama, hosted: &std::sync::Arc<Hosted>) -> Result<Option<f64>> {
+    let vocabulary = model.config.vocab_size;
+    let fits = |g: &Golden| {
+        g.first >= 1
+            && g.first < g.tokens.len()
+            && g.tokens.len() - g.first == g.log_probabilities.len()
+            && g.tokens.len() <= model.config.max_positions
+            && g.tokens.iter().all(|&t| (t as usize) < vocabulary)
+    };
+    if !hosted.golden.iter().all(fits) {
+        return Err(Error::Request("a golden prompt in the adapter's lorimer.json does not fit the base".into()));
+    }
+    let mut left = MOST;
+    let taken = hosted.golden.iter().take_while(|g| {
+        let room = g.tokens.len() <= left;
+        left -= g.tokens.len().min(left);
+        room
+    });
+    let mut worst: Option<f64> = None;
+    for golden in taken {
+        let found = log_probabilities(model, hosted, golden)?;
+        for (now, then) in found.iter().zip(&golden.log_probabilities) {
+            // What is not a number is as wrong as can be.
+            let difference = Some(f64::from((now - then).abs())).filter(|d| !d.is_nan()).unwrap_or(f64::INFINITY);
+            worst = Some(worst.unwrap_or(0.0).max(difference));
+        }
+    }
+    Ok(worst)
+}
+
+/// log p of a golden prompt's recorded tokens.
+fn log_probabilities(model: &Llama, hosted: &std::sync::Arc<Hosted>, golden: &Golden) -> Result<Vec<f32>> {
+    let geometry = Geometry::of(&model.config);
+    let tokens = &golden.tokens[..golden.tokens.len() - 1];
+    let pages = geometry.pages_of_tokens(tokens.len()) + hosted.pages(geometry);
+    let mut pool = Pool::new(geometry, (pages + geometry.layers + 1) * geometry.page_bytes())?;
+    let mut residents = Residents::default();
+    let full = || Error::Pool("a pool made for a golden prompt is too small for it".into());
+    if !residents.load(hosted, geometry, &mut pool) {
+        return Err(full());
+    }
+    let pages = pool.take(geometry.pages_of_tokens(tokens.len())).ok_or_else(full)?;
+    let blocks: Vec<Vec<u32>> = pages.chunks(geometry.layers.max(1)).map(<[u32]>::to_vec).collect();
+    let Some((used, pages)) = residents.get(&hosted.content_id) else { return Err(full()) };
+    let adapters = vec![Used { hosted: used, pages, weight: 1.0 }];
+    let rows = vec![Rows { count: tokens.len(), position: 0, blocks: &blocks, adapters }];
+    let needed: Vec<u32> = (golden.first as u32 - 1..tokens.len() as u32).collect();
+    let batch = Batched::new(pool.numbers(), geometry, rows, &needed);
+    let mut h = model.embed(tokens, &batch)?;
+    let some = (needed.len() < tokens.len()).then_some(needed.as_slice());
+    let layout = model.layout(&batch.positions(), &batch.segments(), some);
+    for i in 0..model.layer_count() {
+        h = model.layer(i, &h, &layout, &batch, None)?;
+    }
+    let logits = model.logits(&model.finish(&h, &batch)?, &batch)?;
+    let logits = logits.to_dtype(candle_core::DType::F32)?.to_vec2::<f32>()?;
+    let of = |(row, &token): (&Vec<f32>, &u32)| {
+        let most = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let sum: f64 = row.iter().map(|l| f64::from(l - most).exp()).sum();
+        (f64::from(row[token as usize] - most) - sum.ln()) as f32
+    };
+    Ok(logits.iter().zip(&golden.tokens[golden.first..]).map(of).collect())
+}
