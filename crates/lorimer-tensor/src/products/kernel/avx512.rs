@@ -218,9 +218,10 @@ unsafe fn weighted(
         macro_rules! columns {
             ($($m:literal)*) => {
                 match (rows, wide) {
-                    // SAFETY: as this function's; n columns are inside.
                     $(
+                        // SAFETY: as this function's; n columns are inside.
                         ($m, true) => unsafe { weighted_columns::<$m, 4>(p, values, column, (out, stride), keep, n) },
+                        // SAFETY: as above.
                         ($m, false) => unsafe { weighted_columns::<$m, 1>(p, values, column, (out, stride), keep, n) },
                     )*
                     _ => {}

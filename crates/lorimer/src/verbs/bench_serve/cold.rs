@@ -29,10 +29,10 @@ async fn stream(client: reqwest::Client, url: Arc<String>, ask: Ask) -> Result<V
             let Some(Ok(event)) = event.trim().strip_prefix("data: ").map(serde_json::from_str::<Value>) else {
                 continue;
             };
-            if event["choices"][0]["text"].is_string() {
-                if let Some(before) = last.replace(now) {
-                    gaps.push(now.duration_since(before).as_secs_f64());
-                }
+            if event["choices"][0]["text"].is_string()
+                && let Some(before) = last.replace(now)
+            {
+                gaps.push(now.duration_since(before).as_secs_f64());
             }
         }
     }
