@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::{PoisonError, RwLock};
 
 use candle_core::{Result, Tensor};
-use lorimer_model::{Adaptation, AttentionCall, Point, Projection, Site};
+use lorimer_model::{Adaptation, AttentionCall, Llama, Point, Projection, Site};
 use lorimer_tensor::{
     Addition, Group, Ops, Paged, Segment, Segmented, Tape, attention_in_pool, project_segmented, store_rows,
 };
@@ -78,6 +78,21 @@ impl<'a> Batched<'a> {
             keys: vec![(i * APART, s.position + s.count)],
         };
         self.sequences.iter().enumerate().map(of).collect()
+    }
+
+    /// The logits of the rows `needed`, which are those that [`Self::new`] was given, of the batch's `tokens`; None where no row is needed.
+    pub fn logits(&self, model: &Llama, tokens: &[u32], needed: &[u32]) -> Result<Option<Tensor>> {
+        let mut h = model.embed(tokens, self)?;
+        let some = (needed.len() < tokens.len()).then_some(needed);
+        let layout = model.layout(&self.positions(), &self.segments(), some);
+        for i in 0..model.layer_count() {
+            // Only keys and values of the last layer are wanted where no token is drawn.
+            h = model.layer(i, &h, &layout, self, None)?;
+        }
+        if needed.is_empty() {
+            return Ok(None);
+        }
+        model.logits(&model.finish(&h, self)?, self).map(Some)
     }
 
     /// Row of the pool of a token's key in a layer.

@@ -461,21 +461,8 @@ impl<'m> Engine<'m> {
             }
         }
         let batch = Batched::new(pool.numbers(), *geometry, rows, &needed);
-        let compute = || -> candle_core::Result<Option<candle_core::Tensor>> {
-            let mut h = model.embed(&tokens, &batch)?;
-            let some = (needed.len() < tokens.len()).then_some(needed.as_slice());
-            let layout = model.layout(&batch.positions(), &batch.segments(), some);
-            for i in 0..model.layer_count() {
-                // Only keys and values of the last layer are wanted where no token is drawn.
-                h = model.layer(i, &h, &layout, &batch, None)?;
-            }
-            if needed.is_empty() {
-                return Ok(None);
-            }
-            model.logits(&model.finish(&h, &batch)?, &batch).map(Some)
-        };
         // Inside the pool, so that each parallel part begins without waking a thread to carry it there.
-        let logits = rayon::scope(|_| compute())?;
+        let logits = rayon::scope(|_| batch.logits(model, &tokens, &needed))?;
         let logits = logits.map(|l| l.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()).transpose()?;
         for &(id, count) in work {
             self.advance(id, count);

@@ -62,13 +62,7 @@ fn log_probabilities(model: &Llama, hosted: &std::sync::Arc<Hosted>, golden: &Go
     let rows = vec![Rows { count: tokens.len(), position: 0, blocks: &blocks, adapters }];
     let needed: Vec<u32> = (golden.first as u32 - 1..tokens.len() as u32).collect();
     let batch = Batched::new(pool.numbers(), geometry, rows, &needed);
-    let mut h = model.embed(tokens, &batch)?;
-    let some = (needed.len() < tokens.len()).then_some(needed.as_slice());
-    let layout = model.layout(&batch.positions(), &batch.segments(), some);
-    for i in 0..model.layer_count() {
-        h = model.layer(i, &h, &layout, &batch, None)?;
-    }
-    let logits = model.logits(&model.finish(&h, &batch)?, &batch)?;
+    let Some(logits) = batch.logits(model, tokens, &needed)? else { return Ok(Vec::new()) };
     let logits = logits.to_dtype(candle_core::DType::F32)?.to_vec2::<f32>()?;
     let of = |(row, &token): (&Vec<f32>, &u32)| {
         let most = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);

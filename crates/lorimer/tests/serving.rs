@@ -64,12 +64,7 @@ fn together(model: &Llama, sequences: &[Asked]) -> Vec<Tensor> {
     let tokens: Vec<u32> = sequences.iter().flat_map(|(tokens, _)| tokens.clone()).collect();
     let needed: Vec<u32> = (0..tokens.len() as u32).collect();
     let batch = Batched::new(pool.numbers(), geometry, rows.collect(), &needed);
-    let layout = model.layout(&batch.positions(), &batch.segments(), None);
-    let mut h = model.embed(&tokens, &batch).unwrap();
-    for i in 0..model.layer_count() {
-        h = model.layer(i, &h, &layout, &batch, None).unwrap();
-    }
-    let logits = model.logits(&model.finish(&h, &batch).unwrap(), &batch).unwrap();
+    let logits = batch.logits(model, &tokens, &needed).unwrap().unwrap();
     let mut at = 0;
     let one = |(tokens, _): &(Vec<u32>, _)| {
         at += tokens.len();
