@@ -529,7 +529,7 @@ impl<'m> Engine<'m> {
 }
 
 /// log p of a token, and of the `n` likeliest.
-fn log_probabilities(logits: &[f32], token: u32, n: usize) -> (f32, Vec<(u32, f32)>) {
+pub(crate) fn log_probabilities(logits: &[f32], token: u32, n: usize) -> (f32, Vec<(u32, f32)>) {
     let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let sum: f64 = logits.iter().map(|&l| f64::from(l - largest).exp()).sum();
     let of = |l: f32| (f64::from(l - largest) - sum.ln()) as f32;

@@ -20,7 +20,7 @@ use url::Url;
 use crate::store::{Code, StoreError, check_name};
 
 /// For how long an adapter is taken to be what it was when last looked at.
-const FRESH: Duration = Duration::from_secs(2);
+pub const FRESH: Duration = Duration::from_secs(2);
 /// How long the store has to answer.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Largest configuration and manifest.

@@ -64,10 +64,6 @@ fn log_probabilities(model: &Llama, hosted: &std::sync::Arc<Hosted>, golden: &Go
     let batch = Batched::new(pool.numbers(), geometry, rows, &needed);
     let Some(logits) = batch.logits(model, tokens, &needed)? else { return Ok(Vec::new()) };
     let logits = logits.to_dtype(candle_core::DType::F32)?.to_vec2::<f32>()?;
-    let of = |(row, &token): (&Vec<f32>, &u32)| {
-        let most = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let sum: f64 = row.iter().map(|l| f64::from(l - most).exp()).sum();
-        (f64::from(row[token as usize] - most) - sum.ln()) as f32
-    };
+    let of = |(row, &token): (&Vec<f32>, &u32)| crate::engine::log_probabilities(row, token, 0).0;
     Ok(logits.iter().zip(&golden.tokens[golden.first..]).map(of).collect())
 }

@@ -331,7 +331,16 @@ impl Store {
                 // A folder that came after the last look.
                 let own = Path::new(name);
                 let removed = self.lock().registry.removed.iter().any(|r| r == name);
-                let found = if removed { None } else { self.locate(own).ok() };
+                let found = match removed {
+                    true => None,
+                    false => match self.locate(own) {
+                        // That a store does not answer is not that it has nothing.
+                        Err(error) if matches!(error.code, Code::StoreFailed | Code::LimitExceeded) => {
+                            return Err(error);
+                        }
+                        found => found.ok(),
+                    },
+                };
                 if !found.is_some_and(|(below, folder)| below == own && folder.join(CONFIG_FILE).is_file()) {
                     return refuse(Code::AdapterNotFound, unknown(name));
                 }
@@ -343,10 +352,10 @@ impl Store {
         let one_at_a_time = self.lock().loading.entry(name.to_string()).or_default().clone();
         let guard = one_at_a_time.lock().unwrap_or_else(PoisonError::into_inner);
         let located = self.locate(&named.path);
-        if let Err(StoreError { code: Code::AdapterNotFound, .. }) = &located {
-            // It is gone; a name that was given stays, and says so.
+        if let Err(error) = &located {
             let mut inner = self.lock();
-            if !inner.registry.names.contains_key(name) {
+            // Where it is gone, a name that was given stays, and says so.
+            if error.code == Code::AdapterNotFound && !inner.registry.names.contains_key(name) {
                 inner.names.remove(name);
             }
             inner.loading.remove(name);
@@ -364,7 +373,7 @@ impl Store {
                 return Ok(hosted);
             }
         }
-        let loaded = self.loaders.install(|| self.load(model, &folder));
+        let loaded = self.aside(|| self.load(model, &folder));
         let mut inner = self.lock();
         drop(guard);
         inner.loading.remove(name);
@@ -486,7 +495,7 @@ impl Store {
         self.allowed(&self.lock(), name, how)?;
         let (path, folder) = self.locate(path)?;
         let stamp = Stamp::of(&folder);
-        let hosted = self.loaders.install(|| self.load(model, &folder))?;
+        let hosted = self.aside(|| self.load(model, &folder))?;
         let mut inner = self.lock();
         // Again, since others may have come before.
         self.allowed(&inner, name, how)?;

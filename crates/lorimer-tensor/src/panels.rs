@@ -51,11 +51,11 @@ pub(crate) struct Block {
 }
 
 impl Block {
-    /// The nearest in 8 bits; fewer than 32 values leave the rest zero.
+    /// The nearest in 8 bits; fewer than 32 values leave the rest zero. What is not finite makes m so.
     pub(crate) fn of(values: &[f32]) -> Self {
         let low = values.iter().copied().fold(f32::INFINITY, f32::min);
         let high = values.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let m = f16::from_f32(low);
+        let m = if values.iter().all(|v| v.is_finite()) { f16::from_f32(low) } else { f16::NAN };
         let d = f16::from_f32((high - m.to_f32()).max(0.0) / 255.0);
         let inverse = if d.to_f32() > 0.0 { d.to_f32().recip() } else { 0.0 };
         let mut codes = [0; BLOCK];
@@ -322,8 +322,12 @@ mod tests {
                 }
             }
         }
-        let infinite = Tensor::from_slice(&[1f32, f32::INFINITY], (1, 2), &Device::Cpu)?;
-        assert!(FrozenWeight::Dense(infinite).to_panels().is_err());
+        for bad in [f32::INFINITY, f32::NEG_INFINITY, f32::NAN, 1e6] {
+            let weight = Tensor::from_slice(&[1e6f32, bad], (1, 2), &Device::Cpu)?;
+            assert!(FrozenWeight::Dense(weight).to_panels().is_err(), "{bad}");
+            let weight = Tensor::from_slice(&[1f32, bad], (1, 2), &Device::Cpu)?;
+            assert_eq!(FrozenWeight::Dense(weight).to_panels().is_err(), bad != 1e6, "{bad}");
+        }
         Ok(())
     }
 

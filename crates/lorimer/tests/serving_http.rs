@@ -398,7 +398,7 @@ fn adapters_come_from_an_object_store() {
     for file in ["adapter_model.safetensors", "adapter_config.json", "lorimer.json"] {
         std::fs::copy(format!("{root}/tenant/bone/{file}"), format!("{root}/yes-no/{file}")).unwrap();
     }
-    std::thread::sleep(Duration::from_millis(2500));
+    std::thread::sleep(lorimer::serve::mirror::FRESH + Duration::from_millis(500));
     assert_eq!(server.answer(json!({ "model": "yes-no" })), bone);
     let versions = std::fs::read_dir(format!("{cache}/yes-no")).unwrap().count();
     assert_eq!(versions, 1, "what was replaced is gone");
