@@ -38,7 +38,10 @@ struct BlockAffine {
 impl BlockAffine {
     fn forward<T: Real>(&self, blocks: &[T]) -> Result<Vec<T>> {
         let (outputs, inputs) = self.weight.dims2()?;
-        let r = (blocks.len() / outputs.max(1)).max(1);
+        if outputs * inputs == 0 {
+            return Ok(Vec::new());
+        }
+        let r = blocks.len() / outputs;
         with_slices([&self.weight], |[w]: [&[T]; 1]| {
             let products = w
                 .chunks(r * inputs)
@@ -57,6 +60,9 @@ impl BlockAffine {
 
     fn backward<T: Real>(&self, blocks: &Tensor, grad: &Tensor) -> Result<Tensor> {
         let (inputs, r) = (self.weight.dim(1)?, blocks.dim(1)?);
+        if self.weight.elem_count() == 0 {
+            return blocks.zeros_like();
+        }
         with_slices([&self.weight, grad], |[w, g]: [&[T]; 2]| {
             let products = w
                 .chunks(r * inputs)

@@ -115,7 +115,7 @@ pub fn pinv(w: &Tensor, rcond: f64) -> Result<Tensor> {
 }
 
 /// Singular values of `B A` with B (m, r) and A (r, n), without forming the (m, n) product: QR of both, then
-/// the SVD of an (r, r) matrix. Falling order, r values.
+/// the SVD of a matrix of at most (r, r). Falling order, min(m, r, n) values.
 pub fn product_singular_values(b: &Tensor, a: &Tensor) -> Result<Vec<f64>> {
     let (_, rb) = qr(b)?;
     let (_, ra) = qr(&a.t()?)?;

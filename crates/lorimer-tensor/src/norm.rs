@@ -33,8 +33,11 @@ fn inverse_rms<T: Real>(row: &[T], eps: f64) -> T {
 
 impl RmsNorm {
     fn forward<T: Real>(&self, x: &[T], w: &[T]) -> CpuStorage {
+        if w.is_empty() {
+            return T::to_cpu_storage_owned(Vec::new());
+        }
         let mut y = vec![T::zero(); x.len()];
-        let chunk = rows_per_task(x.len() / w.len().max(1)) * w.len().max(1);
+        let chunk = rows_per_task(x.len() / w.len()) * w.len();
         y.par_chunks_mut(chunk).zip(x.par_chunks(chunk)).for_each(|(y, x)| {
             for (y, x) in y.chunks_exact_mut(w.len()).zip(x.chunks_exact(w.len())) {
                 wide(|| {
@@ -53,7 +56,10 @@ impl RmsNorm {
         let (dx, dw) = with_slices([x, w, grad], |[x, w, g]: [&[T]; 3]| {
             let width = w.len();
             let mut dx = vec![T::zero(); x.len()];
-            let chunk = rows_per_task(x.len() / width.max(1)) * width.max(1);
+            if width == 0 {
+                return Ok((Vec::new(), Vec::new()));
+            }
+            let chunk = rows_per_task(x.len() / width) * width;
             let parts: Vec<Vec<T>> = dx
                 .par_chunks_mut(chunk)
                 .zip(x.par_chunks(chunk).zip(g.par_chunks(chunk)))

@@ -470,7 +470,7 @@ fn scatter<T: Real>(
             if !keep {
                 dx.fill(T::zero());
             }
-            for (&row, g) in index.iter().zip(g.chunks_exact(width)) {
+            for (&row, g) in index.iter().zip(g.chunks_exact(width.max(1))) {
                 dx[row as usize * width..][..width].iter_mut().zip(g).for_each(|(dx, &g)| *dx += g);
             }
             Ok(())

@@ -168,6 +168,9 @@ pub(crate) fn with_mut_slice<T: Real>(tensor: &Tensor, f: impl FnOnce(&mut [T]) 
             self.0.borrow_mut().take().map_or(Ok(()), |f| f(storage, layout))
         }
     }
+    if tensor.elem_count() == 0 {
+        return f(&mut []);
+    }
     let write = |storage: &mut CpuStorage, layout: &Layout| match layout.contiguous_offsets() {
         Some((start, end)) => f(&mut T::mut_slice(storage)?[start..end]),
         None => Err(Error::RequiresContiguous { op: "lorimer kernel" }.bt()),

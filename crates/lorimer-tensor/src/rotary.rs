@@ -74,6 +74,9 @@ impl Rotary {
     fn run<T: Real>(&self, x: &[T], width: usize) -> Vec<T> {
         let half = self.table.half;
         let mut y = vec![T::zero(); x.len()];
+        if y.is_empty() {
+            return y;
+        }
         let rows = rows_per_task(self.table.rows);
         y.par_chunks_mut(rows * width).zip(x.par_chunks(rows * width)).enumerate().for_each(|(task, (y, x))| {
             for (r, (y, x)) in y.chunks_exact_mut(width).zip(x.chunks_exact(width)).enumerate() {

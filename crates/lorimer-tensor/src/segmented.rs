@@ -197,7 +197,9 @@ pub fn project_segmented(x: &Tensor, parts: &[Segmented<'_>]) -> Result<Vec<Tens
         let mut outputs = frozen(x, (rows, inputs), &guards)?;
         let mut tasks: Vec<(usize, &Group<'_>, Range<usize>)> = Vec::new();
         for (i, part) in parts.iter().enumerate() {
-            for group in part.groups.iter().filter(|g| !g.additions.is_empty()) {
+            // Nothing is added to outputs that there are none of.
+            let groups = part.groups.iter().filter(|g| !g.additions.is_empty() && !outputs[i].is_empty());
+            for group in groups {
                 for start in group.rows.clone().step_by(BLOCK) {
                     tasks.push((i, group, start..(start + BLOCK).min(group.rows.end)));
                 }
@@ -261,14 +263,14 @@ fn scale(additions: &[Addition<'_>], outputs: usize, y: &mut [f32], scratch: &mu
 /// `y ← y + w ((x Aᵀ) B + c)` for the rows of `x`.
 fn add(x: &[f32], (inputs, outputs): (usize, usize), addition: &Addition<'_>, y: &mut [f32], scratch: &mut Scratch) {
     let Addition { a, b, bias, weight, .. } = addition;
-    let rows = x.len() / inputs;
+    let rows = y.len() / outputs;
     if let Some(bias) = bias {
         for y in y.chunks_exact_mut(outputs) {
             bias.pieces(0, |at, c| y[at..].iter_mut().zip(c).for_each(|(y, c)| *y += weight * c));
         }
     }
     let rank = a.count;
-    if rank == 0 {
+    if rank == 0 || inputs == 0 {
         return;
     }
     let Scratch { factor, thin, vectors } = scratch;

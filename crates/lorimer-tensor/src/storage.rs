@@ -225,7 +225,16 @@ pub(crate) enum Guard<'a> {
 }
 
 impl Guard<'_> {
+    /// An error for a weight without inputs, whose number of outputs its numbers do not tell.
     pub(crate) fn view(&self) -> Result<View<'_>> {
+        let view = self.numbers()?;
+        match view.shape() {
+            (_, 0) => candle_core::bail!("a frozen weight has no inputs"),
+            _ => Ok(view),
+        }
+    }
+
+    fn numbers(&self) -> Result<View<'_>> {
         Ok(match self {
             Self::Packed(FrozenWeight::Quantised(blocks)) => View::Blocks(blocks),
             Self::Packed(FrozenWeight::Nf4(packed)) => View::Nf4(packed),

@@ -256,6 +256,57 @@ fn an_engine_answers_as_if_each_were_alone() {
     assert!(compared > 250, "{compared}");
 }
 
+/// Prompts shorter and longer than a step's rows, alone and several at once: a step may then compute rows none of whose logits are wanted.
+#[test]
+fn prompts_of_any_length_in_steps_of_few_rows() {
+    for load in [LoadDtype::Stored, LoadDtype::Int8] {
+        let model = tiny::model_sized(DType::F32, load, (192, 256));
+        let adapter = moved(&model, "lora", r#"{"r": 2}"#);
+        let hosted = hosted(&model, &adapter, "a");
+        let prompt = |n: usize| (0..n as u32).map(|i| i * i % 39).collect::<Vec<_>>();
+        for lengths in [&[1usize][..], &[7], &[8], &[9], &[16], &[65], &[65, 1, 8, 30, 9]] {
+            let policy = Policy { batch_tokens: 8, ..Default::default() };
+            let settings = EngineSettings { pool_bytes: 1 << 24, policy, prefix_cache: true };
+            let mut engine = Engine::new(&model, settings).unwrap();
+            for (i, &n) in lengths.iter().enumerate() {
+                let request = Request {
+                    prompt: prompt(n),
+                    adapters: (i % 2 == 0).then(|| (hosted.clone(), 1.0)).into_iter().collect(),
+                    max_tokens: 3,
+                    sampling: Sampling::default(),
+                    seed: 0,
+                    stop: vec![],
+                    log_probabilities: None,
+                    tenant: String::new(),
+                    names: vec![],
+                };
+                assert_eq!(engine.submit(request, 0.0).unwrap(), Ok(i as u64));
+            }
+            let mut answers: HashMap<u64, Vec<u32>> = HashMap::new();
+            let mut steps = 0;
+            while !engine.is_idle() {
+                steps += 1;
+                assert!(steps < 200);
+                for event in engine.step(f64::from(steps)) {
+                    let Event::Token(id, token, _) = event else { panic!("{event:?}") };
+                    answers.entry(id).or_default().push(token.token);
+                }
+            }
+            for (i, &n) in lengths.iter().enumerate() {
+                let (expected, closest) = match i % 2 {
+                    0 => answer(&model, &Attached::one(&adapter), &prompt(n), 3, u32::MAX),
+                    _ => answer(&model, &Frozen, &prompt(n), 3, u32::MAX),
+                };
+                // Products in whole numbers round activations, which a close choice may show.
+                if closest > if load == LoadDtype::Int8 { 0.3 } else { 1e-3 } {
+                    assert_eq!(answers[&(i as u64)], expected, "{lengths:?}, request {i}, {load:?}");
+                }
+                assert_eq!(answers[&(i as u64)].len(), 3);
+            }
+        }
+    }
+}
+
 /// A request that was put back half-way goes on where it was.
 #[test]
 fn a_request_that_was_put_back_loses_nothing() {

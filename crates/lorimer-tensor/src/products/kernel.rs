@@ -67,7 +67,8 @@ pub(crate) fn run(products: &[Product<'_, f32>], outs: &[Shared<f32>], use_512: 
     for (product, p) in products.iter().enumerate() {
         let granule = p.terms.iter().filter(|t| !t.transposed).map(|t| granule(t.right)).max().unwrap_or(1);
         let width = TASK_COLUMNS.next_multiple_of(granule);
-        let height = if p.columns <= NARROW { TASK_ROWS } else { p.rows };
+        // A product of no rows has no task, but a step all the same.
+        let height = if p.columns <= NARROW { TASK_ROWS } else { p.rows.max(1) };
         for row in (0..p.rows).step_by(height) {
             for column in (0..p.columns).step_by(width) {
                 let rows = row..(row + height).min(p.rows);

@@ -25,8 +25,13 @@ pub fn model() -> Llama {
 
 /// The same, computing in another type, its weights kept in another way.
 pub fn model_as(dtype: DType, load: LoadDtype) -> Llama {
+    model_sized(dtype, load, (16, 20))
+}
+
+/// The same in other widths, (hidden, intermediate): kernels take other ways from 128 columns on.
+pub fn model_sized(dtype: DType, load: LoadDtype, (hidden, intermediate): (usize, usize)) -> Llama {
     let json = json!({
-        "model_type": "qwen2", "hidden_size": 16, "intermediate_size": 20, "vocab_size": 40, "num_hidden_layers": 2,
+        "model_type": "qwen2", "hidden_size": hidden, "intermediate_size": intermediate, "vocab_size": 40, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "rope_theta": 10000.0, "tie_word_embeddings": false,
     });
     let config = LlamaConfig::from_json(&json, Path::new("config.json")).unwrap();
@@ -37,27 +42,27 @@ pub fn model_as(dtype: DType, load: LoadDtype) -> Llama {
         let t = if name.ends_with("norm.weight") { (t + 1.0).unwrap() } else { t };
         tensors.insert(name, t.to_dtype(dtype).unwrap());
     };
-    put("model.embed_tokens.weight".into(), &[40, 16], 1.0);
-    put("lm_head.weight".into(), &[40, 16], 0.5);
-    put("model.norm.weight".into(), &[16], 0.2);
+    put("model.embed_tokens.weight".into(), &[40, hidden], 1.0);
+    put("lm_head.weight".into(), &[40, hidden], 0.5);
+    put("model.norm.weight".into(), &[hidden], 0.2);
     for i in 0..2 {
         let at = |name: &str| format!("model.layers.{i}.{name}");
         for (name, out, inp, bias) in [
-            ("self_attn.q_proj", 16, 16, true),
-            ("self_attn.k_proj", 8, 16, true),
-            ("self_attn.v_proj", 8, 16, true),
-            ("self_attn.o_proj", 16, 16, false),
-            ("mlp.gate_proj", 20, 16, false),
-            ("mlp.up_proj", 20, 16, false),
-            ("mlp.down_proj", 16, 20, false),
+            ("self_attn.q_proj", hidden, hidden, true),
+            ("self_attn.k_proj", hidden / 2, hidden, true),
+            ("self_attn.v_proj", hidden / 2, hidden, true),
+            ("self_attn.o_proj", hidden, hidden, false),
+            ("mlp.gate_proj", intermediate, hidden, false),
+            ("mlp.up_proj", intermediate, hidden, false),
+            ("mlp.down_proj", hidden, intermediate, false),
         ] {
             put(at(&format!("{name}.weight")), &[out, inp], 0.4);
             if bias {
                 put(at(&format!("{name}.bias")), &[out], 0.3);
             }
         }
-        put(at("input_layernorm.weight"), &[16], 0.2);
-        put(at("post_attention_layernorm.weight"), &[16], 0.2);
+        put(at("input_layernorm.weight"), &[hidden], 0.2);
+        put(at("post_attention_layernorm.weight"), &[hidden], 0.2);
     }
     Llama::load(config, &Weights::from_memory(tensors).kept_as(load)).unwrap()
 }
