@@ -402,7 +402,7 @@ fn write_companions(
             write_atomic(&output.join("tokenizer.json"), text.to_json()?.as_bytes())?;
             let tokens = serde_json::json!({
                 "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": text.bos, "eos_token": text.eos,
-                "chat_template": text.template().map(|t| t.source()),
+                "chat_template": text.template_source(),
             });
             write_json(&output.join("tokenizer_config.json"), &tokens)?;
             write_json(&output.join("generation_config.json"), &serde_json::json!({ "eos_token_id": text.eos_ids }))?;

@@ -1,68 +1,34 @@
 //! Chat templates (Jinja, as Hugging Face tokenizers carry them) rendered through minijinja.
 
-use minijinja::value::{Kwargs, Serde, Value as Jinja};
-use minijinja::{Environment, Error as JinjaError, ErrorKind};
-use serde_json::Value;
+mod dialect;
+mod methods;
+mod translate;
+
+use std::ops::Range;
+
+use minijinja::value::{Serde, Value as Jinja};
+use minijinja::{Environment, Error as JinjaError};
+use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
 
 /// Steps that one rendering may take; a template that loops longer is damaged or hostile.
 const FUEL: u64 = 20_000_000;
 
+/// Names of the template's forms (see [`translate::Translated`]).
+const PLAIN: &str = "chat";
+const MARKED: &str = "marked chat";
+
+/// Variables that every template is given; `chat_template_kwargs` cannot have these names.
+pub const RESERVED: [&str; 3] = ["messages", "tools", "add_generation_prompt"];
+
 /// A compiled chat template.
 pub struct ChatTemplate {
     source: String,
+    marks_answers: bool,
     environment: Environment<'static>,
     bos: String,
     eos: String,
-}
-
-/// JSON as Python's `json.dumps` writes it: `, ` and `: ` between items, non-ASCII kept.
-fn python_json(value: &Value, indent: Option<usize>, depth: usize, out: &mut String) {
-    let newline = |out: &mut String, depth: usize| {
-        if let Some(width) = indent {
-            out.push('\n');
-            out.extend(std::iter::repeat_n(' ', width * depth));
-        }
-    };
-    let separator = if indent.is_some() { "," } else { ", " };
-    match value {
-        Value::Array(items) if !items.is_empty() => {
-            out.push('[');
-            for (i, item) in items.iter().enumerate() {
-                out.push_str(if i > 0 { separator } else { "" });
-                newline(out, depth + 1);
-                python_json(item, indent, depth + 1, out);
-            }
-            newline(out, depth);
-            out.push(']');
-        }
-        Value::Object(items) if !items.is_empty() => {
-            out.push('{');
-            for (i, (key, item)) in items.iter().enumerate() {
-                out.push_str(if i > 0 { separator } else { "" });
-                newline(out, depth + 1);
-                out.push_str(&Value::from(key.as_str()).to_string());
-                out.push_str(": ");
-                python_json(item, indent, depth + 1, out);
-            }
-            newline(out, depth);
-            out.push('}');
-        }
-        other => out.push_str(&other.to_string()),
-    }
-}
-
-fn tojson(value: Jinja, options: Kwargs) -> Result<Jinja, JinjaError> {
-    let indent: Option<usize> = options.get("indent")?;
-    let _: Option<bool> = options.get("ensure_ascii")?;
-    let _: Option<bool> = options.get("sort_keys")?;
-    options.assert_all_used()?;
-    let json = serde_json::to_value(&value)
-        .map_err(|e| JinjaError::new(ErrorKind::BadSerialization, format!("tojson: {e}")))?;
-    let mut out = String::new();
-    python_json(&json, indent.map(|n| n.min(16)), 0, &mut out);
-    Ok(Jinja::from_safe_string(out))
 }
 
 impl std::fmt::Debug for ChatTemplate {
@@ -79,23 +45,17 @@ impl ChatTemplate {
         let syntax = syntax.trim_blocks(true).lstrip_blocks(true).build();
         environment.set_syntax(syntax.map_err(|e| Error::Unsupported(one_line(&e)))?);
         environment.set_fuel(Some(FUEL));
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        environment.add_filter("tojson", tojson);
-        environment.add_function("raise_exception", |message: String| -> Result<Jinja, JinjaError> {
-            Err(JinjaError::new(ErrorKind::InvalidOperation, message))
-        });
-        environment.add_function("strftime_now", |format: String| -> Result<String, JinjaError> {
-            use std::fmt::Write as _;
-            let mut text = String::new();
-            write!(text, "{}", chrono::Local::now().format(&format)).map_err(|_| {
-                JinjaError::new(ErrorKind::InvalidOperation, format!("strftime_now: bad format `{format}`"))
-            })?;
-            Ok(text)
-        });
-        environment
-            .add_template_owned("chat", source.to_string())
-            .map_err(|e| Error::Unsupported(format!("the chat template is not valid: {}", one_line(&e))))?;
-        Ok(Self { source: source.to_string(), environment, bos: bos.to_string(), eos: eos.to_string() })
+        dialect::install(&mut environment);
+        let translated = translate::translate(source);
+        let marks_answers = translated.marked.is_some();
+        for (name, text) in [(PLAIN, Some(translated.plain)), (MARKED, translated.marked)] {
+            let Some(text) = text else { continue };
+            environment
+                .add_template_owned(name, text)
+                .map_err(|e| Error::Unsupported(format!("the chat template is not valid: {}", one_line(&e))))?;
+        }
+        let source = source.to_string();
+        Ok(Self { source, marks_answers, environment, bos: bos.to_string(), eos: eos.to_string() })
     }
 
     /// The template's text.
@@ -103,20 +63,110 @@ impl ChatTemplate {
         &self.source
     }
 
-    /// Renders messages (`[{"role": …, "content": …}, …]`) to text. `tools` are passed on where the template knows them.
+    /// Renders messages (`[{"role": …, "content": …}, …]`, see [`crate::messages`]) to text. `tools` are passed on where the
+    /// template knows them.
     pub fn render(&self, messages: &[Value], tools: Option<&Value>, add_generation_prompt: bool) -> Result<String> {
+        self.render_with(messages, tools, &Map::new(), add_generation_prompt)
+    }
+
+    /// [`Self::render`] with further variables of the template: `chat_template_kwargs` of a request or of a row of data.
+    ///
+    /// # Errors
+    /// Where a variable has the name of one that is given anyway ([`RESERVED`]), or the template refuses the conversation.
+    pub fn render_with(
+        &self,
+        messages: &[Value],
+        tools: Option<&Value>,
+        variables: &Map<String, Value>,
+        add_generation_prompt: bool,
+    ) -> Result<String> {
+        self.render_form(PLAIN, messages, tools, variables, add_generation_prompt)
+    }
+
+    /// Whether the template says with `{% generation %}` what the assistant writes.
+    pub fn marks_answers(&self) -> bool {
+        self.marks_answers
+    }
+
+    /// [`Self::render_with`], without a generation prompt, and the byte ranges of what stands in `{% generation %}`: the
+    /// assistant's tokens of transformers' `return_assistant_tokens_mask`.
+    ///
+    /// # Errors
+    /// As [`Self::render_with`]; and where the text itself has the characters that mark the ranges.
+    pub fn render_marked(
+        &self,
+        messages: &[Value],
+        tools: Option<&Value>,
+        variables: &Map<String, Value>,
+    ) -> Result<(String, Vec<Range<usize>>)> {
+        let plain = self.render_form(PLAIN, messages, tools, variables, false)?;
+        if !self.marks_answers {
+            return Ok((plain, Vec::new()));
+        }
+        let marked = self.render_form(MARKED, messages, tools, variables, false)?;
+        let (mut text, mut ranges, mut open) = (String::with_capacity(plain.len()), Vec::new(), None);
+        for c in marked.chars() {
+            match (c, open) {
+                (dialect::OPEN, None) => open = Some(text.len()),
+                (dialect::CLOSE, Some(start)) => {
+                    ranges.push(start..text.len());
+                    open = None;
+                }
+                _ => text.push(c),
+            }
+        }
+        if text != plain {
+            return Err(Error::Unsupported(
+                "the chat template's {% generation %} tags cannot be followed: they stand in one another, or what they hold is changed later".into(),
+            ));
+        }
+        Ok((text, ranges))
+    }
+
+    fn render_form(
+        &self,
+        form: &str,
+        messages: &[Value],
+        tools: Option<&Value>,
+        variables: &Map<String, Value>,
+        add_generation_prompt: bool,
+    ) -> Result<String> {
+        if let Some(name) = RESERVED.iter().find(|name| variables.contains_key(**name)) {
+            return Err(Error::Unsupported(format!(
+                "`{name}` cannot be among the chat template's own variables (chat_template_kwargs); it has a place of its own"
+            )));
+        }
         let failed =
             |e: JinjaError| Error::Unsupported(format!("the chat template refuses the conversation: {}", one_line(&e)));
-        let template = self.environment.get_template("chat").map_err(failed)?;
-        let context = minijinja::context! {
-            messages => Jinja::from(Serde(messages)),
-            tools => Jinja::from(Serde(tools)),
-            documents => Jinja::from(()),
-            add_generation_prompt => add_generation_prompt,
-            bos_token => self.bos.as_str(),
-            eos_token => self.eos.as_str(),
+        let template = self.environment.get_template(form).map_err(failed)?;
+        let given = minijinja::context! {
+            ..Jinja::from(Serde(variables)),
+            ..minijinja::context! {
+                documents => Jinja::from(()),
+                bos_token => self.bos.as_str(),
+                eos_token => self.eos.as_str(),
+            }
         };
-        template.render(context).map_err(failed)
+        let render = |messages: &[Value]| {
+            let context = minijinja::context! {
+                messages => Jinja::from(Serde(messages)),
+                tools => Jinja::from(Serde(tools)),
+                add_generation_prompt => add_generation_prompt,
+                // What stands later gives way to what stands earlier.
+                ..given.clone()
+            };
+            template.render(context)
+        };
+        // transformers gives a template no `content` where there is none. Templates that join texts without a look need one.
+        let without = |m: &Value| m.is_object() && m.get("content").is_none();
+        match render(messages) {
+            Err(first) if messages.iter().any(without) => {
+                let mut filled = messages.to_vec();
+                filled.iter_mut().filter(|m| without(m)).for_each(|m| m["content"] = "".into());
+                render(&filled).map_err(|_| failed(first))
+            }
+            other => other.map_err(failed),
+        }
     }
 }
 
@@ -135,6 +185,34 @@ mod tests {
         let template = ChatTemplate::new("{{ messages[0].x | tojson }}", "", "").unwrap();
         let text = template.render(&[json!({ "x": { "a": [1, "ä<b>"], "b": null } })], None, false).unwrap();
         assert_eq!(text, r#"{"a": [1, "ä<b>"], "b": null}"#);
+    }
+
+    #[test]
+    fn further_variables_reach_the_template() {
+        let source = "{{ messages[0].content }}{{ '/think' if enable_thinking is not defined or enable_thinking }}{{ bos_token }}{{ documents }}";
+        let template = ChatTemplate::new(source, "<s>", "").unwrap();
+        let render = |variables: Value| {
+            let messages = [json!({ "role": "user", "content": "q" })];
+            template.render_with(&messages, None, variables.as_object().unwrap(), true)
+        };
+        assert_eq!(render(json!({})).unwrap(), "q/think<s>None");
+        assert_eq!(render(json!({ "enable_thinking": true })).unwrap(), "q/think<s>None");
+        let all = json!({ "enable_thinking": false, "bos_token": "B", "documents": "D", "unknown": 1 });
+        assert_eq!(render(all).unwrap(), "qBD");
+        for name in RESERVED {
+            assert!(render(json!({ name: 1 })).unwrap_err().to_string().contains(&format!("`{name}`")));
+        }
+    }
+
+    #[test]
+    fn a_missing_content_is_missing_where_the_template_can_do_without_and_empty_elsewhere() {
+        let call = json!({ "role": "assistant", "tool_calls": [] });
+        let render =
+            |source: &str| ChatTemplate::new(source, "", "").unwrap().render(std::slice::from_ref(&call), None, false);
+        assert_eq!(render("{{ 'no' if messages[0].content is not defined else 'yes' }}").unwrap(), "no");
+        assert_eq!(render("{{ 'a' + messages[0].content + 'b' }}").unwrap(), "ab");
+        let error = render("{{ 'a' + messages[0].content + 3 }}").unwrap_err().to_string();
+        assert!(error.starts_with("the chat template refuses"), "{error}");
     }
 
     #[test]

@@ -26,6 +26,9 @@ pub enum Error {
     /// A model that this program has no code for, or a request that the model cannot fulfil.
     #[error("{0}")]
     Unsupported(String),
+    /// Messages or tools of a conversation that cannot be used.
+    #[error(transparent)]
+    Messages(#[from] crate::messages::Refused),
     /// A download that failed.
     #[error("{0}")]
     Network(String),

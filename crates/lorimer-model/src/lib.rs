@@ -8,6 +8,7 @@ pub mod error;
 pub mod files;
 pub mod gguf;
 pub mod llama;
+pub mod messages;
 pub mod pull;
 pub mod seam;
 pub mod sentencepiece;

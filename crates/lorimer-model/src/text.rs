@@ -17,7 +17,8 @@ use crate::sentencepiece;
 /// Tokenizer, special tokens and chat template.
 pub struct TextModel {
     tokenizer: Tokenizer,
-    template: Option<ChatTemplate>,
+    /// The chat template, or its text and why it does not compile: only a conversation needs one that does.
+    template: Option<Result<ChatTemplate, (String, String)>>,
     /// Text of the token that begins a sequence, where there is one.
     pub bos: Option<String>,
     /// Text of the token that ends a turn or sequence.
@@ -127,7 +128,7 @@ impl TextModel {
 
     /// Puts another tokenizer in, from a `tokenizer.json`.
     pub fn with_tokenizer_file(self, path: &Path) -> Result<Self> {
-        let template = self.template.map(|t| t.source().to_string());
+        let template = self.template_source().map(str::to_string);
         Self::assemble(Self::tokenizer_file(path)?, template, self.bos, self.eos, Vec::new())
     }
 
@@ -144,32 +145,35 @@ impl TextModel {
         eos: Option<String>,
         mut eos_ids: Vec<u32>,
     ) -> Result<Self> {
-        let template = match template {
-            Some(source) => Some(ChatTemplate::new(
-                &source,
-                bos.as_deref().unwrap_or_default(),
-                eos.as_deref().unwrap_or_default(),
-            )?),
-            None => None,
-        };
+        let (begin, end) = (bos.as_deref().unwrap_or_default(), eos.as_deref().unwrap_or_default());
+        let template =
+            template.map(|source| ChatTemplate::new(&source, begin, end).map_err(|e| (source, e.to_string())));
         eos_ids.extend(eos.as_ref().and_then(|t| tokenizer.token_to_id(t)));
         eos_ids.sort_unstable();
         eos_ids.dedup();
         Ok(Self { tokenizer, template, bos, eos, eos_ids })
     }
 
-    /// The chat template, where the model has one.
-    pub fn template(&self) -> Option<&ChatTemplate> {
-        self.template.as_ref()
+    /// The chat template's text, where the model has one.
+    pub fn template_source(&self) -> Option<&str> {
+        self.template.as_ref().map(|template| match template {
+            Ok(template) => template.source(),
+            Err((source, _)) => source,
+        })
     }
 
-    /// The chat template, or an error that says what to do without one.
+    /// The chat template.
+    ///
+    /// # Errors
+    /// Says what to do where there is none, and why one cannot be used.
     pub fn needed_template(&self) -> Result<&ChatTemplate> {
-        self.template.as_ref().ok_or_else(|| {
-            Error::Unsupported(
+        match &self.template {
+            Some(Ok(template)) => Ok(template),
+            Some(Err((_, problem))) => Err(Error::Unsupported(problem.clone())),
+            None => Err(Error::Unsupported(
                 "the model has no chat template; use prompt/completion or text data, or a model that has one".into(),
-            )
-        })
+            )),
+        }
     }
 
     /// Tokens of a text. `special` adds what the tokenizer puts around plain text (a chat template brings its own).

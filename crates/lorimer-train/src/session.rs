@@ -152,7 +152,7 @@ impl Session<'_> {
                 fingerprint: self.base.fingerprint.clone(),
                 model_type: self.base.model.config.model_type.clone(),
             }),
-            chat_template: self.base.text.template().map(|t| t.source().to_string()),
+            chat_template: self.base.text.template_source().map(str::to_string),
             training: json!({
                 "data": self.data_names, "examples": self.train.len(), "steps": outcome.steps,
                 "best_step": outcome.best.filter(|_| self.settings.keep_best).map(|b| b.0),

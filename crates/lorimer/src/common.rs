@@ -184,7 +184,7 @@ pub fn open_adapters(base: &Base, adapters: &[(PathBuf, f64)]) -> Result<Vec<(Ad
     let open = |(path, weight): &(PathBuf, f64)| -> Result<(Adapter, f64)> {
         let stored = StoredAdapter::read(path)?;
         if let Some(template) = stored.manifest.as_ref().and_then(|m| m.chat_template.as_ref())
-            && base.text.template().is_none_or(|t| t.source() != template)
+            && base.text.template_source().is_none_or(|t| t != template)
         {
             tracing::warn!(
                 "`{}` was trained with another chat template than the base's; answers may differ",

@@ -99,6 +99,39 @@ fn chat_templates_render_as_transformers_does() {
     }
 }
 
+/// jinja2's and Python's expressions and blocks as transformers compiles them (tests/goldens/make_dialect.py). What it refuses
+/// may be rendered here.
+#[test]
+fn templates_speak_transformers_dialect() {
+    let golden = json(&folder("dialect.json"));
+    let mut variables = golden["context"].as_object().unwrap().clone();
+    let mut take = |name: &str| variables.shift_remove(name).unwrap();
+    let (messages, tools, prompt) = (take("messages"), take("tools"), take("add_generation_prompt"));
+    let (bos, eos) = (take("bos_token"), take("eos_token"));
+    let mut different: Vec<&str> =
+        golden["different"].as_array().unwrap().iter().map(|s| s.as_str().unwrap()).collect();
+    let (mut wrong, mut count) = (Vec::new(), 0);
+    for case in golden["table"].as_array().unwrap() {
+        let (source, Some(expected)) = (case[0].as_str().unwrap(), case[1].as_str()) else { continue };
+        count += 1;
+        let text = ChatTemplate::new(source, bos.as_str().unwrap(), eos.as_str().unwrap()).and_then(|template| {
+            template.render_with(messages.as_array().unwrap(), Some(&tools), &variables, prompt.as_bool().unwrap())
+        });
+        let known = different.iter().position(|s| *s == source);
+        match text {
+            Ok(text) if text == expected && known.is_none() => {}
+            Ok(text) if text == expected => wrong.push(format!("{source:?} is no difference any more")),
+            _ if known.is_some() => {
+                known.map(|at| different.swap_remove(at));
+            }
+            Ok(text) => wrong.push(format!("{source:?} gives {text:?} instead of {expected:?}")),
+            Err(e) => wrong.push(format!("{source:?} is refused ({e}) instead of {expected:?}")),
+        }
+    }
+    assert!(different.is_empty(), "{different:?}");
+    assert!(count > 600 && wrong.is_empty(), "{} of {count}:\n{}", wrong.len(), wrong.join("\n"));
+}
+
 /// SentencePiece's own tokens (tests/goldens/make_sentencepiece.py).
 #[test]
 fn sentencepiece_in_gguf_gives_sentencepieces_tokens() {

@@ -121,7 +121,7 @@ impl Serve {
                 let chat = ChatDefaults {
                     bos: base.text.bos.clone().unwrap_or_default(),
                     eos: base.text.eos.clone().unwrap_or_default(),
-                    template: base.text.template().map(|t| t.source().to_string()),
+                    template: base.text.template_source().map(str::to_string),
                 };
                 let settings = StoreSettings {
                     address,
