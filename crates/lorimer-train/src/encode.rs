@@ -4,8 +4,8 @@ use std::path::Path;
 
 use lorimer_model::TextModel;
 use serde::Serialize;
-use serde_json::Value;
 
+use crate::answers::{Conversation, Part};
 use crate::data::{Format, Row, Sample, detect, read_rows, sample};
 use crate::error::{Error, Result};
 
@@ -172,8 +172,10 @@ fn encode_row(row: &Row, format: Format, text: &TextModel, train_on_prompt: bool
     encode(&sample(fields, format)?, text, train_on_prompt)
 }
 
-/// Tokens of one sample. A conversation gives one example; or one for each answer, where the template renders earlier
-/// turns differently once later ones follow (as templates do that drop earlier reasoning).
+/// Tokens of one sample. A conversation gives one example; or one for each answer, where the template writes an earlier
+/// answer differently once later messages follow (as templates do that drop earlier reasoning).
+///
+/// A token that lies over the boundary between what is given and what is learnt is learnt, since it has a part of the answer.
 pub fn encode(sample: &Sample, text: &TextModel, train_on_prompt: bool) -> Result<Vec<Example>, String> {
     let say = |e: lorimer_model::Error| e.to_string();
     match sample {
@@ -184,17 +186,32 @@ pub fn encode(sample: &Sample, text: &TextModel, train_on_prompt: bool) -> Resul
         }
         Sample::Completion { prompt, completion } => {
             let whole = text.encode(&format!("{prompt}{completion}"), true).map_err(say)?;
-            let mut learnt: Vec<bool> = whole
-                .spans
-                .iter()
-                .map(|&(start, end)| train_on_prompt || (start >= prompt.len() && end > start))
-                .collect();
+            let mut learnt: Vec<bool> =
+                whole.spans.iter().map(|&(_, end)| train_on_prompt || end > prompt.len()).collect();
+            // Tokens after the text's last are the tokenizer's own end of a sequence; they cover no text.
+            let added = whole.spans.iter().rev().take_while(|(start, end)| start == end).count();
+            let first = learnt.len() - added;
+            learnt[first..].fill(true);
             let mut ids = whole.ids;
             end_sequence(&mut ids, text);
             learnt.resize(ids.len(), true);
             Ok(vec![Example { tokens: ids, learnt, answer: Some(completion.trim().to_string()) }])
         }
-        Sample::Chat { messages, tools } => chat(messages, tools.as_ref(), text, train_on_prompt),
+        Sample::Chat { messages, tools, variables } => {
+            let template = text.needed_template().map_err(say)?;
+            let conversation = Conversation { template, messages, tools: tools.as_ref(), variables };
+            let answer = conversation.last_answer();
+            let parts = if train_on_prompt { vec![conversation.context()?] } else { conversation.learnt()? };
+            let example = |part: Part| {
+                let encoded = text.encode(&part.text, false).map_err(say)?;
+                let inside =
+                    |&(start, end): &(usize, usize)| part.answers.iter().any(|a| end > a.start && start < a.end);
+                // The ranges are what is learnt, or what is not where everything else is.
+                let learnt = encoded.spans.iter().map(|span| inside(span) != train_on_prompt).collect();
+                Ok(Example { tokens: encoded.ids, learnt, answer: answer.clone() })
+            };
+            parts.into_iter().map(example).collect()
+        }
     }
 }
 
@@ -208,41 +225,105 @@ fn end_sequence(ids: &mut Vec<u32>, text: &TextModel) {
     }
 }
 
-fn chat(
-    messages: &[Value],
-    tools: Option<&Value>,
-    text: &TextModel,
-    train_on_prompt: bool,
-) -> Result<Vec<Example>, String> {
-    let say = |e: lorimer_model::Error| e.to_string();
-    let template = text.needed_template().map_err(say)?;
-    let role = |m: &Value| m.get("role").and_then(Value::as_str).unwrap_or_default().to_string();
-    let answers: Vec<usize> = (0..messages.len()).filter(|&i| role(&messages[i]) == "assistant").collect();
-    if answers.is_empty() && !train_on_prompt {
-        return Err("has no assistant message to learn from".into());
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    /// A folder with a tokenizer of bytes that joins a blank and a `y`, and one that also ends a text itself.
+    fn text(ends: bool, template: &str) -> TextModel {
+        let folder = tempfile::tempdir().unwrap();
+        // Byte-level vocabularies write a blank as Ġ and a new line as Ċ.
+        let letters = ["<s>", "</s>", "Ġ", "y", "Ġy", "a", ":", "e", "s", "<", ">", "Ċ", "q", "1", "/"];
+        let vocabulary: Value = letters
+            .iter()
+            .enumerate()
+            .map(|(id, t)| (t.to_string(), Value::from(id)))
+            .collect::<serde_json::Map<_, _>>()
+            .into();
+        let special = |id: u32, content: &str| json!({ "id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true });
+        let around = json!({
+            "type": "TemplateProcessing",
+            "single": [{ "SpecialToken": { "id": "<s>", "type_id": 0 } }, { "Sequence": { "id": "A", "type_id": 0 } }, { "SpecialToken": { "id": "</s>", "type_id": 0 } }],
+            "pair": [],
+            "special_tokens": { "<s>": { "id": "<s>", "ids": [0], "tokens": ["<s>"] }, "</s>": { "id": "</s>", "ids": [1], "tokens": ["</s>"] } },
+        });
+        let tokenizer = json!({
+            "version": "1.0", "truncation": null, "padding": null, "normalizer": null, "decoder": { "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": true },
+            "added_tokens": [special(0, "<s>"), special(1, "</s>")],
+            "pre_tokenizer": { "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": true },
+            "post_processor": if ends { around } else { Value::Null },
+            "model": { "type": "BPE", "vocab": vocabulary, "merges": [["Ġ", "y"]], "dropout": null, "unk_token": null, "continuing_subword_prefix": null, "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false },
+        });
+        let config = json!({ "bos_token": "<s>", "eos_token": "</s>", "chat_template": template });
+        std::fs::write(folder.path().join("tokenizer.json"), tokenizer.to_string()).unwrap();
+        std::fs::write(folder.path().join("tokenizer_config.json"), config.to_string()).unwrap();
+        TextModel::from_folder(folder.path()).unwrap()
     }
-    let answer = answers.last().and_then(|&i| messages[i].get("content")?.as_str()).map(|s| s.trim().to_string());
-    let whole = template.render(messages, tools, false).map_err(say)?;
-    let common = |a: &str, b: &str| a.bytes().zip(b.bytes()).take_while(|(a, b)| a == b).count();
-    // What the template adds after its generation prompt for each answer, as byte ranges of the whole text.
-    let mut spans = Vec::new();
-    let mut stable = true;
-    for &i in &answers {
-        let prompt = template.render(&messages[..i], tools, true).map_err(say)?;
-        let through = template.render(&messages[..=i], tools, false).map_err(say)?;
-        let start = common(&prompt, &through);
-        stable &= whole.starts_with(&through) && start > 0;
-        spans.push((start, through.len(), through));
+
+    fn learnt(sample: &Sample, text: &TextModel) -> Vec<String> {
+        let examples = encode(sample, text, false).unwrap();
+        let example = &examples[0];
+        (0..example.tokens.len())
+            .filter(|&i| example.learnt[i])
+            .map(|i| text.decode(&example.tokens[i..=i], true).unwrap())
+            .collect()
     }
-    let mark = |content: &str, ranges: &[(usize, usize)]| -> Result<Example, String> {
-        let encoded = text.encode(content, false).map_err(say)?;
-        let inside = |start: usize| ranges.iter().any(|&(a, b)| start >= a && start < b);
-        let learnt = encoded.spans.iter().map(|&(start, _)| train_on_prompt || inside(start)).collect();
-        Ok(Example { tokens: encoded.ids, learnt, answer: answer.clone() })
-    };
-    if stable || train_on_prompt {
-        let ranges: Vec<_> = spans.iter().map(|(a, b, _)| (*a, *b)).collect();
-        return Ok(vec![mark(&whole, &ranges)?]);
+
+    #[test]
+    fn a_token_over_the_boundary_is_learnt() {
+        let text = text(false, "");
+        for (prompt, completion) in [("a: ", "yes"), ("a:", " yes")] {
+            let sample = Sample::Completion { prompt: prompt.into(), completion: completion.into() };
+            assert_eq!(learnt(&sample, &text), [" y", "e", "s", "</s>"], "{prompt:?}");
+        }
     }
-    spans.iter().map(|(a, b, through)| mark(through, &[(*a, *b)])).collect()
+
+    #[test]
+    fn the_end_is_learnt_once_whoever_adds_it() {
+        for ends in [false, true] {
+            let text = text(ends, "");
+            let sample = Sample::Completion { prompt: "a:".into(), completion: "yes".into() };
+            assert_eq!(learnt(&sample, &text), ["y", "e", "s", "</s>"], "{ends}");
+            let sample = Sample::Text("yes".into());
+            let all = learnt(&sample, &text);
+            assert_eq!(
+                (all.iter().filter(|t| *t == "</s>").count(), all.last().map(String::as_str)),
+                (1, Some("</s>"))
+            );
+        }
+    }
+
+    #[test]
+    fn only_a_conversation_needs_a_template_that_compiles() {
+        let text = text(false, "{% nonsense %}");
+        assert_eq!(text.template_source(), Some("{% nonsense %}"));
+        let rows = [Sample::Text("yes".into()), Sample::Completion { prompt: "a:".into(), completion: "yes".into() }];
+        assert!(rows.iter().all(|sample| encode(sample, &text, false).is_ok()));
+        let messages =
+            vec![json!({ "role": "user", "content": "a" }), json!({ "role": "assistant", "content": "yes" })];
+        let chat = Sample::Chat { messages, tools: None, variables: serde_json::Map::new() };
+        assert!(encode(&chat, &text, false).unwrap_err().starts_with("the chat template is not valid: "));
+    }
+
+    #[test]
+    fn a_rows_own_variables_and_weights_count() {
+        let text = text(
+            false,
+            "{% for m in messages %}<{{ m.role[0] if short else '' }}>{{ m.content }}{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}{% if add_generation_prompt %}<{{ 'a' if short else '' }}>{% endif %}",
+        );
+        let messages = [("user", "q", 1), ("assistant", "es", 0), ("user", "q", 1), ("assistant", "yes", 1)];
+        let messages: Vec<Value> = messages
+            .map(|(role, content, weight)| json!({ "role": role, "content": content, "weight": weight }))
+            .into();
+        let variables = json!({ "short": false }).as_object().unwrap().clone();
+        let chat = Sample::Chat { messages, tools: None, variables };
+        assert_eq!(learnt(&chat, &text), ["y", "e", "s", "</s>"]);
+        let whole = encode(&chat, &text, true).unwrap();
+        let masked: String = (0..whole[0].tokens.len())
+            .filter(|&i| !whole[0].learnt[i])
+            .map(|i| text.decode(&whole[0].tokens[i..=i], true).unwrap())
+            .collect();
+        assert_eq!(masked, "es</s>", "everything else of the prompt is learnt");
+    }
 }

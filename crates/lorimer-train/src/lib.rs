@@ -1,6 +1,7 @@
 //! Training and evaluation: data to tokens ([`encode`]), the loop ([`trainer`]), optimisers, schedules, checkpoints,
 //! logs, evaluation, and all of it in one call ([`session`]).
 
+mod answers;
 pub mod calibrate;
 pub mod checkpoint;
 pub mod control;
