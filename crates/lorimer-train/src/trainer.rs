@@ -26,6 +26,11 @@ use crate::optimizer::{self, AdamWConfig, Optimizer, OptimizerKind, Treatment};
 use crate::schedule::{Schedule, Shape};
 use crate::step::{Extras, StepOptions, accumulate};
 
+/// Settings that stand at zero are not written, so that what an earlier version began can be resumed.
+fn is_zero(value: &f64) -> bool {
+    *value == 0.0
+}
+
 /// Settings of a run. What is here decides the result; the same settings give the same bytes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TrainSettings {
@@ -41,6 +46,9 @@ pub struct TrainSettings {
     pub gradient_accumulation: usize,
     /// Steps over which the rate rises.
     pub warmup_steps: usize,
+    /// The same as a share of all steps, rounded up; only where `warmup_steps` is 0, as in transformers.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub warmup_ratio: f64,
     /// Shape of the rate after that.
     pub schedule: Shape,
     /// Which optimiser; None: the method's own.
@@ -74,6 +82,7 @@ impl Default for TrainSettings {
             batch_size: 8,
             gradient_accumulation: 1,
             warmup_steps: 0,
+            warmup_ratio: 0.0,
             schedule: Shape::Linear,
             optimizer: None,
             objective: None,
@@ -108,6 +117,12 @@ impl TrainSettings {
         if self.max_steps.is_none() && !(self.epochs.is_finite() && self.epochs > 0.0 && self.epochs <= 1e6) {
             return fail(format!("--epochs {} should be above 0", self.epochs));
         }
+        if !(0.0..=1.0).contains(&self.warmup_ratio) {
+            return fail(format!("--warmup-ratio {} should be between 0 and 1", self.warmup_ratio));
+        }
+        if self.warmup_ratio > 0.0 && self.warmup_steps > 0 {
+            return fail("--warmup-steps and --warmup-ratio say the same thing twice; give one of them".into());
+        }
         if self.max_steps == Some(0) || self.eval_steps == Some(0) {
             return fail("--max-steps and --eval-steps should be at least 1".into());
         }
@@ -123,6 +138,19 @@ impl TrainSettings {
     pub fn total_steps(&self, examples: usize) -> usize {
         let by_epochs = (self.epochs * self.steps_per_epoch(examples) as f64).ceil() as usize;
         self.max_steps.unwrap_or(by_epochs.max(1))
+    }
+
+    /// Steps over which the rate of a run over `examples` rows rises.
+    pub fn warmup(&self, examples: usize) -> usize {
+        match self.warmup_steps {
+            0 => (self.total_steps(examples) as f64 * self.warmup_ratio).ceil() as usize,
+            steps => steps,
+        }
+    }
+
+    /// The rate of the first step that moves anything: the highest one over the steps of the warm-up.
+    pub fn first_rate(&self, examples: usize) -> f64 {
+        self.learning_rate / self.warmup(examples).max(1) as f64
     }
 
     /// Whether a run over `examples` rows sees any of them twice.
@@ -291,7 +319,8 @@ impl Run<'_> {
         let parameters = self.adapter.trainable();
         let total = self.settings.total_steps(self.train.len());
         let s = self.settings;
-        let schedule = Schedule { peak: s.learning_rate, warmup: s.warmup_steps, total, shape: s.schedule };
+        let warmup = s.warmup(self.train.len());
+        let schedule = Schedule { peak: s.learning_rate, warmup, total, shape: s.schedule };
         let own = self.adapter.method.training();
         let kind = s.optimizer.clone().or(own.optimizer).unwrap_or_default();
         let mut optimizer = optimizer::build(&kind, s.adamw, self.adapter)?;
@@ -508,6 +537,24 @@ impl Run<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// transformers' `get_warmup_steps`: steps where they are given, else the ratio of all steps, rounded up.
+    #[test]
+    fn warm_up_is_as_transformers_counts_it() {
+        let of = |steps, ratio| {
+            let s =
+                TrainSettings { max_steps: Some(138), warmup_steps: steps, warmup_ratio: ratio, ..Default::default() };
+            (s.warmup(1000), s.first_rate(1000))
+        };
+        assert_eq!(of(0, 0.0), (0, 2e-4));
+        assert_eq!(of(0, 0.03), (5, 2e-4 / 5.0));
+        assert_eq!(of(7, 0.0), (7, 2e-4 / 7.0));
+        assert_eq!(of(0, 1e-9), (1, 2e-4));
+        let check = |warmup_steps, warmup_ratio| {
+            TrainSettings { warmup_steps, warmup_ratio, ..Default::default() }.check().is_ok()
+        };
+        assert!(check(3, 0.0) && check(0, 1.0) && !check(3, 0.1) && !check(0, 1.5) && !check(0, f64::NAN));
+    }
 
     #[test]
     fn an_epoch_takes_every_row_once() {

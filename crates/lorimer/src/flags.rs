@@ -90,8 +90,8 @@ impl AdapterArgs {
         Ok(methods::entry(&self.method)?)
     }
 
-    /// The method with its settings, in PEFT's keys. `lr`: the run's learning rate, which a method's start may depend on.
-    pub fn build(&self, lr: Option<f64>) -> Result<Box<dyn Method>> {
+    /// The method with its settings, in PEFT's keys. `first_rate`: the rate of the run's first step, which a method's start may depend on.
+    pub fn build(&self, first_rate: Option<f64>) -> Result<Box<dyn Method>> {
         let entry = self.entry()?;
         let given = [
             ("rank", self.rank.map(|r| json!(r))),
@@ -112,8 +112,8 @@ impl AdapterArgs {
             })?;
             map.insert(key, value);
         }
-        if let (Some(lr), Some(key)) = (lr, key_of("lr")) {
-            map.insert(key, json!(lr));
+        if let (Some(rate), Some(key)) = (first_rate, key_of("lr")) {
+            map.insert(key, json!(rate));
         }
         if let Some(exclude) = &self.exclude_modules {
             map.insert("exclude_modules".into(), names(exclude));

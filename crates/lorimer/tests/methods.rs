@@ -127,6 +127,48 @@ fn a_comparison_goes_on_where_it_stopped() {
     assert!(error(&["compare", &file, "--output", &out]).contains("is no comparison"));
 }
 
+/// LoRA-SB's start is a step at the rate of the first step: the peak over the warm-up in `train`; in `compare` the same at all rates.
+#[test]
+fn lora_sbs_start_follows_the_warm_up_and_not_a_sweep() {
+    let f = Fixture::new();
+    let out = f.path("sb");
+    let more = ["--method", "lora-sb", "--rank", "4", "--max-steps", "20", "--warmup-ratio", "0.21", "--set", "samples=4"];
+    ok(&f.train(&out, &more));
+    let eta = |folder: &Path| {
+        let bytes = std::fs::read(folder.join("adapter_config.json")).unwrap();
+        serde_json::from_slice::<serde_json::Value>(&bytes).unwrap()["init_lr"].as_f64().unwrap()
+    };
+    // --lr 1e-2 over the five steps of the warm-up.
+    assert!((eta(Path::new(&out)) - 2e-3).abs() < 1e-15);
+    let (file, results) = (f.path("sb.yaml"), f.path("sb-results"));
+    let (model, data) = (&f.model, &f.data);
+    let spec = format!(
+        "model: {model}\nsteps: 40\nbatch_size: 4\nseeds: [0]\nWARMUP\ntasks:\n  - {{ name: one, data: {data}, eval: {data} }}\n\
+         sweep: {{ task: one, steps: 3, rates: [1e-4, 1e-3, 1e-2], held_out: 6 }}\n\
+         methods:\n  - {{ name: lora-sb, set: {{ r: 4, samples: 4 }} }}\n  - {{ name: own, method: lora-sb, set: {{ r: 4, samples: 4, init_lr: 0.5 }}, lr: 1e-3 }}\n"
+    );
+    for (warmup, expected) in [("", 5e-4 / 2.0), ("warmup_ratio: 0.1", 5e-4 / 4.0)] {
+        let results = format!("{results}{}", warmup.len());
+        std::fs::write(&file, spec.replace("WARMUP", warmup)).unwrap();
+        assert_eq!(json(&["compare", &file, "--output", &results])["missing_runs"], 0);
+        let mut rates = std::collections::BTreeSet::new();
+        for entry in std::fs::read_dir(Path::new(&results).join("runs")).unwrap() {
+            let run: serde_json::Value = serde_json::from_slice(&std::fs::read(entry.unwrap().path()).unwrap()).unwrap();
+            let (own, start) = (run["spec"]["lr"].to_string(), run["spec"]["set"]["init_lr"].as_f64());
+            match start {
+                Some(start) if start != 0.5 => {
+                    assert!((start - expected).abs() < 1e-18, "{start} at {own}");
+                    rates.insert(own);
+                }
+                _ => {}
+            }
+        }
+        assert!(rates.len() >= 3, "{rates:?}");
+    }
+    std::fs::write(&file, spec.replace("WARMUP", "warmup_ratio: 2.0")).unwrap();
+    assert!(error(&["compare", &file, "--output", &results]).contains("warmup_ratio"));
+}
+
 /// The pages in `docs/methods` are what the sources say; `lorimer methods --docs docs/methods` writes them anew.
 #[test]
 fn the_methods_pages_are_up_to_date() {

@@ -2,7 +2,8 @@
 //!
 //! Ponkshe et al. 2024, *Initialization using Update Approximation is a Silver Bullet for Extremely Efficient Low-Rank Fine-Tuning*,
 //! arXiv 2411.19557, algorithm 1: LoRA-XS's form `y = W x + B R A x` with A (r, inputs), B (outputs, r) frozen and R (r, r) trained, but
-//! started from data: the gradient of W is summed over some rows, `ΔW₁ = −η · sign(Σ ∇W)` is what AdamW's first step would do, and with
+//! started from data: the gradient of W is summed over some rows, `ΔW₁ = −η · sign(Σ ∇W)` is what AdamW's first step would do at its
+//! rate η (the peak over the steps of the warm-up), and with
 //! its best approximation of rank r, `ΔW₁ ≈ U S Vᵀ`: B = U_r, A = V_rᵀ, R = S_r. The start is that step away from the base. With A and B
 //! orthonormal, R's gradient is the optimal projection of the full one, and no scaling is left to tune.
 //!
@@ -65,7 +66,7 @@ pub struct LoraSbConfig {
     pub targeting: Targeting,
     /// Rank r.
     pub r: usize,
-    /// η of the step that is caught; `train` gives its own rate.
+    /// η of the step that is caught; `train` gives the rate of its first step, `--lr` over the steps of the warm-up. `compare` gives all rates of a sweep the same.
     pub init_lr: f64,
     /// Rows of data whose gradients are summed.
     pub samples: usize,

@@ -61,6 +61,8 @@ pub struct Spec {
     /// `all-linear`, a list or a pattern.
     #[serde(default = "default_targets")]
     pub target_modules: Value,
+    /// Steps over which the rate rises, as a share of all steps, rounded up [default: a twentieth of the steps, rounded down].
+    pub warmup_ratio: Option<f64>,
     /// How learning rates are chosen.
     pub sweep: Option<Sweep>,
 }
@@ -150,6 +152,9 @@ pub struct RunSpec {
     pub steps: usize,
     /// Rows of a step.
     pub batch_size: usize,
+    /// Steps over which the rate rises [default: a twentieth of the steps].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub warmup_steps: Option<usize>,
 }
 
 /// What a run gave.
@@ -205,6 +210,9 @@ fn read_spec(path: &Path) -> Result<Spec> {
     if spec.steps == 0 || spec.batch_size == 0 {
         return fail("`steps` and `batch_size` should be at least 1".into());
     }
+    if spec.warmup_ratio.is_some_and(|ratio| !(0.0..=1.0).contains(&ratio)) {
+        return fail("`warmup_ratio` should be between 0 and 1".into());
+    }
     let mut names: Vec<&str> = spec.methods.iter().map(|m| m.name.as_str()).collect();
     names.sort_unstable();
     if let Some(twice) = names.windows(2).find(|w| w[0] == w[1]) {
@@ -235,8 +243,9 @@ fn read_spec(path: &Path) -> Result<Spec> {
 impl Spec {
     fn run(&self, task: &Task, method: Option<&MethodSpec>, lr: f64, seed: u64) -> RunSpec {
         let mut set = method.map(|m| m.set.clone()).unwrap_or_default();
-        if method.is_some() && !set.contains_key("target_modules") {
-            set.insert("target_modules".into(), self.target_modules.clone());
+        if let Some(method) = method {
+            set.entry("target_modules").or_insert_with(|| self.target_modules.clone());
+            set.extend(self.start_rate(method).filter(|(key, _)| !method.set.contains_key(key)));
         }
         RunSpec {
             model: self.model.clone(),
@@ -249,7 +258,22 @@ impl Spec {
             seed,
             steps: self.steps,
             batch_size: self.batch_size,
+            warmup_steps: self.warmup_ratio.map(|_| self.warmup(self.steps)),
         }
+    }
+
+    /// Steps of the warm-up of a run of so many steps.
+    fn warmup(&self, steps: usize) -> usize {
+        self.warmup_ratio.map_or(steps / 20, |ratio| (steps as f64 * ratio).ceil() as usize)
+    }
+
+    /// The setting of a start that depends on the learning rate (LoRA-SB's). All runs of a line have the same, so that a sweep over
+    /// rates does not move the start: the rate of the first step of the comparison's runs at the line's own or the method's shipped rate.
+    fn start_rate(&self, method: &MethodSpec) -> Option<(String, Value)> {
+        let entry = methods::entry(method.method()).ok()?;
+        let (_, key) = entry.flags.iter().find(|(flag, _)| *flag == "lr")?;
+        let rate = method.lr.unwrap_or(entry.lr) / self.warmup(self.steps).max(1) as f64;
+        Some((key.to_string(), rate.into()))
     }
 
     /// The sweep's runs of a method.
@@ -261,6 +285,7 @@ impl Spec {
             held_out: Some(sweep.held_out),
             general: None,
             steps: sweep.steps,
+            warmup_steps: self.warmup_ratio.map(|_| self.warmup(sweep.steps)),
             ..self.run(task, Some(method), lr, self.seeds[0])
         };
         rates.iter().map(one).collect()

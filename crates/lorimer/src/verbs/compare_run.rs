@@ -79,10 +79,6 @@ impl CompareRun {
             write_json(&self.result, &result)?;
             return Ok(ExitCode::SUCCESS);
         };
-        let mut set = spec.set.clone();
-        if let Some((_, key)) = methods::entry(method)?.flags.iter().find(|(flag, _)| *flag == "lr") {
-            set.insert(key.to_string(), spec.lr.into());
-        }
         let mut session = Session {
             base: &base,
             base_name: &pulled.name,
@@ -92,7 +88,7 @@ impl CompareRun {
                 learning_rate: spec.lr,
                 max_steps: Some(spec.steps),
                 batch_size: spec.batch_size,
-                warmup_steps: spec.steps / 20,
+                warmup_steps: spec.warmup_steps.unwrap_or(spec.steps / 20),
                 seed: spec.seed,
                 ..Default::default()
             },
@@ -108,7 +104,7 @@ impl CompareRun {
         let clock = Instant::now();
         let mut started = None;
         let mut train = |session: &Session<'_>| {
-            session.run(methods::build(method, &set)?, |event| {
+            session.run(methods::build(method, &spec.set)?, |event| {
                 if let Event::Begin { .. } = event {
                     started.get_or_insert(clock.elapsed().as_secs_f64());
                 }

@@ -72,11 +72,13 @@ fn page(entry: &Entry) -> Result<String> {
     let flags: Vec<String> = entry
         .flags
         .iter()
-        .map(
-            |(flag, key)| {
-                if *flag == "lr" { format!("`--lr` (also `{key}`)") } else { format!("`--{flag}` (`{key}`)") }
-            },
-        )
+        .map(|(flag, key)| {
+            if *flag == "lr" {
+                format!("`--lr` over the steps of the warm-up (`{key}`)")
+            } else {
+                format!("`--{flag}` (`{key}`)")
+            }
+        })
         .collect();
     let mut rows = vec![
         ("learning rate unless told otherwise", rate(entry.lr)),

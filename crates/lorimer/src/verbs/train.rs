@@ -91,6 +91,9 @@ pub struct Train {
     /// Steps over which the rate rises
     #[arg(long, default_value_t = 0, help_heading = "Training")]
     warmup_steps: usize,
+    /// The same as a share of all steps, rounded up
+    #[arg(long, default_value_t = 0.0, help_heading = "Training")]
+    warmup_ratio: f64,
     /// Shape of the rate after that
     #[arg(long, value_enum, default_value = "linear", help_heading = "Training", visible_alias = "lr-scheduler-type")]
     schedule: ScheduleFlag,
@@ -142,7 +145,8 @@ pub struct Train {
 impl Train {
     pub fn run(self, global: Global) -> Result<ExitCode> {
         let lr = self.lr.unwrap_or(self.adapter.entry()?.lr);
-        let method = self.adapter.build(Some(lr))?;
+        // What is wrong with the settings is told before anything is read.
+        self.adapter.build(Some(lr))?;
         let mut settings = TrainSettings {
             learning_rate: lr,
             epochs: self.epochs,
@@ -150,6 +154,7 @@ impl Train {
             batch_size: self.batch_size,
             gradient_accumulation: self.gradient_accumulation,
             warmup_steps: self.warmup_steps,
+            warmup_ratio: self.warmup_ratio,
             schedule: match self.schedule {
                 ScheduleFlag::Linear => Shape::Linear,
                 ScheduleFlag::Cosine => Shape::Cosine,
@@ -184,6 +189,7 @@ impl Train {
             Some(path) => common::load_data(path, &prepared.text, &EncodeOptions { limit: None, ..options })?.0,
             None => Vec::new(),
         };
+        let method = self.adapter.build(Some(settings.first_rate(train.len())))?;
         let with = |batch_size| TrainSettings { batch_size, ..settings.clone() };
         let independent = method.rows_are_independent();
         let (plan, checkpointing) = self.step.check(&Planned {

@@ -1,0 +1,95 @@
+//! What the authors' code of the ways to train computes (tests/goldens/make_training.py).
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Tensor};
+use lorimer::prelude::*;
+use lorimer::train::calibrate::{Data, calibrate};
+use lorimer::train::optimizer::{AdamW, AdamWConfig, Optimizer};
+use lorimer::train::schedule::{Schedule, Shape};
+use lorimer::train::step::batch_loss;
+
+fn folder(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/goldens").join(name)
+}
+
+/// A golden file.
+struct Golden(BTreeMap<String, Tensor>);
+
+impl Golden {
+    fn open(name: &str) -> Self {
+        let path = folder("training").join(format!("{name}.safetensors"));
+        Self(candle_core::safetensors::load(path, &candle_core::Device::Cpu).unwrap().into_iter().collect())
+    }
+    fn get(&self, name: &str) -> &Tensor {
+        self.0.get(name).unwrap_or_else(|| panic!("golden `{name}`"))
+    }
+    fn number(&self, name: &str) -> f64 {
+        self.get(name).to_dtype(DType::F64).unwrap().to_scalar().unwrap()
+    }
+    fn numbers(&self, name: &str) -> Vec<f64> {
+        self.get(name).to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+    }
+}
+
+fn norm(t: &Tensor) -> f64 {
+    t.to_dtype(DType::F64).unwrap().sqr().unwrap().sum_all().unwrap().to_scalar::<f64>().unwrap().sqrt()
+}
+
+fn distance(a: &Tensor, b: &Tensor) -> f64 {
+    assert_eq!(a.dims(), b.dims());
+    let d = (a.to_dtype(DType::F64).unwrap() - b.to_dtype(DType::F64).unwrap()).unwrap();
+    d.abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f64>().unwrap()
+}
+
+/// The start from two batches' gradients at the first step's rate, and eight steps of the middle.
+#[test]
+fn lora_sb_starts_and_steps_as_its_authors_code_does() {
+    let golden = Golden::open("lora_sb");
+    let (config, weights) = lorimer::model::base::open_weights(&folder("tiny-llama"), LoadDtype::F32).unwrap();
+    let model = Llama::load(config, &weights).unwrap();
+    let prompt = golden.number("prompt") as usize;
+    let tokens: Vec<Vec<u32>> = golden.get("tokens").to_dtype(DType::U32).unwrap().to_vec2().unwrap();
+    let rows: Vec<Example> = tokens
+        .into_iter()
+        .map(|tokens| Example { learnt: (0..tokens.len()).map(|i| i >= prompt).collect(), tokens, answer: None })
+        .collect();
+    let rows: Vec<&Example> = rows.iter().collect();
+    let settings = TrainSettings {
+        learning_rate: golden.number("lr"),
+        max_steps: Some(40),
+        warmup_ratio: 0.1,
+        ..Default::default()
+    };
+    let eta = settings.first_rate(rows.len());
+    assert!((eta - golden.number("eta")).abs() < 1e-15, "{eta}");
+    let given = serde_json::json!({ "r": 6, "samples": 6, "init_lr": eta, "target_modules": ["q_proj", "v_proj", "down_proj"] });
+    let method = methods::build("lora-sb", given.as_object().unwrap()).unwrap();
+    let data = Data { rows: rows.clone(), base: String::new(), cache: None };
+    let findings = calibrate(&model, method.as_ref(), &data, |_, _| {}).unwrap();
+    let adapter = Adapter::attach_calibrated(&model, method, &findings, 0).unwrap();
+    let mut compared = 0;
+    for (site, base, delta) in adapter.sites(&model) {
+        let plain = base.dense(DType::F32).unwrap();
+        let change = (delta.merged(base).unwrap().unwrap() - plain).unwrap();
+        let expected = golden.get(&format!("{}.change", site.path));
+        // Their factors and ours are kept in bf16, and rounded at other places.
+        let apart = norm(&(&change - expected).unwrap()) / norm(expected);
+        assert!(apart < 0.01, "{}: {apart}", site.path);
+        compared += 1;
+    }
+    assert_eq!(compared, 6);
+    let parameters = adapter.trainable();
+    let mut optimizer = AdamW::new(AdamWConfig::default(), false);
+    let schedule = Schedule { peak: golden.number("lr"), warmup: settings.warmup(6), total: 40, shape: Shape::Linear };
+    for (step, expected) in golden.numbers("losses").into_iter().enumerate() {
+        let (sum, count, _) = batch_loss(&model, &Attached::one(&adapter), &rows).unwrap();
+        let loss = (sum / count as f64).unwrap();
+        let found = loss.backward().unwrap();
+        let gradients: Vec<_> = parameters.iter().map(|(_, v)| found.get(v.as_tensor()).cloned()).collect();
+        optimizer.step(&parameters, &gradients, schedule.rate(step)).unwrap();
+        let loss = loss.to_dtype(DType::F64).unwrap().to_scalar::<f64>().unwrap();
+        assert!((loss - expected).abs() < 2e-4, "step {step}: {loss} against {expected}");
+    }
+}
