@@ -129,12 +129,46 @@ pub struct RankSampling {
 /// How gates are thinned out.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SoftThreshold {
-    /// The threshold of each stage.
+    /// The threshold ξ of each stage.
     pub stages: Vec<f64>,
-    /// ξ is the stage's number times the learning rate over its peak (the paper's), or the number itself (the reference code's).
+    /// Whether these are multiples of the gates' highest learning rate.
+    pub of_rate: bool,
+    /// Whether ξ is multiplied by the learning rate over its peak (the paper's), or stays (the reference code's).
     pub lr_scaled: bool,
-    /// Weight of a smooth ‖g‖₁ in the loss.
+    /// What becomes of a gate after each step.
+    pub update: Update,
+    /// The gates' highest learning rate; None: the run's.
+    pub gate_lr: Option<f64>,
+    /// λ of λ · Σ|g| / p in the loss, p the number of all gates.
     pub penalty: f64,
+    /// In place of the threshold: gates drawn by lot are closed over the run until this share is left.
+    pub random_keep: Option<f64>,
+}
+
+/// What becomes of a gate g after each step.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Update {
+    /// The reference code's: where |g| > ξ it loses ξ, and what is then below ξ is zero.
+    #[default]
+    Masked,
+    /// sign(g) · max(|g| − ξ, 0), the paper's.
+    Soft,
+}
+
+impl Update {
+    /// What a gate becomes.
+    pub fn of(self, g: f64, xi: f64) -> f64 {
+        let size = g.abs();
+        match self {
+            Self::Soft if size > xi => (size - xi).copysign(g),
+            Self::Soft => 0.0,
+            Self::Masked => {
+                let left = if size > xi { size - xi } else { size };
+                if left < xi { 0.0 } else { left.copysign(g) }
+            }
+        }
+    }
 }
 
 /// What is minimised beside the loss of the task.

@@ -5,6 +5,7 @@ use std::ops::Range;
 use candle_core::{DType, Tensor, Var};
 use lorimer_adapter::method::{SampledRank, site_seed};
 use lorimer_adapter::training::{self, RankSampling, SoftThreshold};
+use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -19,6 +20,10 @@ pub trait Control: Send + Sync {
     /// Rows of a parameter's first axis that the step touches; None: all.
     fn rows(&self, _step: usize, _name: &str) -> Option<Range<usize>> {
         None
+    }
+    /// What the learning rate of a parameter is multiplied by.
+    fn rate(&self, _name: &str) -> f64 {
+        1.0
     }
     /// Changes the gradient of a parameter.
     fn gradient(&self, _name: &str, _var: &Var, g: Tensor) -> Result<Tensor> {
@@ -39,13 +44,26 @@ struct Idle;
 
 impl Control for Idle {}
 
-/// The control of a kind for a run of `total` steps.
-pub fn build(kind: Option<&training::Control>, seed: u64, total: usize) -> Box<dyn Control> {
+/// The control of a kind for a run of `total` steps with the highest learning rate `peak` over these parameters.
+pub fn build(
+    kind: Option<&training::Control>,
+    (seed, total, peak): (u64, usize, f64),
+    parameters: &[(String, &Var)],
+) -> Box<dyn Control> {
     match kind {
         None => Box::new(Idle),
         Some(training::Control::RankSampling(settings)) => Box::new(Ranks { settings: settings.clone(), seed }),
-        Some(training::Control::SoftThreshold(settings)) => Box::new(Gates { settings: settings.clone(), total }),
+        Some(training::Control::SoftThreshold(settings)) => {
+            let count = parameters.iter().filter(|(name, _)| is_gate(name)).map(|(_, var)| var.elem_count()).sum();
+            let mut lot: Vec<usize> = (0..count).collect();
+            lot.shuffle(&mut ChaCha8Rng::seed_from_u64(site_seed(seed, "gates by lot")));
+            Box::new(Gates { settings: settings.clone(), total, peak, lot })
+        }
     }
+}
+
+fn is_gate(name: &str) -> bool {
+    name.ends_with(".gate")
 }
 
 /// DyLoRA's rank a step.
@@ -82,10 +100,14 @@ impl Control for Ranks {
     }
 }
 
-/// SoRA's soft threshold.
+/// SoRA's threshold on gates.
 struct Gates {
     settings: SoftThreshold,
     total: usize,
+    /// The run's highest learning rate.
+    peak: f64,
+    /// All gates, in the order in which a lot closes them.
+    lot: Vec<usize>,
 }
 
 impl Gates {
@@ -94,27 +116,51 @@ impl Gates {
         let stages = self.settings.stages.len().max(1);
         (step * stages / self.total.max(1)).min(stages - 1)
     }
-}
 
-/// sign(g) · max(|g| − ξ, 0).
-pub fn soft_threshold(g: &Tensor, xi: f64) -> candle_core::Result<Tensor> {
-    // What is within ξ of zero is taken away from itself, so that it is zero exactly.
-    g - g.clamp(-xi, xi)?
+    /// ξ of a step of which `rate` is the learning rate over its peak.
+    fn threshold(&self, step: usize, rate: f64) -> f64 {
+        let s = &self.settings;
+        let xi = s.stages.get(self.stage(step)).copied().unwrap_or(0.0);
+        let xi = if s.of_rate { xi * s.gate_lr.unwrap_or(self.peak) } else { xi };
+        if s.lr_scaled { xi * rate } else { xi }
+    }
+
+    /// Whether each gate is closed after a step by lot: as many more after every step.
+    fn closed_by_lot(&self, step: usize, keep: f64) -> Vec<bool> {
+        let count = self.lot.len() as f64 * (1.0 - keep) * (step + 1) as f64 / self.total.max(1) as f64;
+        let mut closed = vec![false; self.lot.len()];
+        self.lot.iter().take(count.round() as usize).for_each(|&i| closed[i] = true);
+        closed
+    }
 }
 
 impl Control for Gates {
+    fn rate(&self, name: &str) -> f64 {
+        self.settings.gate_lr.filter(|_| is_gate(name)).map_or(1.0, |rate| rate / self.peak)
+    }
+
     fn gradient(&self, name: &str, var: &Var, g: Tensor) -> Result<Tensor> {
-        match self.settings.penalty > 0.0 && name.ends_with(".gate") {
-            true => Ok((g + (var.as_tensor().sign()? * self.settings.penalty)?)?),
+        match self.settings.penalty > 0.0 && is_gate(name) {
+            true => Ok((g + (var.as_tensor().sign()? * (self.settings.penalty / self.lot.len() as f64))?)?),
             false => Ok(g),
         }
     }
 
     fn after(&self, step: usize, rate: f64, parameters: &[(String, &Var)]) -> Result<()> {
-        let xi = self.settings.stages.get(self.stage(step)).copied().unwrap_or(0.0);
-        let xi = if self.settings.lr_scaled { xi * rate } else { xi };
-        for (_, var) in parameters.iter().filter(|(name, _)| name.ends_with(".gate")) {
-            var.set(&soft_threshold(&var.as_tensor().copy()?, xi)?)?;
+        let xi = self.threshold(step, rate);
+        let closed = self.settings.random_keep.map(|keep| self.closed_by_lot(step, keep));
+        let mut place = 0;
+        for (_, var) in parameters.iter().filter(|(name, _)| is_gate(name)) {
+            let mut gates = var.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
+            for gate in &mut gates {
+                *gate = match &closed {
+                    None => self.settings.update.of(*gate, xi),
+                    Some(closed) if closed[place] => 0.0,
+                    Some(_) => *gate,
+                };
+                place += 1;
+            }
+            var.set(&Tensor::from_vec(gates, var.shape(), var.device())?.to_dtype(var.dtype())?)?;
         }
         Ok(())
     }
@@ -129,7 +175,7 @@ impl Control for Gates {
 /// Gates that are not zero, and all gates.
 pub fn open_gates(parameters: &[(String, &Var)]) -> Result<Option<(usize, usize)>> {
     let (mut open, mut all) = (0, 0);
-    for (_, var) in parameters.iter().filter(|(name, _)| name.ends_with(".gate")) {
+    for (_, var) in parameters.iter().filter(|(name, _)| is_gate(name)) {
         let values = var.to_dtype(DType::F64)?.to_vec1::<f64>()?;
         open += values.iter().filter(|v| **v != 0.0).count();
         all += values.len();
@@ -143,11 +189,70 @@ mod tests {
 
     use super::*;
 
+    fn gates(settings: SoftThreshold, total: usize, count: usize) -> Gates {
+        Gates { settings, total, peak: 2e-3, lot: (0..count).rev().collect() }
+    }
+
+    fn settings(stages: Vec<f64>) -> SoftThreshold {
+        SoftThreshold {
+            stages,
+            of_rate: false,
+            lr_scaled: false,
+            update: training::Update::Soft,
+            gate_lr: None,
+            penalty: 0.0,
+            random_keep: None,
+        }
+    }
+
     #[test]
-    fn the_soft_threshold_is_exact() {
-        let g = Tensor::new(&[-2.0, -0.5, -0.1, 0.0, 0.3, 0.5, 3.0], &Device::Cpu).unwrap();
-        let found = soft_threshold(&g, 0.5).unwrap().to_vec1::<f64>().unwrap();
-        assert_eq!(found, [-1.5, 0.0, 0.0, 0.0, 0.0, 0.0, 2.5]);
+    fn updates_are_exact() {
+        let g = [-2.0, -0.75, -0.5, -0.1, 0.0, 0.3, 0.5, 0.75, 1.0, 3.0];
+        let soft = g.map(|g| training::Update::Soft.of(g, 0.5));
+        assert_eq!(soft, [-1.5, -0.25, 0.0, 0.0, 0.0, 0.0, 0.0, 0.25, 0.5, 2.5]);
+        // What is at ξ stays, and all else below 2ξ is closed.
+        let masked = g.map(|g| training::Update::Masked.of(g, 0.5));
+        assert_eq!(masked, [-1.5, 0.0, -0.5, 0.0, 0.0, 0.0, 0.5, 0.0, 0.5, 2.5]);
+        assert_eq!(g.map(|g| training::Update::Masked.of(g, 0.0)), g);
+    }
+
+    #[test]
+    fn the_threshold_is_the_stages_or_a_share_of_the_gates_rate() {
+        let of = |settings, rate| gates(settings, 4, 1).threshold(3, rate);
+        assert_eq!(of(settings(vec![1e-4, 7e-4]), 0.25), 7e-4);
+        assert_eq!(of(SoftThreshold { lr_scaled: true, ..settings(vec![4e-4]) }, 0.25), 1e-4);
+        let relative = SoftThreshold { of_rate: true, ..settings(vec![0.375]) };
+        assert_eq!(of(relative.clone(), 0.25), 0.375 * 2e-3);
+        let own = SoftThreshold { gate_lr: Some(2e-2), ..relative };
+        assert_eq!(of(own.clone(), 0.25), 0.375 * 2e-2);
+        assert_eq!((gates(own.clone(), 4, 1).rate("x.gate"), gates(own, 4, 1).rate("x.lora_A")), (10.0, 1.0));
+    }
+
+    /// Whatever the gates are, the share that is asked for is left at the end, and those that are closed stay closed.
+    #[test]
+    fn a_lot_closes_gates_step_by_step() {
+        let first = Var::new(&[0.1f32, 0.2, 0.3, 0.4, 0.5, 0.6], &Device::Cpu).unwrap();
+        let second = Var::new(&[1f32, 2.0, 3.0, 4.0], &Device::Cpu).unwrap();
+        let parameters =
+            [("a.gate".to_string(), &first), ("a.lora_A".to_string(), &second), ("b.gate".to_string(), &second)];
+        let control = gates(SoftThreshold { random_keep: Some(0.6), ..settings(vec![9.0]) }, 8, 10);
+        let mut open = Vec::new();
+        for step in 0..8 {
+            control.after(step, 1.0, &parameters).unwrap();
+            open.push(open_gates(&parameters).unwrap().unwrap().0);
+        }
+        assert_eq!(open, [9, 9, 8, 8, 7, 7, 6, 6]);
+        assert_eq!(second.to_vec1::<f32>().unwrap(), [0.0; 4]);
+        let kind = training::Control::SoftThreshold(SoftThreshold { random_keep: Some(0.5), ..settings(vec![0.0]) });
+        let drawn = |seed| {
+            let gate = Var::ones(100, DType::F32, &Device::Cpu).unwrap();
+            let parameters = [("a.gate".to_string(), &gate)];
+            build(Some(&kind), (seed, 1, 1e-3), &parameters).after(0, 1.0, &parameters).unwrap();
+            gate.to_vec1::<f32>().unwrap()
+        };
+        assert_eq!(drawn(1).iter().sum::<f32>(), 50.0);
+        assert_eq!(drawn(1), drawn(1));
+        assert_ne!(drawn(1), drawn(2));
     }
 
     #[test]
@@ -171,8 +276,7 @@ mod tests {
 
     #[test]
     fn stages_rise_in_equal_parts() {
-        let settings = SoftThreshold { stages: vec![0.1, 0.2, 0.3], lr_scaled: false, penalty: 0.0 };
-        let gates = Gates { settings, total: 9 };
+        let gates = gates(settings(vec![0.1, 0.2, 0.3]), 9, 0);
         assert_eq!((0..9).map(|s| gates.stage(s)).collect::<Vec<_>>(), [0, 0, 0, 1, 1, 1, 2, 2, 2]);
         let ends: Vec<_> = (0..9).map(|s| gates.stage_ended(s)).collect();
         assert_eq!(ends.iter().flatten().collect::<Vec<_>>(), [&1, &2, &3]);

@@ -324,7 +324,7 @@ impl Run<'_> {
         let own = self.adapter.method.training();
         let kind = s.optimizer.clone().or(own.optimizer).unwrap_or_default();
         let mut optimizer = optimizer::build(&kind, s.adamw, self.adapter)?;
-        let control = control::build(own.control.as_ref(), s.seed, total);
+        let control = control::build(own.control.as_ref(), (s.seed, total, s.learning_rate), &parameters);
         self.check_parts(&kind, own.control.as_ref())?;
         let objective = s.objective.as_ref().or(own.objective.as_ref()).map(objective::build);
         let per_layer = matches!(&kind, OptimizerKind::Galore(g) if g.per_layer);
@@ -514,7 +514,8 @@ impl Run<'_> {
     fn treatment(&self, control: &dyn Control, step: usize, name: &str) -> Treatment {
         let scale = name.rsplit_once('.').and_then(|(path, key)| self.adapter.delta(path)?.step_scale(key).ok()?);
         Treatment {
-            rate: self.settings.loraplus_lr_ratio.filter(|_| name.ends_with(".lora_B")).unwrap_or(1.0),
+            rate: control.rate(name)
+                * self.settings.loraplus_lr_ratio.filter(|_| name.ends_with(".lora_B")).unwrap_or(1.0),
             decay: !name.ends_with(".gate"),
             rows: control.rows(step, name),
             row_scale: scale.and_then(|t| t.to_dtype(candle_core::DType::F64).ok()?.to_vec1::<f64>().ok()),

@@ -3,9 +3,12 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Tensor, Var};
+use lorimer::adapter::methods::sora::{Rise, SoraConfig};
+use lorimer::adapter::training::{Control, SoftThreshold, Update};
 use lorimer::prelude::*;
 use lorimer::train::calibrate::{Data, calibrate};
+use lorimer::train::control;
 use lorimer::train::optimizer::{AdamW, AdamWConfig, Optimizer};
 use lorimer::train::schedule::{Schedule, Shape};
 use lorimer::train::step::batch_loss;
@@ -91,5 +94,54 @@ fn lora_sb_starts_and_steps_as_its_authors_code_does() {
         optimizer.step(&parameters, &gradients, schedule.rate(step)).unwrap();
         let loss = loss.to_dtype(DType::F64).unwrap().to_scalar::<f64>().unwrap();
         assert!((loss - expected).abs() < 2e-4, "step {step}: {loss} against {expected}");
+    }
+}
+
+/// Forty steps of gates with the penalty, the reference's three updates and the paper's one; and the three ways in which ξ rises.
+#[test]
+fn soras_gates_go_the_way_of_its_authors_code() {
+    let golden = Golden::open("sora");
+    let (steps, peak) = (40, 0.05);
+    let schedule = Schedule { peak, warmup: 4, total: steps, shape: Shape::Linear };
+    for (name, update) in [("masked", Update::Masked), ("soft", Update::Soft)] {
+        let gates: Vec<Var> = (0..3).map(|i| Var::from_tensor(golden.get(&format!("gate.{i}"))).unwrap()).collect();
+        let parameters: Vec<(String, &Var)> =
+            gates.iter().enumerate().map(|(i, var)| (format!("{i}.gate"), var)).collect();
+        let settings = SoftThreshold {
+            stages: SoraConfig::default().thresholds(),
+            of_rate: true,
+            lr_scaled: false,
+            update,
+            gate_lr: None,
+            penalty: 10.0,
+            random_keep: None,
+        };
+        let control = control::build(Some(&Control::SoftThreshold(settings)), (0, steps, peak), &parameters);
+        let mut optimizer = AdamW::new(AdamWConfig::default(), false);
+        for step in 0..steps {
+            let slope = |i: usize| golden.get(&format!("slope.{i}")).get(step).unwrap();
+            let gradient =
+                |(i, (name, var)): (usize, &(String, &Var))| Some(control.gradient(name, var, slope(i)).unwrap());
+            let gradients: Vec<_> = parameters.iter().enumerate().map(gradient).collect();
+            optimizer.step(&parameters, &gradients, schedule.rate(step)).unwrap();
+            control.after(step, schedule.rate(step) / peak, &parameters).unwrap();
+            let now = Tensor::cat(&gates.iter().map(Var::as_tensor).collect::<Vec<_>>(), 0).unwrap();
+            let d = distance(&now, &golden.get(&format!("{name}.path")).get(step).unwrap());
+            assert!(d < 1e-6, "{name}: step {step} differs by {d:e}");
+        }
+    }
+    for (name, schedule, xi_min, xi, stages) in [
+        ("linear", Rise::Linear, 1e-4, 7e-4, 7),
+        ("log_linear", Rise::LogLinear, 1e-4, 7e-4, 7),
+        ("exp_linear", Rise::ExpLinear, 1e-4, 7e-4, 7),
+        ("log_linear.wide", Rise::LogLinear, 0.5, 3.0, 5),
+        ("linear.zero", Rise::Linear, 0.0, 7e-4, 7),
+    ] {
+        let found = SoraConfig { schedule, xi_min, xi: Some(xi), stages, ..Default::default() }.thresholds();
+        let expected = golden.numbers(name);
+        assert_eq!(found.len(), expected.len());
+        for (a, b) in found.iter().zip(&expected) {
+            assert!((a - b).abs() < 1e-12, "{name}: {found:?} against {expected:?}");
+        }
     }
 }

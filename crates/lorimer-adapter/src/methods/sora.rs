@@ -4,9 +4,22 @@
 //! `y = W x + (α/r) · B (g ⊙ (A x))` with a gate g (r), A (r, inputs), B (outputs, r). After the optimiser's step on g comes the proximal step of λ‖g‖₁:
 //! `g ← sign(g) · max(|g| − ξ, 0)`. At the end ranks with g = 0 are dropped and g is folded into A: an ordinary LoRA with a rank a module.
 //!
-//! Settings: `xi` (ξ at the peak rate), `threshold` (`lr_scaled`: ξ falls with the rate, the paper's η_t·λ; `constant`: the reference code's),
-//! `gate` (`normal`: N(0, 1) as the code; `ones`), `penalty` (weight of a further λ‖g‖₁ in the gradient). The sparsifying schedule: `stages` > 1 raises ξ from
-//! `xi_min` to `xi` (`schedule`: `linear`, `log_linear`, `exp_linear`) over equal parts of the run, and saves an adapter after each in `stages/`.
+//! Settings, with the reference code's as defaults where it and the paper differ:
+//!
+//! - `xi`: ξ; unless given, 0.375 times the gates' highest rate, as the reference's script has it (3e-4 at 8e-4);
+//! - `update`: `masked`, the code's three updates one after the other (|g| > ξ loses ξ, what is then below ξ is closed: in effect all below 2ξ
+//!   is), or `soft`, the equation above;
+//! - `threshold`: `constant` (the code's), or `lr_scaled`: ξ falls with the rate (the paper's η_t·λ);
+//! - `gate_lr`: the gates' own highest rate, which is `--lr` unless given;
+//! - `penalty`: λ of a further term λ · Σ|g| / p of the loss, p the number of all gates (the reference's scripts take 10 without stages, 1e-3 with them);
+//! - `gate`: `normal` (N(0, 1), the code's) or `ones`;
+//! - `stages` > 1 raises ξ from `xi_min` to `xi` over equal parts of the run, and saves an adapter after each in `stages/`. `schedule`: `linear`;
+//!   `log_linear`, the logarithms of equal steps between e^`xi_min` and e^`xi`; `exp_linear`, equal steps of the logarithm;
+//! - `random_keep`: a control, to tell what the gates know: no threshold, but gates drawn by lot from the seed are closed one after the other until
+//!   that share is left.
+//!
+//! A gate that nothing holds open loses ξ a step, so that a run of T steps closes what begins below T · ξ, whatever the task is. Compare with
+//! `random_keep` at the same share before you say that gates chose.
 //!
 //! Weight decay acts on A and B only. AdamW's momentum may bring a gate back from zero until the end; the ranks are counted after the last step.
 //!
@@ -37,7 +50,7 @@ use super::{Entry, Served};
 use crate::error::{Error, Result};
 use crate::method::{Bias, Change, Delta, LowRank, Method, Source, Step, configure, split_off};
 use crate::targets::Targeting;
-use crate::training::{Control, SoftThreshold, Training};
+use crate::training::{Control, SoftThreshold, Training, Update};
 
 /// The registry's line.
 pub const ENTRY: Entry = Entry {
@@ -49,7 +62,7 @@ pub const ENTRY: Entry = Entry {
     peft_type: "LORA",
     mergeable: true,
     served: Served::Batched,
-    lr: 2e-3,
+    lr: 8e-4,
     flags: FLAGS,
     source: include_str!("sora.rs"),
     laws: &[(r#"{"r": 4}"#, 0.0), (r#"{"r": 3, "gate": "ones", "use_rslora": true, "lora_dropout": 0.2}"#, 0.0)],
@@ -71,17 +84,24 @@ pub const ENTRY: Entry = Entry {
     from_file: lora_file,
 };
 
+/// ξ over the gates' highest rate, where ξ is not given: the reference's script takes 3e-4 at 8e-4.
+pub const XI_OF_RATE: f64 = 0.375;
+
 /// SoRA's settings beside LoRA's.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct SoraConfig {
-    /// ξ.
-    pub xi: f64,
+    /// ξ; `null`: 0.375 times the gates' highest rate.
+    pub xi: Option<f64>,
+    /// What becomes of a gate after each step.
+    pub update: Update,
     /// Whether ξ falls with the learning rate.
     pub threshold: Threshold,
+    /// The gates' highest learning rate; `null`: that of A and B.
+    pub gate_lr: Option<f64>,
     /// How gates begin.
     pub gate: GateStart,
-    /// Weight of ‖g‖₁ in the loss, beside the proximal step.
+    /// λ of λ · Σ|g| / p in the loss, p the number of all gates.
     pub penalty: f64,
     /// Stages of the sparsifying schedule; 1: none.
     pub stages: usize,
@@ -89,17 +109,19 @@ pub struct SoraConfig {
     pub xi_min: f64,
     /// How ξ rises from stage to stage.
     pub schedule: Rise,
+    /// A control: share of the gates that stay when the others are closed by lot, in place of the threshold.
+    pub random_keep: Option<f64>,
 }
 
 /// Whether ξ falls with the learning rate.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Threshold {
-    /// ξ · η_t / η_peak.
-    #[default]
-    LrScaled,
     /// ξ.
+    #[default]
     Constant,
+    /// ξ · η_t / η_peak.
+    LrScaled,
 }
 
 /// How gates begin.
@@ -113,63 +135,84 @@ pub enum GateStart {
     Ones,
 }
 
-/// How ξ rises.
+/// How ξ rises from a to b.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Rise {
     /// By equal steps.
     #[default]
     Linear,
-    /// Its logarithm by equal steps: slowly first.
+    /// The logarithms of equal steps between e^a and e^b: nearly `linear` where both are small.
     LogLinear,
-    /// Its exponential by equal steps, as seen from the end: quickly first.
+    /// Equal steps of the logarithm: slowly first.
     ExpLinear,
 }
 
 impl Default for SoraConfig {
     fn default() -> Self {
         Self {
-            xi: 1e-3,
-            threshold: Threshold::LrScaled,
+            xi: None,
+            update: Update::Masked,
+            threshold: Threshold::Constant,
+            gate_lr: None,
             gate: GateStart::Normal,
-            penalty: 0.0,
+            penalty: 1e-3,
             stages: 1,
-            xi_min: 1e-4,
+            xi_min: 0.0,
             schedule: Rise::Linear,
+            random_keep: None,
         }
     }
 }
 
 impl SoraConfig {
     fn check(&self) -> Result<()> {
-        if ![self.xi, self.penalty, self.xi_min].iter().all(|v| v.is_finite() && *v >= 0.0) {
-            return Err(Error::Config("xi, xi_min and penalty should be numbers of at least 0".into()));
+        let fail = |text: &str| Err(Error::Config(text.into()));
+        if ![self.xi.unwrap_or(0.0), self.penalty, self.xi_min].iter().all(|v| v.is_finite() && *v >= 0.0) {
+            return fail("xi, xi_min and penalty should be numbers of at least 0");
+        }
+        if self.gate_lr.is_some_and(|rate| !(rate.is_finite() && rate > 0.0)) {
+            return fail("gate_lr should be above 0");
+        }
+        if self.random_keep.is_some_and(|share| !(share > 0.0 && share <= 1.0)) {
+            return fail("random_keep should be above 0 and at most 1");
         }
         if self.stages == 0 || self.stages > 1000 {
             return Err(Error::Config(format!("stages = {} should be between 1 and 1000", self.stages)));
         }
-        if self.stages > 1 && !(self.xi_min > 0.0 && self.xi_min <= self.xi) {
-            return Err(Error::Config(format!("xi_min = {} should be above 0 and at most xi", self.xi_min)));
+        if self.stages == 1 {
+            return Ok(());
+        }
+        let Some(xi) = self.xi else { return fail("stages raise ξ from xi_min to xi; say xi too") };
+        if self.threshold == Threshold::LrScaled {
+            return fail("stages raise ξ, which threshold = lr_scaled would lower again; use constant");
+        }
+        if self.random_keep.is_some() {
+            return fail("stages raise ξ, of which random_keep makes no use; leave one of them out");
+        }
+        if self.xi_min > xi || (self.schedule == Rise::ExpLinear && self.xi_min == 0.0) {
+            return fail("xi_min should be at most xi, and above 0 with schedule = exp_linear");
+        }
+        if xi > 100.0 {
+            return fail("xi should be at most 100 with stages");
         }
         Ok(())
     }
 
-    /// ξ of each stage.
+    /// ξ of each stage; where it is not given, as a multiple of the gates' highest rate.
     pub fn thresholds(&self) -> Vec<f64> {
+        let high = self.xi.unwrap_or(XI_OF_RATE);
         if self.stages == 1 {
-            return vec![self.xi];
+            return vec![high];
         }
-        let (low, high) = (self.xi_min, self.xi);
-        let at = |i: usize| {
-            let part = i as f64 / (self.stages - 1) as f64;
-            match self.schedule {
-                Rise::Linear => low + (high - low) * part,
-                Rise::LogLinear => (low.ln() + (high.ln() - low.ln()) * part).exp(),
-                // The mirror image of the logarithmic rise.
-                Rise::ExpLinear => low + high - (high.ln() + (low.ln() - high.ln()) * part).exp(),
-            }
+        let between = |low: f64, high: f64| {
+            (0..self.stages).map(move |i| low + (high - low) * i as f64 / (self.stages - 1) as f64)
         };
-        (0..self.stages).map(at).collect()
+        match self.schedule {
+            Rise::Linear => between(self.xi_min, high).collect(),
+            Rise::LogLinear => between(self.xi_min.exp(), high.exp()).map(f64::ln).collect(),
+            Rise::ExpLinear => between(self.xi_min.ln(), high.ln()).map(f64::exp).collect(),
+        }
     }
 }
 
@@ -206,8 +249,12 @@ impl Method for Sora {
     fn training(&self) -> Training {
         let control = SoftThreshold {
             stages: self.own.thresholds(),
+            of_rate: self.own.xi.is_none(),
             lr_scaled: self.own.threshold == Threshold::LrScaled,
+            update: self.own.update,
+            gate_lr: self.own.gate_lr,
             penalty: self.own.penalty,
+            random_keep: self.own.random_keep,
         };
         Training { control: Some(Control::SoftThreshold(control)), ..Default::default() }
     }
