@@ -183,6 +183,8 @@ pub enum Objective {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct BaLora {
+    /// 1, or 2 for the authors' later form of the terms, which has other defaults: λ 0.025, 0.005, 0.005, k 10, temperature 2, top_k_entropy 20.
+    pub version: usize,
     /// λ₁, of the consistency with the frozen base.
     pub lambda1: f64,
     /// λ₂, of diversity.
@@ -193,11 +195,24 @@ pub struct BaLora {
     pub k: usize,
     /// Which form of the terms: `nlg` or `nlu`.
     pub task: BaLoraTask,
+    /// Version 2: what logits are divided by for the consistency.
+    pub temperature: f64,
+    /// Version 2: the entropy is that of so many of the likeliest tokens; 0: of all.
+    pub top_k_entropy: usize,
 }
 
 impl Default for BaLora {
     fn default() -> Self {
-        Self { lambda1: 1e-4, lambda2: 3e-4, lambda3: 1e-4, k: 10, task: BaLoraTask::Nlg }
+        Self {
+            version: 1,
+            lambda1: 1e-4,
+            lambda2: 3e-4,
+            lambda3: 1e-4,
+            k: 3,
+            task: BaLoraTask::Nlg,
+            temperature: 1.0,
+            top_k_entropy: 0,
+        }
     }
 }
 
@@ -265,9 +280,39 @@ impl LoraPro {
 impl BaLora {
     /// From settings by name.
     pub fn given(settings: &Map<String, Value>) -> Result<Self> {
-        let b: Self = configure("ba-lora", settings)?;
+        let mut b: Self = configure("ba-lora", settings)?;
+        match b.version {
+            1 if settings.contains_key("temperature") || settings.contains_key("top_k_entropy") => {
+                return Err(Error::Config("ba-lora: temperature and top_k_entropy belong to version 2".into()));
+            }
+            1 => {}
+            2 if b.task == BaLoraTask::Nlu => {
+                return Err(Error::Config("ba-lora: version 2 has the task nlg only; use version 1 for nlu".into()));
+            }
+            2 => {
+                let second = Self {
+                    version: 2,
+                    lambda1: 0.025,
+                    lambda2: 0.005,
+                    lambda3: 0.005,
+                    k: 10,
+                    task: BaLoraTask::Nlg,
+                    temperature: 2.0,
+                    top_k_entropy: 20,
+                };
+                let Ok(Value::Object(mut all)) = serde_json::to_value(second) else {
+                    return Err(Error::Config("ba-lora: the defaults of version 2 cannot be written".into()));
+                };
+                all.extend(settings.clone());
+                b = configure("ba-lora", &all)?;
+            }
+            other => return Err(Error::Config(format!("ba-lora: version = {other} should be 1 or 2"))),
+        }
         if [b.lambda1, b.lambda2, b.lambda3].iter().any(|l| !l.is_finite()) || b.k == 0 {
             return Err(Error::Config("ba-lora: lambda1, lambda2 and lambda3 should be numbers, k at least 1".into()));
+        }
+        if !(b.temperature.is_finite() && b.temperature > 0.0) {
+            return Err(Error::Config(format!("ba-lora: temperature = {} should be above 0", b.temperature)));
         }
         Ok(b)
     }
@@ -356,6 +401,10 @@ mod tests {
         for bad in ["sgd", "adamw:x=1", "galore:rank", "galore:rank=0", "galore:speed=2", "lora-pro:delta=9"] {
             assert!(bad.parse::<OptimizerKind>().is_err(), "{bad}");
         }
-        assert!("ba-lora:k=0".parse::<Objective>().is_err());
+        for bad in ["k=0", "version=3", "temperature=2", "version=2,task=nlu", "version=2,temperature=0", "lambda4=1"] {
+            assert!(format!("ba-lora:{bad}").parse::<Objective>().is_err(), "{bad}");
+        }
+        let Objective::BaLora(second) = "ba-lora:version=2,lambda3=0.1".parse().unwrap();
+        assert_eq!((second.lambda1, second.lambda3, second.k, second.top_k_entropy), (0.025, 0.1, 10, 20));
     }
 }

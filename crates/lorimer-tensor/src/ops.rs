@@ -19,6 +19,25 @@ use crate::sparse::{self, SparseIndex};
 use crate::storage::FrozenWeight;
 use crate::tape::{Gradients, SERIAL, Tape, add};
 
+/// Where gradients of an island belong, and the tensors of its graph that they are found of.
+type Leaves = Vec<(TensorId, Tensor)>;
+
+/// The inputs as leaves of a graph of its own where the tape follows them, and the leaves with the parameters.
+fn leaves(tape: &Tape, inputs: &[&Tensor], parameters: &[&Tensor]) -> Result<(Vec<Tensor>, Leaves)> {
+    let (mut leaves, mut given) = (Vec::new(), Vec::new());
+    for &input in inputs {
+        if tape.tracks(input) {
+            let leaf = Var::from_tensor(&input.detach())?;
+            given.push(leaf.as_tensor().clone());
+            leaves.push((input.id(), leaf.as_tensor().clone()));
+        } else {
+            given.push(input.clone());
+        }
+    }
+    leaves.extend(parameters.iter().filter(|p| tape.tracks(p)).map(|&p| (p.id(), p.clone())));
+    Ok((given, leaves))
+}
+
 /// The operations of a model: on a tape they are recorded, without one they build candle's graph.
 #[derive(Clone, Copy)]
 pub struct Ops<'a>(Option<&'a Tape>);
@@ -93,18 +112,7 @@ impl<'a> Ops<'a> {
                 None => outputs,
             });
         };
-        let mut leaves = Vec::new();
-        let mut given = Vec::new();
-        for &input in inputs {
-            if tape.tracks(input) {
-                let leaf = Var::from_tensor(&input.detach())?;
-                given.push(leaf.as_tensor().clone());
-                leaves.push((input.id(), leaf.as_tensor().clone()));
-            } else {
-                given.push(input.clone());
-            }
-        }
-        leaves.extend(parameters.iter().filter(|p| tape.tracks(p)).map(|&p| (p.id(), p.clone())));
+        let (given, leaves) = leaves(tape, inputs, parameters)?;
         let graphs = f(&given)?;
         let passed = |t: &Tensor| !t.track_op() || parameters.iter().any(|p| p.id() == t.id());
         let outputs: Vec<Tensor> = graphs.iter().map(|t| if passed(t) { t.clone() } else { t.detach() }).collect();
@@ -133,6 +141,34 @@ impl<'a> Ops<'a> {
             Ok(())
         });
         Ok(outputs)
+    }
+
+    /// [`Self::island`] of a scalar whose gradients are found at once, so that its graph is gone when this returns; the backward
+    /// only multiplies them. For a part of a large sum.
+    pub fn settled(
+        &self,
+        inputs: &[&Tensor],
+        parameters: &[&Tensor],
+        f: impl FnOnce(&[Tensor]) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        let both: Vec<&Tensor> = inputs.iter().chain(parameters).copied().collect();
+        let Some(tape) = self.tape(&both) else { return self.island(inputs, parameters, f) };
+        let (given, leaves) = leaves(tape, inputs, parameters)?;
+        let graph = f(&given)?;
+        let value = graph.detach();
+        if !graph.track_op() {
+            return Ok(value);
+        }
+        let mut found = graph.backward()?;
+        let gradients: Vec<(TensorId, Tensor)> =
+            leaves.into_iter().filter_map(|(id, leaf)| Some((id, found.remove(&leaf)?.detach()))).collect();
+        tape.record(&value, move |g, sums| {
+            for (id, gradient) in &gradients {
+                sums.add(*id, gradient.broadcast_mul(g)?.contiguous()?)?;
+            }
+            Ok(())
+        });
+        Ok(value)
     }
 
     /// [`crate::rms_norm`].

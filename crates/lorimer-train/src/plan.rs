@@ -16,7 +16,7 @@ use serde::Serialize;
 use crate::encode::Example;
 use crate::error::Result;
 use crate::frozen::FrozenCache;
-use crate::objective::MOST_ROWS;
+use crate::objective::BLOCK_ROWS;
 use crate::optimizer::OptimizerKind;
 use crate::trainer::TrainSettings;
 
@@ -263,7 +263,7 @@ pub fn plan(request: &Request<'_>) -> Result<Plan> {
         _ => parameters,
     };
     // Logits of both models, their logarithms, exponentials and gradients.
-    let further = if request.objective { 10 * (work.predicting.min(MOST_ROWS) * c.vocab_size) as u64 } else { 0 };
+    let further = if request.objective { 10 * (work.predicting.min(BLOCK_ROWS) * c.vocab_size) as u64 } else { 0 };
     let cached = work.repeats && first > 0;
     let cache_bytes = if cached { (work.data_tokens as u64).saturating_mul(4 * h) } else { 0 };
     let breakdown = Breakdown {

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::encode::Example;
 use crate::error::Result;
 use crate::frozen::{FrozenCache, FrozenLower};
-use crate::objective::{MOST_ROWS, Objective};
+use crate::objective::{BLOCK_ROWS, Moment, Objective};
 
 /// How the fast form goes about it. None of these changes the result beyond rounding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -77,7 +77,7 @@ pub struct Extras<'a> {
     /// The frozen lower layers' output, and the rows' places in the training set.
     pub lower: Option<(&'a FrozenLower, &'a [usize])>,
     /// A further term of the loss, as a mean over the micro-batch's supervised positions, and what it is multiplied by.
-    pub objective: Option<(&'a dyn Objective, f64)>,
+    pub objective: Option<(&'a dyn Objective, f64, Moment)>,
     /// Called after each layer's backward; layers are then computed again in the backward.
     pub layer_done: Option<LayerDone<'a>>,
 }
@@ -147,8 +147,8 @@ pub fn accumulate(
     let objective = extras.objective;
     let mut pass =
         Pass { model, attached, parameters, batch: &batch, start, layout, place, targets, scale, objective: None };
-    if let Some((objective, weight)) = objective {
-        pass.objective = Some(Further { objective, weight, base: pass.base_logits()? });
+    if let Some((objective, weight, at)) = objective {
+        pass.objective = Some(Further { objective, weight, at, base: pass.base_hidden()? });
     }
     let clock = Instant::now();
     let forward;
@@ -181,7 +181,8 @@ struct Pass<'a> {
 struct Further<'a> {
     objective: &'a dyn Objective,
     weight: f64,
-    /// The frozen base's logits at the supervised positions.
+    at: Moment,
+    /// The frozen base's hidden states, of which `place` finds those of the supervised positions.
     base: Tensor,
 }
 
@@ -199,20 +200,35 @@ impl Pass<'_> {
         self.start.clone().map_or_else(|| Ok((0, self.embed(on)?)), Ok)
     }
 
-    /// The rows that an objective looks at.
-    fn looked_at(&self) -> &[u32] {
-        &self.place[..self.place.len().min(MOST_ROWS)]
-    }
-
-    /// Logits of the frozen base at the supervised positions.
-    fn base_logits(&self) -> candle_core::Result<Tensor> {
+    /// Hidden states of the frozen base, before its head.
+    fn base_hidden(&self) -> candle_core::Result<Tensor> {
         let on = Inference(&Frozen);
         let (first, mut h) = self.bottom(&on)?;
         for i in first..self.model.layer_count() {
             h = self.model.layer(i, &h, &self.layout, &on, None)?;
         }
-        let hidden = self.model.finish(&h, &on)?;
-        Ok(self.model.logits(&Ops::plain().rows(&hidden, self.looked_at())?, &on)?.detach())
+        Ok(self.model.finish(&h, &on)?.detach())
+    }
+
+    /// The further term over all supervised positions: the mean of its values for blocks of them, each of which is done with before the next one's
+    /// logits are made.
+    fn further(&self, further: &Further<'_>, hidden: &Tensor, on: &Attached<'_>) -> candle_core::Result<Tensor> {
+        let parameters: Vec<&Tensor> = self.parameters.iter().map(|(_, v)| v.as_tensor()).collect();
+        let frozen = Inference(&Frozen);
+        let mut sum: Option<Tensor> = None;
+        for block in self.place.chunks(BLOCK_ROWS) {
+            let share = block.len() as f64 / self.place.len() as f64;
+            let rows = on.ops().rows(hidden, block)?;
+            let base = self.model.logits(&Ops::plain().rows(&further.base, block)?, &frozen)?.detach();
+            let value = on.ops().settled(&[&rows], &parameters, |t| {
+                further.objective.value(&self.model.logits(&t[0], self.attached)?, &base, &further.at)? * share
+            })?;
+            sum = Some(match sum {
+                Some(sum) => on.ops().island(&[&sum, &value], &[], |t| &t[0] + &t[1])?,
+                None => value,
+            });
+        }
+        sum.ok_or_else(|| candle_core::Error::Msg("no position is supervised".into()))
     }
 
     /// From the last layer's output to the loss: the task's, the further term, and what is differentiated.
@@ -220,11 +236,7 @@ impl Pass<'_> {
         let hidden = self.model.finish(h, on)?;
         let task = self.model.loss(&on.ops().rows(&hidden, &self.place)?, &self.targets, on)?;
         let Some(further) = &self.objective else { return Ok((task.clone(), None, task)) };
-        let rows = on.ops().rows(&hidden, self.looked_at())?;
-        let parameters: Vec<&Tensor> = self.parameters.iter().map(|(_, v)| v.as_tensor()).collect();
-        let value = on.ops().island(&[&rows], &parameters, |t| {
-            further.objective.value(&self.model.logits(&t[0], self.attached)?, &further.base)
-        })?;
+        let value = self.further(further, &hidden, on)?;
         // The sum is multiplied by the scale, the further term by its weight.
         let all = on.ops().island(&[&task, &value], &[], |t| &t[0] + (&t[1] * (further.weight / self.scale))?)?;
         Ok((task, Some(value), all))

@@ -21,7 +21,7 @@ use crate::error::{Error, Result};
 use crate::evaluate::{Evaluation, evaluate};
 use crate::frozen::FrozenLower;
 use crate::log::{Log, Record, plot};
-use crate::objective;
+use crate::objective::{self, Moment};
 use crate::optimizer::{self, AdamWConfig, Optimizer, OptimizerKind, Treatment};
 use crate::schedule::{Schedule, Shape};
 use crate::step::{Extras, StepOptions, accumulate};
@@ -372,6 +372,8 @@ impl Run<'_> {
             let clock = Instant::now();
             let micro = s.rows(state.step, self.train.len(), &mut order);
             let supervised: usize = micro.iter().flatten().map(|&i| self.train[i].targets().count()).sum();
+            let rows_of_data: usize = micro.iter().map(Vec::len).sum();
+            let moment = Moment::new(state.step, total, supervised as f64 / rows_of_data.max(1) as f64);
             let mut sums = Gradients::default();
             let (mut loss, mut further, mut tokens) = (0.0, 0.0, 0);
             let rate = schedule.rate(state.step);
@@ -398,7 +400,7 @@ impl Run<'_> {
                 };
                 let extras = Extras {
                     lower: lower.as_ref().map(|lower| (lower, places.as_slice())),
-                    objective: objective.as_deref().map(|o| (o, own as f64 * scale)),
+                    objective: objective.as_deref().map(|o| (o, own as f64 * scale, moment)),
                     layer_done: if per_layer { Some(&mut layer_done) } else { None },
                 };
                 let found = accumulate(self.model, &on, &parameters, &rows, scale, s.step, extras, &mut sums)?;

@@ -10,7 +10,7 @@ use lorimer::adapter::training::{BaLora, BaLoraTask, Galore, GaloreProjection, L
 use lorimer::model::weights::LoadDtype;
 use lorimer::prelude::*;
 use lorimer::tensor::Gradients;
-use lorimer::train::objective::{Objective, Regularisers};
+use lorimer::train::objective::{Moment, Objective, Regularisers};
 use lorimer::train::optimizer::{
     AdamW, AdamWConfig, GaloreOptimizer, LoraProOptimizer, Optimizer, Pair, Treatment, lora_pro,
 };
@@ -290,16 +290,25 @@ fn the_regularised_loss_has_its_gradient() {
     let supervised: usize = rows.iter().map(|e| e.targets().count()).sum();
     let run = |adapter: &Adapter, objective: Option<&dyn Objective>, checkpointing: bool| {
         let (parameters, mut sums) = (adapter.trainable(), Gradients::default());
-        let extras = Extras { objective: objective.map(|o| (o, 0.7)), ..Default::default() };
+        let extras = Extras { objective: objective.map(|o| (o, 0.7, Moment::new(3, 4, 2.0))), ..Default::default() };
         let options = StepOptions { checkpointing, ..Default::default() };
         let attached = Attached::one(adapter);
         let found = accumulate(&model, &attached, &parameters, &rows, 0.1, options, extras, &mut sums).unwrap();
         let all: Vec<Tensor> = parameters.iter().map(|(_, v)| sums.remove(v.as_tensor()).unwrap()).collect();
         (found.sum * 0.1 + found.further * 0.7, found.further, all)
     };
-    for task in [BaLoraTask::Nlg, BaLoraTask::Nlu] {
+    for (version, task) in [(1, BaLoraTask::Nlg), (1, BaLoraTask::Nlu), (2, BaLoraTask::Nlg)] {
         let adapter = attach(&model, "ba-lora", r#"{"r": 3}"#);
-        let settings = BaLora { lambda1: 0.5, lambda2: 0.4, lambda3: 0.3, k: 3, task };
+        let settings = BaLora {
+            version,
+            lambda1: 0.5,
+            lambda2: 0.4,
+            lambda3: 0.3,
+            k: 3,
+            task,
+            temperature: 2.0,
+            top_k_entropy: 5 * (version - 1),
+        };
         // Where nothing has moved, the consistency is zero.
         let only = Regularisers(BaLora { lambda2: 0.0, lambda3: 0.0, ..settings.clone() });
         assert!(run(&adapter, Some(&only), false).1.abs() < 1e-12);

@@ -132,7 +132,8 @@ fn a_comparison_goes_on_where_it_stopped() {
 fn lora_sbs_start_follows_the_warm_up_and_not_a_sweep() {
     let f = Fixture::new();
     let out = f.path("sb");
-    let more = ["--method", "lora-sb", "--rank", "4", "--max-steps", "20", "--warmup-ratio", "0.21", "--set", "samples=4"];
+    let more =
+        ["--method", "lora-sb", "--rank", "4", "--max-steps", "20", "--warmup-ratio", "0.21", "--set", "samples=4"];
     ok(&f.train(&out, &more));
     let eta = |folder: &Path| {
         let bytes = std::fs::read(folder.join("adapter_config.json")).unwrap();
@@ -153,7 +154,8 @@ fn lora_sbs_start_follows_the_warm_up_and_not_a_sweep() {
         assert_eq!(json(&["compare", &file, "--output", &results])["missing_runs"], 0);
         let mut rates = std::collections::BTreeSet::new();
         for entry in std::fs::read_dir(Path::new(&results).join("runs")).unwrap() {
-            let run: serde_json::Value = serde_json::from_slice(&std::fs::read(entry.unwrap().path()).unwrap()).unwrap();
+            let run: serde_json::Value =
+                serde_json::from_slice(&std::fs::read(entry.unwrap().path()).unwrap()).unwrap();
             let (own, start) = (run["spec"]["lr"].to_string(), run["spec"]["set"]["init_lr"].as_f64());
             match start {
                 Some(start) if start != 0.5 => {

@@ -9,6 +9,7 @@ use lorimer::adapter::training::{Control, SoftThreshold, Update};
 use lorimer::prelude::*;
 use lorimer::train::calibrate::{Data, calibrate};
 use lorimer::train::control;
+use lorimer::train::objective::{self, Moment};
 use lorimer::train::optimizer::{AdamW, AdamWConfig, Optimizer};
 use lorimer::train::schedule::{Schedule, Shape};
 use lorimer::train::step::batch_loss;
@@ -143,5 +144,27 @@ fn soras_gates_go_the_way_of_its_authors_code() {
         for (a, b) in found.iter().zip(&expected) {
             assert!((a - b).abs() < 1e-12, "{name}: {found:?} against {expected:?}");
         }
+    }
+}
+
+/// Values and gradients of BA-LoRA's terms in both versions of its authors' code.
+#[test]
+fn ba_loras_terms_have_their_values_and_gradients() {
+    let golden = Golden::open("ba_lora");
+    let (logits, base) = (golden.get("logits"), golden.get("base"));
+    let per_row = logits.dim(0).unwrap() as f64 / golden.number("rows");
+    let steps = [0, 19, 20, 22, 25, 70, 99];
+    let second = steps.map(|step| (format!("second.{step}"), "ba-lora:version=2,k=5".to_string(), step));
+    let first = ["nlg", "nlu"].map(|task| (task.to_string(), format!("ba-lora:task={task}"), 0));
+    for (name, spec, step) in first.into_iter().chain(second) {
+        let objective = objective::build(&spec.parse().unwrap());
+        let leaf = Var::from_tensor(logits).unwrap();
+        let value = objective.value(leaf.as_tensor(), base, &Moment::new(step, 100, per_row)).unwrap();
+        let found = value.to_scalar::<f64>().unwrap();
+        let expected = golden.number(&format!("{name}.value"));
+        assert!((found - expected).abs() < 1e-9, "{name}: {found} against {expected}");
+        let gradient = value.backward().unwrap().remove(leaf.as_tensor()).unwrap();
+        let d = distance(&gradient, golden.get(&format!("{name}.gradient")));
+        assert!(d < 1e-9, "{name}: its gradient differs by {d:e}");
     }
 }

@@ -4,9 +4,18 @@
 //! arXiv 2408.04556: PiSSA's start (the r largest singular directions of W in B A, the rest frozen), and
 //! `L = L_task + λ₁ L_CR + λ₂ L_DR + λ₃ L_SVDR` over logits Z (n, c) of the adapted and Z₀ of the frozen base at the supervised positions:
 //!
-//! - `nlg`: `L_CR = KL(softmax Z₀ ‖ softmax Z)` a position, `L_DR` = −(mean entropy of softmax Z);
-//! - `nlu`: `L_CR` = mean squared distance of ℓ2-normalised logits, `L_DR` = Σ of squared off-diagonal covariances of Z's columns, over c;
+//! - `nlg`: `L_CR = KL(softmax Z₀ ‖ softmax Z)` summed over the positions of a row and averaged over rows, `L_DR` = −(mean entropy of softmax Z);
+//! - `nlu`: `L_CR` = mean squared difference of the numbers of ℓ2-normalised logits, `L_DR` = Σ of squared off-diagonal covariances of Z's columns,
+//!   over c;
 //! - both: `L_SVDR = −Σ_{i≤k} σ_i(Z) / Σ_i σ_i(Z)`.
+//!
+//! These are the normalisations of the authors' first code (cyp-jlu-ai/BA-LoRA), whose λ are the defaults. `version=2` is their second
+//! (llm172/BA-LoRA): `L_CR` = T² KL(softmax Z₀/T ‖ softmax Z/T), a mean over positions, T = 2; the entropy of the 20 likeliest tokens among themselves;
+//! `L_SVDR = −Σ_{i≤k} σ_i / ‖Z‖_F`; λ₁ falls along half a cosine to a tenth; λ₂ and λ₃ are zero for a fifth of the run and rise over the next
+//! twentieth.
+//!
+//! All supervised positions take part. They are gone through in blocks of 1,024, so that no more logits are in memory at a time; singular values
+//! and covariances are those of the blocks, averaged by their length.
 //!
 //! Singular values come from the n × n Gram matrix, and covariances too, so that nothing of size c × c is formed.
 //!
