@@ -21,12 +21,13 @@ lorimer=$1 model=$2 folder=$3
 train lora --method lora --rank 8 --lr 2e-3
 train pissa --method lora --init pissa --rank 8 --lr 5e-4
 train ba-lora --method ba-lora --rank 8 --lr 5e-4
+train ba-lora-2 --method ba-lora --rank 8 --lr 5e-4 --set version=2
 # A thousand times the code's weights, to see whether the terms do anything at all.
 train ba-lora-1000 --method ba-lora --rank 8 --lr 5e-4 --set lambda1=0.1 --set lambda2=0.3 --set lambda3=0.1
 for domain in movies tweets products news; do
   data="--model $model --data data/sentiment-$domain.valid.jsonl --limit 160 --json -q"
   "$lorimer" eval $data > "$folder/base-$domain.json"
-  for name in lora pissa ba-lora ba-lora-1000; do
+  for name in lora pissa ba-lora ba-lora-2 ba-lora-1000; do
     "$lorimer" eval $data --adapter "$folder/$name" > "$folder/$name-$domain.json"
   done
 done
@@ -34,7 +35,7 @@ python3 - "$folder" <<'PY'
 import json, sys
 domains = ["movies", "tweets", "products", "news"]
 print(f"{'accuracy, % (loss)':<20}" + "".join(f"{d:>18}" for d in domains))
-for name in ["base", "lora", "pissa", "ba-lora", "ba-lora-1000"]:
+for name in ["base", "lora", "pissa", "ba-lora", "ba-lora-2", "ba-lora-1000"]:
     cells = (json.load(open(f"{sys.argv[1]}/{name}-{d}.json")) for d in domains)
     shown = "".join("{:>18}".format(f"{100 * c['choice_accuracy']:.1f} ({c['loss']:.3f})") for c in cells)
     print(f"{name:<20}{shown}")

@@ -7,7 +7,7 @@ head -n 970 $data.train.jsonl > "$3/train.jsonl"
 { tail -n 500 $data.train.jsonl; cat $data.valid.jsonl; } > "$3/unseen.jsonl"
 common="--model $2 --data $3/train.jsonl --warmup-steps 5 --lr 2e-3 --json -q --overwrite"
 # A fifth as many steps again, the smaller ranks more often.
-"$1" train $common --max-steps 120 --method dylora --rank 16 --set "ranks=[1,2,4,8,16]" --set distribution=geometric --set ratio=0.75 \
+"$1" train $common --max-steps 120 --method dylora --rank 16 --set scaling=fixed --set "ranks=[1,2,4,8,16]" --set distribution=geometric --set ratio=0.75 \
   --output "$3/dylora" > "$3/dylora.json"
 for rank in 1 2 4 8 16; do
   "$1" train $common --max-steps 100 --method lora --rank $rank --output "$3/lora-$rank" > "$3/lora-$rank.json"

@@ -95,7 +95,7 @@ pub enum GaloreProjection {
 pub struct LoraPro {
     /// Moments of the equivalent full gradient, in place of those of A and B.
     pub full: bool,
-    /// Added to the diagonals of BᵀB and A Aᵀ before they are inverted, as a share of their mean.
+    /// δ, added to the diagonals of BᵀB and A Aᵀ before they are inverted.
     pub delta: f64,
 }
 
@@ -371,6 +371,15 @@ impl OptimizerKind {
             Self::Galore(_) => "galore",
             Self::LoraPro(p) if p.full => "lora-pro-full",
             Self::LoraPro(_) => "lora-pro",
+        }
+    }
+
+    /// The learning rate that training with it takes unless told otherwise, where that is its own and not the method's.
+    pub fn learning_rate(&self) -> Option<f64> {
+        match self {
+            // Its steps have the size of the rate in the weight itself, as those of full fine-tuning.
+            Self::LoraPro(p) if p.full => Some(2e-5),
+            _ => None,
         }
     }
 

@@ -339,6 +339,47 @@ fn the_regularised_loss_has_its_gradient() {
     assert!(supervised > 0);
 }
 
+/// All supervised positions take part, more than are looked at together too: the divergence over all of them at once.
+#[test]
+fn every_supervised_position_is_regularised() {
+    let model = model();
+    let row = |seed: u32| Example {
+        tokens: (0..700).map(|i| (i * 7 + i * i * seed) % 40).collect(),
+        learnt: (0..700).map(|i| i > 3).collect(),
+        answer: None,
+    };
+    let rows = [row(1), row(3)];
+    let rows: Vec<&Example> = rows.iter().collect();
+    let positions: usize = rows.iter().map(|e| e.targets().count()).sum();
+    assert!(positions > lorimer::train::objective::BLOCK_ROWS);
+    let adapter = attach(&model, "lora", r#"{"r": 3}"#);
+    move_all(&adapter);
+    let attached = Attached::one(&adapter);
+    let objective = Regularisers(BaLora { lambda1: 1.0, lambda2: 0.0, lambda3: 0.0, ..Default::default() });
+    let parameters = adapter.trainable();
+    let extras = Extras { objective: Some((&objective, 1.0, Moment::new(0, 1, 1.0))), ..Default::default() };
+    let options = StepOptions::default();
+    let mut sums = Gradients::default();
+    let found = accumulate(&model, &attached, &parameters, &rows, 1e-9, options, extras, &mut sums).unwrap();
+    let whole = |on: &dyn Adaptation| {
+        let batch = Batch::pack(rows.iter().map(|e| e.tokens.as_slice()));
+        let hidden = model.hidden(&batch, on).unwrap();
+        let places: Vec<u32> =
+            rows.iter().zip(&batch.rows).flat_map(|(e, at)| e.targets().map(|i| at[i - 1])).collect();
+        let places = Tensor::from_vec(places, positions, &Device::Cpu).unwrap();
+        model.logits(&hidden.index_select(&places, 0).unwrap(), on).unwrap()
+    };
+    let expected = lorimer::train::objective::divergence(&whole(&Frozen), &whole(&attached)).unwrap();
+    let gradients = expected.backward().unwrap();
+    let expected = expected.to_scalar::<f64>().unwrap();
+    assert!((found.further - expected).abs() < 1e-9 * expected, "{} against {expected}", found.further);
+    for (name, var) in &parameters {
+        let (found, expected) = (sums.remove(var.as_tensor()).unwrap(), gradients.get(var.as_tensor()).unwrap());
+        // The loss of the task is in it too, a thousand millionth of it.
+        assert!(distance(&found, expected) < 1e-5 * norm(expected), "{name}");
+    }
+}
+
 /// The base with a random change of rank 2 in every projection of some kinds, each so large that alone it moves the output by the same
 /// divergence.
 fn plant(model: &Llama, kinds: &[&str], rng: &mut ChaCha8Rng) -> Adapter {

@@ -4,13 +4,16 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Tensor, Var};
+use lorimer::adapter::method::{Findings, SampledRank, Source};
 use lorimer::adapter::methods::sora::{Rise, SoraConfig};
-use lorimer::adapter::training::{Control, SoftThreshold, Update};
+use lorimer::adapter::training::{Control, LoraPro, SoftThreshold, Update};
+use lorimer::model::{Projection, Site};
 use lorimer::prelude::*;
+use lorimer::tensor::FrozenWeight;
 use lorimer::train::calibrate::{Data, calibrate};
 use lorimer::train::control;
 use lorimer::train::objective::{self, Moment};
-use lorimer::train::optimizer::{AdamW, AdamWConfig, Optimizer};
+use lorimer::train::optimizer::{AdamW, AdamWConfig, LoraProOptimizer, Optimizer, Pair};
 use lorimer::train::schedule::{Schedule, Shape};
 use lorimer::train::step::batch_loss;
 
@@ -166,5 +169,109 @@ fn ba_loras_terms_have_their_values_and_gradients() {
         let gradient = value.backward().unwrap().remove(leaf.as_tensor()).unwrap();
         let d = distance(&gradient, golden.get(&format!("{name}.gradient")));
         assert!(d < 1e-9, "{name}: its gradient differs by {d:e}");
+    }
+}
+
+/// Eight steps of LoRA-Pro's full variant, from B = 0 and from elsewhere.
+#[test]
+fn lora_pros_full_variant_steps_as_its_authors_code_does() {
+    let golden = Golden::open("lora_pro");
+    let (target, scaling, rate) = (golden.get("target"), golden.number("scaling"), golden.number("rate"));
+    for kind in ["zero", "moved"] {
+        let a = Var::from_tensor(golden.get("a")).unwrap();
+        let b = Var::from_tensor(golden.get(&format!("{kind}.b"))).unwrap();
+        let settings = LoraPro { full: true, ..Default::default() };
+        let pairs = vec![Pair { module: "m".into(), scaling }];
+        let mut optimizer = LoraProOptimizer::new(settings, AdamWConfig::default(), pairs);
+        let parameters = [("m.lora_A".to_string(), &a), ("m.lora_B".to_string(), &b)];
+        for step in 1..9 {
+            let g = ((b.matmul(&a).unwrap() * scaling).unwrap() - target).unwrap();
+            let plain = [b.t().unwrap().matmul(&g).unwrap(), g.matmul(&a.t().unwrap()).unwrap()];
+            let gradients = plain.map(|t| Some((t * scaling).unwrap()));
+            optimizer.step(&parameters, &gradients, rate).unwrap();
+            for (name, var) in [("a", &a), ("b", &b)] {
+                let d = distance(var.as_tensor(), golden.get(&format!("{kind}.{step}.{name}")));
+                assert!(d < 1e-6, "{kind}: {name} differs by {d:e} after step {step}");
+            }
+        }
+    }
+}
+
+/// A rank's forward and gradients, of all its rows or of the last one alone.
+#[test]
+fn dyloras_ranks_compute_what_its_authors_code_computes() {
+    let golden = Golden::open("dylora");
+    let (a, b, x) = (golden.get("a"), golden.get("b"), golden.get("x"));
+    let ((r, inputs), outputs) = (a.dims2().unwrap(), b.dim(0).unwrap());
+    let weight = Tensor::zeros((outputs, inputs), DType::F64, &candle_core::Device::Cpu).unwrap();
+    let base = Projection { weight: FrozenWeight::Dense(weight), bias: None };
+    let site = Site::new("p", (outputs, inputs));
+    let settings = serde_json::json!({ "r": r, "lora_alpha": golden.number("alpha") });
+    let method = methods::build("dylora", settings.as_object().unwrap()).unwrap();
+    let findings = Findings::new();
+    let delta = method.attach(&site, &base, &mut Source::start(&site, DType::F64, 0, &findings)).unwrap();
+    for (key, var) in delta.trainable() {
+        // B is kept as its transpose.
+        var.set(&if key == "lora_A" { a.clone() } else { b.t().unwrap().contiguous().unwrap() }).unwrap();
+    }
+    let nothing = base.forward(x).unwrap();
+    for rank in 1..=r {
+        for frozen in [false, true] {
+            let step = Step { training: Some(1), rank: Some(SampledRank { rank, frozen }) };
+            let y = delta.forward(&base, x, &nothing, &step).unwrap();
+            let name = format!("{rank}.{}", if frozen { "frozen" } else { "all" });
+            let d = distance(&y, golden.get(&format!("{name}.y")));
+            assert!(d < 1e-12, "{name}: {d:e}");
+            let found = (&y * golden.get("direction")).unwrap().sum_all().unwrap().backward().unwrap();
+            for (key, var) in delta.trainable() {
+                let gradient = found.get(var.as_tensor()).unwrap();
+                let (gradient, end) =
+                    if key == "lora_A" { (gradient.clone(), "a") } else { (gradient.t().unwrap(), "b") };
+                let d = distance(&gradient, golden.get(&format!("{name}.{end}")));
+                assert!(d < 1e-12, "{name}: the gradient of {end} differs by {d:e}");
+            }
+        }
+    }
+}
+
+/// bitsandbytes' own AdamW8bit: its code, its first step to the bit of every index, and forty steps; small parameters keep 32 bits.
+#[test]
+fn adam_in_eight_bits_is_that_of_bitsandbytes() {
+    use lorimer::tensor::blockwise::{SIGNED, UNSIGNED};
+    let golden = Golden::open("adam8bit");
+    for (name, code) in [("signed", &*SIGNED), ("unsigned", &*UNSIGNED)] {
+        for (i, expected) in golden.numbers(name).into_iter().enumerate() {
+            let found = f64::from(code.value(i as u8));
+            assert!((found - expected).abs() <= 3e-7 * expected.abs(), "{name} {i}: {found} against {expected}");
+        }
+    }
+    let vars = ["large", "small"].map(|name| Var::from_tensor(golden.get(name)).unwrap());
+    let parameters = [("large".to_string(), &vars[0]), ("small".to_string(), &vars[1])];
+    let mut optimizer = AdamW::new(AdamWConfig { weight_decay: 0.01, ..Default::default() }, true);
+    for (step, expected) in golden.numbers("losses").into_iter().enumerate() {
+        let part =
+            |var: &Var, goal: &str| (var.as_tensor() - golden.get(goal)).unwrap().sqr().unwrap().mean_all().unwrap();
+        let loss = (part(&vars[0], "goal") + part(&vars[1], "near")).unwrap();
+        let grads = loss.backward().unwrap();
+        let gradients: Vec<_> = vars.iter().map(|v| grads.get(v.as_tensor()).cloned()).collect();
+        optimizer.step(&parameters, &gradients, 1e-2).unwrap();
+        let loss = f64::from(loss.to_scalar::<f32>().unwrap());
+        assert!((loss - expected).abs() < 1e-3 * expected, "step {step}: {loss} against {expected}");
+        if step == 0 {
+            let state: BTreeMap<String, Tensor> = optimizer.state().unwrap().into_iter().collect();
+            assert!(distance(vars[0].as_tensor(), golden.get("first.large")) < 1e-6);
+            let scales = &state["large.exp_avg.scales"];
+            assert!(distance(scales, &golden.get("first.scales").reshape(scales.dims()).unwrap()) < 1e-9);
+            let (found, expected) = (state["large.exp_avg"].to_vec1::<u8>().unwrap(), golden.numbers("first.indices"));
+            let other = found.iter().zip(&expected).filter(|(a, b)| f64::from(**a) != **b).count();
+            // Of 4608, those that stand on a border between two values.
+            assert!(other <= 4, "{other} indices differ");
+            assert_eq!(state["small.exp_avg"].dtype(), DType::F32);
+        }
+    }
+    for (name, var) in &parameters {
+        let (found, expected) = (var.as_tensor(), golden.get(&format!("last.{name}")));
+        let apart = norm(&(found - expected).unwrap()) / norm(expected);
+        assert!(apart < if name == "small" { 1e-5 } else { 5e-3 }, "{name}: {apart}");
     }
 }

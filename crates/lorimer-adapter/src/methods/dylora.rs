@@ -2,14 +2,16 @@
 //!
 //! Valipour et al. 2023, *DyLoRA: Parameter-Efficient Tuning of Pretrained Models using Dynamic Search-Free Low-Rank Adaptation*, EACL,
 //! arXiv 2210.07558, algorithm 1. Each step draws a rank b from `{rank_min … r}` and computes `y = W x + s · B_↓b A_↓b x` with the first b rows of A
-//! (r, inputs) and columns of B (outputs, r). s is α/r at every rank (`scaling` = `fixed`, as the reference code) or α/b (`rank`). All of these learn; with `frozen` only the b-th row and column do (faster, a little
-//! worse). Rows that a step does not touch get no step of the optimiser: moments and step counts are kept a row.
+//! (r, inputs) and columns of B (outputs, r). s is α/b (`scaling` = `rank`, the paper's and the
+//! authors' code's, which multiplies both factors with the root of r/b), or α/r at every rank (`fixed`). All of these learn; with `frozen` only the b-th row and column do (faster, a little
+//! worse). Rows that a step does not touch get no step of the optimiser: moments and step counts are kept a row. (The authors' code leaves them a
+//! gradient of zero, so that AdamW's moments go on moving them.)
 //!
 //! Afterwards every b is an adapter: A_↓b, B_↓b, s. `lorimer resize --rank b` cuts the file, `lorimer eval --rank all` prints the whole curve.
 //!
 //! Settings: `r` (the largest), `rank_min`, `ranks` (a list in place of the range), `distribution` (`uniform`, or `geometric` with the chance of
-//! each next rank times `ratio`), `scaling`, `frozen`. With `rank` a row's part in the output changes r-fold with the rank that is drawn, and small
-//! ranks learnt badly in our runs (`bench/dylora.sh`).
+//! each next rank times `ratio`), `scaling`, `frozen`. With `rank` a row's part in the output changes r-fold with the rank that is drawn; small
+//! ranks learnt better with `fixed` in our runs (`bench/dylora.sh`).
 //!
 //! Trainable parameters of a projection: `r · (inputs + outputs)`.
 //!
@@ -50,7 +52,7 @@ pub const ENTRY: Entry = Entry {
     lr: 2e-3,
     flags: FLAGS,
     source: include_str!("dylora.rs"),
-    laws: &[(r#"{"r": 4}"#, 0.0), (r#"{"r": 3, "frozen": true, "scaling": "rank", "lora_dropout": 0.2}"#, 0.0)],
+    laws: &[(r#"{"r": 4}"#, 0.0), (r#"{"r": 3, "frozen": true, "scaling": "fixed", "lora_dropout": 0.2}"#, 0.0)],
     build: |settings| {
         let mut settings = settings.clone();
         let own: DyloraConfig = configure("dylora", &split_off::<DyloraConfig>(&mut settings))?;
@@ -90,11 +92,11 @@ pub struct DyloraConfig {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Scaling {
-    /// α/r, whatever b is.
-    #[default]
-    Fixed,
     /// α/b.
+    #[default]
     Rank,
+    /// α/r, whatever b is.
+    Fixed,
 }
 
 /// How often each rank is drawn.
@@ -115,7 +117,7 @@ impl Default for DyloraConfig {
             ranks: Vec::new(),
             distribution: Distribution::Uniform,
             ratio: 0.8,
-            scaling: Scaling::Fixed,
+            scaling: Scaling::Rank,
             frozen: false,
         }
     }

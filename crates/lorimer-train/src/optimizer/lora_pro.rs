@@ -19,23 +19,23 @@ pub struct Pair {
     pub scaling: f64,
 }
 
-/// A symmetric positive matrix by its eigenvalues, δ added, and eigenvectors.
+/// A symmetric positive matrix by its eigenvalues and eigenvectors.
 struct Spectrum {
     values: Vec<f64>,
     vectors: Tensor,
 }
 
 impl Spectrum {
-    fn of(gram: &Tensor, delta: f64) -> candle_core::Result<Self> {
+    fn of(gram: &Tensor) -> candle_core::Result<Self> {
         let (values, vectors) = eigh(gram)?;
-        let mean = values.iter().sum::<f64>() / values.len().max(1) as f64;
-        Ok(Self { values: values.iter().map(|v| v.max(0.0) + delta * mean).collect(), vectors })
+        Ok(Self { values: values.into_iter().map(|v| v.max(0.0)).collect(), vectors })
     }
 
-    fn inverse(&self) -> candle_core::Result<Tensor> {
+    /// The inverse with δ on the diagonal; directions in which there is nothing, and no δ, are left out.
+    fn inverse(&self, delta: f64) -> candle_core::Result<Tensor> {
         let n = self.values.len();
-        let inverse: Vec<f64> = self.values.iter().map(|v| if *v > 0.0 { 1.0 / v } else { 0.0 }).collect();
-        let inverse = Tensor::from_vec(inverse, (1, n), &Device::Cpu)?;
+        let invert = |v: &f64| if v + delta > 0.0 { 1.0 / (v + delta) } else { 0.0 };
+        let inverse = Tensor::from_vec(self.values.iter().map(invert).collect(), (1, n), &Device::Cpu)?;
         self.vectors.broadcast_mul(&inverse)?.matmul(&self.vectors.t()?)
     }
 }
@@ -59,14 +59,14 @@ pub fn corrected(
     free: bool,
 ) -> candle_core::Result<(Tensor, Tensor)> {
     let part = 1.0 / (scaling * scaling);
-    let of_a = Spectrum::of(&a.matmul(&a.t()?)?, delta)?;
-    let gb_right = (gb.matmul(&of_a.inverse()?)? * part)?;
+    let of_a = Spectrum::of(&a.matmul(&a.t()?)?)?;
+    let gb_right = (gb.matmul(&of_a.inverse(delta)?)? * part)?;
     let bb = b.t()?.matmul(b)?;
     if bb.abs()?.max_all()?.to_scalar::<f64>()? == 0.0 {
         return Ok((ga.clone(), gb_right));
     }
-    let of_b = Spectrum::of(&bb, delta)?;
-    let inverse = of_b.inverse()?;
+    let of_b = Spectrum::of(&bb)?;
+    let inverse = of_b.inverse(delta)?;
     let ga_left = (inverse.matmul(ga)? * part)?;
     let along = b.matmul(&inverse.matmul(&b.t()?.matmul(&gb_right)?)?)?;
     let gb_left = (gb_right - along)?;
@@ -212,12 +212,12 @@ mod tests {
         let (a, b, _, ga, gb) = case();
         let (p, q) = (b.t()?.matmul(&b)?, a.matmul(&a.t()?)?);
         let c = random(3, 3, 9);
-        let x = sylvester(&Spectrum::of(&p, 0.0)?, &Spectrum::of(&q, 0.0)?, &c)?;
+        let x = sylvester(&Spectrum::of(&p)?, &Spectrum::of(&q)?, &c)?;
         assert!(norm(&((p.matmul(&x)? + x.matmul(&q)?)? - &c)?) < 1e-10);
         let zero = b.zeros_like()?;
         let (ha, hb) = corrected((&a, &zero), (&ga, &gb), 1.7, 0.0, true)?;
         assert_eq!(norm(&(ha - &ga)?), 0.0);
-        let expected = (gb.matmul(&Spectrum::of(&q, 0.0)?.inverse()?)? / (1.7 * 1.7))?;
+        let expected = (gb.matmul(&Spectrum::of(&q)?.inverse(0.0)?)? / (1.7 * 1.7))?;
         assert!(norm(&(hb - expected)?) < 1e-12);
         Ok(())
     }
