@@ -282,8 +282,22 @@ def adam8bit():
     return golden
 
 
+def label_smoothing():
+    """transformers 5.23's own LabelSmoother."""
+    from transformers.trainer_pt_utils import LabelSmoother
+
+    torch.manual_seed(17)
+    logits = (torch.randn(2, 6, 20, dtype=torch.float64) * 3).requires_grad_()
+    labels = torch.randint(0, 20, (2, 6))
+    labels[0, :3] = labels[1, 4:] = -100
+    loss = LabelSmoother(epsilon=0.1)({"logits": logits}, labels)
+    loss.backward()
+    kept = labels != -100
+    return {"logits": logits.detach()[kept], "targets": labels[kept].float(), "loss": loss.detach(), "gradient": logits.grad[kept]}
+
+
 if __name__ == "__main__":
     out.mkdir(exist_ok=True)
-    for make in (lora_sb, sora, ba_lora, dylora, lora_pro, adam8bit):
+    for make in (lora_sb, sora, ba_lora, dylora, lora_pro, adam8bit, label_smoothing):
         if len(sys.argv) == 1 or make.__name__ in sys.argv[1:]:
             save_file({k: t.contiguous() for k, t in make().items()}, out / f"{make.__name__}.safetensors")

@@ -317,7 +317,12 @@ pub fn merge_to_folder(
                 });
             }
             if untie && i + 1 == shards.len() {
-                let dtype = shards.iter().find_map(|s| s.tensor(EMBEDDING).ok().flatten()).map_or(DType::F32, |t| t.0);
+                let mut dtype = DType::F32;
+                for shard in shards {
+                    if let Some((found, ..)) = shard.tensor(EMBEDDING)? {
+                        dtype = found;
+                    }
+                }
                 entries.push(entry("lm_head.weight".into(), dtype, vec![config.vocab_size, config.hidden_size]));
             }
             let file_name = shard.path.file_name().unwrap_or_default();

@@ -332,10 +332,21 @@ impl Llama {
 
     /// Σ −log p of one target for each row of hidden states (rows, hidden) after the final norm.
     pub fn loss(&self, hidden: &Tensor, targets: &[u32], adaptation: &dyn Adaptation) -> TensorResult<Tensor> {
+        self.smoothed_loss(hidden, targets, 0.0, adaptation)
+    }
+
+    /// [`Self::loss`] with smoothed labels: [`lorimer_tensor::smoothed_cross_entropy`].
+    pub fn smoothed_loss(
+        &self,
+        hidden: &Tensor,
+        targets: &[u32],
+        smoothing: f64,
+        adaptation: &dyn Adaptation,
+    ) -> TensorResult<Tensor> {
         let ops = adaptation.ops();
         match adaptation.touches(&self.head.site) {
-            true => ops.cross_entropy(&self.logits(hidden, adaptation)?, targets),
-            false => ops.head_loss(hidden, &self.head.base.weight, targets),
+            true => ops.cross_entropy(&self.logits(hidden, adaptation)?, targets, smoothing),
+            false => ops.head_loss(hidden, &self.head.base.weight, targets, smoothing),
         }
     }
 

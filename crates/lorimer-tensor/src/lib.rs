@@ -37,7 +37,7 @@ pub use attention::{Segment, attention, attention_in_pool};
 pub use bases::scaled_bases;
 pub use block_affine::block_affine;
 pub use gated::silu_mul;
-pub use loss::cross_entropy;
+pub use loss::{cross_entropy, smoothed_cross_entropy};
 pub use low_rank::{LowRankTerm, Part};
 pub use norm::rms_norm;
 pub use ops::Ops;

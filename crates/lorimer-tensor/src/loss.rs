@@ -10,6 +10,12 @@ use crate::wide::{exp_in_place, sum2, wide};
 
 /// `−log softmax(logits)[target]` of every row: `logits` (rows, vocabulary) f32 or f64, one target a row → (rows).
 pub fn cross_entropy(logits: &Tensor, targets: &[u32]) -> Result<Tensor> {
+    smoothed_cross_entropy(logits, targets, 0.0)
+}
+
+/// [`cross_entropy`] with smoothed labels, as transformers defines them: `1 − smoothing` times that of the target and `smoothing` times the mean over the
+/// vocabulary. `smoothing` is between 0 and 1.
+pub fn smoothed_cross_entropy(logits: &Tensor, targets: &[u32], smoothing: f64) -> Result<Tensor> {
     let (rows, vocabulary) = logits.dims2()?;
     if rows != targets.len() {
         candle_core::bail!("cross-entropy: {rows} rows of logits but {} targets", targets.len());
@@ -18,27 +24,33 @@ pub fn cross_entropy(logits: &Tensor, targets: &[u32]) -> Result<Tensor> {
         candle_core::bail!("cross-entropy: target {bad} is outside the vocabulary of {vocabulary}");
     }
     if !logits.device().is_cpu() {
-        return cross_entropy_reference(logits, targets);
+        return cross_entropy_reference(logits, targets, smoothing);
     }
-    logits.contiguous()?.apply_op1(CrossEntropy { targets: targets.to_vec() })
+    logits.contiguous()?.apply_op1(CrossEntropy { targets: targets.to_vec(), smoothing })
 }
 
 /// The reference form out of plain candle operations.
-pub fn cross_entropy_reference(logits: &Tensor, targets: &[u32]) -> Result<Tensor> {
+pub fn cross_entropy_reference(logits: &Tensor, targets: &[u32], smoothing: f64) -> Result<Tensor> {
     let index = Tensor::from_slice(targets, (targets.len(), 1), logits.device())?;
     let max = logits.max_keepdim(1)?;
     let shifted = logits.broadcast_sub(&max)?;
     let total = shifted.exp()?.sum_keepdim(1)?.log()?;
-    (total - shifted.gather(&index, 1)?)?.squeeze(1)
+    let own = (shifted.gather(&index, 1)? * (1.0 - smoothing))?;
+    ((total - own)? - (shifted.mean_keepdim(1)? * smoothing)?)?.squeeze(1)
 }
 
 /// Bytes of logits that exist at a time where head and loss are one operation.
 pub const CHUNK_BYTES: usize = 64 << 20;
 
-/// Σ −log p of each row's target under softmax(x Wᵀ) (a scalar) and its gradient (rows, width): `x` (rows,
+/// Σ [`smoothed_cross_entropy`] of the rows of x Wᵀ (a scalar) and its gradient (rows, width): `x` (rows,
 /// width), `head` (vocabulary, width). Logits exist for a chunk of rows only.
-pub(crate) fn head_loss_and_gradient(x: &Tensor, head: &FrozenWeight, targets: &[u32]) -> Result<(Tensor, Tensor)> {
-    fn run<T: Real>(x: &Tensor, head: &FrozenWeight, targets: &[u32]) -> Result<(Tensor, Tensor)> {
+pub(crate) fn head_loss_and_gradient(
+    x: &Tensor,
+    head: &FrozenWeight,
+    targets: &[u32],
+    smoothing: f64,
+) -> Result<(Tensor, Tensor)> {
+    fn run<T: Real>(x: &Tensor, head: &FrozenWeight, targets: &[u32], smoothing: f64) -> Result<(Tensor, Tensor)> {
         let (rows, width) = x.dims2()?;
         let vocabulary = head.dims()?.0;
         let chunk = (CHUNK_BYTES / (vocabulary.max(1) * size_of::<T>())).clamp(1, rows.max(1));
@@ -50,7 +62,7 @@ pub(crate) fn head_loss_and_gradient(x: &Tensor, head: &FrozenWeight, targets: &
             let logits = frozen_linear(&x.narrow(0, start, targets.len())?.contiguous()?.detach(), head)?;
             with_mut_slice(&logits, |logits: &mut [T]| {
                 let losses = logits.par_chunks_mut(vocabulary).zip(targets).map(|(row, &t)| {
-                    let target = row[t as usize];
+                    let (target, mean) = (row[t as usize], mean_of(row, smoothing));
                     let wide_of = |v: T| num_traits::ToPrimitive::to_f64(&v).unwrap_or(f64::NAN);
                     let (max, sum) = wide(|| {
                         let (max, _) = exp_in_place(row);
@@ -60,9 +72,9 @@ pub(crate) fn head_loss_and_gradient(x: &Tensor, head: &FrozenWeight, targets: &
                         row.iter_mut().for_each(|v| *v *= inverse);
                         (max, sum)
                     });
-                    let own = wide_of(target) - wide_of(max);
-                    row[t as usize] -= T::one();
-                    sum.ln() - own
+                    let max = wide_of(max);
+                    smooth(row, t, smoothing, T::one());
+                    sum.ln() - (1.0 - smoothing) * (wide_of(target) - max) - smoothing * (mean - max)
                 });
                 total += losses.collect::<Vec<f64>>().into_iter().sum::<f64>();
                 Ok(())
@@ -77,13 +89,31 @@ pub(crate) fn head_loss_and_gradient(x: &Tensor, head: &FrozenWeight, targets: &
         candle_core::bail!("cross-entropy: {} targets for {:?}, below {vocabulary} each", targets.len(), x.shape());
     }
     match x.dtype() {
-        DType::F64 => run::<f64>(x, head, targets),
-        _ => run::<f32>(x, head, targets),
+        DType::F64 => run::<f64>(x, head, targets, smoothing),
+        _ => run::<f32>(x, head, targets, smoothing),
+    }
+}
+
+/// Mean of a row of logits, where labels are smoothed.
+fn mean_of<T: Real>(row: &[T], smoothing: f64) -> f64 {
+    if smoothing == 0.0 {
+        return 0.0;
+    }
+    row.iter().map(|v| num_traits::ToPrimitive::to_f64(v).unwrap_or(f64::NAN)).sum::<f64>() / row.len() as f64
+}
+
+/// From `g` times softmax to `g` times the gradient of the loss with smoothed labels.
+fn smooth<T: Real>(row: &mut [T], target: u32, smoothing: f64, g: T) {
+    row[target as usize] -= g * T::from_f64(1.0 - smoothing);
+    if smoothing != 0.0 {
+        let share = g * T::from_f64(smoothing / row.len() as f64);
+        row.iter_mut().for_each(|v| *v -= share);
     }
 }
 
 struct CrossEntropy {
     targets: Vec<u32>,
+    smoothing: f64,
 }
 
 /// `(maximum, log Σ exp(v − maximum))`.
@@ -101,7 +131,9 @@ impl CrossEntropy {
             .zip(&self.targets)
             .map(|(row, &t)| {
                 let (max, log) = log_sum(row);
-                log - (row[t as usize] - max)
+                let mean = T::from_f64(mean_of(row, self.smoothing));
+                let own = (row[t as usize] - max) * T::from_f64(1.0 - self.smoothing);
+                log - own - (mean - max) * T::from_f64(self.smoothing)
             })
             .collect()
     }
@@ -116,7 +148,7 @@ impl CrossEntropy {
                 .for_each(|((d, row), (&g, &t))| {
                     let (max, log) = log_sum(row);
                     d.iter_mut().zip(row).for_each(|(d, &v)| *d = g * (v - max - log).exp());
-                    d[t as usize] -= g;
+                    smooth(d, t, self.smoothing, g);
                 });
             Ok(d)
         })
@@ -156,12 +188,17 @@ mod tests {
     fn equals_the_reference() -> Result<()> {
         let logits = (random((4, 50), 1, DType::F32)? * 30.0)?;
         let targets = [0, 49, 7, 7];
-        assert_close(&cross_entropy(&logits, &targets)?, &cross_entropy_reference(&logits, &targets)?, 1e-5)
+        for smoothing in [0.0, 0.1, 0.9] {
+            let found = smoothed_cross_entropy(&logits, &targets, smoothing)?;
+            assert_close(&found, &cross_entropy_reference(&logits, &targets, smoothing)?, 1e-5)?;
+        }
+        Ok(())
     }
 
     #[test]
     fn gradient_equals_central_differences() -> Result<()> {
-        gradient_matches(&random((3, 8), 1, DType::F64)?, |x| cross_entropy(x, &[1, 7, 0]))
+        gradient_matches(&random((3, 8), 1, DType::F64)?, |x| cross_entropy(x, &[1, 7, 0]))?;
+        gradient_matches(&random((3, 8), 1, DType::F64)?, |x| smoothed_cross_entropy(x, &[1, 7, 0], 0.3))
     }
 
     #[test]

@@ -287,9 +287,9 @@ impl<'a> Ops<'a> {
         Ok(y)
     }
 
-    /// [`crate::cross_entropy`] of every row, summed.
-    pub fn cross_entropy(&self, logits: &Tensor, targets: &[u32]) -> Result<Tensor> {
-        self.fallback(&[logits], |t| crate::cross_entropy(&t[0], targets)?.sum_all())
+    /// [`crate::smoothed_cross_entropy`] of every row, summed.
+    pub fn cross_entropy(&self, logits: &Tensor, targets: &[u32], smoothing: f64) -> Result<Tensor> {
+        self.fallback(&[logits], |t| crate::smoothed_cross_entropy(&t[0], targets, smoothing)?.sum_all())
     }
 
     /// [`frozen_linear`].
@@ -401,11 +401,13 @@ impl<'a> Ops<'a> {
 
     /// Σ −log p of each row's target under softmax(x Wᵀ), with a frozen head `W` (vocabulary,
     /// width): logits exist for some rows at a time only, and the gradient of `x` is formed beside them. `x` (rows, width) → a scalar in x's type.
-    pub fn head_loss(&self, x: &Tensor, head: &FrozenWeight, targets: &[u32]) -> Result<Tensor> {
+    pub fn head_loss(&self, x: &Tensor, head: &FrozenWeight, targets: &[u32], smoothing: f64) -> Result<Tensor> {
         let (true, Some(tape)) = (self.on_cpu(x), self.tape(&[x])) else {
-            return self.fallback(&[x], |t| crate::cross_entropy(&frozen_linear(&t[0], head)?, targets)?.sum_all());
+            return self.fallback(&[x], |t| {
+                crate::smoothed_cross_entropy(&frozen_linear(&t[0], head)?, targets, smoothing)?.sum_all()
+            });
         };
-        let (loss, gradient) = head_loss_and_gradient(x, head, targets)?;
+        let (loss, gradient) = head_loss_and_gradient(x, head, targets, smoothing)?;
         let id = x.id();
         tape.record(&loss, move |g, gradients| {
             let scale = g.to_dtype(DType::F64)?.to_scalar::<f64>()?;
@@ -565,7 +567,9 @@ mod tests {
         holds(x()?, |ops, x| ops.linear(x, &weight))?;
         holds(x()?, |ops, x| ops.rows(x, &[0, 2, 2, 6]))?;
         holds(x()?, |ops, x| ops.reshape(x, (14, 6)))?;
-        holds(x()?, |ops, x| ops.head_loss(x, &head, &[0, 29, 3, 3, 7, 1, 2]))?;
+        for smoothing in [0.0, 0.2] {
+            holds(x()?, |ops, x| ops.head_loss(x, &head, &[0, 29, 3, 3, 7, 1, 2], smoothing))?;
+        }
         // A tensor that is used twice gets both gradients.
         holds(x()?, |ops, x| ops.add(x, &ops.silu_mul(x, x)?))?;
         let segments = [

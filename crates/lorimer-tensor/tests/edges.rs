@@ -365,7 +365,7 @@ fn losses_of_no_row_and_one() -> Result<()> {
             found.iter().zip(&expected).for_each(|(a, b)| assert!((a - b).abs() < 1e-5, "{a} for {b}"));
             let (x, head) = (matrix((rows, 6), 2, dtype)?, FrozenWeight::Dense(matrix((9, 6), 3, dtype)?));
             let tape = Tape::new([&x]);
-            let loss = Ops::recorded(&tape).head_loss(&x, &head, &targets)?;
+            let loss = Ops::recorded(&tape).head_loss(&x, &head, &targets, 0.0)?;
             let w = values(&head.dense(DType::F64)?)?;
             let logits = product(&values(&x)?, &transposed(&w, (9, 6)), (rows, 6, 9));
             let expected: f64 = logits.chunks(9).enumerate().map(|(i, row)| of(row, i)).sum();

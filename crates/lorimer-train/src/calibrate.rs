@@ -451,14 +451,17 @@ pub fn calibrate(
         Calibration::Gradients { samples, .. } => data.rows.iter().copied().take(samples).collect(),
         _ => data.rows.clone(),
     };
-    let path = data.cache.as_ref().map(|folder| {
-        let mut hash = Sha256::new();
-        let settings =
-            serde_json::to_string(&(CACHE_VERSION, &data.base, method.name(), method.config(), &calibration));
-        hash.update(settings.unwrap_or_default());
-        hash.update(crate::session::rows_hash(&looked_at));
-        folder.join(format!("{}.safetensors", hex(&hash.finalize())))
-    });
+    let path = match &data.cache {
+        Some(folder) => {
+            let key = (CACHE_VERSION, &data.base, method.name(), method.config(), &calibration);
+            let key = serde_json::to_string(&key).map_err(|e| Error::Settings(e.to_string()))?;
+            let mut hash = Sha256::new();
+            hash.update(key);
+            hash.update(crate::session::rows_hash(&looked_at));
+            Some(folder.join(format!("{}.safetensors", hex(&hash.finalize()))))
+        }
+        None => None,
+    };
     if let Some(found) = path.as_deref().and_then(read) {
         return Ok(found);
     }

@@ -56,9 +56,13 @@ fn remove(path: &Path) -> Result<()> {
 }
 
 impl Checkpoint {
-    /// Writes `checkpoint-<step>` into the run's folder and then removes the oldest above `keep`.
+    /// Writes `checkpoint-<step>` into the run's folder and then removes those of later steps, from which this run did not go on because they are damaged,
+    /// and the oldest above `keep`.
     pub fn write(&self, run: &Path, keep: usize) -> Result<PathBuf> {
         let path = run.join(format!("{PREFIX}{}", self.state.step));
+        if path.exists() && Self::read(&path).is_err() {
+            remove(&path)?;
+        }
         if !path.exists() {
             let pieces = [
                 safetensors_bytes(&self.parameters)?,
@@ -75,7 +79,11 @@ impl Checkpoint {
                 write_json(&folder.join(MANIFEST), &hashes)
             })?;
         }
-        let mut all = Self::list(run);
+        let (mut all, later): (Vec<_>, Vec<_>) =
+            Self::list(run)?.into_iter().partition(|(step, _)| *step <= self.state.step);
+        for (_, path) in later {
+            remove(&path)?;
+        }
         while all.len() > keep.max(1) {
             let (_, oldest) = all.remove(0);
             remove(&oldest)?;
@@ -84,23 +92,31 @@ impl Checkpoint {
     }
 
     /// Checkpoints of a run, oldest first.
-    fn list(run: &Path) -> Vec<(usize, PathBuf)> {
-        let Ok(entries) = fs::read_dir(run) else { return Vec::new() };
+    fn list(run: &Path) -> Result<Vec<(usize, PathBuf)>> {
+        let entries = match fs::read_dir(run) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(lorimer_model::Error::io("read", run)(error).into()),
+        };
         let step = |path: &Path| path.file_name()?.to_str()?.strip_prefix(PREFIX)?.parse().ok();
-        let mut all: Vec<_> = entries.flatten().filter_map(|e| Some((step(&e.path())?, e.path()))).collect();
+        let mut all = Vec::new();
+        for entry in entries {
+            let path = entry.map_err(lorimer_model::Error::io("read", run))?.path();
+            all.extend(step(&path).map(|step| (step, path)));
+        }
         all.sort();
-        all
+        Ok(all)
     }
 
     /// Whether a run's folder holds any.
-    pub fn any(run: &Path) -> bool {
-        !Self::list(run).is_empty()
+    pub fn any(run: &Path) -> Result<bool> {
+        Ok(!Self::list(run)?.is_empty())
     }
 
     /// The newest checkpoint that is whole; damaged ones are passed over with a warning.
     pub fn newest(run: &Path) -> Result<Option<Self>> {
         remove_leftovers(run);
-        for (_, path) in Self::list(run).into_iter().rev() {
+        for (_, path) in Self::list(run)?.into_iter().rev() {
             match Self::read(&path) {
                 Ok(checkpoint) => return Ok(Some(checkpoint)),
                 Err(error) => tracing::warn!("{error}; trying the one before"),
@@ -111,7 +127,7 @@ impl Checkpoint {
 
     /// Removes all checkpoints of a run.
     pub fn clear(run: &Path) -> Result<()> {
-        for (_, path) in Self::list(run) {
+        for (_, path) in Self::list(run)? {
             remove(&path)?;
         }
         Ok(())
@@ -142,5 +158,50 @@ impl Checkpoint {
                 .collect(),
             best: tensors(FILES[2])?,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(step: usize) -> Checkpoint {
+        Checkpoint { state: State { step, ..Default::default() }, ..Default::default() }
+    }
+
+    fn steps(run: &Path) -> Vec<usize> {
+        Checkpoint::list(run).unwrap().into_iter().map(|(step, _)| step).collect()
+    }
+
+    /// A damaged newest checkpoint is passed over, is written anew when its step comes again, and does not push a good one out.
+    #[test]
+    fn a_damaged_checkpoint_is_written_again_and_costs_no_good_one() {
+        let run = tempfile::tempdir().unwrap();
+        let run = run.path();
+        at(10).write(run, 2).unwrap();
+        at(20).write(run, 2).unwrap();
+        std::fs::write(run.join("checkpoint-20/state.json"), "{}").unwrap();
+        assert_eq!(Checkpoint::newest(run).unwrap().unwrap().state.step, 10);
+        // The same step again.
+        at(20).write(run, 2).unwrap();
+        assert_eq!(Checkpoint::newest(run).unwrap().unwrap().state.step, 20);
+        // Another step in between, with one that is kept.
+        std::fs::write(run.join("checkpoint-20/state.json"), "{}").unwrap();
+        at(15).write(run, 1).unwrap();
+        assert_eq!(steps(run), [15]);
+        assert_eq!(Checkpoint::newest(run).unwrap().unwrap().state.step, 15);
+        at(16).write(run, 2).unwrap();
+        at(17).write(run, 2).unwrap();
+        assert_eq!(steps(run), [16, 17]);
+    }
+
+    /// A folder that cannot be listed is an error, and not one that holds no run.
+    #[test]
+    fn a_run_that_cannot_be_listed_is_an_error() {
+        let run = tempfile::tempdir().unwrap();
+        let file = run.path().join("file");
+        std::fs::write(&file, "").unwrap();
+        assert!(Checkpoint::any(&file).is_err() && Checkpoint::newest(&file).is_err());
+        assert!(!Checkpoint::any(&run.path().join("nothing")).unwrap());
     }
 }

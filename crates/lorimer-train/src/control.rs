@@ -25,6 +25,10 @@ pub trait Control: Send + Sync {
     fn rate(&self, _name: &str) -> f64 {
         1.0
     }
+    /// Whether weight decay may act on a parameter.
+    fn decays(&self, _name: &str) -> bool {
+        true
+    }
     /// Changes the gradient of a parameter.
     fn gradient(&self, _name: &str, _var: &Var, g: Tensor) -> Result<Tensor> {
         Ok(g)
@@ -137,6 +141,10 @@ impl Gates {
 impl Control for Gates {
     fn rate(&self, name: &str) -> f64 {
         self.settings.gate_lr.filter(|_| is_gate(name)).map_or(1.0, |rate| rate / self.peak)
+    }
+
+    fn decays(&self, name: &str) -> bool {
+        !is_gate(name)
     }
 
     fn gradient(&self, name: &str, var: &Var, g: Tensor) -> Result<Tensor> {

@@ -30,12 +30,21 @@ pub struct Treatment {
     pub row_scale: Option<Vec<f64>>,
     /// Whether it is a weight that GaLore projects.
     pub projected: bool,
+    /// Whether its moments may be kept in 8 bits, where the optimiser does that.
+    pub eight_bit: bool,
 }
 
 impl Default for Treatment {
     fn default() -> Self {
-        Self { rate: 1.0, decay: true, rows: None, row_scale: None, projected: true }
+        Self { rate: 1.0, decay: true, rows: None, row_scale: None, projected: true, eight_bit: true }
     }
+}
+
+/// Whether weight decay acts on a parameter of this name, by transformers' rule: on all but biases and norms.
+pub fn decays(name: &str) -> bool {
+    let name = name.to_lowercase();
+    let norm = name.split('.').any(|part| part == "norm" || part.ends_with("_norm"));
+    !norm && !["bias", "layernorm", "rmsnorm"].iter().any(|part| name.contains(part))
 }
 
 /// Turns gradients into steps. State is saved by the parameter's name, so that a run resumes exactly.
@@ -45,12 +54,12 @@ pub trait Optimizer: Send {
         &mut self,
         parameters: &[(String, &Var)],
         gradients: &[Option<Tensor>],
-        how: &dyn Fn(&str) -> Treatment,
+        how: &dyn Fn(&str) -> Result<Treatment>,
         rate: f64,
     ) -> Result<()>;
     /// [`Self::step_with`], all parameters alike.
     fn step(&mut self, parameters: &[(String, &Var)], gradients: &[Option<Tensor>], rate: f64) -> Result<()> {
-        self.step_with(parameters, gradients, &|_| Treatment::default(), rate)
+        self.step_with(parameters, gradients, &|_| Ok(Treatment::default()), rate)
     }
     /// State tensors by name.
     fn state(&self) -> Result<Vec<(String, Tensor)>>;
@@ -125,4 +134,32 @@ pub fn clip(gradients: &mut [Option<Tensor>], limit: f64) -> Result<f64> {
     let norm = check_norm(squares(gradients)?.sqrt())?;
     shrink(gradients, norm, limit)?;
     Ok(norm)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::decays;
+
+    /// The patterns of transformers' `get_decay_parameter_names`: bias, layernorm, rmsnorm, norm and …_norm as whole parts.
+    #[test]
+    fn biases_and_norms_do_not_decay() {
+        for name in [
+            "model.layers.0.self_attn.q_proj.lora_A",
+            "model.layers.0.self_attn.q_proj.lora_magnitude_vector",
+            "model.layers.0.mlp.down_proj.full_weight",
+            "model.embed_tokens.weight",
+            "model.normal.weight",
+        ] {
+            assert!(decays(name), "{name}");
+        }
+        for name in [
+            "model.layers.0.self_attn.q_proj.bias",
+            "model.layers.0.input_layernorm.weight",
+            "model.layers.0.self_attn.q_norm.weight",
+            "model.norm.weight",
+            "model.RMSNorm_1.weight",
+        ] {
+            assert!(!decays(name), "{name}");
+        }
+    }
 }

@@ -253,12 +253,22 @@ pub fn plan(request: &Request<'_>) -> Result<Plan> {
     let chunk = (CHUNK_BYTES as u64 / (4 * c.vocab_size.max(1) as u64)).clamp(1, work.predicting.max(1) as u64);
     let logits = chunk * c.vocab_size as u64;
     // Whole parameters beside the adapter.
-    state += plain_state(&request.optimizer) * parameters.saturating_sub(stepped) as f64;
+    let embedded = if embedding { (c.vocab_size * c.hidden_size) as u64 } else { 0 };
+    state += plain_state(&request.optimizer) * parameters.saturating_sub(stepped + embedded) as f64;
+    // An embedding's moments are kept in full whatever the optimiser.
+    state += 8.0 * embedded as f64;
     // Stepped layer by layer, only the largest layer's gradients are alive at a time.
     let gradients = match &request.optimizer {
         OptimizerKind::Galore(g) if g.per_layer => {
-            let of = |i| in_layer(i).filter(|s| adapted(s)).map(|s| request.method.parameters(s).unwrap_or(0) as u64);
-            (0..c.layers).map(|i| of(i).sum::<u64>()).max().unwrap_or(0) + parameters.saturating_sub(stepped)
+            let mut largest = 0;
+            for i in 0..c.layers {
+                let mut layer = 0u64;
+                for site in in_layer(i).filter(|s| adapted(s)) {
+                    layer += request.method.parameters(site)? as u64;
+                }
+                largest = largest.max(layer);
+            }
+            largest + parameters.saturating_sub(stepped)
         }
         _ => parameters,
     };

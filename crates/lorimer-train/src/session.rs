@@ -70,7 +70,7 @@ impl Session<'_> {
     /// interrupted, a checkpoint to resume from. The adapter itself is returned too.
     pub fn run(&self, method: Box<dyn Method>, mut tell: impl FnMut(Event<'_>)) -> Result<(Outcome, Adapter)> {
         self.settings.check()?;
-        let begun = self.output.join(CONFIG_FILE).exists() || Checkpoint::any(&self.output);
+        let begun = self.output.join(CONFIG_FILE).exists() || Checkpoint::any(&self.output)?;
         if begun && !self.resume && !self.overwrite {
             return Err(Error::Settings(format!(
                 "`{}` already holds a run; pass --resume to go on with it, --overwrite to begin anew, or choose another --output",

@@ -78,6 +78,8 @@ pub struct Extras<'a> {
     pub lower: Option<(&'a FrozenLower, &'a [usize])>,
     /// A further term of the loss, as a mean over the micro-batch's supervised positions, and what it is multiplied by.
     pub objective: Option<(&'a dyn Objective, f64, Moment)>,
+    /// Label smoothing: the share of the loss that is the mean over the vocabulary.
+    pub smoothing: f64,
     /// Called after each layer's backward; layers are then computed again in the backward.
     pub layer_done: Option<LayerDone<'a>>,
 }
@@ -144,9 +146,20 @@ pub fn accumulate(
         Some((lower, places)) => Some((lower.layers(), lower.assemble(places, &batch)?)),
         None => None,
     };
-    let objective = extras.objective;
-    let mut pass =
-        Pass { model, attached, parameters, batch: &batch, start, layout, place, targets, scale, objective: None };
+    let (objective, smoothing) = (extras.objective, extras.smoothing);
+    let mut pass = Pass {
+        model,
+        attached,
+        parameters,
+        batch: &batch,
+        start,
+        layout,
+        place,
+        targets,
+        scale,
+        smoothing,
+        objective: None,
+    };
     if let Some((objective, weight, at)) = objective {
         pass.objective = Some(Further { objective, weight, at, base: pass.base_hidden()? });
     }
@@ -174,6 +187,7 @@ struct Pass<'a> {
     place: Vec<u32>,
     targets: Vec<u32>,
     scale: f64,
+    smoothing: f64,
     objective: Option<Further<'a>>,
 }
 
@@ -234,7 +248,8 @@ impl Pass<'_> {
     /// From the last layer's output to the loss: the task's, the further term, and what is differentiated.
     fn loss(&self, h: &Tensor, on: &Attached<'_>) -> candle_core::Result<(Tensor, Option<Tensor>, Tensor)> {
         let hidden = self.model.finish(h, on)?;
-        let task = self.model.loss(&on.ops().rows(&hidden, &self.place)?, &self.targets, on)?;
+        let predicting = on.ops().rows(&hidden, &self.place)?;
+        let task = self.model.smoothed_loss(&predicting, &self.targets, self.smoothing, on)?;
         let Some(further) = &self.objective else { return Ok((task.clone(), None, task)) };
         let value = self.further(further, &hidden, on)?;
         // The sum is multiplied by the scale, the further term by its weight.

@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use candle_core::Tensor;
 use lorimer_adapter::{Adapter, Attached, Step, training};
+use lorimer_model::llama::EMBEDDING;
 use lorimer_model::{Llama, TextModel};
 use lorimer_tensor::Gradients;
 use rand::SeedableRng;
@@ -61,6 +62,9 @@ pub struct TrainSettings {
     pub adamw: AdamWConfig,
     /// Limit on the gradient's norm; 0 for none.
     pub max_grad_norm: f64,
+    /// Label smoothing in training, as transformers defines it: so much of the loss is the mean over the vocabulary. Evaluations have none.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub label_smoothing: f64,
     /// Seed of initialisation, data order and dropout.
     pub seed: u64,
     /// Whether rows are taken in a new random order every epoch.
@@ -89,6 +93,7 @@ impl Default for TrainSettings {
             loraplus_lr_ratio: None,
             adamw: AdamWConfig::default(),
             max_grad_norm: 1.0,
+            label_smoothing: 0.0,
             seed: 0,
             shuffle: true,
             eval_steps: None,
@@ -119,6 +124,9 @@ impl TrainSettings {
         }
         if !(0.0..=1.0).contains(&self.warmup_ratio) {
             return fail(format!("--warmup-ratio {} should be between 0 and 1", self.warmup_ratio));
+        }
+        if !(0.0..1.0).contains(&self.label_smoothing) {
+            return fail(format!("--label-smoothing {} should be at least 0 and below 1", self.label_smoothing));
         }
         if self.warmup_ratio > 0.0 && self.warmup_steps > 0 {
             return fail("--warmup-steps and --warmup-ratio say the same thing twice; give one of them".into());
@@ -401,6 +409,7 @@ impl Run<'_> {
                 let extras = Extras {
                     lower: lower.as_ref().map(|lower| (lower, places.as_slice())),
                     objective: objective.as_deref().map(|o| (o, own as f64 * scale, moment)),
+                    smoothing: s.label_smoothing,
                     layer_done: if per_layer { Some(&mut layer_done) } else { None },
                 };
                 let found = accumulate(self.model, &on, &parameters, &rows, scale, s.step, extras, &mut sums)?;
@@ -497,7 +506,12 @@ impl Run<'_> {
             return fail(format!("--loraplus-lr-ratio is for methods that train LoRA's B, and `{method}` does not"));
         }
         let apart = matches!(control, Some(training::Control::RankSampling(_)))
-            || self.adapter.deltas().any(|(_, delta)| matches!(delta.step_scale("lora_B"), Ok(Some(_))));
+            || self
+                .adapter
+                .deltas()
+                .map(|(_, delta)| Ok(delta.step_scale("lora_B")?.is_some()))
+                .collect::<Result<Vec<bool>>>()?
+                .contains(&true);
         if apart && *kind != OptimizerKind::AdamW {
             return fail(format!(
                 "`{method}` steps rows of A and B apart, which --optimizer {} cannot; use adamw",
@@ -513,16 +527,23 @@ impl Run<'_> {
     }
 
     /// How a parameter is stepped.
-    fn treatment(&self, control: &dyn Control, step: usize, name: &str) -> Treatment {
-        let scale = name.rsplit_once('.').and_then(|(path, key)| self.adapter.delta(path)?.step_scale(key).ok()?);
-        Treatment {
-            rate: control.rate(name)
-                * self.settings.loraplus_lr_ratio.filter(|_| name.ends_with(".lora_B")).unwrap_or(1.0),
-            decay: !name.ends_with(".gate"),
+    fn treatment(&self, control: &dyn Control, step: usize, name: &str) -> Result<Treatment> {
+        let of = name.rsplit_once('.').and_then(|(path, key)| Some((self.adapter.delta(path)?, key)));
+        let scale = match of {
+            Some((delta, key)) => delta.step_scale(key)?,
+            None => None,
+        };
+        let row_scale = scale.map(|t| t.to_dtype(candle_core::DType::F64)?.to_vec1::<f64>()).transpose()?;
+        let plus = self.settings.loraplus_lr_ratio.filter(|_| name.ends_with(".lora_B")).unwrap_or(1.0);
+        Ok(Treatment {
+            rate: control.rate(name) * plus,
+            decay: control.decays(name) && optimizer::decays(name),
             rows: control.rows(step, name),
-            row_scale: scale.and_then(|t| t.to_dtype(candle_core::DType::F64).ok()?.to_vec1::<f64>().ok()),
+            row_scale,
             projected: !self.adapter.parameters().contains_key(name),
-        }
+            // As in bitsandbytes under transformers.
+            eight_bit: name != EMBEDDING,
+        })
     }
 
     fn save(&self, state: &State, optimizer: &dyn Optimizer, best: &BTreeMap<String, Tensor>) -> Result<()> {

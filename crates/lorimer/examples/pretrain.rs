@@ -107,11 +107,13 @@ fn run(
     let kind = adapter.method.training().optimizer.unwrap_or_default();
     let mut optimizer = optimizer::build(&kind, AdamWConfig::default(), &adapter)?;
     let whole = |name: &str| adapter.parameters().contains_key(name);
-    let how = |name: &str| Treatment {
-        projected: !whole(name),
-        // What is trained whole goes at one rate whatever the projections do.
-        rate: if whole(name) { 2e-3 / rate } else { 1.0 },
-        ..Default::default()
+    let how = |name: &str| {
+        Ok(Treatment {
+            projected: !whole(name),
+            // What is trained whole goes at one rate whatever the projections do.
+            rate: if whole(name) { 2e-3 / rate } else { 1.0 },
+            ..Default::default()
+        })
     };
     let parameters = adapter.trainable();
     let attached = Attached::one(&adapter);

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use lorimer::adapter::StoredAdapter;
+use lorimer::prelude::*;
 
 mod common;
 use common::{Fixture, error, json, ok};
@@ -181,4 +181,79 @@ fn what_does_not_combine_says_why() {
     let out = common::run(&f.train(&f.path("x"), &["--optimizer", "sgd"]));
     assert_eq!(out.status.code(), Some(2));
     assert!(common::text(&out.stderr).contains("lora-pro-full"));
+}
+
+/// Weight decay leaves norms alone, and label smoothing changes the loss.
+#[test]
+fn decay_spares_norms_and_smoothing_changes_the_loss() {
+    let f = Fixture::new();
+    let tensors = |folder: &str| StoredAdapter::read(Path::new(folder)).unwrap().tensors;
+    let (plain, decayed) = (f.path("plain"), f.path("decayed"));
+    let more = ["--max-steps", "1", "--modules-to-save", "model.norm"];
+    let losses = |flags: &[&str]| -> Vec<f64> {
+        serde_json::from_value(json(&[&f.train(&plain, &more)[..], &["--overwrite"], flags].concat())["losses"].clone())
+            .unwrap()
+    };
+    let (smoothed, told) = (losses(&["--label-smoothing", "0.2"]), losses(&[]));
+    assert!(smoothed[0] != told[0], "{smoothed:?} {told:?}");
+    ok(&[&f.train(&decayed, &more)[..], &["--weight-decay", "5"]].concat());
+    let (plain, decayed) = (tensors(&plain), tensors(&decayed));
+    let mut norms = 0;
+    for (name, t) in &plain {
+        let same = (t - &decayed[name]).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap() == 0.0;
+        // B starts at zero, of which nothing can be taken.
+        match name {
+            name if name.contains("lora_A") => assert!(!same, "{name}"),
+            name if name.contains("norm") => {
+                norms += 1;
+                assert!(same, "{name}");
+            }
+            _ => {}
+        }
+    }
+    assert_eq!(norms, 1);
+    for (flags, expected) in [
+        (&["--label-smoothing", "1"][..], "below 1"),
+        (&["--warmup-ratio", "0.1", "--warmup-steps", "3"], "twice"),
+        (&["--warmup-ratio", "1.5"], "between 0 and 1"),
+    ] {
+        let said = error(&[&f.train(&f.path("refused"), &more)[..], flags].concat());
+        assert!(said.contains(expected), "{flags:?}: {said}");
+    }
+}
+
+/// Embeddings keep moments of 32 bits, as in bitsandbytes under transformers.
+#[test]
+fn eight_bit_moments_leave_embeddings_out() {
+    let f = Fixture::new();
+    let base = Base::open(Path::new(&f.model), &OpenOptions::default()).unwrap();
+    let row = Example { tokens: (1..20).collect(), learnt: vec![true; 19], answer: None };
+    let given = serde_json::json!({ "r": 2, "modules_to_save": ["embed_tokens", "lm_head"] });
+    let output = Path::new(&f.path("eight")).to_path_buf();
+    let session = Session {
+        base: &base,
+        base_name: "tiny",
+        train: &[row],
+        eval: &[],
+        settings: TrainSettings {
+            max_steps: Some(2),
+            optimizer: Some("adamw-8bit".parse().unwrap()),
+            ..Default::default()
+        },
+        output: output.clone(),
+        save_steps: None,
+        save_limit: 1,
+        resume: false,
+        overwrite: false,
+        data_names: Vec::new(),
+        // Stopped after its first step, so that there is a checkpoint to look at.
+        stop: &std::sync::atomic::AtomicBool::new(true),
+    };
+    session.run(methods::build("lora", given.as_object().unwrap()).unwrap(), |_| {}).unwrap();
+    let state =
+        candle_core::safetensors::load(output.join("checkpoint-1/optimizer.safetensors"), &candle_core::Device::Cpu)
+            .unwrap();
+    let kind = |name: &str| state[&format!("{name}.weight.exp_avg")].dtype();
+    assert_eq!(kind("model.embed_tokens"), candle_core::DType::F32);
+    assert_eq!(kind("lm_head"), candle_core::DType::U8);
 }

@@ -275,3 +275,15 @@ fn adam_in_eight_bits_is_that_of_bitsandbytes() {
         assert!(apart < if name == "small" { 1e-5 } else { 5e-3 }, "{name}: {apart}");
     }
 }
+
+/// transformers' LabelSmoother.
+#[test]
+fn smoothed_labels_are_those_of_transformers() {
+    let golden = Golden::open("label_smoothing");
+    let logits = Var::from_tensor(golden.get("logits")).unwrap();
+    let targets: Vec<u32> = golden.numbers("targets").into_iter().map(|t| t as u32).collect();
+    let loss = lorimer::tensor::smoothed_cross_entropy(logits.as_tensor(), &targets, 0.1).unwrap().mean_all().unwrap();
+    assert!((loss.to_scalar::<f64>().unwrap() - golden.number("loss")).abs() < 1e-12);
+    let gradient = loss.backward().unwrap().remove(logits.as_tensor()).unwrap();
+    assert!(distance(&gradient, golden.get("gradient")) < 1e-12);
+}

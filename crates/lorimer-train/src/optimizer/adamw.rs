@@ -138,7 +138,7 @@ impl AdamW {
 
     /// What `p` becomes.
     fn update(&mut self, name: &str, p: &Tensor, g: &Tensor, how: &Treatment, rate: f64) -> Result<Tensor> {
-        let in_blocks = self.eight_bit && p.elem_count() >= LEAST && p.dtype() == DType::F32;
+        let in_blocks = self.eight_bit && how.eight_bit && p.elem_count() >= LEAST && p.dtype() == DType::F32;
         if in_blocks && (how.rows.is_some() || how.row_scale.is_some()) {
             return Err(Error::Settings(
                 "8-bit moments and rows that are stepped apart do not go together; use --optimizer adamw".into(),
@@ -261,12 +261,12 @@ impl Optimizer for AdamW {
         &mut self,
         parameters: &[(String, &Var)],
         gradients: &[Option<Tensor>],
-        how: &dyn Fn(&str) -> Treatment,
+        how: &dyn Fn(&str) -> Result<Treatment>,
         rate: f64,
     ) -> Result<()> {
         for ((name, var), gradient) in parameters.iter().zip(gradients) {
             let Some(g) = gradient else { continue };
-            var.set(&self.update(name, var.as_tensor(), g, &how(name), rate)?)?;
+            var.set(&self.update(name, var.as_tensor(), g, &how(name)?, rate)?)?;
         }
         Ok(())
     }

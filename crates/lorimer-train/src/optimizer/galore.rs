@@ -127,17 +127,20 @@ impl Optimizer for GaloreOptimizer {
         &mut self,
         parameters: &[(String, &Var)],
         gradients: &[Option<Tensor>],
-        how: &dyn Fn(&str) -> Treatment,
+        how: &dyn Fn(&str) -> Result<Treatment>,
         rate: f64,
     ) -> Result<()> {
-        let projected = |name: &str, var: &Var| var.dims().len() == 2 && how(name).projected;
+        let is_projected =
+            |(name, var): &(String, &Var)| -> Result<bool> { Ok(var.dims().len() == 2 && how(name)?.projected) };
+        let projected = parameters.iter().map(is_projected).collect::<Result<Vec<bool>>>()?;
         let due: Vec<(&String, &Tensor)> = parameters
             .iter()
             .zip(gradients)
-            .filter(|((name, var), _)| {
-                projected(name, var) && self.adam.steps(name).is_multiple_of(self.settings.update_proj_gap)
+            .zip(&projected)
+            .filter(|(((name, _), _), projected)| {
+                **projected && self.adam.steps(name).is_multiple_of(self.settings.update_proj_gap)
             })
-            .filter_map(|((name, _), g)| Some((name, g.as_ref()?)))
+            .filter_map(|(((name, _), g), _)| Some((name, g.as_ref()?)))
             .collect();
         let clock = Instant::now();
         let find = |(name, g): &(&String, &Tensor)| -> Result<(String, Space)> {
@@ -152,12 +155,12 @@ impl Optimizer for GaloreOptimizer {
         self.seconds += clock.elapsed().as_secs_f64();
         for (i, (name, var)) in parameters.iter().enumerate() {
             let Some(g) = &gradients[i] else { continue };
-            let Some(space) = self.spaces.get(name).filter(|_| projected(name, var)) else {
+            let Some(space) = self.spaces.get(name).filter(|_| projected[i]) else {
                 self.adam.step_with(&parameters[i..=i], &gradients[i..=i], how, rate)?;
                 continue;
             };
             let step = space.back(&self.adam.direction(name, &space.project(g)?)?)?;
-            let how = how(name);
+            let how = how(name)?;
             let rate = rate * how.rate;
             let keep = if how.decay { 1.0 - rate * self.adam.config.weight_decay } else { 1.0 };
             let moved = (var.as_tensor() - (step * (rate * self.settings.scale))?)?;

@@ -105,7 +105,7 @@ impl Optimizer for LoraProOptimizer {
         &mut self,
         parameters: &[(String, &Var)],
         gradients: &[Option<Tensor>],
-        how: &dyn Fn(&str) -> Treatment,
+        how: &dyn Fn(&str) -> Result<Treatment>,
         rate: f64,
     ) -> Result<()> {
         let place: HashMap<&str, usize> = parameters.iter().enumerate().map(|(i, (n, _))| (n.as_str(), i)).collect();
@@ -142,7 +142,7 @@ impl Optimizer for LoraProOptimizer {
             let (ga, gb) = corrected((&a, &b), (&ga, &gb), s, delta, true)?;
             for (k, old, step) in [(i, a, ga), (j, b, gb)] {
                 let (name, var) = &parameters[k];
-                let how = how(name);
+                let how = how(name)?;
                 let rate = rate * how.rate;
                 let keep = if how.decay { 1.0 - rate * self.adam.config.weight_decay } else { 1.0 };
                 var.set(&((old * keep)? - (step * rate)?)?.to_dtype(dtype)?)?;

@@ -63,6 +63,9 @@ pub struct Spec {
     pub target_modules: Value,
     /// Steps over which the rate rises, as a share of all steps, rounded up [default: a twentieth of the steps, rounded down].
     pub warmup_ratio: Option<f64>,
+    /// Label smoothing in training, as `train --label-smoothing`.
+    #[serde(default)]
+    pub label_smoothing: f64,
     /// How learning rates are chosen.
     pub sweep: Option<Sweep>,
 }
@@ -155,6 +158,9 @@ pub struct RunSpec {
     /// Steps over which the rate rises [default: a twentieth of the steps].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub warmup_steps: Option<usize>,
+    /// Label smoothing in training.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub label_smoothing: Option<f64>,
 }
 
 /// What a run gave.
@@ -213,6 +219,9 @@ fn read_spec(path: &Path) -> Result<Spec> {
     if spec.warmup_ratio.is_some_and(|ratio| !(0.0..=1.0).contains(&ratio)) {
         return fail("`warmup_ratio` should be between 0 and 1".into());
     }
+    if !(0.0..1.0).contains(&spec.label_smoothing) {
+        return fail("`label_smoothing` should be at least 0 and below 1".into());
+    }
     let mut names: Vec<&str> = spec.methods.iter().map(|m| m.name.as_str()).collect();
     names.sort_unstable();
     if let Some(twice) = names.windows(2).find(|w| w[0] == w[1]) {
@@ -259,6 +268,7 @@ impl Spec {
             steps: self.steps,
             batch_size: self.batch_size,
             warmup_steps: self.warmup_ratio.map(|_| self.warmup(self.steps)),
+            label_smoothing: Some(self.label_smoothing).filter(|smoothing| *smoothing > 0.0),
         }
     }
 

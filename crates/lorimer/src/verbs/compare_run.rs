@@ -89,6 +89,7 @@ impl CompareRun {
                 max_steps: Some(spec.steps),
                 batch_size: spec.batch_size,
                 warmup_steps: spec.warmup_steps.unwrap_or(spec.steps / 20),
+                label_smoothing: spec.label_smoothing.unwrap_or(0.0),
                 seed: spec.seed,
                 ..Default::default()
             },

@@ -97,7 +97,10 @@ pub struct Train {
     /// Shape of the rate after that
     #[arg(long, value_enum, default_value = "linear", help_heading = "Training", visible_alias = "lr-scheduler-type")]
     schedule: ScheduleFlag,
-    /// AdamW's decoupled weight decay
+    /// Label smoothing as in transformers: so much of the loss is the mean over the vocabulary
+    #[arg(long, default_value_t = 0.0, help_heading = "Training", visible_alias = "label-smoothing-factor")]
+    label_smoothing: f64,
+    /// AdamW's decoupled weight decay; biases and norms have none
     #[arg(long, default_value_t = 0.0, help_heading = "Training")]
     weight_decay: f64,
     /// LoRA+: what the rate of B is multiplied by (16 in the paper)
@@ -165,6 +168,7 @@ impl Train {
             loraplus_lr_ratio: self.loraplus_lr_ratio,
             adamw: AdamWConfig { weight_decay: self.weight_decay, ..Default::default() },
             max_grad_norm: self.max_grad_norm,
+            label_smoothing: self.label_smoothing,
             seed: self.seed,
             shuffle: !self.no_shuffle,
             eval_steps: self.eval_steps,
