@@ -361,6 +361,10 @@ pub trait Method: Send + Sync {
     fn training(&self) -> Training {
         Training::default()
     }
+    /// The rate that training takes unless told otherwise, where these settings want another than the registry's line says.
+    fn learning_rate(&self) -> Option<f64> {
+        None
+    }
     /// What it made of its findings, for `lorimer.json`.
     fn findings(&self) -> Value {
         Value::Null

@@ -90,6 +90,11 @@ impl AdapterArgs {
         Ok(methods::entry(&self.method)?)
     }
 
+    /// The learning rate that the method takes with its settings unless told otherwise.
+    pub fn learning_rate(&self) -> Result<f64> {
+        Ok(self.build(None)?.learning_rate().unwrap_or(self.entry()?.lr))
+    }
+
     /// The method with its settings, in PEFT's keys. `first_rate`: the rate of the run's first step, which a method's start may depend on.
     pub fn build(&self, first_rate: Option<f64>) -> Result<Box<dyn Method>> {
         let entry = self.entry()?;

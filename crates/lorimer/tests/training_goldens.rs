@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Tensor, Var};
 use lorimer::adapter::method::{Findings, SampledRank, Source};
 use lorimer::adapter::methods::sora::{Rise, SoraConfig};
-use lorimer::adapter::training::{Control, LoraPro, SoftThreshold, Update};
+use lorimer::adapter::training::{Control, LoraPro, OptimizerKind, SoftThreshold, Update};
 use lorimer::model::{Projection, Site};
 use lorimer::prelude::*;
 use lorimer::tensor::FrozenWeight;
@@ -177,6 +177,12 @@ fn ba_loras_terms_have_their_values_and_gradients() {
 fn lora_pros_full_variant_steps_as_its_authors_code_does() {
     let golden = Golden::open("lora_pro");
     let (target, scaling, rate) = (golden.get("target"), golden.number("scaling"), golden.number("rate"));
+    // Its rate is their script's, and not that of the light variant, which takes AdamW's steps in A and B.
+    for (variant, expected) in [("full", 2e-5), ("light", 1e-3)] {
+        let settings = serde_json::json!({ "variant": variant });
+        assert_eq!(methods::learning_rate("lora-pro", settings.as_object().unwrap()).unwrap(), expected);
+    }
+    assert_eq!("lora-pro-full".parse::<OptimizerKind>().unwrap().learning_rate(), Some(2e-5));
     for kind in ["zero", "moved"] {
         let a = Var::from_tensor(golden.get("a")).unwrap();
         let b = Var::from_tensor(golden.get(&format!("{kind}.b"))).unwrap();

@@ -322,6 +322,10 @@ impl Method for Lora {
         self.training.clone()
     }
 
+    fn learning_rate(&self) -> Option<f64> {
+        self.training.optimizer.as_ref()?.learning_rate()
+    }
+
     fn calibration(&self) -> Calibration {
         self.eva().map_or(Calibration::Nothing, |eva| eva.calibration())
     }

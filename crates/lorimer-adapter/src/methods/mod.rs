@@ -65,7 +65,7 @@ pub struct Entry {
     pub mergeable: bool,
     /// How it is served.
     pub served: Served,
-    /// Learning rate that `train` takes unless told otherwise.
+    /// Learning rate that `train` takes unless told otherwise; settings may want another: [`learning_rate`].
     pub lr: f64,
     /// The command line's flags that the method has, each with the setting it stands for.
     pub flags: &'static [(&'static str, &'static str)],
@@ -122,6 +122,12 @@ pub fn entry(name: &str) -> Result<&'static Entry> {
 /// A method by name with its settings.
 pub fn build(name: &str, settings: &Map<String, Value>) -> Result<Box<dyn Method>> {
     (entry(name)?.build)(settings)
+}
+
+/// The rate that training takes for a method with these settings unless told otherwise.
+pub fn learning_rate(name: &str, settings: &Map<String, Value>) -> Result<f64> {
+    let line = entry(name)?;
+    Ok((line.build)(settings)?.learning_rate().unwrap_or(line.lr))
 }
 
 /// The method that an `adapter_config.json` describes.

@@ -448,7 +448,7 @@ impl Compare {
             }
             let losses = mine().filter_map(|((_, run), found)| Some((run.lr, found.as_ref()?.loss?)));
             let best = losses.min_by(|a, b| a.1.total_cmp(&b.1)).map(|(lr, _)| lr);
-            let shipped = methods::entry(method.method())?.lr;
+            let shipped = methods::learning_rate(method.method(), &method.set)?;
             rates.insert(&method.name, method.lr.or(best).unwrap_or(shipped));
         }
         report.sweeps =

@@ -147,7 +147,11 @@ pub struct Train {
 
 impl Train {
     pub fn run(self, global: Global) -> Result<ExitCode> {
-        let lr = self.lr.unwrap_or(self.adapter.entry()?.lr);
+        let own = self.step.optimizer().and_then(|optimizer| optimizer.learning_rate());
+        let lr = match self.lr.or(own) {
+            Some(lr) => lr,
+            None => self.adapter.learning_rate()?,
+        };
         // What is wrong with the settings is told before anything is read.
         self.adapter.build(Some(lr))?;
         let mut settings = TrainSettings {
