@@ -43,9 +43,9 @@ pub struct BenchServe {
     /// Requests that come at once; their adapters in turn
     #[arg(long, default_value_t = 16)]
     requests: usize,
-    /// Prompt tokens: N, or LEAST-MOST of a uniform distribution
-    #[arg(long, default_value = "128", value_parser = range)]
-    input: (usize, usize),
+    /// Prompt tokens: N, or LEAST-MOST of a uniform distribution; several of these, apart by commas, are taken in turn, as 128,1-2000
+    #[arg(long, default_value = "128", value_delimiter = ',', value_parser = range)]
+    input: Vec<(usize, usize)>,
     /// Tokens of an answer: N, or LEAST-MOST
     #[arg(long, default_value = "32", value_parser = range)]
     output: (usize, usize),
@@ -208,7 +208,7 @@ impl BenchServe {
                     rate: self.rate,
                     cv: self.cv,
                     duration: self.duration,
-                    input: self.input,
+                    input: self.input[0],
                     output: self.output,
                     ranks: self.ranks.clone(),
                     seed: self.seed,
@@ -219,18 +219,22 @@ impl BenchServe {
                 .map(|i| Arrival {
                     at: 0.0,
                     adapter: i % if self.cold_loads.is_some() { self.requests } else { adapters },
-                    input: rng.random_range(self.input.0..=self.input.1),
+                    input: self.input[0].0,
                     output: rng.random_range(self.output.0..=self.output.1),
                 })
                 .collect(),
         };
-        let ask = |a: Arrival| Ask {
-            at: a.at,
-            adapter: a.adapter,
-            prompt: (0..a.input).map(|_| rng.random_range(3..vocabulary as u32)).collect(),
-            output: a.output,
+        let ask = |(i, a): (usize, Arrival)| {
+            let (least, most) = self.input[i % self.input.len()];
+            let input = if self.trace && self.input.len() == 1 { a.input } else { rng.random_range(least..=most) };
+            Ask {
+                at: a.at,
+                adapter: a.adapter,
+                prompt: (0..input).map(|_| rng.random_range(3..vocabulary as u32)).collect(),
+                output: a.output,
+            }
         };
-        Ok(arrivals.into_iter().map(ask).collect())
+        Ok(arrivals.into_iter().enumerate().map(ask).collect())
     }
 
     pub fn run(self, global: Global) -> Result<ExitCode> {
@@ -243,6 +247,13 @@ impl BenchServe {
         let (prepared, _) = common::prepare_base(&self.model, global)?;
         let config = prepared.config.clone();
         drop(prepared);
+        let longest = self.input.iter().map(|(_, most)| most).max().copied().unwrap_or(0) + self.output.1;
+        if longest > config.max_positions {
+            let context = config.max_positions;
+            bail!(
+                "--input and --output are {longest} tokens at most, and the model is made for {context}; ask for fewer"
+            );
+        }
         let most = self.adapters.iter().copied().max().unwrap_or(1);
         let own = self.folder.is_none();
         let folder = self
