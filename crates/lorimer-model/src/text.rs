@@ -196,6 +196,11 @@ impl TextModel {
         self.tokenizer.get_vocab(true).values().max().map_or(0, |&id| id as usize + 1)
     }
 
+    /// Bytes of the longest token, as the vocabulary writes it.
+    pub fn longest_token(&self) -> usize {
+        self.tokenizer.get_vocab(true).keys().map(String::len).max().unwrap_or(0)
+    }
+
     /// The tokenizer as `tokenizer.json`.
     pub fn to_json(&self) -> Result<String> {
         self.tokenizer

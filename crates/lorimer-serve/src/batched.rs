@@ -137,7 +137,7 @@ impl<'a> Batched<'a> {
             let same = before.is_some_and(|b| {
                 let pairs = b.iter().zip(&s.adapters);
                 b.len() == s.adapters.len()
-                    && pairs.into_iter().all(|(a, b)| std::ptr::eq(a.hosted, b.hosted) && a.weight == b.weight)
+                    && pairs.into_iter().all(|(a, b)| std::ptr::eq(a.pages, b.pages) && a.weight == b.weight)
             });
             if let Some(group) = groups.last_mut().filter(|g| same && g.rows.end == range.start) {
                 group.rows.end = range.end;

@@ -3,7 +3,8 @@
 //! A step takes what the scheduler planned through the model in one forward, whatever adapters the rows belong to, and draws a token for
 //! every request whose last row is there. The same requests with the same seeds get the same tokens, alone or among others.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use candle_core::DType;
@@ -14,14 +15,13 @@ use rayon::prelude::*;
 use serde::Serialize;
 
 use crate::batched::{Batched, Rows, Used};
+use crate::batching::{Asked, Batching};
 use crate::error::{Error, Result};
 use crate::generate::FinishReason;
 use crate::hosted::Hosted;
-use crate::pool::{BLOCK, Geometry, Pool};
-use crate::prefix::{NodeId, PrefixCache};
-use crate::residents::Residents;
+use crate::pool::{Geometry, Numbers, Pages, pool};
 use crate::sampling::Sampling;
-use crate::scheduler::{Job, Plan, Policy, Refusal, Scheduler};
+use crate::scheduler::{Policy, Refusal, Tenant};
 
 /// How an engine is set up.
 #[derive(Clone, Debug)]
@@ -58,7 +58,7 @@ pub struct Request {
     /// How many of the likeliest tokens to tell with each; none for no log-probabilities.
     pub log_probabilities: Option<usize>,
     /// Whom it is for.
-    pub tenant: String,
+    pub tenant: Tenant,
     /// Names under which the adapters were asked for, for figures.
     pub names: Vec<String>,
 }
@@ -82,27 +82,40 @@ pub enum Event {
     /// A request is refused.
     Refused(u64, Refusal),
     /// A request could not be computed.
-    Failed(u64, String),
+    Failed(u64, Failure),
 }
 
-/// A request in the engine.
-struct Sequence {
+/// Why a request could not be computed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Failure {
+    /// A defect of the engine, with what it said.
+    Defect(String),
+    /// With the adapters and weights asked for, or in the base itself, logits are not finite.
+    NotFinite(String),
+}
+
+impl std::fmt::Display for Failure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (Self::Defect(text) | Self::NotFinite(text)) = self;
+        f.write_str(text)
+    }
+}
+
+/// Runs a part of a step; what a panic said, in place of a result.
+fn caught<T>(f: impl FnOnce() -> T) -> std::result::Result<T, String> {
+    catch_unwind(AssertUnwindSafe(f)).map_err(|panic| match panic.downcast_ref::<&str>() {
+        Some(text) => (*text).to_string(),
+        None => panic.downcast_ref::<String>().cloned().unwrap_or_else(|| "a panic that says nothing".into()),
+    })
+}
+
+/// What is kept of a request beside its tokens and pages.
+struct Under {
+    /// Its prompt is with the tokens.
     request: Request,
-    /// Prompt and answer.
-    tokens: Vec<u32>,
-    generated: usize,
-    /// Tokens whose keys and values are in the pool.
-    computed: usize,
-    /// Pages of its blocks, a page a layer.
-    blocks: Vec<Vec<u32>>,
-    /// Its blocks that stand in the prefix cache, and the last of them.
-    shared: usize,
-    node: Option<NodeId>,
-    /// What its keys and values depend on beside the tokens.
-    content: String,
-    /// Whether it was let in, and how many of its adapters are leased to it.
-    runs: bool,
-    leased: usize,
+    arrived: f64,
+    /// Tokens that were given out, and the state of the random numbers after them.
+    answer: Vec<u32>,
     rng: ChaCha8Rng,
 }
 
@@ -150,13 +163,16 @@ pub struct EngineState {
 pub struct Engine<'m> {
     model: &'m Llama,
     geometry: Geometry,
-    pool: Pool,
-    prefix: Option<PrefixCache>,
-    residents: Residents,
-    scheduler: Scheduler,
-    sequences: HashMap<u64, Sequence>,
+    numbers: Numbers,
+    settings: EngineSettings,
+    batching: Batching,
+    under: HashMap<u64, Under>,
     next: u64,
-    counted: EngineState,
+    events: Vec<Event>,
+    /// After a failure: prompts of requests that are still to be taken in again, one a step.
+    again: VecDeque<(u64, Vec<u32>)>,
+    /// The request that the account is at, or that it was given last.
+    at: Option<u64>,
 }
 
 impl<'m> Engine<'m> {
@@ -166,18 +182,19 @@ impl<'m> Engine<'m> {
             return Err(Error::Pool("the engine computes in f32; open the model so".into()));
         }
         let geometry = Geometry::of(&model.config);
-        let pool = Pool::new(geometry, settings.pool_bytes)?;
-        let scheduler = Scheduler::new(settings.policy, geometry, pool.pages());
+        let (pages, numbers) = pool(geometry, settings.pool_bytes)?;
+        let batching = Batching::new(settings.policy.clone(), geometry, pages, settings.prefix_cache);
         Ok(Self {
             model,
             geometry,
-            pool,
-            prefix: settings.prefix_cache.then(PrefixCache::default),
-            residents: Residents::default(),
-            scheduler,
-            sequences: HashMap::new(),
+            numbers,
+            settings,
+            batching,
+            under: HashMap::new(),
             next: 0,
-            counted: EngineState::default(),
+            events: Vec::new(),
+            again: VecDeque::new(),
+            at: None,
         })
     }
 
@@ -188,42 +205,43 @@ impl<'m> Engine<'m> {
 
     /// Takes a request at time `now` (seconds, of any clock that does not go back). Gives its number; the refusal where the queue is full or
     /// the pool could never hold it.
-    pub fn submit(&mut self, request: Request, now: f64) -> Result<std::result::Result<u64, Refusal>> {
+    pub fn submit(&mut self, mut request: Request, now: f64) -> Result<std::result::Result<u64, Refusal>> {
         self.check(&request)?;
         let id = self.next;
-        let job = Job {
-            id,
-            tenant: request.tenant.clone(),
-            adapters: request
-                .adapters
-                .iter()
-                .map(|(a, _)| (a.content_id.as_str().into(), a.pages(self.geometry)))
-                .collect(),
-            prompt: request.prompt.len(),
-            max_output: request.max_tokens,
-            arrived: now,
-        };
-        if let Err(refusal) = self.scheduler.submit(job) {
-            return Ok(Err(refusal));
-        }
         self.next += 1;
+        let rng = ChaCha8Rng::seed_from_u64(request.seed);
+        let prompt = std::mem::take(&mut request.prompt);
+        let under = Under { request, arrived: now, answer: Vec::new(), rng };
+        let asked = self.asked(&under, prompt);
+        match caught(|| self.batching.submit(id, asked, now)) {
+            Ok(Ok(())) => {
+                self.under.insert(id, under);
+                Ok(Ok(id))
+            }
+            Ok(Err(refusal)) => Ok(Err(refusal)),
+            Err(problem) => {
+                self.rebuild(&problem);
+                self.events.push(Event::Failed(id, Failure::Defect(problem)));
+                Ok(Ok(id))
+            }
+        }
+    }
+
+    /// A request as it is scheduled: what it has of its answer is computed like a prompt.
+    fn asked(&self, under: &Under, mut prompt: Vec<u32>) -> Asked {
+        let request = &under.request;
         let content: Vec<String> =
             request.adapters.iter().map(|(a, weight)| format!("{}*{}", a.content_id, weight.to_bits())).collect();
-        let sequence = Sequence {
-            tokens: request.prompt.clone(),
-            generated: 0,
-            computed: 0,
-            blocks: Vec::new(),
-            shared: 0,
-            node: None,
+        let pages = |(a, _): &(Arc<Hosted>, f32)| (a.content_id.as_str().into(), a.pages(self.geometry));
+        prompt.extend_from_slice(&under.answer);
+        Asked {
+            prompt,
+            answered: under.answer.len(),
+            max_tokens: request.max_tokens.saturating_sub(under.answer.len()),
+            adapters: request.adapters.iter().map(pages).collect(),
             content: content.join("+"),
-            runs: false,
-            leased: 0,
-            rng: ChaCha8Rng::seed_from_u64(request.seed),
-            request,
-        };
-        self.sequences.insert(id, sequence);
-        Ok(Ok(id))
+            tenant: request.tenant.clone(),
+        }
     }
 
     fn check(&self, request: &Request) -> Result<()> {
@@ -260,197 +278,162 @@ impl<'m> Engine<'m> {
 
     /// Takes a request out: its client has gone.
     pub fn cancel(&mut self, id: u64) {
-        self.scheduler.remove(id);
-        if let Some(mut sequence) = self.sequences.remove(&id) {
-            self.vacate(&mut sequence);
+        self.under.remove(&id);
+        self.again.retain(|(other, _)| *other != id);
+        if let Err(problem) = caught(|| _ = self.batching.remove(id)) {
+            self.rebuild(&problem);
         }
     }
 
-    /// Whether nothing waits or runs.
+    /// Whether nothing waits or runs, and nothing is to be told.
     pub fn is_idle(&self) -> bool {
-        self.sequences.is_empty()
+        self.under.is_empty() && self.events.is_empty()
     }
 
     /// Names of the adapters at work.
     pub fn at_work(&self) -> AtWork {
         const MOST: usize = 256;
         let names = |runs: bool| {
-            let of = self.sequences.values().filter(|s| s.runs == runs).flat_map(|s| &s.request.names);
-            let unique: std::collections::BTreeSet<&String> = of.collect();
+            let with = self.under.iter().filter(|(id, _)| self.batching.sequence(**id).is_some_and(|s| s.runs == runs));
+            let unique: std::collections::BTreeSet<&String> = with.flat_map(|(_, u)| &u.request.names).collect();
             unique.into_iter().take(MOST).cloned().collect()
         };
         AtWork { running: names(true), waiting: names(false) }
     }
 
     /// Number of requests that run.
-    pub fn running(&self) -> usize {
-        self.scheduler.running()
-    }
-
-    /// Keeps an adapter in the pool once it is there, or no longer.
-    pub fn pin(&mut self, content: &str, pinned: bool) {
-        self.residents.account().pin(content, pinned);
+    pub fn running(&mut self) -> usize {
+        self.batching.scheduler().running()
     }
 
     /// Figures of now.
     pub fn state(&mut self) -> EngineState {
-        let adapters = self.residents.account();
+        let counted = self.batching.counted();
+        let adapters = self.batching.residents().figures();
         let (adapter_pages, count, loads, evictions) =
             (adapters.pages(), adapters.len(), adapters.loads, adapters.evictions);
         EngineState {
-            running: self.scheduler.running(),
-            waiting: self.scheduler.waiting(),
-            pages: self.pool.pages(),
-            free_pages: self.pool.free(),
+            running: self.batching.scheduler().running(),
+            waiting: self.batching.scheduler().waiting(),
+            pages: self.batching.pages().count(),
+            free_pages: self.batching.pages().free(),
             adapter_pages,
-            cached_pages: self.prefix.as_ref().map_or(0, |prefix| prefix.idle_pages(&self.pool)),
+            cached_pages: self.batching.cached_pages(),
             adapters: count,
             adapter_loads: loads,
             adapter_evictions: evictions,
-            ..self.counted
+            prompt_tokens: counted.prompt_tokens,
+            cached_tokens: counted.cached_tokens,
+            generated_tokens: counted.generated_tokens,
+            put_back: counted.put_back,
         }
     }
 
     /// Seconds after which a refused client may try again.
     pub fn retry_after(&mut self, now: f64) -> f64 {
-        self.scheduler.retry_after(now)
+        self.batching.scheduler().retry_after(now)
     }
 
     /// One step: the scheduler's plan, one forward, a token for each request that has come so far.
+    ///
+    /// What fails costs the request that it is about, and no other: of a batch that cannot be computed the halves are, until one request is
+    /// left; and where the account of requests and pages itself fails, it is made anew and the requests go on one after the other, with the
+    /// tokens that they have, until it is known with which of them it fails.
     pub fn step(&mut self, now: f64) -> Vec<Event> {
-        let Self { sequences, prefix, pool, counted, .. } = self;
-        let plan = self.scheduler.plan(now, |job| {
-            let Some((s, prefix)) = sequences.get_mut(&job.id).zip(prefix.as_mut()) else { return 0 };
-            // The pages are held from here on, so that making room does not take them.
-            for node in prefix.find(&s.content, &s.tokens) {
-                let pages = prefix.pages(node).to_vec();
-                pool.share(&pages);
-                s.blocks.push(pages);
-                s.node = Some(node);
+        self.at = None;
+        if let Err(problem) = caught(|| self.try_step(now)) {
+            if let Some(id) = self.at.filter(|id| self.under.remove(id).is_some()) {
+                self.events.push(Event::Failed(id, Failure::Defect(problem.clone())));
             }
-            s.shared = s.blocks.len();
-            s.computed = s.shared * BLOCK;
-            counted.cached_tokens += s.computed as u64;
-            s.computed
-        });
-        let mut events = Vec::new();
-        for id in &plan.refused {
-            self.sequences.remove(id);
-            events.push(Event::Refused(*id, Refusal::TooLate));
+            self.rebuild(&problem);
         }
-        let work = self.prepare(plan);
-        if work.is_empty() {
-            return events;
+        std::mem::take(&mut self.events)
+    }
+
+    fn try_step(&mut self, now: f64) {
+        self.take_one_again();
+        let step = self.batching.step(now);
+        for (content, pages) in step.loads {
+            let mut adapters = self.under.values().flat_map(|u| &u.request.adapters);
+            if let Some((hosted, _)) = adapters.find(|(a, _)| *a.content_id == *content) {
+                self.numbers.write(&pages, &hosted.numbers);
+            }
         }
-        match self.forward(&work) {
-            Ok(mut tokens) => events.append(&mut tokens),
-            Err(error) => {
-                // Whatever it was, it was one of these; the others go on.
-                for (id, _) in work {
-                    self.cancel(id);
-                    events.push(Event::Failed(id, error.to_string()));
+        for (id, refusal) in step.refused {
+            self.under.remove(&id);
+            self.events.push(Event::Refused(id, refusal));
+        }
+        for id in step.failed {
+            let text = "there was no room for it in the pool, though it was let in";
+            self.fail(id, Failure::Defect(text.into()));
+        }
+        if !step.work.is_empty() {
+            self.compute(&step.work);
+        }
+    }
+
+    fn fail(&mut self, id: u64, failure: Failure) {
+        self.under.remove(&id);
+        self.batching.remove(id);
+        self.events.push(Event::Failed(id, failure));
+    }
+
+    /// A new account of requests and pages. Nothing that it has of them is used but the prompts.
+    fn rebuild(&mut self, problem: &str) {
+        tracing::error!("the engine's account failed and is made anew; requests under way go on: {problem}");
+        let pages = Pages::new(self.batching.pages().count() as u32);
+        let new = Batching::new(self.settings.policy.clone(), self.geometry, pages, self.settings.prefix_cache);
+        let mut prompts = std::mem::replace(&mut self.batching, new).into_prompts();
+        prompts.extend(self.again.drain(..));
+        prompts.retain(|(id, _)| self.under.contains_key(id));
+        prompts.sort_unstable_by_key(|(id, _)| *id);
+        self.again = prompts.into();
+    }
+
+    /// Takes in the next of the requests that are to go on after a failure, once those before it have had a step.
+    fn take_one_again(&mut self) {
+        let Some((id, prompt)) = self.again.pop_front() else { return };
+        let Some(under) = self.under.get(&id) else { return };
+        let (asked, arrived) = (self.asked(under, prompt), under.arrived);
+        self.at = Some(id);
+        self.batching.restore(id, asked, arrived);
+    }
+
+    /// Computes the rows of some requests together and draws their next tokens; where that fails, in two parts.
+    fn compute(&mut self, work: &[(u64, usize)]) {
+        let problem = match caught(|| self.forward(work)) {
+            Ok(Ok((draws, logits))) => {
+                for &(id, count) in work {
+                    self.at = Some(id);
+                    self.batching.advance(id, count);
                 }
+                return self.draw(&draws, &logits);
             }
-        }
-        events
-    }
-
-    /// Sees to the pages of a plan: adapters of requests that are let in, and new blocks of tokens. What of the plan can be computed: a
-    /// request with its rows, those with the same adapters next to each other.
-    fn prepare(&mut self, plan: Plan) -> Vec<(u64, usize)> {
-        for (id, _) in &plan.admitted {
-            if let Some(s) = self.sequences.get_mut(id) {
-                s.runs = true;
-            }
-        }
-        for (id, _) in &plan.admitted {
-            self.lease(*id);
-        }
-        let mut work = Vec::new();
-        for (id, rows) in plan.work {
-            // It may have been put back to make room for another.
-            let Some(s) = self.sequences.get(&id).filter(|s| s.runs && s.leased == s.request.adapters.len()) else {
-                continue;
-            };
-            let blocks = (s.computed + rows).div_ceil(BLOCK);
-            let wanted = blocks.saturating_sub(s.blocks.len()) * self.geometry.layers;
-            if !self.make_room(wanted, id) {
-                continue;
-            }
-            let (Some(pages), Some(s)) = (self.pool.take(wanted), self.sequences.get_mut(&id)) else { continue };
-            s.blocks.extend(pages.chunks(self.geometry.layers.max(1)).map(<[u32]>::to_vec));
-            work.push((id, rows));
-        }
-        // Making room for a later one may have put an earlier one back.
-        work.retain(|(id, _)| self.sequences.get(id).is_some_and(|s| s.runs));
-        work.sort_by_cached_key(|(id, _)| (self.sequences.get(id).map(|s| s.content.clone()), *id));
-        work
-    }
-
-    /// Sees to a request's adapters in the pool, as long as it runs: making room for one may put it back.
-    fn lease(&mut self, id: u64) {
-        loop {
-            let Some(s) = self.sequences.get(&id).filter(|s| s.runs) else { return };
-            let Some((adapter, _)) = s.request.adapters.get(s.leased) else { return };
-            let adapter = adapter.clone();
-            let account = self.residents.account();
-            if !account.lease(&adapter.content_id) {
-                // That it fits was the scheduler's test.
-                let room = self.make_room(adapter.pages(self.geometry), id);
-                if !room || !self.residents.load(&adapter, self.geometry, &mut self.pool) {
-                    return;
-                }
-                continue;
-            }
-            if let Some(s) = self.sequences.get_mut(&id) {
-                s.leased += 1;
+            Ok(Err(error)) => error.to_string(),
+            Err(panic) => panic,
+        };
+        match work {
+            [] => {}
+            [(id, _)] => self.fail(*id, Failure::Defect(problem)),
+            _ => {
+                let (one, other) = work.split_at(work.len() / 2);
+                self.compute(one);
+                self.compute(other);
             }
         }
     }
 
-    /// Frees pages: adapters that no request uses, then prompts that are kept, then the request that came last, which starts again later.
-    /// Whether there are so many, and `id` still runs.
-    fn make_room(&mut self, wanted: usize, id: u64) -> bool {
-        loop {
-            if self.residents.make_room(&mut self.pool, wanted)
-                || self.prefix.as_mut().is_some_and(|prefix| prefix.make_room(&mut self.pool, wanted))
-            {
-                return true;
-            }
-            let Some(last) = self.scheduler.put_back_last() else { return false };
-            self.counted.put_back += 1;
-            if let Some(mut sequence) = self.sequences.remove(&last) {
-                self.vacate(&mut sequence);
-                self.sequences.insert(last, sequence);
-            }
-            if last == id {
-                return false;
-            }
-        }
-    }
-
-    /// Gives back what a request holds.
-    fn vacate(&mut self, sequence: &mut Sequence) {
-        sequence.blocks.drain(..).for_each(|pages| self.pool.release(&pages));
-        (sequence.computed, sequence.shared, sequence.node) = (0, 0, None);
-        sequence.runs = false;
-        for (adapter, _) in &sequence.request.adapters[..std::mem::take(&mut sequence.leased)] {
-            self.residents.account().unlease(&adapter.content_id);
-        }
-    }
-
-    /// Computes the rows of some requests together and draws their next tokens.
-    fn forward(&mut self, work: &[(u64, usize)]) -> Result<Vec<Event>> {
-        let Self { sequences, residents, pool, geometry, model, .. } = self;
+    /// Computes the rows of some requests together: those of them whose last row is there, and its logits.
+    fn forward(&mut self, work: &[(u64, usize)]) -> Result<(Vec<u64>, Vec<f32>)> {
+        let Self { under, batching, numbers, geometry, model, .. } = self;
         let (mut rows, mut tokens, mut needed, mut draws) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for &(id, count) in work {
-            let Some(s) = sequences.get(&id) else { continue };
-            let used = s.request.adapters.iter().filter_map(|(adapter, weight)| {
-                let (hosted, pages) = residents.get(&adapter.content_id)?;
-                Some(Used { hosted, pages, weight: *weight })
+            let Some((s, u)) = batching.sequence(id).zip(under.get(&id)) else { continue };
+            let used = u.request.adapters.iter().filter_map(|(hosted, weight)| {
+                Some(Used { hosted, pages: batching.adapter(&hosted.content_id)?, weight: *weight })
             });
             let adapters: Vec<Used<'_>> = used.collect();
-            if adapters.len() != s.request.adapters.len() {
+            if adapters.len() != u.request.adapters.len() {
                 return Err(Error::Pool("an adapter of a running request is not in the pool".into()));
             }
             rows.push(Rows { count, position: s.computed, blocks: &s.blocks, adapters });
@@ -460,72 +443,85 @@ impl<'m> Engine<'m> {
                 draws.push(id);
             }
         }
-        let batch = Batched::new(pool.numbers(), *geometry, rows, &needed);
+        let batch = Batched::new(numbers.all(), *geometry, rows, &needed);
         // Inside the pool, so that each parallel part begins without waking a thread to carry it there.
         let logits = rayon::scope(|_| batch.logits(model, &tokens, &needed))?;
         let logits = logits.map(|l| l.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()).transpose()?;
-        for &(id, count) in work {
-            self.advance(id, count);
-        }
-        Ok(self.draw(&draws, &logits.unwrap_or_default()))
-    }
-
-    /// Rows of a request have been computed: whole blocks go into the prefix cache.
-    fn advance(&mut self, id: u64, rows: usize) {
-        let Some(s) = self.sequences.get_mut(&id) else { return };
-        s.computed += rows;
-        if s.generated == 0 || rows > 1 {
-            self.counted.prompt_tokens += rows as u64;
-        }
-        let Some(prefix) = &mut self.prefix else { return };
-        while s.shared < s.computed / BLOCK {
-            let Ok(tokens) = <&[u32; BLOCK]>::try_from(&s.tokens[s.shared * BLOCK..][..BLOCK]) else { return };
-            let node = prefix.insert(&s.content, s.node, tokens, &s.blocks[s.shared], &mut self.pool);
-            let Some(node) = node else { return };
-            s.node = Some(node);
-            s.shared += 1;
-        }
+        Ok((draws, logits.unwrap_or_default()))
     }
 
     /// Draws the next token of some requests, each from its row of `logits`.
-    fn draw(&mut self, ids: &[u64], logits: &[f32]) -> Vec<Event> {
+    fn draw(&mut self, ids: &[u64], logits: &[f32]) {
         if ids.is_empty() || logits.is_empty() {
-            return Vec::new();
+            return;
         }
-        let rows: HashMap<u64, &[f32]> =
+        let rows: Vec<(u64, &[f32])> =
             ids.iter().copied().zip(logits.chunks(logits.len().div_ceil(ids.len()))).collect();
-        let mut drawing: Vec<_> =
-            self.sequences.iter_mut().filter_map(|(id, s)| Some((*id, s, *rows.get(id)?))).collect();
-        let mut drawn: HashMap<u64, (Token, Option<FinishReason>)> = drawing
-            .par_iter_mut()
-            .with_max_len(1)
-            .map(|(id, s, logits)| {
-                let history = s.tokens.split_at(s.request.prompt.len());
-                let token = s.request.sampling.draw(logits, history, &mut s.rng);
-                s.tokens.push(token);
-                s.generated += 1;
-                let told = s.request.log_probabilities.map(|n| log_probabilities(logits, token, n));
-                let (log_probability, top) = told.map_or((None, Vec::new()), |(own, top)| (Some(own), top));
-                let reason = match () {
-                    () if s.request.stop.contains(&token) => Some(FinishReason::Stop),
-                    () if s.generated >= s.request.max_tokens => Some(FinishReason::Length),
-                    () => None,
-                };
-                (*id, (Token { token, log_probability, top }, reason))
-            })
-            .collect();
-        let mut events = Vec::new();
-        for &id in ids {
-            let Some((token, reason)) = drawn.remove(&id) else { continue };
-            self.counted.generated_tokens += 1;
-            self.scheduler.generated(id);
+        let (under, batching) = (&self.under, &self.batching);
+        let one = |&(id, logits): &(u64, &[f32])| {
+            let (u, s) = under.get(&id).zip(batching.sequence(id))?;
+            Some((
+                id,
+                caught(|| next_token(u, s.tokens.split_at(s.prompt), logits))
+                    .unwrap_or_else(|p| Err(Failure::Defect(p))),
+            ))
+        };
+        let drawn: Vec<_> = rows.par_iter().with_max_len(1).filter_map(one).collect();
+        for (id, drawn) in drawn {
+            let (token, rng) = match drawn {
+                Ok(drawn) => drawn,
+                Err(failure) => {
+                    self.fail(id, failure);
+                    continue;
+                }
+            };
+            self.at = Some(id);
+            let Some(u) = self.under.get_mut(&id) else { continue };
+            // What is told is what goes on from, whatever fails after this.
+            u.rng = rng;
+            u.answer.push(token.token);
+            let reason = match () {
+                () if u.request.stop.contains(&token.token) => Some(FinishReason::Stop),
+                () if u.answer.len() >= u.request.max_tokens => Some(FinishReason::Length),
+                () => None,
+            };
+            let next = token.token;
+            self.events.push(Event::Token(id, token, reason));
             if reason.is_some() {
-                self.cancel(id);
+                self.under.remove(&id);
             }
-            events.push(Event::Token(id, token, reason));
+            self.batching.push(id, next);
+            if reason.is_some() {
+                self.batching.remove(id);
+            }
         }
-        events
     }
+}
+
+/// The next token of a request after its prompt and answer, and the random numbers' state after it.
+fn next_token(
+    under: &Under,
+    history: (&[u32], &[u32]),
+    logits: &[f32],
+) -> std::result::Result<(Token, ChaCha8Rng), Failure> {
+    let request = &under.request;
+    if !logits.iter().all(|l| l.is_finite()) {
+        let with: Vec<String> = request
+            .adapters
+            .iter()
+            .enumerate()
+            .map(|(i, (a, weight))| format!("`{}` at weight {weight}", request.names.get(i).unwrap_or(&a.content_id)))
+            .collect();
+        return Err(Failure::NotFinite(match with.is_empty() {
+            true => "the logits of the base are not finite numbers".into(),
+            false => format!("the logits with {} are not finite numbers; give smaller weights", with.join(" and ")),
+        }));
+    }
+    let mut rng = under.rng.clone();
+    let token = request.sampling.draw(logits, history, &mut rng);
+    let told = request.log_probabilities.map(|n| log_probabilities(logits, token, n));
+    let (log_probability, top) = told.map_or((None, Vec::new()), |(own, top)| (Some(own), top));
+    Ok((Token { token, log_probability, top }, rng))
 }
 
 /// log p of a token, and of the `n` likeliest.
@@ -545,4 +541,63 @@ pub(crate) fn log_probabilities(logits: &[f32], token: u32, n: usize) -> (f32, V
         logits.get(token as usize).map_or(f32::NEG_INFINITY, |&l| of(l)),
         order.iter().map(|&t| (t, of(logits[t as usize]))).collect(),
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use lorimer_model::{Base, OpenOptions};
+
+    use super::*;
+    use crate::batching::FAULT;
+
+    /// Where the account of requests and pages fails with one of them, that one is found and told, and the others get the tokens that they
+    /// would have got, each once.
+    #[test]
+    fn requests_outlive_a_failing_account() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/goldens/tiny-llama");
+        let base = Base::prepare(&path, &OpenOptions::default()).unwrap().load().unwrap();
+        let request = |prompt: Vec<u32>, seed: u64| Request {
+            prompt,
+            adapters: vec![],
+            max_tokens: 12,
+            sampling: Sampling { temperature: 1.0, frequency_penalty: 0.5, ..Default::default() },
+            seed,
+            stop: vec![],
+            log_probabilities: None,
+            tenant: Tenant::default(),
+            names: vec![],
+        };
+        let run = |fault: bool| {
+            let settings = EngineSettings { pool_bytes: 1 << 20, ..Default::default() };
+            let mut engine = Engine::new(&base.model, settings).unwrap();
+            for i in 0..4u32 {
+                engine.submit(request((3..12 + 9 * i).collect(), u64::from(i)), 0.0).unwrap().unwrap();
+            }
+            let (mut answers, mut failed, mut steps) = (vec![Vec::new(); 4], Vec::new(), 0);
+            while !engine.is_idle() {
+                if steps == 5 && fault {
+                    let id = engine.submit(request(FAULT.to_vec(), 9), 5.0).unwrap().unwrap();
+                    assert_eq!(id, 4);
+                }
+                steps += 1;
+                assert!(steps < 100);
+                for event in engine.step(f64::from(steps)) {
+                    match event {
+                        Event::Token(id, token, _) => answers[id as usize].push(token.token),
+                        Event::Failed(id, Failure::Defect(why)) => failed.push((id, why)),
+                        other => panic!("{other:?}"),
+                    }
+                }
+            }
+            assert!(engine.batching.is_idle() && engine.again.is_empty());
+            (answers, failed)
+        };
+        let (expected, none) = run(false);
+        assert!(none.is_empty() && expected.iter().all(|answer| answer.len() == 12));
+        let (found, failed) = run(true);
+        assert_eq!(found, expected);
+        assert_eq!(failed, [(4, "a seeded fault".to_string())]);
+    }
 }

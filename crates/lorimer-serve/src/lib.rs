@@ -2,6 +2,7 @@
 //! of one base in one batch ([`Engine`]).
 
 pub mod batched;
+pub mod batching;
 pub mod engine;
 pub mod error;
 pub mod generate;

@@ -47,39 +47,43 @@ impl Geometry {
     }
 }
 
-/// The pages, and who uses them.
-pub struct Pool {
-    numbers: Vec<f32>,
-    page: usize,
+/// A pool of at most `bytes`: the account of its pages, and the numbers in them. Memory that was never used is not touched, so a large pool
+/// costs nothing until it fills.
+pub fn pool(geometry: Geometry, bytes: usize) -> Result<(Pages, Numbers)> {
+    let page = geometry.page();
+    let pages = bytes / geometry.page_bytes().max(1);
+    // One token of one sequence, and a page for an adapter.
+    if pages < geometry.layers + 1 || u32::try_from(pages).is_err() {
+        return Err(Error::Pool(format!(
+            "a pool of {bytes} bytes has {pages} pages of {} bytes; {} to {} can be used",
+            geometry.page_bytes(),
+            geometry.layers + 1,
+            u32::MAX
+        )));
+    }
+    let mut numbers: Vec<f32> = Vec::new();
+    let length = pages.checked_mul(page).filter(|&n| numbers.try_reserve_exact(n).is_ok());
+    let length = length.ok_or_else(|| Error::Pool(format!("there is no room for a pool of {bytes} bytes")))?;
+    drop(numbers);
+    Ok((Pages::new(pages as u32), Numbers { numbers: vec![0.0; length], page }))
+}
+
+/// Who uses which pages.
+pub struct Pages {
     /// Pages that nobody uses; the last is given out next.
     free: Vec<u32>,
     /// How many hold each page.
     users: Vec<u32>,
 }
 
-impl Pool {
-    /// A pool of at most `bytes`. Memory that was never used is not touched, so a large pool costs nothing until it fills.
-    pub fn new(geometry: Geometry, bytes: usize) -> Result<Self> {
-        let page = geometry.page();
-        let pages = bytes / geometry.page_bytes().max(1);
-        // One token of one sequence, and a page for an adapter.
-        if pages < geometry.layers + 1 || u32::try_from(pages).is_err() {
-            return Err(Error::Pool(format!(
-                "a pool of {bytes} bytes has {pages} pages of {} bytes; {} to {} can be used",
-                geometry.page_bytes(),
-                geometry.layers + 1,
-                u32::MAX
-            )));
-        }
-        let mut numbers: Vec<f32> = Vec::new();
-        let length = pages.checked_mul(page).filter(|&n| numbers.try_reserve_exact(n).is_ok());
-        let length = length.ok_or_else(|| Error::Pool(format!("there is no room for a pool of {bytes} bytes")))?;
-        drop(numbers);
-        Ok(Self { numbers: vec![0.0; length], page, free: (0..pages as u32).rev().collect(), users: vec![0; pages] })
+impl Pages {
+    /// So many free pages.
+    pub fn new(count: u32) -> Self {
+        Self { free: (0..count).rev().collect(), users: vec![0; count as usize] }
     }
 
     /// Number of pages.
-    pub fn pages(&self) -> usize {
+    pub fn count(&self) -> usize {
         self.users.len()
     }
 
@@ -121,7 +125,15 @@ impl Pool {
     pub fn users(&self, page: u32) -> u32 {
         self.users[page as usize]
     }
+}
 
+/// What is in the pages.
+pub struct Numbers {
+    numbers: Vec<f32>,
+    page: usize,
+}
+
+impl Numbers {
     /// Writes numbers over pages, one after the other.
     pub fn write(&mut self, pages: &[u32], numbers: &[f32]) {
         for (&page, part) in pages.iter().zip(numbers.chunks(self.page)) {
@@ -130,7 +142,7 @@ impl Pool {
     }
 
     /// All numbers, to compute with.
-    pub fn numbers(&mut self) -> &mut [f32] {
+    pub fn all(&mut self) -> &mut [f32] {
         &mut self.numbers
     }
 }
@@ -149,7 +161,7 @@ mod tests {
         /// Whatever is taken, shared and released: pages in use are apart, none is lost, and the account is exact.
         #[test]
         fn no_page_is_lost_or_given_twice(acts in prop::collection::vec((0u8..3, 0usize..12), 0..200)) {
-            let mut pool = Pool::new(GEOMETRY, 40 * GEOMETRY.page_bytes()).unwrap();
+            let mut pool = Pages::new(40);
             let mut holders: Vec<Vec<u32>> = Vec::new();
             for (act, n) in acts {
                 match act {
@@ -176,23 +188,23 @@ mod tests {
                 }
                 let mut users: HashMap<u32, u32> = HashMap::new();
                 holders.iter().flatten().for_each(|&page| *users.entry(page).or_default() += 1);
-                for page in 0..pool.pages() as u32 {
+                for page in 0..pool.count() as u32 {
                     prop_assert_eq!(pool.users(page), users.get(&page).copied().unwrap_or(0));
                 }
-                prop_assert_eq!(pool.free(), pool.pages() - users.len());
+                prop_assert_eq!(pool.free(), pool.count() - users.len());
             }
         }
     }
 
     #[test]
     fn what_is_written_stands_in_its_pages() {
-        let mut pool = Pool::new(GEOMETRY, 8 * GEOMETRY.page_bytes()).unwrap();
+        let (mut pool, mut written) = super::pool(GEOMETRY, 8 * GEOMETRY.page_bytes()).unwrap();
         let page = GEOMETRY.page();
         let _ = pool.take(3);
         let mine = pool.take(2).unwrap();
         let numbers: Vec<f32> = (0..page + 5).map(|i| i as f32).collect();
-        pool.write(&mine, &numbers);
-        let all = pool.numbers();
+        written.write(&mine, &numbers);
+        let all = written.all();
         assert_eq!(all[mine[0] as usize * page..][..page], numbers[..page]);
         assert_eq!(all[mine[1] as usize * page..][..5], numbers[page..]);
         assert_eq!(GEOMETRY.pages_of_numbers(page + 5), 2);
@@ -201,7 +213,7 @@ mod tests {
 
     #[test]
     fn a_pool_that_holds_nothing_is_refused() {
-        assert!(Pool::new(GEOMETRY, 3 * GEOMETRY.page_bytes()).is_err());
-        assert!(Pool::new(GEOMETRY, usize::MAX / 2).is_err());
+        assert!(pool(GEOMETRY, 3 * GEOMETRY.page_bytes()).is_err());
+        assert!(pool(GEOMETRY, usize::MAX / 2).is_err());
     }
 }

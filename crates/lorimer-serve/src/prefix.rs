@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 
-use crate::pool::{BLOCK, Pool};
+use crate::pool::{BLOCK, Pages};
 
 /// A block in the tree, or a root.
 pub type NodeId = u64;
@@ -60,15 +60,16 @@ impl PrefixCache {
         self.nodes.get(&id).map_or(&[], |node| &node.pages)
     }
 
-    /// Puts a computed block below `parent`, or first for `content`, and uses its pages once more. Gives the block's place, which may
-    /// have been filled before; then the pages are left alone. None if the parent is no longer there.
+    /// Puts a computed block below `parent`, or first for `content`, and uses its pages once more. Gives the block's place. Where that was
+    /// filled before, the pages there take the place of `pages`, which are given back: so the cache keeps nothing for a sequence that the
+    /// sequence does not hold itself. None if the parent is no longer there.
     pub fn insert(
         &mut self,
         content: &str,
         parent: Option<NodeId>,
         tokens: &[u32; BLOCK],
-        pages: &[u32],
-        pool: &mut Pool,
+        pages: &mut Vec<u32>,
+        pool: &mut Pages,
     ) -> Option<NodeId> {
         let above = match parent {
             Some(parent) => self.nodes.contains_key(&parent).then_some(parent)?,
@@ -83,6 +84,9 @@ impl PrefixCache {
         };
         let key = (above, *tokens);
         if let Some(&id) = self.index.get(&key) {
+            let there = self.pages(id).to_vec();
+            pool.share(&there);
+            pool.release(&std::mem::replace(pages, there));
             return Some(id);
         }
         if let Some(above) = self.nodes.get_mut(&above) {
@@ -98,7 +102,7 @@ impl PrefixCache {
 
     /// Gives up blocks that no sequence uses, those unused for longest first and never one before those below it, until `wanted` pages
     /// are free or there is no such block. Whether they are.
-    pub fn make_room(&mut self, pool: &mut Pool, wanted: usize) -> bool {
+    pub fn make_room(&mut self, pool: &mut Pages, wanted: usize) -> bool {
         while pool.free() < wanted {
             let idle = |node: &&Node| node.children == 0 && node.pages.iter().all(|&page| pool.users(page) == 1);
             let mut idle: Vec<_> = self.nodes.iter().filter(|(_, n)| idle(n)).map(|(&id, n)| (n.used, id)).collect();
@@ -116,7 +120,7 @@ impl PrefixCache {
         true
     }
 
-    fn remove(&mut self, id: NodeId, pool: &mut Pool) {
+    fn remove(&mut self, id: NodeId, pool: &mut Pages) {
         let Some(node) = self.nodes.remove(&id) else { return };
         self.index.remove(&node.key);
         pool.release(&node.pages);
@@ -136,7 +140,7 @@ impl PrefixCache {
     }
 
     /// Pages that only the cache holds.
-    pub fn idle_pages(&self, pool: &Pool) -> usize {
+    pub fn idle_pages(&self, pool: &Pages) -> usize {
         self.nodes.values().flat_map(|n| &n.pages).filter(|&&page| pool.users(page) == 1).count()
     }
 
@@ -154,9 +158,6 @@ impl PrefixCache {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::pool::Geometry;
-
-    const GEOMETRY: Geometry = Geometry { kv_width: 2, layers: 2 };
 
     fn block(first: u32) -> [u32; BLOCK] {
         std::array::from_fn(|i| first + i as u32)
@@ -164,13 +165,16 @@ mod tests {
 
     #[test]
     fn prompts_are_found_by_content_and_given_up_from_their_ends() {
-        let mut pool = Pool::new(GEOMETRY, 8 * GEOMETRY.page_bytes()).unwrap();
+        let mut pool = Pages::new(8);
         let mut cache = PrefixCache::default();
-        let (one, two) = (pool.take(2).unwrap(), pool.take(2).unwrap());
-        let first = cache.insert("a", None, &block(0), &one, &mut pool).unwrap();
-        let second = cache.insert("a", Some(first), &block(50), &two, &mut pool).unwrap();
-        // The same again changes nothing.
-        assert_eq!(cache.insert("a", None, &block(0), &two, &mut pool), Some(first));
+        let (mut one, mut two) = (pool.take(2).unwrap(), pool.take(2).unwrap());
+        let first = cache.insert("a", None, &block(0), &mut one, &mut pool).unwrap();
+        let second = cache.insert("a", Some(first), &block(50), &mut two, &mut pool).unwrap();
+        // Where the same is there, it is used in place of one's own.
+        let mut again = pool.take(2).unwrap();
+        assert_eq!(cache.insert("a", None, &block(0), &mut again, &mut pool), Some(first));
+        assert_eq!((&again, pool.free()), (&one, 4));
+        pool.release(&again);
         pool.release(&one);
         pool.release(&two);
         let mut tokens = [block(0), block(50)].concat();

@@ -6,8 +6,7 @@ use lorimer_model::Llama;
 use crate::batched::{Batched, Rows, Used};
 use crate::error::{Error, Result};
 use crate::hosted::Hosted;
-use crate::pool::{Geometry, Pool};
-use crate::residents::Residents;
+use crate::pool::{Geometry, pool};
 
 /// Most tokens that are computed for one adapter.
 const MOST: usize = 512;
@@ -49,19 +48,16 @@ fn log_probabilities(model: &Llama, hosted: &std::sync::Arc<Hosted>, golden: &Go
     let geometry = Geometry::of(&model.config);
     let tokens = &golden.tokens[..golden.tokens.len() - 1];
     let pages = geometry.pages_of_tokens(tokens.len()) + hosted.pages(geometry);
-    let mut pool = Pool::new(geometry, (pages + geometry.layers + 1) * geometry.page_bytes())?;
-    let mut residents = Residents::default();
+    let (mut free, mut numbers) = pool(geometry, (pages + geometry.layers + 1) * geometry.page_bytes())?;
     let full = || Error::Pool("a pool made for a golden prompt is too small for it".into());
-    if !residents.load(hosted, geometry, &mut pool) {
-        return Err(full());
-    }
-    let pages = pool.take(geometry.pages_of_tokens(tokens.len())).ok_or_else(full)?;
+    let own = free.take(hosted.pages(geometry)).ok_or_else(full)?;
+    numbers.write(&own, &hosted.numbers);
+    let pages = free.take(geometry.pages_of_tokens(tokens.len())).ok_or_else(full)?;
     let blocks: Vec<Vec<u32>> = pages.chunks(geometry.layers.max(1)).map(<[u32]>::to_vec).collect();
-    let Some((used, pages)) = residents.get(&hosted.content_id) else { return Err(full()) };
-    let adapters = vec![Used { hosted: used, pages, weight: 1.0 }];
+    let adapters = vec![Used { hosted, pages: &own, weight: 1.0 }];
     let rows = vec![Rows { count: tokens.len(), position: 0, blocks: &blocks, adapters }];
     let needed: Vec<u32> = (golden.first as u32 - 1..tokens.len() as u32).collect();
-    let batch = Batched::new(pool.numbers(), geometry, rows, &needed);
+    let batch = Batched::new(numbers.all(), geometry, rows, &needed);
     let Some(logits) = batch.logits(model, tokens, &needed)? else { return Ok(Vec::new()) };
     let logits = logits.to_dtype(candle_core::DType::F32)?.to_vec2::<f32>()?;
     let of = |(row, &token): (&Vec<f32>, &u32)| crate::engine::log_probabilities(row, token, 0).0;

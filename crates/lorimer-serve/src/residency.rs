@@ -8,7 +8,6 @@ struct Entry {
     pages: usize,
     /// Running requests that use it.
     leases: usize,
-    pinned: bool,
     uses: u64,
     /// What it is worth to keep: the least worth gives way.
     value: f64,
@@ -57,21 +56,14 @@ impl Residency {
     pub fn insert(&mut self, content: Arc<str>, pages: usize) {
         self.loads += 1;
         self.pages += pages;
-        let entry = Entry { pages, leases: 0, pinned: false, uses: 0, value: self.level };
+        let entry = Entry { pages, leases: 0, uses: 0, value: self.level };
         let before = self.all.insert(content, entry);
         debug_assert!(before.is_none(), "an adapter is put in once");
     }
 
-    /// Keeps an adapter, or no longer.
-    pub fn pin(&mut self, content: &str, pinned: bool) {
-        if let Some(entry) = self.all.get_mut(content) {
-            entry.pinned = pinned;
-        }
-    }
-
     /// Takes the adapter out that is worth least of those that nobody uses; its content and pages.
     pub fn evict(&mut self) -> Option<(Arc<str>, usize)> {
-        let idle = self.all.iter().filter(|(_, e)| e.leases == 0 && !e.pinned);
+        let idle = self.all.iter().filter(|(_, e)| e.leases == 0);
         let least = idle.min_by(|a, b| a.1.value.total_cmp(&b.1.value).then_with(|| a.0.cmp(b.0)));
         let content = least.map(|(content, _)| content.clone())?;
         let gone = self.all.remove(&content)?;
@@ -79,15 +71,6 @@ impl Residency {
         self.pages -= gone.pages;
         self.evictions += 1;
         Some((content, gone.pages))
-    }
-
-    /// Takes an adapter out unless a request uses it. Whether it was taken out.
-    pub fn forget(&mut self, content: &str) -> bool {
-        if self.all.get(content).is_none_or(|e| e.leases > 0) {
-            return false;
-        }
-        self.pages -= self.all.remove(content).map_or(0, |e| e.pages);
-        true
     }
 
     /// Number of adapters.
@@ -138,17 +121,17 @@ mod tests {
     }
 
     proptest! {
-        /// Leased and pinned adapters stay, and the pages are those of what is there.
+        /// Leased adapters stay, and the pages are those of what is there.
         #[test]
-        fn leased_adapters_never_go(acts in prop::collection::vec((0u8..5, 0usize..8), 0..200)) {
+        fn leased_adapters_never_go(acts in prop::collection::vec((0u8..4, 0usize..8), 0..200)) {
             let mut all = Residency::default();
-            let mut there: HashMap<String, (usize, usize, bool)> = HashMap::new();
+            let mut there: HashMap<String, (usize, usize)> = HashMap::new();
             for (act, n) in acts {
                 let name = n.to_string();
                 match act {
                     0 => if let std::collections::hash_map::Entry::Vacant(free) = there.entry(name.clone()) {
                         all.insert(name.as_str().into(), n + 1);
-                        free.insert((n + 1, 0, false));
+                        free.insert((n + 1, 0));
                     }
                     1 => {
                         let leased = all.lease(&name);
@@ -159,16 +142,12 @@ mod tests {
                         all.unlease(&name);
                         entry.1 -= 1;
                     }
-                    3 => {
-                        all.pin(&name, n % 2 == 0);
-                        if let Some(entry) = there.get_mut(&name) { entry.2 = n % 2 == 0; }
-                    }
                     _ => match all.evict() {
                         Some((gone, pages)) => {
                             let entry = there.remove(gone.as_ref()).unwrap();
-                            prop_assert_eq!(entry, (pages, 0, false));
+                            prop_assert_eq!(entry, (pages, 0));
                         }
-                        None => prop_assert!(there.values().all(|e| e.1 > 0 || e.2)),
+                        None => prop_assert!(there.values().all(|e| e.1 > 0)),
                     }
                 }
                 prop_assert_eq!(all.pages(), there.values().map(|e| e.0).sum::<usize>());

@@ -3,55 +3,47 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use crate::hosted::Hosted;
-use crate::pool::{Geometry, Pool};
+use crate::pool::Pages;
 use crate::residency::Residency;
 
 /// Adapters in the pool by content.
 #[derive(Default)]
 pub struct Residents {
     account: Residency,
-    all: HashMap<Arc<str>, (Arc<Hosted>, Vec<u32>)>,
+    all: HashMap<Arc<str>, Vec<u32>>,
 }
 
 impl Residents {
-    /// Who uses which, and how many there are.
+    /// Who uses which.
     pub fn account(&mut self) -> &mut Residency {
         &mut self.account
     }
 
-    /// Copies an adapter that is not there into free pages of the pool. Whether there were enough.
-    pub fn load(&mut self, hosted: &Arc<Hosted>, geometry: Geometry, pool: &mut Pool) -> bool {
-        let Some(pages) = pool.take(hosted.pages(geometry)) else { return false };
-        pool.write(&pages, &hosted.numbers);
-        let content: Arc<str> = hosted.content_id.as_str().into();
-        self.account.insert(content.clone(), pages.len());
-        self.all.insert(content, (hosted.clone(), pages));
-        true
+    /// How many there are, and how many came and went.
+    pub fn figures(&self) -> &Residency {
+        &self.account
+    }
+
+    /// Takes free pages for an adapter that is not there, which its numbers are to be written to; None where there are not enough.
+    pub fn load(&mut self, content: &Arc<str>, count: usize, pages: &mut Pages) -> Option<&[u32]> {
+        let taken = pages.take(count)?;
+        self.account.insert(content.clone(), count);
+        Some(self.all.entry(content.clone()).insert_entry(taken).into_mut())
     }
 
     /// Where an adapter is.
-    pub fn get(&self, content: &str) -> Option<(&Hosted, &[u32])> {
-        self.all.get(content).map(|(hosted, pages)| (hosted.as_ref(), pages.as_slice()))
+    pub fn get(&self, content: &str) -> Option<&[u32]> {
+        self.all.get(content).map(Vec::as_slice)
     }
 
     /// Lets unused adapters go until `wanted` pages are free. Whether they are.
-    pub fn make_room(&mut self, pool: &mut Pool, wanted: usize) -> bool {
-        while pool.free() < wanted {
+    pub fn make_room(&mut self, pages: &mut Pages, wanted: usize) -> bool {
+        while pages.free() < wanted {
             let Some((content, _)) = self.account.evict() else { return false };
-            if let Some((_, pages)) = self.all.remove(&content) {
-                pool.release(&pages);
+            if let Some(gone) = self.all.remove(&content) {
+                pages.release(&gone);
             }
         }
         true
-    }
-
-    /// Takes an adapter out unless a request uses it. Whether it was taken out.
-    pub fn forget(&mut self, content: &str, pool: &mut Pool) -> bool {
-        let forgotten = self.account.forget(content);
-        if forgotten && let Some((_, pages)) = self.all.remove(content) {
-            pool.release(&pages);
-        }
-        forgotten
     }
 }

@@ -5,7 +5,7 @@
 //! that, the preference for adapters that are in the batch, early refusal and the virtual token counter follow S-LoRA (arXiv 2311.03285,
 //! sections 5 and 6, and its code; the counter is Sheng et al. 2024, arXiv 2401.00588).
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -28,7 +28,8 @@ pub struct Policy {
     pub cluster: bool,
     /// Seconds for which the first of a queue is passed over at most, for others whose adapters are in the batch.
     pub starvation: f64,
-    /// Serve tenants by what they were given so far, prompt tokens + 2 · generated tokens, the least first.
+    /// Serve clients, and the users of each, by what they were given so far, prompt tokens + 2 · generated tokens, the least first. Every
+    /// second of a client's requests is the one that has waited longest, so that none waits for ever where a client names ever new users.
     pub fair: bool,
     /// Seconds to the first token that are promised. Requests that cannot keep it are refused, and while more arrive than are served the
     /// newest go first.
@@ -50,13 +51,22 @@ impl Default for Policy {
     }
 }
 
+/// Whom a request is for. What a client gets does not depend on what users it names.
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Tenant {
+    /// Who is connected, as the server knows it.
+    pub client: Arc<str>,
+    /// For whom, as the client says.
+    pub user: Arc<str>,
+}
+
 /// A request as the scheduler sees it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Job {
     /// Its number.
     pub id: u64,
     /// Whom it is for.
-    pub tenant: String,
+    pub tenant: Tenant,
     /// Its adapters, each by its content and the pages it takes.
     pub adapters: Vec<(Arc<str>, usize)>,
     /// Tokens of the prompt (of a request that was put back: those generated too).
@@ -107,7 +117,7 @@ pub struct Plan {
     /// Waiting requests that run from now on, with the tokens of their prompts that need not be computed.
     pub admitted: Vec<(u64, usize)>,
     /// Waiting requests that are refused.
-    pub refused: Vec<u64>,
+    pub refused: Vec<(u64, Refusal)>,
     /// Token rows of each request that has any: of its prompt, or the one that it generated last.
     pub work: Vec<(u64, usize)>,
 }
@@ -146,21 +156,26 @@ pub struct Scheduler {
     policy: Policy,
     geometry: Geometry,
     pages: usize,
-    waiting: BTreeMap<String, VecDeque<Job>>,
+    waiting: BTreeMap<Tenant, VecDeque<Job>>,
     waiting_count: usize,
     /// The first of each queue, and since when it is that.
-    fronts: BTreeMap<String, (u64, f64)>,
+    fronts: BTreeMap<Tenant, (u64, f64)>,
     running: Vec<Running>,
     /// Uses of each adapter by running requests, and its pages.
     adapters: HashMap<Arc<str>, (usize, usize)>,
     adapter_pages: usize,
-    counters: BTreeMap<String, f64>,
+    /// What each client was given, and its users; and whether the client's next is the one that has waited longest.
+    clients: BTreeMap<Arc<str>, (f64, bool)>,
+    counters: BTreeMap<Tenant, f64>,
+    /// Requests that gave way to those of other clients since the last plan.
+    dropped: Vec<(u64, Refusal)>,
     arrivals: Rate,
     admissions: Rate,
     rows: Rate,
 }
 
-/// Waiting requests of one tenant that are looked at for one whose adapter is in the batch.
+/// Waiting requests of one tenant that are looked at for one whose adapter is in the batch, and tenants that are looked at for one whose
+/// request fits.
 const LOOK: usize = 64;
 /// Tenants whose counters are kept.
 const MAX_COUNTERS: usize = 100_000;
@@ -178,7 +193,9 @@ impl Scheduler {
             running: Vec::new(),
             adapters: HashMap::new(),
             adapter_pages: 0,
+            clients: BTreeMap::new(),
             counters: BTreeMap::new(),
+            dropped: Vec::new(),
             arrivals: Rate::default(),
             admissions: Rate::default(),
             rows: Rate::default(),
@@ -202,34 +219,78 @@ impl Scheduler {
         if adapters + self.geometry.pages_of_tokens(job.prompt + job.max_output) > self.pages {
             return Err(Refusal::TooLarge);
         }
-        if self.waiting_count >= self.policy.max_waiting {
+        if self.waiting_count >= self.policy.max_waiting && !self.give_way(&job.tenant) {
             return Err(Refusal::QueueFull);
         }
         self.put(job, false);
         Ok(())
     }
 
-    fn put(&mut self, job: Job, first: bool) {
-        if !self.waiting.contains_key(&job.tenant) && !self.running.iter().any(|r| r.job.tenant == job.tenant) {
-            // Who comes new, or again, starts where the least served of the others is.
-            let active = self.waiting.keys().chain(self.running.iter().map(|r| &r.job.tenant));
-            let least = active.filter_map(|t| self.counters.get(t)).copied().fold(f64::INFINITY, f64::min);
-            if self.counters.len() >= MAX_COUNTERS {
-                let waiting = &self.waiting;
-                let running = &self.running;
-                self.counters.retain(|t, _| waiting.contains_key(t) || running.iter().any(|r| r.job.tenant == *t));
-            }
-            let counter = self.counters.entry(job.tenant.clone()).or_insert(0.0);
-            if least.is_finite() {
-                *counter = counter.max(least);
-            }
+    /// With the queue full: takes the newest request of the client out that has most of it, for one of a client that has fewer. Whether
+    /// there is such a one.
+    fn give_way(&mut self, tenant: &Tenant) -> bool {
+        let mut counts: BTreeMap<&Arc<str>, usize> = BTreeMap::new();
+        for (tenant, queue) in &self.waiting {
+            *counts.entry(&tenant.client).or_default() += queue.len();
         }
+        let own = counts.get(&tenant.client).copied().unwrap_or(0);
+        let Some((most, _)) = counts.into_iter().max_by_key(|(_, n)| *n).filter(|(_, n)| *n > own + 1) else {
+            return false;
+        };
+        let queues = self.waiting.iter().filter(|(t, _)| t.client == *most);
+        let newest = queues.filter_map(|(t, queue)| Some((t, queue.back()?))).max_by(|a, b| a.1.id.cmp(&b.1.id));
+        let Some((tenant, id)) = newest.map(|(t, job)| (t.clone(), job.id)) else { return false };
+        let at = self.waiting.get(&tenant).map_or(0, |queue| queue.len().saturating_sub(1));
+        self.dropped.push((id, Refusal::QueueFull));
+        self.take(&tenant, at).is_some()
+    }
+
+    /// Takes a request into the queue that was taken before.
+    pub fn restore(&mut self, job: Job) {
+        self.put(job, false);
+    }
+
+    fn put(&mut self, job: Job, first: bool) {
+        self.lift(&job.tenant);
         let queue = self.waiting.entry(job.tenant.clone()).or_default();
         match first {
             true => queue.push_front(job),
             false => queue.push_back(job),
         }
         self.waiting_count += 1;
+    }
+
+    /// Who comes new, or again, starts where the least served of the others is.
+    fn lift(&mut self, tenant: &Tenant) {
+        let active = || self.waiting.keys().chain(self.running.iter().map(|r| &r.job.tenant));
+        let least = |counters: &mut dyn Iterator<Item = f64>| counters.fold(f64::INFINITY, f64::min);
+        if active().any(|t| t == tenant) {
+            return;
+        }
+        let mut clients = active().filter_map(|t| Some(self.clients.get(&t.client)?.0));
+        let client = (!active().any(|t| t.client == tenant.client)).then(|| least(&mut clients));
+        let mut users = active().filter(|t| t.client == tenant.client).filter_map(|t| self.counters.get(t)).copied();
+        let user = least(&mut users);
+        if self.counters.len() + self.clients.len() >= MAX_COUNTERS {
+            let (kept, clients): (HashSet<Tenant>, HashSet<Arc<str>>) =
+                active().map(|t| (t.clone(), t.client.clone())).unzip();
+            self.counters.retain(|t, _| kept.contains(t));
+            self.clients.retain(|c, _| clients.contains(c));
+        }
+        let counter = &mut self.clients.entry(tenant.client.clone()).or_default().0;
+        if let Some(least) = client.filter(|c| c.is_finite()) {
+            *counter = counter.max(least);
+        }
+        let counter = self.counters.entry(tenant.clone()).or_default();
+        if user.is_finite() {
+            *counter = counter.max(user);
+        }
+    }
+
+    /// Notes what a tenant is given.
+    fn give(&mut self, tenant: &Tenant, much: f64) {
+        self.clients.entry(tenant.client.clone()).or_default().0 += much;
+        *self.counters.entry(tenant.clone()).or_default() += much;
     }
 
     /// Takes a request out, wherever it is. Whether it was there.
@@ -243,7 +304,7 @@ impl Scheduler {
         found.is_some_and(|(tenant, at)| self.take(&tenant, at).is_some())
     }
 
-    fn take(&mut self, tenant: &str, at: usize) -> Option<Job> {
+    fn take(&mut self, tenant: &Tenant, at: usize) -> Option<Job> {
         let queue = self.waiting.get_mut(tenant)?;
         let job = queue.remove(at)?;
         if queue.is_empty() {
@@ -286,7 +347,8 @@ impl Scheduler {
     pub fn generated(&mut self, id: u64) {
         if let Some(r) = self.running.iter_mut().find(|r| r.job.id == id) {
             r.generated += 1;
-            *self.counters.entry(r.job.tenant.clone()).or_default() += 2.0;
+            let tenant = r.job.tenant.clone();
+            self.give(&tenant, 2.0);
         }
     }
 
@@ -323,12 +385,12 @@ impl Scheduler {
     }
 
     /// Whether the first of a tenant's queue has been passed over for long enough.
-    fn starves(&self, tenant: &str, now: f64) -> bool {
+    fn starves(&self, tenant: &Tenant, now: f64) -> bool {
         self.fronts.get(tenant).is_some_and(|(_, since)| now - since > self.policy.starvation)
     }
 
     /// Which of a tenant's waiting requests is next.
-    fn choose(&self, tenant: &str, queue: &VecDeque<Job>, newest_first: bool, now: f64) -> usize {
+    fn choose(&self, tenant: &Tenant, queue: &VecDeque<Job>, newest_first: bool, now: f64) -> usize {
         let order = |i: usize| if newest_first { queue.len() - 1 - i } else { i };
         if !self.policy.cluster || self.starves(tenant, now) {
             return order(0);
@@ -339,7 +401,7 @@ impl Scheduler {
 
     /// Decides on a step. `cached` tells how many tokens of a prompt need not be computed.
     pub fn plan(&mut self, now: f64, mut cached: impl FnMut(&Job) -> usize) -> Plan {
-        let mut plan = Plan::default();
+        let mut plan = Plan { refused: std::mem::take(&mut self.dropped), ..Default::default() };
         let mut rows = self.policy.batch_tokens;
         for r in self.running.iter().filter(|r| r.generates()) {
             plan.work.push((r.job.id, 1));
@@ -359,13 +421,15 @@ impl Scheduler {
         if let Some(promised) = self.policy.first_token {
             self.refuse_late(promised, now, &mut plan);
         }
-        let mut passed_over: Vec<String> = Vec::new();
+        let mut passed_over: HashSet<Tenant> = HashSet::new();
         self.note_fronts(None, now);
         while rows > 0 && self.running.len() < self.policy.max_running {
             let candidates = self.waiting.iter().filter(|(tenant, _)| !passed_over.contains(tenant));
-            let key = |(tenant, queue): &(&String, &VecDeque<Job>)| {
-                let counter = if self.policy.fair { self.counters.get(*tenant).copied().unwrap_or(0.0) } else { 0.0 };
-                (counter, queue.front().map_or(0.0, |job| job.arrived))
+            let key = |(tenant, queue): &(&Tenant, &VecDeque<Job>)| {
+                let (client, oldest) = self.clients.get(&tenant.client).copied().unwrap_or_default();
+                let user = if oldest { 0.0 } else { self.counters.get(*tenant).copied().unwrap_or(0.0) };
+                let (client, user) = if self.policy.fair { (client, user) } else { (0.0, 0.0) };
+                (client, user, queue.front().map_or(0.0, |job| job.arrived))
             };
             let least = candidates.min_by(|a, b| key(a).partial_cmp(&key(b)).unwrap_or(std::cmp::Ordering::Equal));
             let Some((tenant, queue)) = least else { break };
@@ -375,10 +439,10 @@ impl Scheduler {
             let (present, adapters) = self.adapters_with(job);
             if !self.fits(job) || (!present && adapters > bound.max(job.adapters.len())) {
                 // The others wait with one that has waited long, so that its turn comes.
-                if self.starves(tenant, now) {
+                if self.starves(tenant, now) || passed_over.len() >= LOOK {
                     break;
                 }
-                passed_over.push(tenant.clone());
+                passed_over.insert(tenant.clone());
                 continue;
             }
             let tenant = tenant.clone();
@@ -386,7 +450,10 @@ impl Scheduler {
             let skip = cached(&job).min(job.prompt.saturating_sub(1));
             let n = (job.prompt - skip).min(rows);
             (rows, computed) = (rows - n, computed + n);
-            *self.counters.entry(tenant).or_default() += job.prompt as f64;
+            self.give(&tenant, job.prompt as f64);
+            if let Some((_, oldest)) = self.clients.get_mut(&tenant.client) {
+                *oldest = !*oldest;
+            }
             for (key, pages) in &job.adapters {
                 let entry = self.adapters.entry(key.clone()).or_insert((0, *pages));
                 self.adapter_pages += if entry.0 == 0 { *pages } else { 0 };
@@ -403,7 +470,7 @@ impl Scheduler {
     }
 
     /// Notes since when each tenant's first is that, or only one tenant's.
-    fn note_fronts(&mut self, only: Option<&str>, now: f64) {
+    fn note_fronts(&mut self, only: Option<&Tenant>, now: f64) {
         for (tenant, queue) in self.waiting.iter().filter(|(tenant, _)| only.is_none_or(|only| only == *tenant)) {
             let Some(first) = queue.front().map(|job| job.id) else { continue };
             match self.fronts.get_mut(tenant) {
@@ -416,7 +483,7 @@ impl Scheduler {
 
     /// Refuses waiting requests whose first token would come too late even if they were let in now.
     fn refuse_late(&mut self, promised: f64, now: f64, plan: &mut Plan) {
-        let late: Vec<(String, u64)> = {
+        let late: Vec<(Tenant, u64)> = {
             // Seconds a row.
             let each = self.until_first_token(1, now);
             let jobs = self.waiting.iter().flat_map(|(tenant, queue)| queue.iter().map(move |job| (tenant, job)));
@@ -428,7 +495,7 @@ impl Scheduler {
             if let Some(at) = at
                 && self.take(&tenant, at).is_some()
             {
-                plan.refused.push(id);
+                plan.refused.push((id, Refusal::TooLate));
             }
         }
     }

@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::pool::Geometry;
-use crate::residency::Residency;
-use crate::scheduler::{Job, Policy, Scheduler};
+use crate::batching::{Asked, Batching};
+use crate::pool::{Geometry, Pages};
+use crate::scheduler::Policy;
 use crate::workload::Workload;
 
 /// How long a step takes on a machine, in seconds: `step + row · rows + adapter · adapters + load · pages of adapters loaded`.
@@ -50,7 +50,7 @@ pub struct Outcome {
     /// Adapters copied into the pool.
     pub loads: u64,
     /// Requests that were put back because the pool was full after all.
-    pub put_back: usize,
+    pub put_back: u64,
     /// Largest share of the pool that requests and their adapters took.
     pub fullest: f64,
     /// Simulated seconds.
@@ -64,8 +64,6 @@ pub const OBJECTIVE: f64 = 6.0;
 struct Under {
     adapter: Arc<str>,
     arrived: f64,
-    prompt: usize,
-    computed: usize,
     generated: usize,
     output: usize,
     first: Option<f64>,
@@ -81,8 +79,8 @@ pub fn simulate(
 ) -> Result<Outcome, String> {
     let arrivals = workload.arrivals()?;
     let pages = machine.pool_bytes / geometry.page_bytes().max(1);
-    let mut scheduler = Scheduler::new(policy, geometry, pages);
-    let mut residency = Residency::default();
+    let pages = u32::try_from(pages).map_err(|_| format!("a pool of {pages} pages is too large"))?;
+    let mut batching = Batching::new(policy, geometry, Pages::new(pages), false);
     let mut under: HashMap<u64, Under> = HashMap::new();
     let mut outcome = Outcome { requests: arrivals.len(), ..Default::default() };
     let names: Vec<Arc<str>> = (0..workload.adapters).map(|i| i.to_string().into()).collect();
@@ -94,84 +92,54 @@ pub fn simulate(
         while let Some(a) = arrivals.get(next).filter(|a| a.at <= now) {
             let adapter = names[a.adapter].clone();
             let size = geometry.pages_of_numbers(numbers(workload.rank(a.adapter)));
-            let job = Job {
-                id: next as u64,
-                tenant: String::new(),
+            let asked = Asked {
+                prompt: vec![0; a.input],
+                max_tokens: a.output,
                 adapters: vec![(adapter.clone(), size)],
-                prompt: a.input,
-                max_output: a.output,
-                arrived: a.at,
+                content: adapter.to_string(),
+                ..Default::default()
             };
-            match scheduler.submit(job) {
+            match batching.submit(next as u64, asked, a.at) {
                 Ok(()) => {
-                    let (prompt, output) = (a.input, a.output);
-                    let new = Under { adapter, arrived: a.at, prompt, computed: 0, generated: 0, output, first: None };
+                    let new = Under { adapter, arrived: a.at, generated: 0, output: a.output, first: None };
                     under.insert(next as u64, new);
                 }
                 Err(_) => outcome.refused += 1,
             }
             next += 1;
         }
-        let plan = scheduler.plan(now, |_| 0);
-        for id in &plan.refused {
+        let step = batching.step(now);
+        for (id, _) in &step.refused {
             under.remove(id);
             outcome.refused += 1;
         }
-        let mut copied = 0;
-        for (id, _) in &plan.admitted {
-            let Some(u) = under.get(id) else { continue };
-            if !residency.lease(&u.adapter) {
-                let size = geometry.pages_of_numbers(numbers(workload.rank(arrivals[*id as usize].adapter)));
-                residency.insert(u.adapter.clone(), size);
-                residency.lease(&u.adapter);
-                copied += size;
-            }
+        if !step.failed.is_empty() {
+            return Err("a request that was let in does not fit".into());
         }
-        let rows: usize = plan.work.iter().map(|(_, n)| n).sum();
-        for (id, n) in &plan.work {
-            if let Some(u) = under.get_mut(id) {
-                u.computed += n;
-            }
-        }
-        // The account of the engine: keys of all that run, and adapters, of which those that nobody uses give way.
-        let mut work = plan.work;
-        let taken = |under: &HashMap<u64, Under>| -> usize {
-            under.values().filter(|u| u.computed > 0).map(|u| geometry.pages_of_tokens(u.computed)).sum()
-        };
-        let mut keys = taken(&under);
-        while keys + residency.pages() > pages {
-            if residency.evict().is_some() {
-                continue;
-            }
-            let Some(last) = scheduler.put_back_last() else { return Err("one request alone does not fit".into()) };
-            outcome.put_back += 1;
-            work.retain(|(id, _)| *id != last);
-            if let Some(u) = under.get_mut(&last) {
-                residency.unlease(&u.adapter);
-                (u.prompt, u.computed) = (u.prompt.max(u.computed), 0);
-            }
-            keys = taken(&under);
-        }
-        outcome.fullest = outcome.fullest.max((keys + residency.pages()) as f64 / pages.max(1) as f64);
-        let mut adapters: Vec<&Arc<str>> = work.iter().filter_map(|(id, _)| Some(&under.get(id)?.adapter)).collect();
-        adapters.sort_unstable();
-        adapters.dedup();
+        let taken = batching.pages().count() - batching.pages().free();
+        outcome.fullest = outcome.fullest.max(taken as f64 / f64::from(pages.max(1)));
+        let rows: usize = step.work.iter().map(|(_, n)| n).sum();
         if rows == 0 {
             // Nothing runs: the next arrival, or a waiting request that is refused with time.
             let arrival = arrivals.get(next).map_or(now + 1.0, |a| a.at);
             now = f64::max(arrival.min(now + 1.0), now + 1e-3);
             continue;
         }
+        // Those with the same adapter are next to each other.
+        let mut adapters: Vec<_> = step.work.iter().filter_map(|(id, _)| Some(&under.get(id)?.adapter)).collect();
+        adapters.dedup();
+        let copied: usize = step.loads.iter().map(|(_, pages)| pages.len()).sum();
         let distinct = adapters.len() as f64;
         now += machine.step + machine.row * rows as f64 + machine.adapter * distinct + machine.load * copied as f64;
-        for (id, _) in work {
+        for (id, n) in step.work {
+            batching.advance(id, n);
             let Some(u) = under.get_mut(&id) else { continue };
-            if u.computed < u.prompt {
+            if batching.sequence(id).is_none_or(|s| s.computed < s.tokens.len()) {
                 continue;
             }
             u.generated += 1;
             tokens += 1;
-            scheduler.generated(id);
+            batching.push(id, 0);
             if u.first.is_none() {
                 u.first = Some(now);
                 let waited = now - u.arrived;
@@ -182,8 +150,7 @@ pub fn simulate(
             if u.generated >= u.output {
                 outcome.answered += 1;
                 outcome.latency += now - u.arrived;
-                residency.unlease(&u.adapter);
-                scheduler.remove(id);
+                batching.remove(id);
                 under.remove(&id);
             }
         }
@@ -196,7 +163,8 @@ pub fn simulate(
     outcome.seconds = now;
     outcome.requests_per_second = outcome.answered as f64 / now.max(1e-9);
     outcome.tokens_per_second = tokens as f64 / now.max(1e-9);
-    outcome.loads = residency.loads;
+    outcome.loads = batching.residents().figures().loads;
+    outcome.put_back = batching.counted().put_back;
     Ok(outcome)
 }
 
@@ -251,7 +219,7 @@ mod tests {
             assert_eq!(outcome.answered + outcome.refused, outcome.requests, "{outcome:?}");
             assert!(outcome.fullest <= 1.0 && outcome.fullest > 0.5, "{outcome:?}");
             // The test of admission holds but for slow prefills.
-            assert!(outcome.put_back * 20 <= outcome.requests, "{outcome:?}");
+            assert!(outcome.put_back * 20 <= outcome.requests as u64, "{outcome:?}");
         }
     }
 

@@ -405,6 +405,16 @@ impl Store {
         Some(hosted)
     }
 
+    /// The adapter of a name that comes from an object store, if it is in memory, whether or not it is what the store has now.
+    pub fn held(&self, name: &str) -> Option<Arc<Hosted>> {
+        self.mirror.as_ref()?;
+        let mut inner = self.lock();
+        let (_, content) = inner.names.get(name)?.read.clone()?;
+        let hosted = inner.hosted.get(&content).cloned()?;
+        inner.account.touch(&content);
+        Some(hosted)
+    }
+
     /// Runs something on the threads that read adapters, apart from those that compute.
     pub fn aside<T: Send>(&self, f: impl FnOnce() -> T + Send) -> T {
         self.loaders.install(f)

@@ -10,7 +10,7 @@ use lorimer_model::Base;
 use serde::Serialize;
 use tokio::sync::{mpsc as channel, oneshot};
 
-use crate::engine::{AtWork, Engine, EngineSettings, EngineState, Event, Request, Token};
+use crate::engine::{AtWork, Engine, EngineSettings, EngineState, Event, Failure, Request, Token};
 use crate::error::Result;
 use crate::generate::FinishReason;
 use crate::scheduler::Refusal;
@@ -20,6 +20,9 @@ const FIGURES: Duration = Duration::from_millis(200);
 /// How long an engine whose requests all wait sleeps.
 const NAP: Duration = Duration::from_millis(2);
 
+/// Tokens that wait for who hears them. An answer that is further behind is given up: its client reads nothing, or far too slowly.
+const QUEUE: usize = 256;
+
 /// What a request hears.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Heard {
@@ -28,7 +31,9 @@ pub enum Heard {
     /// The request is refused, and may come again after so many seconds.
     Refused(Refusal, f64),
     /// The request could not be computed.
-    Failed(String),
+    Failed(Failure),
+    /// The answer was given up because its client takes it too slowly.
+    TooSlow,
 }
 
 /// Why a request was not taken.
@@ -43,7 +48,7 @@ pub enum Declined {
 }
 
 enum Command {
-    Submit(Box<Request>, oneshot::Sender<std::result::Result<u64, Declined>>, channel::UnboundedSender<Heard>),
+    Submit(Box<Request>, oneshot::Sender<std::result::Result<u64, Declined>>, channel::Sender<Heard>),
     Cancel(u64),
 }
 
@@ -127,12 +132,17 @@ pub struct Worker {
 /// A request under way; dropping it takes it out of the engine.
 pub struct Ticket {
     id: u64,
-    heard: channel::UnboundedReceiver<Heard>,
+    heard: channel::Receiver<Heard>,
     commands: mpsc::Sender<Command>,
     over: bool,
 }
 
 impl Ticket {
+    /// The request's number in the engine, which the log tells it by.
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
     /// What comes next; None after the last token, a refusal or a failure.
     pub async fn next(&mut self) -> Option<Heard> {
         let heard = self.heard.recv().await;
@@ -169,7 +179,7 @@ impl Worker {
             return Err(Declined::Stopping);
         }
         let (reply, answer) = oneshot::channel();
-        let (hear, heard) = channel::unbounded_channel();
+        let (hear, heard) = channel::channel(QUEUE);
         let sent = self.commands.send(Command::Submit(Box::new(request), reply, hear));
         sent.map_err(|_| Declined::Stopping)?;
         let id = answer.await.map_err(|_| Declined::Stopping)??;
@@ -194,7 +204,7 @@ impl Worker {
 
 /// One request's listener.
 struct Under {
-    hear: channel::UnboundedSender<Heard>,
+    hear: channel::Sender<Heard>,
     arrived: f64,
     last: Option<f64>,
 }
@@ -214,14 +224,21 @@ impl Loop<'_> {
         let mut restarts = 0;
         loop {
             let Ok(mut engine) = Engine::new(&self.base.model, self.settings.clone()) else { return };
-            // A panic is a defect; it costs the requests of this moment, not the server.
+            // The engine sees to what fails in a step. Where it fails at that, it costs the requests of this moment, not the server.
             let ended = catch_unwind(AssertUnwindSafe(|| self.serve(&mut engine, clock)));
             if ended.is_ok() {
                 return;
             }
             restarts += 1;
-            tracing::error!("the engine failed and was made anew; the requests under way are lost");
-            let lost = self.under.drain().count() as u64;
+            tracing::error!(
+                "the engine failed and was made anew; the {} requests under way are lost",
+                self.under.len()
+            );
+            let mut lost = 0;
+            for (_, under) in self.under.drain() {
+                lost += 1;
+                let _ = under.hear.try_send(Heard::Failed(Failure::Defect("the engine failed; ask again".into())));
+            }
             self.change(|f| (f.restarts, f.failed) = (restarts, f.failed + lost));
         }
     }
@@ -307,7 +324,7 @@ impl Loop<'_> {
             Event::Token(id, token, reason) => (id, Heard::Token(token, reason)),
             Event::Refused(id, refusal) => (id, Heard::Refused(refusal, engine.retry_after(now))),
             Event::Failed(id, problem) => {
-                tracing::error!("a request failed: {problem}");
+                tracing::error!("request {id} failed: {problem}");
                 (id, Heard::Failed(problem))
             }
         };
@@ -327,9 +344,13 @@ impl Loop<'_> {
                 }
             }
             Heard::Refused(..) => figures.refused += 1,
+            Heard::TooSlow => {}
             Heard::Failed(_) => figures.failed += 1,
         }
-        let gone = under.hear.send(heard).is_err();
+        // One place is left for the last word.
+        let behind = !over && under.hear.capacity() <= 1;
+        let heard = if behind { Heard::TooSlow } else { heard };
+        let gone = under.hear.try_send(heard).is_err() || behind;
         if gone && !over {
             figures.cancelled += 1;
         }

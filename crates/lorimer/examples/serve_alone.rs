@@ -201,7 +201,7 @@ fn main() -> Result<()> {
             seed: 0,
             stop: vec![],
             log_probabilities: Some(20),
-            tenant: String::new(),
+            tenant: Default::default(),
             names: vec![],
         });
     }

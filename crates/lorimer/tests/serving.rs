@@ -11,9 +11,9 @@ use lorimer::model::weights::LoadDtype;
 use lorimer::model::{BaseModel, KvCache};
 use lorimer::prelude::*;
 use lorimer::serve::batched::{Batched, Rows, Used};
-use lorimer::serve::pool::{BLOCK, Geometry, Pool};
-use lorimer::serve::residents::Residents;
-use lorimer::serve::scheduler::Policy;
+use lorimer::serve::engine::Failure;
+use lorimer::serve::pool::{BLOCK, Geometry, pool};
+use lorimer::serve::scheduler::{Policy, Tenant};
 use lorimer::serve::{Engine, EngineSettings, Event, FinishReason, Hosted, Request, Sampling};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -39,14 +39,18 @@ type Asked = (Vec<u32>, Vec<(Arc<Hosted>, f32)>);
 /// The logits of every sequence's rows, computed together.
 fn together(model: &Llama, sequences: &[Asked]) -> Vec<Tensor> {
     let geometry = Geometry::of(&model.config);
-    let mut pool = Pool::new(geometry, 4000 * geometry.page_bytes()).unwrap();
-    let mut residents = Residents::default();
+    let (mut free, mut numbers) = pool(geometry, 4000 * geometry.page_bytes()).unwrap();
+    let mut residents: HashMap<&str, Vec<u32>> = HashMap::new();
     let mut blocks = Vec::new();
     for (tokens, adapters) in sequences {
         for (adapter, _) in adapters {
-            assert!(residents.account().lease(&adapter.content_id) || residents.load(adapter, geometry, &mut pool));
+            residents.entry(&adapter.content_id).or_insert_with(|| {
+                let pages = free.take(adapter.pages(geometry)).unwrap();
+                numbers.write(&pages, &adapter.numbers);
+                pages
+            });
         }
-        let pages = pool.take(geometry.pages_of_tokens(tokens.len())).unwrap();
+        let pages = free.take(geometry.pages_of_tokens(tokens.len())).unwrap();
         blocks.push(pages.chunks(geometry.layers).map(<[u32]>::to_vec).collect::<Vec<_>>());
     }
     let rows = sequences.iter().zip(&blocks).map(|((tokens, adapters), blocks)| Rows {
@@ -55,15 +59,12 @@ fn together(model: &Llama, sequences: &[Asked]) -> Vec<Tensor> {
         blocks,
         adapters: adapters
             .iter()
-            .map(|(adapter, weight)| {
-                let (hosted, pages) = residents.get(&adapter.content_id).unwrap();
-                Used { hosted, pages, weight: *weight }
-            })
+            .map(|(hosted, weight)| Used { hosted, pages: &residents[hosted.content_id.as_str()], weight: *weight })
             .collect(),
     });
     let tokens: Vec<u32> = sequences.iter().flat_map(|(tokens, _)| tokens.clone()).collect();
     let needed: Vec<u32> = (0..tokens.len() as u32).collect();
-    let batch = Batched::new(pool.numbers(), geometry, rows.collect(), &needed);
+    let batch = Batched::new(numbers.all(), geometry, rows.collect(), &needed);
     let logits = batch.logits(model, &tokens, &needed).unwrap().unwrap();
     let mut at = 0;
     let one = |(tokens, _): &(Vec<u32>, _)| {
@@ -210,7 +211,7 @@ fn an_engine_answers_as_if_each_were_alone() {
                 seed: 0,
                 stop: vec![5],
                 log_probabilities: None,
-                tenant: format!("t{}", which % 3),
+                tenant: Tenant { client: "one".into(), user: format!("t{}", which % 3).into() },
                 names: vec![],
             };
             let id = engine.submit(request, now).unwrap().unwrap();
@@ -277,7 +278,7 @@ fn prompts_of_any_length_in_steps_of_few_rows() {
                     seed: 0,
                     stop: vec![],
                     log_probabilities: None,
-                    tenant: String::new(),
+                    tenant: Tenant::default(),
                     names: vec![],
                 };
                 assert_eq!(engine.submit(request, 0.0).unwrap(), Ok(i as u64));
@@ -323,7 +324,7 @@ fn a_request_that_was_put_back_loses_nothing() {
         seed: 7,
         stop: vec![],
         log_probabilities: Some(2),
-        tenant: String::new(),
+        tenant: Tenant::default(),
         names: vec![],
     };
     // Two rows a step: prompts take so long that requests which should have come to their ends one after the other overlap after all.
@@ -381,7 +382,7 @@ fn requests_that_cannot_be_are_refused() {
         seed: 0,
         stop: vec![],
         log_probabilities: None,
-        tenant: String::new(),
+        tenant: Tenant::default(),
         names: vec![],
     };
     let with = |change: &dyn Fn(&mut Request)| {
@@ -407,4 +408,163 @@ fn requests_that_cannot_be_are_refused() {
     let large = with(&|r| r.prompt = vec![1; 1900]);
     assert_eq!(engine.submit(large, 0.0).unwrap(), Err(lorimer::serve::Refusal::TooLarge));
     assert!(engine.is_idle() && BaseModel::dtype(&model) == DType::F32);
+}
+
+/// A request for the base, greedy, whose answer nothing ends but its length.
+fn plain(prompt: Vec<u32>, max_tokens: usize) -> Request {
+    Request {
+        prompt,
+        adapters: vec![],
+        max_tokens,
+        sampling: Sampling::default(),
+        seed: 0,
+        stop: vec![],
+        log_probabilities: None,
+        tenant: Tenant::default(),
+        names: vec![],
+    }
+}
+
+/// Steps until all have ended: tokens and failures by request.
+fn finish(engine: &mut Engine<'_>) -> (HashMap<u64, Vec<u32>>, HashMap<u64, Failure>) {
+    let (mut answers, mut failures, mut steps) = (HashMap::<u64, Vec<u32>>::new(), HashMap::new(), 0);
+    while !engine.is_idle() {
+        steps += 1;
+        assert!(steps < 100_000, "{:?}", engine.state());
+        for event in engine.step(f64::from(steps) / 100.0) {
+            match event {
+                Event::Token(id, token, _) => answers.entry(id).or_default().push(token.token),
+                Event::Failed(id, failure) => assert!(failures.insert(id, failure).is_none()),
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+    (answers, failures)
+}
+
+/// Prompts from one token to the context's end, most of them longer than what a step takes, one by one and all together, with an adapter
+/// and without.
+#[test]
+fn prompts_of_every_length_are_answered() {
+    let model = model();
+    let adapter = moved(&model, "lora", r#"{"r": 3}"#);
+    let hosted = hosted(&model, &adapter, "a");
+    let (context, batch_tokens) = (model.config.max_positions, 24);
+    let lengths = [1, 2, 15, 16, 17, 23, 24, 25, 47, 48, 49, 73, 96, 511, 1024, context - 1];
+    let text = |n: usize| (0..n as u32).map(|i| (i * i + 3 * i) % 40).collect::<Vec<_>>();
+    for prefix_cache in [false, true] {
+        let policy = Policy { batch_tokens, ..Default::default() };
+        let settings = EngineSettings { pool_bytes: 64 << 20, policy, prefix_cache };
+        let mut together = Engine::new(&model, settings.clone()).unwrap();
+        let mut expected = HashMap::new();
+        for (i, &n) in lengths.iter().enumerate() {
+            let max_tokens = 3.min(context - n);
+            let with = i % 2 == 1;
+            let request = Request {
+                adapters: if with { vec![(hosted.clone(), 1.0)] } else { vec![] },
+                ..plain(text(n), max_tokens)
+            };
+            let mut one = Engine::new(&model, settings.clone()).unwrap();
+            let id = one.submit(request.clone(), 0.0).unwrap().unwrap();
+            let (answers, failures) = finish(&mut one);
+            assert!(failures.is_empty(), "{n} tokens alone: {failures:?}");
+            let (wanted, closest) = match with {
+                true => answer(&model, &Attached::one(&adapter), &text(n), max_tokens, u32::MAX),
+                false => answer(&model, &Frozen, &text(n), max_tokens, u32::MAX),
+            };
+            // Where two tokens are as good as equally likely, rounding may choose.
+            if closest > 1e-3 {
+                assert_eq!(answers[&id], wanted, "{n} tokens alone");
+            }
+            assert_eq!(answers[&id].len(), max_tokens);
+            let id = together.submit(request, 0.0).unwrap().unwrap();
+            expected.insert(id, (n, wanted, closest));
+        }
+        let (answers, failures) = finish(&mut together);
+        assert!(failures.is_empty(), "{failures:?}");
+        for (id, (n, wanted, closest)) in expected {
+            assert_eq!(answers[&id].len(), wanted.len());
+            if closest > 1e-3 {
+                assert_eq!(answers[&id], wanted, "{n} tokens among others");
+            }
+        }
+    }
+}
+
+/// An adapter whose account of itself is wrong: whatever computes with it panics.
+fn broken(model: &Llama, name: &str) -> Arc<Hosted> {
+    let mut hosted = Hosted::new(model, &moved(model, "lora", r#"{"r": 2}"#), format!("sha256:{name}"), None).unwrap();
+    hosted.places.values_mut().for_each(|place| place.a = 1 << 40);
+    Arc::new(hosted)
+}
+
+/// A request that makes the engine fail is told so, and costs no other a token: those go on as if it had not been there.
+#[test]
+fn a_request_that_makes_the_engine_fail_harms_no_other() {
+    let model = model();
+    let good = hosted(&model, &moved(&model, "lora", r#"{"r": 3}"#), "good");
+    let request = |i: u32| Request {
+        adapters: if i % 2 == 1 { vec![(good.clone(), 1.0)] } else { vec![] },
+        sampling: Sampling { temperature: 1.0, ..Default::default() },
+        seed: u64::from(i),
+        ..plain((0..5 + 3 * i).map(|t| t * 7 % 40).collect(), 20)
+    };
+    let settings = || EngineSettings {
+        pool_bytes: 1 << 20,
+        policy: Policy { batch_tokens: 32, ..Default::default() },
+        prefix_cache: true,
+    };
+    let run = |bad: bool| {
+        let mut engine = Engine::new(&model, settings()).unwrap();
+        let ids: Vec<u64> = (0..8).map(|i| engine.submit(request(i), 0.0).unwrap().unwrap()).collect();
+        let (mut answers, mut culprits) = (HashMap::<u64, Vec<u32>>::new(), Vec::new());
+        for step in 0..20 {
+            for event in engine.step(f64::from(step)) {
+                let Event::Token(id, token, _) = event else { panic!("{event:?}") };
+                answers.entry(id).or_default().push(token.token);
+            }
+        }
+        if bad {
+            for name in ["one", "two"] {
+                let request = Request { adapters: vec![(broken(&model, name), 1.0)], ..request(2) };
+                culprits.push(engine.submit(request, 20.0).unwrap().unwrap());
+            }
+        }
+        let (rest, failures) = finish(&mut engine);
+        rest.into_iter().for_each(|(id, mut tokens)| answers.entry(id).or_default().append(&mut tokens));
+        assert_eq!(failures.len(), culprits.len());
+        assert!(
+            culprits.iter().all(|id| matches!(&failures[id], Failure::Defect(why) if !why.is_empty())),
+            "{failures:?}"
+        );
+        let state = engine.state();
+        assert_eq!(state.free_pages + state.adapter_pages + state.cached_pages, state.pages);
+        ids.iter().map(|id| answers[id].clone()).collect::<Vec<_>>()
+    };
+    let hook = std::panic::take_hook();
+    std::panic::set_hook(Box::new(|_| {}));
+    let found = run(true);
+    std::panic::set_hook(hook);
+    assert_eq!(found, run(false));
+}
+
+/// What cannot be told as a probability is not told as a token: the request is refused with the adapters and weights that it asked for.
+#[test]
+fn logits_that_are_not_finite_are_refused_by_name() {
+    let model = model();
+    let adapter = hosted(&model, &moved(&model, "lora", r#"{"r": 3}"#), "a");
+    let mut engine = Engine::new(&model, EngineSettings { pool_bytes: 1 << 20, ..Default::default() }).unwrap();
+    let with = |weight: f32| Request {
+        adapters: vec![(adapter.clone(), weight)],
+        names: vec!["large".into()],
+        ..plain(vec![1, 2, 3], 4)
+    };
+    let bad = engine.submit(with(1e30), 0.0).unwrap().unwrap();
+    let good = engine.submit(with(1.0), 0.0).unwrap().unwrap();
+    let base = engine.submit(plain(vec![1, 2, 3], 4), 0.0).unwrap().unwrap();
+    let (answers, failures) = finish(&mut engine);
+    assert_eq!((answers[&good].len(), answers[&base].len(), failures.len()), (4, 4, 1));
+    let Failure::NotFinite(why) = &failures[&bad] else { panic!("{failures:?}") };
+    assert!(why.contains("`large` at weight 1000000000000000000000000000000"), "{why}");
+    assert!(!answers.contains_key(&bad));
 }

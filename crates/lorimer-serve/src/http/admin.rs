@@ -67,26 +67,27 @@ async fn give(app: &Arc<App>, name: &str, path: PathBuf, how: Put) -> Result<Arc
     if app.is_base(&name) {
         return Err(ApiError::invalid(format!("`{name}` is the base's own name")));
     }
-    app.blocking(move || Ok(store.put(&base.model, &name, &path, &how)?)).await
+    app.changes.within(move || Ok(store.put(&base.model, &name, &path, &how)?)).await
 }
 
 /// What is told of an adapter that was given a name; its golden prompts are replayed for it.
 async fn told(app: &Arc<App>, hosted: Arc<Hosted>) -> Result<Value, ApiError> {
     let (store, base) = (app.needed_store()?.clone(), app.base.clone());
-    app.blocking(move || {
-        let golden = match store.aside(|| replay(&base.model, &hosted)) {
-            Ok(golden) => golden,
-            Err(problem) => {
-                tracing::warn!("golden prompts of {} were not replayed: {problem}", hosted.content_id);
-                None
+    app.changes
+        .within(move || {
+            let golden = match store.aside(|| replay(&base.model, &hosted)) {
+                Ok(golden) => golden,
+                Err(problem) => {
+                    tracing::warn!("golden prompts of {} were not replayed: {problem}", hosted.content_id);
+                    None
+                }
+            };
+            if let Some(difference) = golden.filter(|d| *d > GOLDEN_TOLERANCE) {
+                tracing::warn!("golden prompts of {} differ by {difference:.3} in log p", hosted.content_id);
             }
-        };
-        if let Some(difference) = golden.filter(|d| *d > GOLDEN_TOLERANCE) {
-            tracing::warn!("golden prompts of {} differ by {difference:.3} in log p", hosted.content_id);
-        }
-        Ok(describe(&hosted, golden))
-    })
-    .await
+            Ok(describe(&hosted, golden))
+        })
+        .await
 }
 
 fn describe(hosted: &Hosted, golden: Option<f64>) -> Value {
@@ -114,11 +115,12 @@ pub async fn load(State(app): State<Arc<App>>, Body(load): Body<Load>) -> Result
 #[utoipa::path(post, path = "/v1/unload_lora_adapter", tag = "administration", request_body = Unload, responses((status = 200, description = "Done", body = Object), (status = "4XX", description = "Refused; nothing has changed", body = Failure)))]
 pub async fn unload(State(app): State<Arc<App>>, Body(unload): Body<Unload>) -> Result<Json<Value>, ApiError> {
     let (store, name) = (app.needed_store()?.clone(), unload.lora_name);
-    app.blocking(move || {
-        store.remove(&name)?;
-        Ok(Json(done(format!("LoRA adapter `{name}` removed"), Value::Null)))
-    })
-    .await
+    app.changes
+        .within(move || {
+            store.remove(&name)?;
+            Ok(Json(done(format!("LoRA adapter `{name}` removed"), Value::Null)))
+        })
+        .await
 }
 
 /// Gives a name to an adapter, with a choice of when it may.
@@ -145,11 +147,12 @@ pub async fn put(
 #[utoipa::path(delete, path = "/v1/adapters/{name}", tag = "administration", params(("name" = String, Path, description = "The name; may hold `/`")), responses((status = 200, description = "Done", body = Object), (status = "4XX", description = "Refused; nothing has changed", body = Failure)))]
 pub async fn remove(State(app): State<Arc<App>>, Path(name): Path<String>) -> Result<Json<Value>, ApiError> {
     let store = app.needed_store()?.clone();
-    app.blocking(move || {
-        store.remove(&name)?;
-        Ok(Json(done(format!("`{name}` removed"), Value::Null)))
-    })
-    .await
+    app.changes
+        .within(move || {
+            store.remove(&name)?;
+            Ok(Json(done(format!("`{name}` removed"), Value::Null)))
+        })
+        .await
 }
 
 /// `GET /v1/adapters`.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use lorimer_model::Base;
 use tokio::sync::mpsc;
 
-use super::error::{ApiError, refused, stopping};
+use super::error::{ApiError, failed, refused, stopping, too_slow};
 use crate::engine::{Request, Token};
 use crate::generate::FinishReason;
 use crate::stream::TextStream;
@@ -88,14 +88,12 @@ async fn follow(
                 let _ = sender.send(Err(refused(refusal, retry_after))).await;
                 return;
             }
-            Some(Heard::Failed(_)) => {
-                let status = axum::http::StatusCode::INTERNAL_SERVER_ERROR;
-                let error = ApiError::new(
-                    status,
-                    "computation_failed",
-                    "the answer could not be computed; see the server's log",
-                );
-                let _ = sender.send(Err(error)).await;
+            Some(Heard::Failed(failure)) => {
+                let _ = sender.send(Err(failed(ticket.id(), &failure))).await;
+                return;
+            }
+            Some(Heard::TooSlow) => {
+                let _ = sender.send(Err(too_slow())).await;
                 return;
             }
             None => {

@@ -7,6 +7,7 @@ use serde::Serialize;
 use serde_json::json;
 use utoipa::ToSchema;
 
+use crate::engine::Failure as Cause;
 use crate::scheduler::Refusal;
 use crate::store::{Code, StoreError};
 use crate::worker::Declined;
@@ -117,6 +118,15 @@ pub fn refused(refusal: Refusal, retry_after: f64) -> ApiError {
     ApiError { retry_after, ..ApiError::new(status, code, message) }
 }
 
+/// A request that could not be computed, by the number that the log has.
+pub fn failed(id: u64, cause: &Cause) -> ApiError {
+    let (status, code) = match cause {
+        Cause::Defect(_) => (StatusCode::INTERNAL_SERVER_ERROR, "computation_failed"),
+        Cause::NotFinite(_) => (StatusCode::UNPROCESSABLE_ENTITY, "not_finite"),
+    };
+    ApiError::new(status, code, format!("request {id} could not be computed: {cause}"))
+}
+
 impl From<Declined> for ApiError {
     fn from(declined: Declined) -> Self {
         match declined {
@@ -125,6 +135,12 @@ impl From<Declined> for ApiError {
             Declined::Stopping => stopping(),
         }
     }
+}
+
+/// A client that does not take its answer.
+pub fn too_slow() -> ApiError {
+    let message = "the answer was given up because its client takes it too slowly";
+    ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "client_too_slow", message)
 }
 
 /// The server is shutting down.

@@ -2,14 +2,18 @@
 
 mod admin;
 mod answer;
+mod bodies;
+mod desk;
 pub mod error;
 mod metrics;
 mod openai;
+mod timed;
 
+use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use axum::Router;
 use axum::body::Bytes;
@@ -18,6 +22,8 @@ use axum::http::{HeaderMap, StatusCode, header};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{Html, IntoResponse, Response};
 use axum::routing::{get, post, put};
+use futures_util::FutureExt;
+use futures_util::future::{BoxFuture, Shared};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
@@ -26,26 +32,40 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
+use tower::util::MapRequest;
 use utoipa::OpenApi;
 use utoipa::openapi::security::{Http, HttpAuthScheme, SecurityRequirement, SecurityScheme};
 
+use self::bodies::{MAX_BODY, SMALL_BODY};
+use self::desk::Desk;
 use self::error::ApiError;
+use self::timed::Timed;
 use crate::hosted::Hosted;
 use crate::store::Store;
 use crate::worker::Worker;
 
-/// Largest body of a request.
-const MAX_BODY: usize = 8 << 20;
 /// Largest head of a request.
 const MAX_HEAD: usize = 32 << 10;
 /// Seconds in which the head of a request has to come.
 const HEAD_SECONDS: u64 = 15;
-/// Seconds in which the body of a request has to come.
-const BODY_SECONDS: u64 = 30;
+/// Seconds for which a client may take nothing of its answer.
+const WRITE_SECONDS: u64 = 30;
 /// Most connections at a time.
 const MAX_CONNECTIONS: usize = 4096;
-/// Adapters that are read, and prompts that are encoded, at a time.
-const BLOCKING: usize = 2;
+/// Bodies that are parsed and prompts that are encoded at a time, and the seconds within which that has to be done.
+const TEXT: (usize, u64) = (2, 20);
+/// Adapters that are fetched and read at a time (read one after the other, by the store's own threads), and the seconds for which a request
+/// waits for one. A load goes on without those that gave up.
+const LOADS: (usize, u64) = (32, 30);
+/// Most adapters that are asked for and not there yet.
+const MAX_LOADING: usize = 1024;
+/// Changes of names, and replays of golden prompts, at a time, and the seconds within which each has to be done.
+const CHANGES: (usize, u64) = (2, 120);
+/// For how long a request for an adapter that is in memory waits for the object store to tell whether it has changed, where the store
+/// was no slower the last time.
+const LOOK: Duration = Duration::from_millis(250);
+/// Least bytes that a token of a prompt may stand for, however short the tokenizer's are, before the prompt is refused by its length.
+const TOKEN_BYTES: usize = 64;
 
 /// Tokens that calls have to bring.
 #[derive(Clone, Debug, Default)]
@@ -84,8 +104,21 @@ pub struct App {
     pub loopback: bool,
     started: u64,
     random: AtomicU64,
-    blocking: Semaphore,
+    text: Desk,
+    loads: Desk,
+    changes: Desk,
+    /// Adapters on their way into memory, by name.
+    loading: Mutex<HashMap<String, Loading>>,
+    /// Whether the object store was slow to tell the last time.
+    slow: AtomicBool,
+    /// Room for large bodies.
+    bodies: Arc<Semaphore>,
+    /// Bytes of the longest prompt that can be one.
+    longest: usize,
 }
+
+/// An adapter on its way into memory, for all who wait for it.
+type Loading = Shared<BoxFuture<'static, Result<Arc<Hosted>, ApiError>>>;
 
 impl App {
     /// An app; `loopback` if only this machine can reach it.
@@ -98,6 +131,8 @@ impl App {
         loopback: bool,
     ) -> Arc<Self> {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let longest = base.model.config.max_positions.saturating_mul(base.text.longest_token().max(TOKEN_BYTES));
+        let desk = |(at_once, seconds), what| Desk::new(at_once, Duration::from_secs(seconds), what);
         Arc::new(Self {
             base,
             name,
@@ -107,7 +142,13 @@ impl App {
             loopback,
             started: now.as_secs(),
             random: AtomicU64::new(now.as_nanos() as u64 ^ (u64::from(std::process::id()) << 32)),
-            blocking: Semaphore::new(BLOCKING),
+            text: desk(TEXT, "reading the request"),
+            loads: desk(LOADS, "loading the adapter"),
+            changes: desk(CHANGES, "the change"),
+            loading: Mutex::default(),
+            slow: AtomicBool::new(false),
+            bodies: bodies::room(),
+            longest,
         })
     }
 
@@ -124,14 +165,15 @@ impl App {
         z ^ (z >> 31)
     }
 
-    /// Runs work that takes a while away from the connections.
-    async fn blocking<T: Send + 'static>(
-        &self,
-        f: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
-    ) -> Result<T, ApiError> {
-        let _permit = self.blocking.acquire().await;
-        let failed = |_| ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "failed", "the request could not be handled");
-        tokio::task::spawn_blocking(f).await.map_err(failed)?
+    /// Refuses texts that are too long for the context whatever their tokens are.
+    fn fits(&self, bytes: usize) -> Result<(), ApiError> {
+        if bytes <= self.longest {
+            return Ok(());
+        }
+        let tokens = self.base.model.config.max_positions;
+        Err(ApiError::invalid(format!(
+            "a prompt of {bytes} bytes cannot fit into the {tokens} tokens that the model is made for; shorten it"
+        )))
     }
 
     fn needed_store(&self) -> Result<&Arc<Store>, ApiError> {
@@ -140,28 +182,67 @@ impl App {
     }
 
     /// Adapters by name, read where they are not in memory.
-    async fn adapters(&self, named: Vec<(String, f32)>) -> Result<(Vec<(Arc<Hosted>, f32)>, Vec<String>), ApiError> {
+    async fn adapters(
+        self: &Arc<Self>,
+        named: Vec<(String, f32)>,
+    ) -> Result<(Vec<(Arc<Hosted>, f32)>, Vec<String>), ApiError> {
         let names = named.iter().map(|(name, _)| name.clone()).collect();
         let mut adapters = Vec::new();
         for (name, weight) in named {
-            let (store, base) = (self.needed_store()?.clone(), self.base.clone());
-            let hosted = match store.cached(&name) {
-                Some(hosted) => hosted,
-                None => self.blocking(move || Ok(store.get(&base.model, &name)?)).await?,
-            };
-            adapters.push((hosted, weight));
+            adapters.push((self.adapter(name).await?, weight));
         }
         Ok((adapters, names))
+    }
+
+    async fn adapter(self: &Arc<Self>, name: String) -> Result<Arc<Hosted>, ApiError> {
+        let store = self.needed_store()?;
+        if let Some(hosted) = store.cached(&name) {
+            return Ok(hosted);
+        }
+        let held = store.held(&name);
+        let loading = self.load(name)?;
+        let Some(held) = held else { return self.loads.wait(loading).await };
+        // It may have changed where it comes from. That is asked in any case, and waited for where the answer comes at once.
+        let patience = if self.slow.load(Ordering::Relaxed) { Duration::ZERO } else { LOOK };
+        match tokio::time::timeout(patience, loading).await {
+            Ok(Err(error)) if !error.status.is_server_error() => Err(error),
+            Ok(Ok(hosted)) => Ok(hosted),
+            Ok(Err(_)) | Err(_) => Ok(held),
+        }
+    }
+
+    /// Reads an adapter, once for all who ask meanwhile.
+    fn load(self: &Arc<Self>, name: String) -> Result<Loading, ApiError> {
+        let mut all = self.loading.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(loading) = all.get(&name) {
+            return Ok(loading.clone());
+        }
+        if all.len() >= MAX_LOADING {
+            return Err(self.loads.late());
+        }
+        let (app, store, own) = (self.clone(), self.needed_store()?.clone(), name.clone());
+        let task = tokio::spawn(async move {
+            let begun = Instant::now();
+            let (base, name) = (app.base.clone(), own.clone());
+            let loaded = app.loads.run(move || Ok(store.get(&base.model, &name)?)).await;
+            app.slow.store(begun.elapsed() > LOOK, Ordering::Relaxed);
+            app.loading.lock().unwrap_or_else(PoisonError::into_inner).remove(&own);
+            loaded
+        });
+        let ended = |_| ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "failed", "the adapter was not loaded");
+        let loading = async move { task.await.map_err(ended)? }.boxed().shared();
+        all.insert(name, loading.clone());
+        Ok(loading)
     }
 }
 
 /// A JSON body, with errors as sentences.
 pub struct Body<T>(pub T);
 
-impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Body<T> {
+impl<T: DeserializeOwned + Send + 'static> FromRequest<Arc<App>> for Body<T> {
     type Rejection = ApiError;
 
-    async fn from_request(request: Request, state: &S) -> Result<Self, ApiError> {
+    async fn from_request(request: Request, app: &Arc<App>) -> Result<Self, ApiError> {
         // A page of another site can send forms and plain text without being asked, but not this.
         let json = request.headers().get(header::CONTENT_TYPE).and_then(|v| v.to_str().ok());
         if !json.is_some_and(|t| t.split(';').next().is_some_and(|t| t.trim().eq_ignore_ascii_case("application/json")))
@@ -173,22 +254,21 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Body<T> {
                 "the body should be JSON, with `Content-Type: application/json`",
             ));
         }
-        let length = request.headers().get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse::<u64>().ok());
-        if length.is_some_and(|n| n > MAX_BODY as u64) {
-            let message = format!("the body is longer than {MAX_BODY} bytes");
-            return Err(ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", message));
-        }
-        let read = tokio::time::timeout(Duration::from_secs(BODY_SECONDS), Bytes::from_request(request, state)).await;
-        let late = |_| {
-            let message = format!("the body did not come within {BODY_SECONDS} seconds");
-            ApiError::new(StatusCode::REQUEST_TIMEOUT, "body_too_slow", message)
-        };
-        let bytes = read.map_err(late)?.map_err(|rejection| {
+        let bytes = Bytes::from_request(request, app).await.map_err(|rejection| {
             let message = format!("the body could not be read: {}", rejection.body_text());
             ApiError::new(rejection.status(), "body_unreadable", message)
         })?;
-        let parsed = serde_json::from_slice(&bytes);
-        parsed.map(Body).map_err(|e| ApiError::invalid(format!("the body is not what was expected: {e}")))
+        let most = app.base.model.config.max_positions.saturating_mul(openai::MAX_CHOICES).saturating_add(SMALL_BODY);
+        let large = bytes.len() > SMALL_BODY;
+        let parse = move || {
+            let values = bodies::values(&bytes);
+            if values > most {
+                return Err(ApiError::invalid(format!("the body holds {values} values, at most {most} are read")));
+            }
+            let parsed = serde_json::from_slice(&bytes);
+            parsed.map(Body).map_err(|e| ApiError::invalid(format!("the body is not what was expected: {e}")))
+        };
+        if large { app.text.within(parse).await } else { parse() }
     }
 }
 
@@ -202,8 +282,33 @@ fn bearer(headers: &HeaderMap) -> Option<&str> {
     kind.eq_ignore_ascii_case("bearer").then(|| token.trim())
 }
 
-/// Lets calls through that bring one of the tokens.
-fn permitted(app: &App, headers: &HeaderMap, keys: &[&Option<String>], what: &str) -> Result<(), ApiError> {
+/// The other end of a connection.
+#[derive(Clone, Copy)]
+struct Peer(IpAddr);
+
+tokio::task_local! {
+    /// Who asks: what fairness goes by, since it cannot be made up.
+    static CLIENT: Arc<str>;
+}
+
+/// The client whose request is handled.
+fn client() -> Arc<str> {
+    CLIENT.try_with(Arc::clone).unwrap_or_default()
+}
+
+/// A client by the machine that it connects from and the key that it brought, where one is needed.
+fn named(request: &Request, key: Option<usize>) -> Arc<str> {
+    let ip = match request.extensions().get::<Peer>() {
+        Some(Peer(IpAddr::V4(ip))) => ip.to_string(),
+        // Whoever has one such address has all that differ in their last 64 bits.
+        Some(Peer(IpAddr::V6(ip))) => ip.segments()[..4].iter().map(|s| format!("{s:x}:")).collect(),
+        None => String::new(),
+    };
+    format!("{ip}/{}", key.map_or(String::new(), |key| key.to_string())).into()
+}
+
+/// Lets calls through that bring one of the tokens. Which it was; None where none is needed.
+fn permitted(app: &App, headers: &HeaderMap, keys: &[&Option<String>], what: &str) -> Result<Option<usize>, ApiError> {
     if app.loopback {
         // A name that is led to this machine by somebody else's DNS does not get in.
         let host = headers.get(header::HOST).and_then(|h| h.to_str().ok()).unwrap_or("localhost");
@@ -216,11 +321,11 @@ fn permitted(app: &App, headers: &HeaderMap, keys: &[&Option<String>], what: &st
     }
     let mut wanted = keys.iter().filter_map(|key| key.as_ref()).peekable();
     if wanted.peek().is_none() {
-        return Ok(());
+        return Ok(None);
     }
     let given = bearer(headers);
-    if given.is_some_and(|given| wanted.any(|key| same(given.as_bytes(), key.as_bytes()))) {
-        return Ok(());
+    if let Some(which) = given.and_then(|given| wanted.position(|key| same(given.as_bytes(), key.as_bytes()))) {
+        return Ok(Some(which));
     }
     let message = format!("this call needs `Authorization: Bearer` with the {what} key");
     Err(ApiError::new(StatusCode::UNAUTHORIZED, "unauthorized", message))
@@ -233,7 +338,7 @@ async fn inference(State(app): State<Arc<App>>, request: Request, next: Next) ->
         None => vec![],
     };
     match permitted(&app, request.headers(), &keys, "API") {
-        Ok(()) => next.run(request).await,
+        Ok(key) => CLIENT.scope(named(&request, key), next.run(request)).await,
         Err(error) => error.into_response(),
     }
 }
@@ -241,7 +346,7 @@ async fn inference(State(app): State<Arc<App>>, request: Request, next: Next) ->
 async fn administration(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
     let key = if app.keys.admin.is_some() { &app.keys.admin } else { &app.keys.api };
     match permitted(&app, request.headers(), &[key], "admin") {
-        Ok(()) => next.run(request).await,
+        Ok(_) => next.run(request).await,
         Err(error) => error.into_response(),
     }
 }
@@ -305,11 +410,13 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/v1/chat/completions", post(openai::chat))
         .route("/v1/adapters", get(admin::list))
         .route("/v1/state", get(metrics::state))
+        .route_layer(from_fn_with_state(app.clone(), bodies::bounded))
         .route_layer(from_fn_with_state(app.clone(), inference));
     let changes = Router::new()
         .route("/v1/load_lora_adapter", post(admin::load))
         .route("/v1/unload_lora_adapter", post(admin::unload))
         .route("/v1/adapters/{*name}", put(admin::put).delete(admin::remove))
+        .route_layer(from_fn_with_state(app.clone(), bodies::bounded))
         .route_layer(from_fn_with_state(app.clone(), administration));
     let open = Router::new()
         .route("/health", get(health))
@@ -338,20 +445,34 @@ pub async fn serve(
     shutdown: impl Future<Output = ()>,
     grace: Duration,
 ) -> std::io::Result<()> {
+    serve_at_most(MAX_CONNECTIONS, listener, app, shutdown, grace).await
+}
+
+async fn serve_at_most(
+    most: usize,
+    listener: TcpListener,
+    app: Arc<App>,
+    shutdown: impl Future<Output = ()>,
+    grace: Duration,
+) -> std::io::Result<()> {
     let router = router(app.clone());
-    let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let connections = Arc::new(Semaphore::new(most));
     let graceful = GracefulShutdown::new();
     let mut builder = hyper::server::conn::http1::Builder::new();
     builder.timer(TokioTimer::new()).header_read_timeout(Duration::from_secs(HEAD_SECONDS)).max_buf_size(MAX_HEAD);
     tokio::pin!(shutdown);
     loop {
-        let Ok(permit) = connections.clone().acquire_owned().await else { break };
-        let accepted = tokio::select! {
-            accepted = listener.accept() => accepted,
+        // With every connection taken, too, it has to be heard that the server is to stop.
+        let (permit, accepted) = tokio::select! {
+            biased;
             () = &mut shutdown => break,
+            accepted = async {
+                let permit = connections.clone().acquire_owned().await;
+                (permit, listener.accept().await)
+            } => accepted,
         };
-        let stream = match accepted {
-            Ok((stream, _)) => stream,
+        let (stream, peer) = match accepted {
+            Ok((stream, peer)) => (stream, peer.ip()),
             Err(error) => {
                 // Too many open files, say: those that are open go on, and room comes.
                 tracing::warn!("a connection was not accepted: {error}");
@@ -360,7 +481,12 @@ pub async fn serve(
             }
         };
         let _ = stream.set_nodelay(true);
-        let connection = builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(router.clone()));
+        let stream = Timed::new(stream, Duration::from_secs(WRITE_SECONDS));
+        let service = MapRequest::new(router.clone(), move |mut request: hyper::Request<hyper::body::Incoming>| {
+            request.extensions_mut().insert(Peer(peer));
+            request
+        });
+        let connection = builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(service));
         let connection = graceful.watch(connection);
         tokio::spawn(async move {
             // A client that breaks off or sends nonsense is its own affair.
@@ -389,4 +515,77 @@ fn done(message: String, more: Value) -> Value {
         body.extend(more);
     }
     body
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use lorimer_model::OpenOptions;
+    use tokio::net::TcpStream;
+
+    use super::*;
+    use crate::engine::{EngineSettings, Request as Asked};
+    use crate::sampling::Sampling;
+    use crate::worker::Heard;
+
+    fn runtime() -> tokio::runtime::Runtime {
+        tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap()
+    }
+
+    fn app() -> Arc<App> {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/goldens/tiny-llama");
+        let base = Arc::new(Base::prepare(&path, &OpenOptions::default()).unwrap().load().unwrap());
+        let settings = EngineSettings { pool_bytes: 4 << 20, ..Default::default() };
+        let worker = Worker::start(base.clone(), settings).unwrap();
+        App::new(base, "tiny".into(), None, worker, Keys::default(), true)
+    }
+
+    #[test]
+    fn the_end_is_heard_while_every_connection_is_taken() {
+        runtime().block_on(async {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let address = listener.local_addr().unwrap();
+            let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+            let stopped = async move { _ = stopped.await };
+            let server = tokio::spawn(serve_at_most(2, listener, app(), stopped, Duration::from_millis(200)));
+            let mut taken = Vec::new();
+            for _ in 0..4 {
+                taken.push(TcpStream::connect(address).await.unwrap());
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            stop.send(()).unwrap();
+            tokio::time::timeout(Duration::from_secs(5), server).await.expect("it ends").unwrap().unwrap();
+        });
+    }
+
+    /// Whoever does not take his answer loses it, and the engine keeps no more of it than its queue.
+    #[test]
+    fn an_answer_that_nobody_takes_is_given_up() {
+        runtime().block_on(async {
+            let app = app();
+            let request = Asked {
+                prompt: vec![3, 4, 5],
+                adapters: vec![],
+                max_tokens: 500,
+                sampling: Sampling::default(),
+                seed: 0,
+                stop: vec![],
+                log_probabilities: None,
+                tenant: Default::default(),
+                names: vec![],
+            };
+            let mut ticket = app.worker.submit(request).await.unwrap();
+            let begun = Instant::now();
+            while app.worker.figures().cancelled == 0 {
+                assert!(begun.elapsed() < Duration::from_secs(60), "{:?}", app.worker.figures());
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            let mut heard = Vec::new();
+            while let Some(one) = ticket.next().await {
+                heard.push(one);
+            }
+            assert!(heard.len() < 500 && heard.last() == Some(&Heard::TooSlow), "{}", heard.len());
+        });
+    }
 }

@@ -16,14 +16,15 @@ use utoipa::ToSchema;
 
 use super::answer::{Answers, Piece};
 use super::error::{ApiError, Failure};
-use super::{App, Body};
+use super::{App, Body, client};
 use crate::engine::{Request, Token};
 use crate::generate::FinishReason;
 use crate::hosted::Hosted;
 use crate::sampling::Sampling;
+use crate::scheduler::Tenant;
 
 /// Most choices of one request.
-const MAX_CHOICES: usize = 16;
+pub(super) const MAX_CHOICES: usize = 16;
 /// Most stop texts, and the longest.
 const MAX_STOPS: (usize, usize) = (16, 200);
 /// Most adapters of one request.
@@ -113,7 +114,7 @@ pub struct Common {
     #[serde(default)]
     stream: bool,
     stream_options: Option<StreamOptions>,
-    /// The tenant, for fairness.
+    /// For whom it is: what a client gets is shared fairly among those that it names.
     user: Option<String>,
 }
 
@@ -143,6 +144,29 @@ enum Prompt {
     Tokens(Vec<u32>),
     Texts(Vec<String>),
     ManyTokens(Vec<Vec<u32>>),
+}
+
+impl Prompt {
+    /// Refuses what is too many or too long, whatever its tokens are.
+    fn check(&self, app: &App) -> Result<(), ApiError> {
+        let (count, longest) = match self {
+            Self::Text(text) => (1, text.len()),
+            Self::Texts(texts) => (texts.len(), texts.iter().map(String::len).max().unwrap_or(0)),
+            Self::Tokens(ids) => {
+                app.base.model.check_length(ids.len()).map_err(|e| ApiError::invalid(e.to_string()))?;
+                (1, 0)
+            }
+            Self::ManyTokens(all) => {
+                let longest = all.iter().map(Vec::len).max().unwrap_or(0);
+                app.base.model.check_length(longest).map_err(|e| ApiError::invalid(e.to_string()))?;
+                (all.len(), 0)
+            }
+        };
+        if count == 0 || count > MAX_CHOICES {
+            return Err(ApiError::invalid(format!("{count} prompts, 1 to {MAX_CHOICES} are answered")));
+        }
+        app.fits(longest)
+    }
 }
 
 /// `POST /v1/completions`.
@@ -251,7 +275,7 @@ impl Common {
                     seed: seed.wrapping_add(i as u64),
                     stop: if self.ignore_eos { Vec::new() } else { app.base.text.eos_ids.clone() },
                     log_probabilities,
-                    tenant: tenant.to_string(),
+                    tenant: Tenant { client: client(), user: tenant.into() },
                     names: adapters.1.clone(),
                 });
             }
@@ -401,11 +425,13 @@ pub async fn chat(State(app): State<Arc<App>>, Body(request): Body<ChatRequest>)
     if request.messages.is_empty() {
         return Err(ApiError::invalid("messages should hold at least one message"));
     }
+    app.fits(request.messages.iter().chain(&request.tools).map(length).sum())?;
     let adapters = app.adapters(request.common.adapters(&app)?).await?;
     let template = adapters.0.iter().find_map(|(a, _)| a.template.is_some().then(|| a.clone()));
     let (base, messages, tools) = (app.base.clone(), request.messages.clone(), request.tools.clone());
     let prompt = app
-        .blocking(move || {
+        .text
+        .within(move || {
             let template = match template.as_ref().and_then(|a| a.template.as_ref()) {
                 Some(own) => own,
                 None => base.text.needed_template().map_err(|e| ApiError::invalid(e.to_string()))?,
@@ -418,6 +444,16 @@ pub async fn chat(State(app): State<Arc<App>>, Body(request): Body<ChatRequest>)
         .await?;
     let told = request.logprobs.then(|| request.top_logprobs.unwrap_or(0));
     respond(&app, Kind::Chat, &request.common, vec![prompt], adapters, told, None).await
+}
+
+/// Bytes of the texts in a value.
+fn length(value: &Value) -> usize {
+    match value {
+        Value::String(text) => text.len(),
+        Value::Array(all) => all.iter().map(length).sum(),
+        Value::Object(all) => all.iter().map(|(name, value)| name.len() + length(value)).sum(),
+        _ => 0,
+    }
 }
 
 /// Content that comes in parts as one text, which is what templates of text models take.
@@ -436,10 +472,12 @@ pub async fn completions(
     State(app): State<Arc<App>>,
     Body(request): Body<CompletionRequest>,
 ) -> Result<Response, ApiError> {
+    request.prompt.check(&app)?;
     let adapters = app.adapters(request.common.adapters(&app)?).await?;
     let (base, prompt) = (app.base.clone(), request.prompt.clone());
     let (prompts, texts) = app
-        .blocking(move || {
+        .text
+        .within(move || {
             let encode = |text: &String| {
                 base.text.encode(text, true).map(|e| e.ids).map_err(|e| ApiError::invalid(e.to_string()))
             };

@@ -153,7 +153,7 @@ impl Serve {
         let app = App::new(base, name.clone(), store, worker, keys, address.ip().is_loopback());
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
         let stop = common::stop_flag();
-        runtime.block_on(async {
+        let ended = runtime.block_on(async {
             let listener = tokio::net::TcpListener::bind(address).await;
             let listener = listener.with_context(|| format!("cannot listen at {address}; is another server there?"))?;
             let address = listener.local_addr()?;
@@ -168,6 +168,9 @@ impl Serve {
             };
             http::serve(listener, app, stopped, Duration::from_secs(self.grace)).await?;
             Ok(ExitCode::SUCCESS)
-        })
+        });
+        // What is still read from a disk or an object store, which may never answer, is not waited for.
+        runtime.shutdown_background();
+        ended
     }
 }

@@ -1,0 +1,112 @@
+//! Work that would hold up the connections: each kind on threads of its own, so many at a time, each within its time.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::http::StatusCode;
+use tokio::sync::Semaphore;
+
+use super::error::ApiError;
+
+/// A kind of work.
+pub struct Desk {
+    permits: Arc<Semaphore>,
+    /// How long one that asks waits, for its turn and for the work.
+    patience: Duration,
+    /// What the work does, for the answer to one that has waited so long.
+    what: &'static str,
+}
+
+impl Desk {
+    /// Work of which `at_once` is done at a time.
+    pub fn new(at_once: usize, patience: Duration, what: &'static str) -> Self {
+        Self { permits: Arc::new(Semaphore::new(at_once)), patience, what }
+    }
+
+    /// The answer to one that has waited long enough.
+    pub fn late(&self) -> ApiError {
+        let message = format!("{} takes longer than {} seconds; try again later", self.what, self.patience.as_secs());
+        ApiError { retry_after: Some(5.0), ..ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "overloaded", message) }
+    }
+
+    /// Waits for what was begun, as long as patience lasts.
+    pub async fn wait<T>(&self, what: impl Future<Output = Result<T, ApiError>>) -> Result<T, ApiError> {
+        tokio::time::timeout(self.patience, what).await.map_err(|_| self.late())?
+    }
+
+    /// Runs work when it is its turn, however long that takes. Work that was begun goes on when who asked has gone, and counts until it ends.
+    pub async fn run<T: Send + 'static>(
+        &self,
+        f: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
+    ) -> Result<T, ApiError> {
+        let permit = self.permits.clone().acquire_owned().await;
+        let work = tokio::task::spawn_blocking(move || {
+            let _permit = permit;
+            f()
+        });
+        work.await.map_err(|problem| {
+            tracing::error!("{} failed: {problem}", self.what);
+            let message = format!("{} failed; the server's log has more", self.what);
+            ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "failed", message)
+        })?
+    }
+
+    /// Runs work within the time.
+    pub async fn within<T: Send + 'static>(
+        &self,
+        f: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
+    ) -> Result<T, ApiError> {
+        self.wait(self.run(f)).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+
+    fn runtime() -> tokio::runtime::Runtime {
+        tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap()
+    }
+
+    /// Whoever leaves early leaves his work to count: no more runs at a time than is allowed.
+    #[test]
+    fn work_counts_until_it_ends_though_nobody_waits_for_it() {
+        let (running, most) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+        runtime().block_on(async {
+            let desk = Desk::new(2, Duration::from_secs(20), "the work");
+            for _ in 0..20 {
+                let (running, most) = (running.clone(), most.clone());
+                let work = desk.run(move || {
+                    most.fetch_max(running.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+                    std::thread::sleep(Duration::from_millis(20));
+                    running.fetch_sub(1, Ordering::SeqCst);
+                    Ok(())
+                });
+                // The client goes away.
+                let _ = tokio::time::timeout(Duration::from_millis(1), work).await;
+            }
+            desk.within(|| Ok(())).await.unwrap();
+        });
+        assert_eq!(most.load(Ordering::SeqCst), 2);
+    }
+
+    #[test]
+    fn who_waits_too_long_is_told_so_and_a_panic_is_an_error() {
+        runtime().block_on(async {
+            let desk = Desk::new(1, Duration::from_millis(30), "the work");
+            let slow = desk.within(|| {
+                std::thread::sleep(Duration::from_millis(200));
+                Ok(())
+            });
+            let error = slow.await.unwrap_err();
+            assert_eq!((error.status.as_u16(), error.code), (503, "overloaded"));
+            assert_eq!(desk.within(|| Ok(1)).await.unwrap_err().code, "overloaded", "the first is still at it");
+            let other = Desk::new(1, Duration::from_secs(5), "the work");
+            let error = other.within(|| -> Result<(), ApiError> { panic!("a defect") }).await.unwrap_err();
+            assert_eq!(error.status.as_u16(), 500);
+            other.within(|| Ok(())).await.unwrap();
+        });
+    }
+}
