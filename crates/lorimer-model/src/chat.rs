@@ -15,6 +15,21 @@ use crate::error::{Error, Result};
 /// Steps that one rendering may take; a template that loops longer is damaged or hostile.
 const FUEL: u64 = 20_000_000;
 
+/// Stack of the thread in which a template is compiled or rendered, in bytes: its values and tags may be nested as deeply as
+/// their bounds allow.
+const STACK: usize = 64 << 20;
+
+/// Does some work on a thread with a large stack. A panic there is an error here.
+fn on_large_stack<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    std::thread::scope(|scope| {
+        let thread =
+            std::thread::Builder::new().name("chat template".into()).stack_size(STACK).spawn_scoped(scope, work);
+        let thread =
+            thread.map_err(|e| Error::Unsupported(format!("no thread can be started for the chat template: {e}")))?;
+        thread.join().unwrap_or_else(|_| Err(Error::Unsupported("the chat template cannot be computed".into())))
+    })
+}
+
 /// Names of the template's forms (see [`translate::Translated`]).
 const PLAIN: &str = "chat";
 const MARKED: &str = "marked chat";
@@ -40,19 +55,22 @@ impl std::fmt::Debug for ChatTemplate {
 impl ChatTemplate {
     /// Compiles a template; `bos` and `eos` are the texts of those tokens ("" where there is none).
     pub fn new(source: &str, bos: &str, eos: &str) -> Result<Self> {
+        on_large_stack(|| Self::compile(source, bos, eos))
+    }
+
+    fn compile(source: &str, bos: &str, eos: &str) -> Result<Self> {
         let mut environment = Environment::new();
         let mut syntax = minijinja::syntax::SyntaxConfig::builder();
         let syntax = syntax.trim_blocks(true).lstrip_blocks(true).build();
         environment.set_syntax(syntax.map_err(|e| Error::Unsupported(one_line(&e)))?);
         environment.set_fuel(Some(FUEL));
         dialect::install(&mut environment);
-        let translated = translate::translate(source);
+        let not_valid = |problem: String| Error::Unsupported(format!("the chat template is not valid: {problem}"));
+        let translated = translate::translate(source).map_err(not_valid)?;
         let marks_answers = translated.marked.is_some();
         for (name, text) in [(PLAIN, Some(translated.plain)), (MARKED, translated.marked)] {
             let Some(text) = text else { continue };
-            environment
-                .add_template_owned(name, text)
-                .map_err(|e| Error::Unsupported(format!("the chat template is not valid: {}", one_line(&e))))?;
+            environment.add_template_owned(name, text).map_err(|e| not_valid(one_line(&e)))?;
         }
         let source = source.to_string();
         Ok(Self { source, marks_answers, environment, bos: bos.to_string(), eos: eos.to_string() })
@@ -136,6 +154,17 @@ impl ChatTemplate {
                 "`{name}` cannot be among the chat template's own variables (chat_template_kwargs); it has a place of its own"
             )));
         }
+        on_large_stack(|| self.compute(form, messages, tools, variables, add_generation_prompt))
+    }
+
+    fn compute(
+        &self,
+        form: &str,
+        messages: &[Value],
+        tools: Option<&Value>,
+        variables: &Map<String, Value>,
+        add_generation_prompt: bool,
+    ) -> Result<String> {
         let failed =
             |e: JinjaError| Error::Unsupported(format!("the chat template refuses the conversation: {}", one_line(&e)));
         let template = self.environment.get_template(form).map_err(failed)?;
@@ -226,5 +255,53 @@ mod tests {
     fn raise_exception_carries_its_message() {
         let template = ChatTemplate::new("{{ raise_exception('roles must alternate') }}", "", "").unwrap();
         assert!(template.render(&[], None, false).unwrap_err().to_string().contains("roles must alternate"));
+    }
+
+    /// Templates that would overflow the stack, fill the memory or never end are refused.
+    #[test]
+    fn hostile_templates_are_refused() {
+        let grow = |step: &str, times: usize, end: &str| {
+            format!(
+                "{{% set ns = namespace(x=['aaaa'], y=['aaaa']) %}}{{% for i in range({times}) %}}{step}{{% endfor %}}{end}"
+            )
+        };
+        let twice = "{% set ns.x = [ns.x, ns.x] %}{% set ns.y = [ns.y, ns.y] %}";
+        let deep = "{% set ns.x = [ns.x] %}";
+        let chain = |piece: &str, times: usize| format!("{{{{ {}1 }}}}", piece.repeat(times));
+        let sources = [
+            grow(twice, 40, "{{ ns.x }}"),
+            grow(twice, 40, "{{ ns.x ~ '' }}"),
+            grow(twice, 40, "{{ ns.x == ns.y }}"),
+            grow(twice, 40, "{{ ns.x | tojson }}"),
+            grow(deep, 90_000, "{{ ns.x | length }}"),
+            grow("{% set ns.x = {'a': (1, ns.x)} %}", 90_000, ""),
+            grow("{% set ns.x = ns.x | batch(2) | list %}", 90_000, ""),
+            grow("{% set ns.x = ns.x + ns.x %}", 60, "{{ ns.x | length }}"),
+            grow("{% set ns.x = namespace(x=ns.x) %}", 90_000, ""),
+            "{% set ns = namespace() %}{% set ns.x = [ns] %}{{ ns.x ~ '' }}".into(),
+            "{% set ns = namespace() %}{% set ns.x = ns %}{{ ns ~ '' }}".into(),
+            "{% macro f(x, n) %}{{ f([x, x], n - 1) if n else x }}{% endmacro %}{{ f('a', 40) }}".into(),
+            "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}".into(),
+            chain("not ", 200_000),
+            chain("1 + ", 200_000),
+            chain("1 % ", 200_000),
+            chain("[", 100_000),
+            format!("{{% if 1 %}}{}{{% endif %}}", "{% elif 1 %}".repeat(80_000)),
+            "{% if 1 %}".repeat(80_000),
+            "{{ '%999999999d' % 5 }}".into(),
+            "{{ '{:>999999999}'.format(5) }}".into(),
+            "{{ 'a'.ljust(999999999) }}".into(),
+            "{{ [1] | tojson(indent=999999999) }}".into(),
+            "{{ 'a' | indent(999999999) }}".into(),
+            "{ {{ {% {# '".repeat(20_000),
+        ];
+        for source in sources {
+            let result = ChatTemplate::new(&source, "", "").and_then(|t| t.render(&[], None, false));
+            assert!(result.is_err(), "{} gives {:?}", &source[..source.len().min(150)], result.map(|t| t.len()));
+        }
+        // What is bounded is as deep as it may be, on any thread's stack.
+        for source in [chain("not ", 2_000), chain("1 + ", 1_000), grow(deep, 150, "{{ ns.x }}")] {
+            ChatTemplate::new(&source, "", "").and_then(|t| t.render(&[], None, false)).unwrap();
+        }
     }
 }

@@ -9,14 +9,18 @@ use minijinja::{Environment, Error, ErrorKind, State, escape_formatter};
 use minijinja_contrib::globals::{cycler, joiner};
 
 use super::methods::method;
-use super::translate::{MARK, REMAINDER};
+use super::translate::{BOUNDED, BOUNDED_ATTRIBUTE, MARK, REMAINDER};
 
 /// Characters around what stands in `{% generation %}`. Unicode keeps them for such uses; no text has them.
 pub(super) const OPEN: char = '\u{FDD0}';
 /// The second of them.
 pub(super) const CLOSE: char = '\u{FDD1}';
-/// Deepest nesting of what `tojson` writes.
+/// Deepest nesting of a value that is assigned, printed or written as JSON.
 const MAX_DEPTH: usize = 200;
+/// Most values in such a value, each counted as often as it stands there.
+const MAX_VALUES: usize = 500_000;
+/// Widest field of a format, in digits of its width.
+const MAX_WIDTH_DIGITS: usize = 4;
 /// Longest indentation of `tojson`, in bytes.
 const MAX_INDENT: usize = 64;
 
@@ -30,7 +34,7 @@ pub(super) fn install(environment: &mut Environment<'static>) {
     environment.set_unknown_method_callback(method);
     environment.set_formatter(|out, state, value| match f64::try_from(value.clone()) {
         Ok(number) if value.is_number() && !value.is_integer() => Ok(out.write_str(&float(number))?),
-        _ => escape_formatter(out, state, value),
+        _ => escape_formatter(out, state, &bounded(state, value.clone())?),
     });
 
     environment.add_filter(MARK, |text: &str| format!("{OPEN}{text}{CLOSE}"));
@@ -70,6 +74,15 @@ pub(super) fn install(environment: &mut Environment<'static>) {
     });
     environment.add_test("callable", |value: Value| value.kind() == ValueKind::Plain);
 
+    // minijinja's own filters that jinja2 has not; these hold values in values.
+    ["chain", "zip"].map(|name| environment.remove_filter(name));
+
+    environment.add_function(BOUNDED, |state: &State, value: Value| bounded(state, value));
+    // A namespace that holds one could hold itself.
+    environment.add_function(BOUNDED_ATTRIBUTE, |state: &State, value: Value| match is_namespace(&value) {
+        true => Err(refuse(NO_NAMESPACE)),
+        false => bounded(state, value),
+    });
     environment.add_function(REMAINDER, remainder);
     environment.add_function("dict", |given: Option<Value>, named: Kwargs| dict(given, &named));
     let of_one = Value::from_function(namespace);
@@ -195,17 +208,13 @@ fn int(value: Value, default: Option<Value>, base: Option<Value>, named: Kwargs)
     })
 }
 
-fn indent(
-    text: String,
-    width: Option<Value>,
-    first: Option<Value>,
-    blank: Option<Value>,
-    named: Kwargs,
-) -> Result<String, Error> {
+fn indent(state: &State, text: String, options: Rest<Value>, named: Kwargs) -> Result<String, Error> {
+    if options.len() > 3 {
+        return Err(Error::from(ErrorKind::TooManyArguments));
+    }
+    let option = |at: usize, name: &str| argument(options.get(at).cloned(), &named, name);
     let truth = |v: Option<Value>| v.is_some_and(|v| v.is_true());
-    let width = argument(width, &named, "width")?;
-    let first = truth(argument(first, &named, "first")?);
-    let blank = truth(argument(blank, &named, "blank")?);
+    let (width, first, blank) = (option(0, "width")?, truth(option(1, "first")?), truth(option(2, "blank")?));
     named.assert_all_used()?;
     let margin = match width {
         None => "    ".to_string(),
@@ -217,6 +226,7 @@ fn indent(
     if margin.len() > MAX_INDENT {
         return Err(refuse(format!("indent: a margin is at most {MAX_INDENT} bytes long")));
     }
+    state.consume_fuel((text.split('\n').count() * margin.len() + text.len()) as u64 / 64)?;
     let mut out = if first { margin.clone() } else { String::new() };
     for (i, line) in text.split('\n').enumerate() {
         if i > 0 {
@@ -230,9 +240,57 @@ fn indent(
     Ok(out)
 }
 
+/// Why a namespace cannot stand in another value.
+const NO_NAMESPACE: &str = "a namespace cannot be held by a list, a dictionary or another namespace";
+
+fn is_namespace(value: &Value) -> bool {
+    value.as_object().is_some_and(|object| object.type_name().ends_with("::Namespace"))
+}
+
+/// Refuses a text to be formatted in which a field is very wide.
+pub(super) fn check_widths(text: &str) -> Result<(), Error> {
+    let wide = |part: &str| part.len() > MAX_WIDTH_DIGITS && part.trim_start_matches('0').len() > MAX_WIDTH_DIGITS;
+    match text.split(|c: char| !c.is_ascii_digit()).find(|part| wide(part)) {
+        Some(part) if text.contains(['%', '{']) => Err(refuse(format!("the field of a format has a width of {part}"))),
+        _ => Ok(()),
+    }
+}
+
+/// A value as it is, where it is neither nested too deeply nor holds too many. Looking costs fuel.
+fn bounded(state: &State, value: Value) -> Result<Value, Error> {
+    fn count(value: &Value, depth: usize, left: &mut usize) -> Result<(), Error> {
+        let too_many = || refuse(format!("a value holds more than {MAX_VALUES} others"));
+        if value.len().is_some_and(|length| length > *left) && value.as_str().is_none() {
+            return Err(too_many());
+        }
+        if !matches!(value.kind(), ValueKind::Seq | ValueKind::Map) {
+            return Ok(());
+        }
+        if depth > MAX_DEPTH {
+            return Err(refuse(format!("a value is nested deeper than {MAX_DEPTH} levels")));
+        }
+        if depth > 0 && is_namespace(value) {
+            return Err(refuse(NO_NAMESPACE));
+        }
+        for item in value.try_iter()? {
+            *left = left.checked_sub(1).ok_or_else(too_many)?;
+            match value.kind() {
+                ValueKind::Map => count(&value.get_item(&item)?, depth + 1, left)?,
+                _ => count(&item, depth + 1, left)?,
+            }
+        }
+        Ok(())
+    }
+    let mut left = MAX_VALUES;
+    count(&value, 0, &mut left)?;
+    state.consume_fuel((MAX_VALUES - left) as u64)?;
+    Ok(value)
+}
+
 /// Python's `%`: the remainder of numbers, with the sign of the second, or a text with its `%s` filled.
 fn remainder(left: Value, right: Value) -> Result<Value, Error> {
     if let Some(text) = left.as_str() {
+        check_widths(text)?;
         let given: Vec<Value> = if right.is_tuple() { right.try_iter()?.collect() } else { vec![right] };
         return format(FormatStyle::Printf, text, &given).map(Value::from);
     }
@@ -347,7 +405,7 @@ struct Json<'a, 'b, 'c> {
 impl Json<'_, '_, '_> {
     fn value(&mut self, value: &Value, depth: usize) -> Result<(), Error> {
         if depth > MAX_DEPTH {
-            return Err(refuse(format!("tojson: the value is nested deeper than {MAX_DEPTH} levels")));
+            return Err(refuse(format!("tojson: a value is nested deeper than {MAX_DEPTH} levels")));
         }
         // A value may hold the same part many times, so that its text is far larger than it is.
         self.state.consume_fuel(1 + (self.out.len() - self.paid) as u64 / 64)?;

@@ -4,13 +4,18 @@ use minijinja::value::{Kwargs, Tuple, Value, ValueKind, from_args};
 use minijinja::{Error, State};
 use minijinja_contrib::pycompat::unknown_method_callback;
 
-use super::dialect::refuse;
+use super::dialect::{check_widths, refuse};
 
 /// Longest text that a method fills up to.
 const MAX_WIDTH: usize = 1 << 16;
 
 /// A method that minijinja's values do not have themselves.
 pub(super) fn method(state: &mut State, value: &Value, name: &str, args: &[Value]) -> Result<Value, Error> {
+    if name == "format"
+        && let Some(text) = value.as_str()
+    {
+        check_widths(text)?;
+    }
     let own = match value.kind() {
         ValueKind::String => match value.as_str() {
             Some(text) => of_text(text, name, args)?,

@@ -4,6 +4,8 @@
 //!   filter block that marks where it stands in the output.
 //! - `a % b`, which in Python also fills a text's `%s`: a call of the function [`REMAINDER`].
 //! - Texts with Python's escapes: with those that minijinja knows.
+//! - `{% set a = b %}`: what is assigned goes through the function [`BOUNDED`], since values that hold values, built in a loop,
+//!   are how a template could overflow the stack or fill the memory.
 //! - Line ends: jinja2 knows one, and keeps the one after `{% raw %}`.
 
 /// The filter that marks what stands in `{% generation %}`.
@@ -11,8 +13,15 @@ pub(super) const MARK: &str = "__generation";
 /// The function that `%` becomes.
 pub(super) const REMAINDER: &str = "__remainder";
 
-/// Most tokens of a tag in which `%` is looked for; a tag of more is left as it is.
-const MAX_TOKENS: usize = 1024;
+/// The function that what is assigned to a variable goes through.
+pub(super) const BOUNDED: &str = "__bounded";
+/// The same for an attribute of a namespace.
+pub(super) const BOUNDED_ATTRIBUTE: &str = "__bounded_attribute";
+
+/// Most tokens of a tag. Parsers go down a level for each of some of them, so that a tag of many would overflow the stack.
+const MAX_TOKENS: usize = 2048;
+/// Most `elif`s of a template, for the same reason.
+const MAX_ELIFS: usize = 1000;
 
 /// A template as minijinja reads it.
 #[derive(Debug, PartialEq, Eq)]
@@ -24,12 +33,16 @@ pub(super) struct Translated {
 }
 
 /// Translates a template. What is not well formed is left as it is, for the parser to refuse.
-pub(super) fn translate(source: &str) -> Translated {
+///
+/// # Errors
+/// Where a tag is too long or there are too many branches.
+pub(super) fn translate(source: &str) -> Result<Translated, String> {
     let (mut plain, mut marked, mut tags) = (String::with_capacity(source.len()), String::new(), false);
     let mut push = |both: [&str; 2]| {
         plain.push_str(both[0]);
         marked.push_str(both[1]);
     };
+    let mut elifs = 0;
     let source = source.replace("\r\n", "\n").replace('\r', "\n");
     let mut rest = source.as_str();
     while let Some(at) = rest.find("{") {
@@ -70,11 +83,17 @@ pub(super) fn translate(source: &str) -> Translated {
                 };
                 push([&format!("{before} {scope} {after}"), &format!("{before} {filter} {after}")]);
             }
-            None => push([&expressions(tag); 2]),
+            None => {
+                elifs += usize::from(tag.trim_start_matches(['{', '%', '-', '+', ' ', '\n']).starts_with("elif"));
+                if elifs > MAX_ELIFS {
+                    return Err(format!("it has more than {MAX_ELIFS} `elif`s"));
+                }
+                push([&expressions(tag)?; 2]);
+            }
         }
     }
     push([rest; 2]);
-    Translated { plain, marked: tags.then_some(marked) }
+    Ok(Translated { plain, marked: tags.then_some(marked) })
 }
 
 /// The parts of a `{% generation %}` or `{% endgeneration %}` tag: its opening, name and end.
@@ -141,6 +160,12 @@ fn text_end(bytes: &[u8], start: usize, quote: u8) -> Option<usize> {
 struct Token {
     blanks: String,
     text: String,
+}
+
+impl Token {
+    fn new(text: &str) -> Self {
+        Self { blanks: String::new(), text: text.into() }
+    }
 }
 
 fn tokens(code: &str) -> Vec<Token> {
@@ -248,16 +273,16 @@ fn python_text(literal: &str) -> Option<String> {
     other.then(|| format!("{}{out}{}", &literal[..1], &literal[..1]))
 }
 
-/// A tag with its texts and remainders written for minijinja.
-fn expressions(tag: &str) -> String {
-    let inner = tag.get(2..tag.len().saturating_sub(2)).unwrap_or_default();
-    if !inner.contains(['%', '\\']) {
-        return tag.to_string();
-    }
+/// A tag with its texts, remainders and assignments written for minijinja.
+fn expressions(tag: &str) -> Result<String, String> {
+    let Some(inner) = tag.get(2..tag.len().saturating_sub(2)) else { return Ok(tag.to_string()) };
     let (start, end) = (&tag[..2], &tag[tag.len() - 2..]);
     let (open, inner) = inner.split_at(usize::from(inner.starts_with(['-', '+'])));
     let (inner, close) = inner.split_at(inner.len() - usize::from(inner.ends_with(['-', '+'])));
     let mut list = tokens(inner);
+    if list.len() > MAX_TOKENS {
+        return Err(format!("a tag of it has more than {MAX_TOKENS} words and signs"));
+    }
     for token in list.iter_mut().filter(|t| t.text.starts_with(['\'', '"']) && t.text.contains('\\')) {
         if let Some(text) = python_text(&token.text) {
             token.text = text;
@@ -265,18 +290,44 @@ fn expressions(tag: &str) -> String {
     }
     // In a block tag the first word says what it does.
     let first = usize::from(start == "{%");
-    while list.len() <= MAX_TOKENS
-        && let Some(at) = list.iter().position(|t| t.text == "%")
-    {
+    while let Some(at) = list.iter().position(|t| t.text == "%") {
         let (Some(left), Some(right)) = (operand_start(&list, first, at), operand_end(&list, at)) else { break };
         list[at].text = ",".into();
-        list.insert(right, Token { blanks: String::new(), text: ")".into() });
+        list.insert(right, Token::new(")"));
         let blanks = std::mem::take(&mut list[left].blanks);
-        list.insert(left, Token { blanks: String::new(), text: "(".into() });
+        list.insert(left, Token::new("("));
         list.insert(left, Token { blanks, text: REMAINDER.into() });
     }
+    if first == 1 && list.first().is_some_and(|t| t.text == "set") {
+        bound(&mut list);
+    }
     let code: String = list.iter().flat_map(|t| [t.blanks.as_str(), t.text.as_str()]).collect();
-    format!("{start}{open}{code}{close}{end}")
+    Ok(format!("{start}{open}{code}{close}{end}"))
+}
+
+/// Puts a call around what a `set` assigns, of which several with commas between are a tuple.
+fn bound(list: &mut Vec<Token>) {
+    let Some(from) = list.iter().position(|t| t.text == "=").map(|at| at + 1) else { return };
+    let to = list.len() - usize::from(list[list.len() - 1].text.trim().is_empty());
+    if from >= to {
+        return;
+    }
+    let (mut depth, mut tuple) = (0_usize, false);
+    for token in &list[from..to] {
+        match token.text.as_str() {
+            "(" | "[" | "{" => depth += 1,
+            ")" | "]" | "}" => depth = depth.saturating_sub(1),
+            "," if depth == 0 => tuple = true,
+            _ => {}
+        }
+    }
+    let of_attribute = list[..from].iter().any(|t| t.text == ".");
+    let pairs = 1 + usize::from(tuple);
+    list.insert(to, Token::new(&")".repeat(pairs)));
+    let blanks = std::mem::take(&mut list[from].blanks);
+    list.insert(from, Token::new(&"(".repeat(pairs)));
+    let text = if of_attribute { BOUNDED_ATTRIBUTE } else { BOUNDED }.into();
+    list.insert(from, Token { blanks, text });
 }
 
 /// The first token of the operand before an operator.
@@ -334,10 +385,17 @@ mod tests {
                 "{%- if (m.role == 'user') != (loop.index0 % 2 == 0) -%}",
                 "{%- if (m.role == 'user') != (__remainder(loop.index0 , 2) == 0) -%}",
             ),
-            ("{% set x = '%s' % 'a' if b else 'c' %}", "{% set x = __remainder('%s' , 'a') if b else 'c' %}"),
+            (
+                "{% set x = '%s' % 'a' if b else 'c' %}",
+                "{% set x = __bounded(__remainder('%s' , 'a') if b else 'c') %}",
+            ),
+            ("{%- set a, b=1, (2, 3) -%}", "{%- set a, b=__bounded((1, (2, 3))) -%}"),
+            ("{% set ns.x = f(a=1) %}", "{% set ns.x = __bounded_attribute(f(a=1)) %}"),
+            ("{% set x %}", "{% set x %}"),
+            ("{% set x = %}", "{% set x = %}"),
             ("{% elif i % 2 %}", "{% elif __remainder(i , 2) %}"),
         ] {
-            assert_eq!(translate(given), Translated { plain: expected.into(), marked: None });
+            assert_eq!(translate(given), Ok(Translated { plain: expected.into(), marked: None }));
         }
     }
 
@@ -357,7 +415,7 @@ mod tests {
             "{{ ) % ( }}",
             "{{ 'a",
         ] {
-            assert_eq!(translate(same), Translated { plain: same.into(), marked: None });
+            assert_eq!(translate(same), Ok(Translated { plain: same.into(), marked: None }));
         }
     }
 
@@ -368,7 +426,7 @@ mod tests {
             plain: "a{%- with -%}\n{{ __remainder(1 , 2) }}{% endwith %}b".into(),
             marked: Some("a{%- filter __generation -%}\n{{ __remainder(1 , 2) }}{% endfilter %}b".into()),
         };
-        assert_eq!(translate(given), expected);
-        assert!(translate("{%generation%}{%+ endgeneration +%}").marked.is_some());
+        assert_eq!(translate(given), Ok(expected));
+        assert!(translate("{%generation%}{%+ endgeneration +%}").unwrap().marked.is_some());
     }
 }
