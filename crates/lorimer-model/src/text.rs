@@ -17,14 +17,25 @@ use crate::sentencepiece;
 /// Tokenizer, special tokens and chat template.
 pub struct TextModel {
     tokenizer: Tokenizer,
-    /// The chat template, or its text and why it does not compile: only a conversation needs one that does.
-    template: Option<Result<ChatTemplate, (String, String)>>,
+    template: Option<Template>,
+    /// What stands in its place for conversations with tools, where the model has such a one (`tool_use`).
+    template_for_tools: Option<Template>,
     /// Text of the token that begins a sequence, where there is one.
     pub bos: Option<String>,
     /// Text of the token that ends a turn or sequence.
     pub eos: Option<String>,
     /// Tokens at which generation stops.
     pub eos_ids: Vec<u32>,
+}
+
+/// A chat template, or its text and why it does not compile: only a conversation needs one that does.
+type Template = Result<ChatTemplate, (String, String)>;
+
+/// Texts of chat templates: that for every conversation, and one for those with tools.
+#[derive(Default)]
+struct Sources {
+    template: Option<String>,
+    for_tools: Option<String>,
 }
 
 /// Tokens of a text, each with the bytes it covers.
@@ -40,6 +51,13 @@ pub struct Encoded {
 fn special(config: &Value, key: &str) -> Option<String> {
     let value = config.get(key)?;
     value.as_str().or_else(|| value.get("content")?.as_str()).map(str::to_string)
+}
+
+fn source(template: &Template) -> &str {
+    match template {
+        Ok(template) => template.source(),
+        Err((source, _)) => source,
+    }
 }
 
 fn optional_json(path: &Path) -> Result<Value> {
@@ -61,24 +79,31 @@ impl TextModel {
     pub fn from_folder(folder: &Path) -> Result<Self> {
         let tokenizer = Self::tokenizer_file(&folder.join("tokenizer.json"))?;
         let config = optional_json(&folder.join("tokenizer_config.json"))?;
-        let jinja = folder.join("chat_template.jinja");
-        let template = if jinja.is_file() {
-            let bytes = read_bounded(&jinja, 1 << 20)?;
-            Some(String::from_utf8(bytes).map_err(|_| Error::invalid(&jinja, "is not UTF-8 text"))?)
-        } else {
-            match config.get("chat_template") {
-                Some(Value::String(text)) => Some(text.clone()),
-                Some(Value::Array(items)) => {
-                    let named = |name: &str| items.iter().find(|i| i.get("name").and_then(Value::as_str) == Some(name));
-                    let chosen = named("default").or_else(|| items.first());
-                    chosen.and_then(|i| i.get("template")?.as_str()).map(str::to_string)
-                }
-                _ => None,
-            }
+        let file = |name: &str| {
+            let path = folder.join(name);
+            let bytes = if path.is_file() { Some(read_bounded(&path, 1 << 20)?) } else { None };
+            let text = bytes.map(String::from_utf8).transpose();
+            text.map_err(|_| Error::invalid(&path, "is not UTF-8 text"))
         };
+        let mut sources = Sources {
+            template: file("chat_template.jinja")?,
+            for_tools: file("additional_chat_templates/tool_use.jinja")?,
+        };
+        if sources.template.is_none() {
+            match config.get("chat_template") {
+                Some(Value::String(text)) => sources.template = Some(text.clone()),
+                Some(Value::Array(items)) => {
+                    let text = |item: &Value| item.get("template")?.as_str().map(str::to_string);
+                    let named = |name: &str| items.iter().find(|i| i.get("name").and_then(Value::as_str) == Some(name));
+                    sources.template = named("default").or_else(|| items.first()).and_then(text);
+                    sources.for_tools = named("tool_use").and_then(text).or(sources.for_tools);
+                }
+                _ => {}
+            }
+        }
         let mut ids = ids_of(&optional_json(&folder.join("generation_config.json"))?);
         ids.extend(ids_of(&optional_json(&folder.join("config.json"))?));
-        Self::assemble(tokenizer, template, special(&config, "bos_token"), special(&config, "eos_token"), ids)
+        Self::assemble(tokenizer, sources, special(&config, "bos_token"), special(&config, "eos_token"), ids)
     }
 
     /// From the metadata of a GGUF file.
@@ -123,13 +148,16 @@ impl TextModel {
             }
         };
         let (bos, eos) = (token("tokenizer.ggml.bos_token_id"), token("tokenizer.ggml.eos_token_id"));
-        Self::assemble(tokenizer, file.text("tokenizer.chat_template").map(str::to_string), bos, eos, Vec::new())
+        let text = |key: &str| file.text(key).map(str::to_string);
+        let (template, for_tools) = (text("tokenizer.chat_template"), text("tokenizer.chat_template.tool_use"));
+        Self::assemble(tokenizer, Sources { template, for_tools }, bos, eos, Vec::new())
     }
 
     /// Puts another tokenizer in, from a `tokenizer.json`.
     pub fn with_tokenizer_file(self, path: &Path) -> Result<Self> {
         let template = self.template_source().map(str::to_string);
-        Self::assemble(Self::tokenizer_file(path)?, template, self.bos, self.eos, Vec::new())
+        let for_tools = self.template_for_tools.as_ref().map(|t| source(t).to_string());
+        Self::assemble(Self::tokenizer_file(path)?, Sources { template, for_tools }, self.bos, self.eos, Vec::new())
     }
 
     fn tokenizer_file(path: &Path) -> Result<Tokenizer> {
@@ -140,26 +168,23 @@ impl TextModel {
 
     fn assemble(
         tokenizer: Tokenizer,
-        template: Option<String>,
+        sources: Sources,
         bos: Option<String>,
         eos: Option<String>,
         mut eos_ids: Vec<u32>,
     ) -> Result<Self> {
         let (begin, end) = (bos.as_deref().unwrap_or_default(), eos.as_deref().unwrap_or_default());
-        let template =
-            template.map(|source| ChatTemplate::new(&source, begin, end).map_err(|e| (source, e.to_string())));
+        let compile = |text: String| ChatTemplate::new(&text, begin, end).map_err(|e| (text, e.to_string()));
+        let (template, template_for_tools) = (sources.template.map(compile), sources.for_tools.map(compile));
         eos_ids.extend(eos.as_ref().and_then(|t| tokenizer.token_to_id(t)));
         eos_ids.sort_unstable();
         eos_ids.dedup();
-        Ok(Self { tokenizer, template, bos, eos, eos_ids })
+        Ok(Self { tokenizer, template, template_for_tools, bos, eos, eos_ids })
     }
 
     /// The chat template's text, where the model has one.
     pub fn template_source(&self) -> Option<&str> {
-        self.template.as_ref().map(|template| match template {
-            Ok(template) => template.source(),
-            Err((source, _)) => source,
-        })
+        self.template.as_ref().map(source)
     }
 
     /// The chat template.
@@ -167,7 +192,15 @@ impl TextModel {
     /// # Errors
     /// Says what to do where there is none, and why one cannot be used.
     pub fn needed_template(&self) -> Result<&ChatTemplate> {
-        match &self.template {
+        self.template_for(false)
+    }
+
+    /// The chat template for a conversation with or without tools; some models have one of its own for the first.
+    ///
+    /// # Errors
+    /// As [`Self::needed_template`].
+    pub fn template_for(&self, tools: bool) -> Result<&ChatTemplate> {
+        match self.template_for_tools.as_ref().filter(|_| tools).or(self.template.as_ref()) {
             Some(Ok(template)) => Ok(template),
             Some(Err((_, problem))) => Err(Error::Unsupported(problem.clone())),
             None => Err(Error::Unsupported(
@@ -206,5 +239,39 @@ impl TextModel {
         self.tokenizer
             .to_string(false)
             .map_err(|e| Error::Unsupported(format!("the tokenizer cannot be written: {}", first_line(&e.to_string()))))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    /// Where a model has a template of its own for tools, in each place in which one may stand.
+    #[test]
+    fn conversations_with_tools_have_their_own_template() {
+        let folder = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| std::fs::write(folder.path().join(name), text).unwrap();
+        let golden = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/goldens/tiny-llama/tokenizer.json");
+        std::fs::copy(golden, folder.path().join("tokenizer.json")).unwrap();
+        let sources = || {
+            let text = TextModel::from_folder(folder.path()).unwrap();
+            [false, true]
+                .map(|tools| text.template_for(tools).map(|t| t.source().to_string()).map_err(|e| e.to_string()))
+        };
+        let named = |name: &str, text: &str| json!({ "name": name, "template": text });
+        write(
+            "tokenizer_config.json",
+            &json!({ "chat_template": [named("tool_use", "t"), named("default", "d")] }).to_string(),
+        );
+        assert_eq!(sources(), [Ok("d".into()), Ok("t".into())]);
+        write("tokenizer_config.json", &json!({ "chat_template": "d" }).to_string());
+        assert_eq!(sources(), [Ok("d".into()), Ok("d".into())]);
+        std::fs::create_dir(folder.path().join("additional_chat_templates")).unwrap();
+        write("additional_chat_templates/tool_use.jinja", "{% t");
+        write("chat_template.jinja", "j");
+        let [plain, tools] = sources();
+        assert_eq!(plain, Ok("j".into()));
+        assert!(tools.unwrap_err().starts_with("the chat template is not valid: "));
     }
 }

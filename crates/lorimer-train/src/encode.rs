@@ -198,7 +198,7 @@ pub fn encode(sample: &Sample, text: &TextModel, train_on_prompt: bool) -> Resul
             Ok(vec![Example { tokens: ids, learnt, answer: Some(completion.trim().to_string()) }])
         }
         Sample::Chat { messages, tools, variables } => {
-            let template = text.needed_template().map_err(say)?;
+            let template = text.template_for(tools.is_some()).map_err(say)?;
             let conversation = Conversation { template, messages, tools: tools.as_ref(), variables };
             let answer = conversation.last_answer();
             let parts = if train_on_prompt { vec![conversation.context()?] } else { conversation.learnt()? };
