@@ -233,6 +233,10 @@ fn read_csv(path: &Path, limit: usize) -> Result<Vec<Row>> {
     let bytes = read_bounded(path, MAX_FILE)?;
     let mut reader = csv::ReaderBuilder::new().flexible(false).from_reader(without_bom(&bytes));
     let headers = reader.headers().map_err(|e| Error::data(path, format!("has no readable header line: {e}")))?.clone();
+    if let Some((i, twice)) = headers.iter().enumerate().find(|(i, name)| headers.iter().take(*i).any(|n| n == *name)) {
+        let twice: String = twice.chars().take(40).collect();
+        return Err(Error::data(path, format!("has two columns named `{twice}` (the second is column {})", i + 1)));
+    }
     let mut rows = Vec::new();
     for (i, record) in reader.records().take(limit).enumerate() {
         let line = record.as_ref().ok().and_then(|r| r.position()).map_or(i as u64 + 2, csv::Position::line);
@@ -372,6 +376,9 @@ fn messages(list: Value, key: &str) -> Result<Vec<Value>, String> {
     let Value::Array(list) = list else {
         return Err(format!("`{key}` should be a list of messages, found {}", kind(&list)));
     };
+    if list.is_empty() {
+        return Err(format!("`{key}` is empty"));
+    }
     let turns =
         list.iter().enumerate().map(|(i, m)| turn(m).map_err(|problem| Refused::message(i, problem).to_string()));
     let list = normalise(&turns.collect::<Result<Vec<_>, _>>()?).map_err(|e| e.to_string())?;
@@ -576,6 +583,7 @@ mod tests {
             json!({ "conversations": [{ "from": "human", "value": "q" }, { "from": "narrator", "value": "x" }] }),
         );
         assert_eq!(refused, Err("message 2 is from `narrator`; expected human, gpt, system or tool".into()));
+        assert_eq!(parse(json!({ "messages": [] })), Err("`messages` is empty".into()));
         let python = parse(json!({ "messages": "[{'role': 'user'}]" })).unwrap_err();
         assert!(python.starts_with("`messages` should be JSON, found a text that is not"), "{python}");
         let image = json!([{ "role": "user", "content": [{ "type": "text", "text": "x" }, { "type": "image" }] }]);
@@ -716,6 +724,8 @@ mod tests {
         let row = rows[0].value.as_ref().unwrap();
         let expected = Sample::Completion { prompt: "[1]".into(), completion: "{\"a\":  1}".into() };
         assert_eq!(sample(row, detect(&path, &rows).unwrap()), Ok(expected));
+        let problem = values("a.csv", b"text,id,text\nx,1,y\n").unwrap_err().to_string();
+        assert!(problem.ends_with("has two columns named `text` (the second is column 3)"), "{problem}");
         let csv = b"messages\n\"[{\"\"role\"\": \"\"user\"\", \"\"content\"\": \"\"[2]\"\"}]\"\n";
         let (_folder, path) = file("b.csv", csv);
         let rows = read_rows(&path, None).unwrap();

@@ -75,7 +75,9 @@ pub(super) fn install(environment: &mut Environment<'static>) {
     environment.add_test("callable", |value: Value| value.kind() == ValueKind::Plain);
 
     // minijinja's own filters that jinja2 has not; these hold values in values.
-    ["chain", "zip"].map(|name| environment.remove_filter(name));
+    for name in ["chain", "zip"] {
+        environment.remove_filter(name);
+    }
 
     environment.add_function(BOUNDED, |state: &State, value: Value| bounded(state, value));
     // A namespace that holds one could hold itself.
