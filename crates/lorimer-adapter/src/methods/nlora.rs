@@ -16,8 +16,9 @@
 //!
 //! Files hold what is trained; slices of W are found again from the base and held against a hash.
 //!
-//! Good for: a start from W that costs r³ instead of a singular value decomposition. The pseudo-inverse makes its gradients large:
-//! `nlora` wants a learning rate some hundred times smaller than `slora` (about 1e-3) does.
+//! Good for: a start from W that costs r³ instead of a singular value decomposition. Each variant wants a rate of its own: the pseudo-inverse makes
+//! the gradients of `nlora` large, so that it takes 5e-6 where `slora` takes 1e-3 and `inttune`, whose N alone moves, 1e-2 (at 5e-6 it hardly learns).
+//! With `start=code` `nlora` takes 1e-3. The authors' scripts have 2e-4 for all, at rank 128 on a model of 7B.
 //!
 //! Step time: LoRA's of rank r (slora, inttune) or 2r (nlora, whose start is subtracted).
 //!
@@ -229,6 +230,16 @@ impl Method for Nlora {
 
     fn config(&self) -> Map<String, Value> {
         peft_json("NLORA", &self.config)
+    }
+
+    fn learning_rate(&self) -> Option<f64> {
+        match (self.config.variant, self.config.start) {
+            (Variant::Slora, _) => Some(1e-3),
+            (Variant::Inttune, _) => Some(1e-2),
+            (Variant::Nlora, Start::Code) => Some(1e-3),
+            // The registry's line: the pseudo-inverse makes gradients large.
+            (Variant::Nlora, Start::Paper) => None,
+        }
     }
 
     fn attach(&self, site: &Site, base: &Projection, source: &mut Source<'_>) -> Result<Box<dyn Delta>> {

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Args;
-use lorimer::adapter::methods::{Entry, REGISTRY, Served, build};
+use lorimer::adapter::methods::{Entry, REGISTRY, Served, build, learning_rate};
 use lorimer::model::files::{create_folder, write_atomic};
 use serde_json::{Map, json};
 
@@ -30,6 +30,19 @@ fn served(entry: &Entry) -> &'static str {
 
 fn rate(lr: f64) -> String {
     format!("{lr:.0e}")
+}
+
+/// The learning rate of a method, and of those of its variants that have another.
+fn rates(entry: &Entry) -> Result<String> {
+    let mut out = rate(entry.lr);
+    for variant in entry.variants {
+        let set = Map::from_iter([("variant".to_string(), json!(variant))]);
+        let own = learning_rate(entry.name, &set)?;
+        if own != entry.lr {
+            out += &format!("; `{variant}`: {}", rate(own));
+        }
+    }
+    Ok(out)
 }
 
 /// The settings of a method's configuration with their comments, as its source has them.
@@ -81,7 +94,7 @@ fn page(entry: &Entry) -> Result<String> {
         })
         .collect();
     let mut rows = vec![
-        ("learning rate unless told otherwise", rate(entry.lr)),
+        ("learning rate unless told otherwise", rates(entry)?),
         ("flags", flags.join(", ")),
         ("`peft_type` of its files", entry.peft_type.to_string()),
         ("merges into a plain weight", if entry.mergeable { "yes" } else { "no" }.into()),
