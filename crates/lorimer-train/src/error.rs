@@ -34,6 +34,9 @@ pub enum Error {
     /// Settings that cannot be.
     #[error("{0}")]
     Settings(String),
+    /// Training that ran away: a loss or a gradient that is no finite number.
+    #[error("{0}")]
+    Diverged(String),
     /// A tensor operation that failed.
     #[error("{}", first_line(&.0.to_string()))]
     Tensor(#[from] candle_core::Error),

@@ -113,7 +113,7 @@ pub(crate) fn squares(gradients: &[Option<Tensor>]) -> Result<f64> {
 pub(crate) fn check_norm(norm: f64) -> Result<f64> {
     match norm.is_finite() {
         true => Ok(norm),
-        false => Err(Error::Settings(format!("the gradient is {norm}; lower --lr, or look for damaged data"))),
+        false => Err(Error::Diverged(format!("the gradient is {norm}; lower --lr, or look for damaged data"))),
     }
 }
 

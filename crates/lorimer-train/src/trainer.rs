@@ -420,7 +420,7 @@ impl Run<'_> {
                 outcome.computed_tokens += found.computed;
             }
             if !loss.is_finite() {
-                return Err(Error::Settings(format!(
+                return Err(Error::Diverged(format!(
                     "the loss became {loss} at step {}; lower --lr, or look for damaged data",
                     state.step + 1
                 )));

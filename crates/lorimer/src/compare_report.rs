@@ -8,7 +8,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::flags::show_bytes;
-use crate::verbs::compare::{RunResult, Spec};
+use crate::verbs::compare::{RunResult, Spec, beyond};
 
 /// Mean and standard deviation (n − 1) of some runs.
 #[derive(Clone, Copy, Debug, Serialize)]
@@ -39,6 +39,7 @@ pub struct Cell {
     train_loss: Option<Figure>,
     forgetting: Option<Figure>,
     seconds: Option<Figure>,
+    /// Runs that gave no figures because they ran away.
     diverged: usize,
 }
 
@@ -48,6 +49,10 @@ pub struct Line {
     name: String,
     method: String,
     lr: Option<f64>,
+    /// Rates that the sweep tried beyond its grid.
+    beyond_grid: Vec<f64>,
+    /// Whether the best rate of the sweep is the lowest or the highest that was tried.
+    at_edge: bool,
     accuracy: Option<f64>,
     loss: Option<f64>,
     forgetting: Option<f64>,
@@ -107,10 +112,15 @@ impl Report {
         for method in &spec.methods {
             let own: Vec<&RunResult> =
                 self.runs.iter().filter(|(name, _)| *name == method.name).map(|(_, r)| r).collect();
+            let swept = self.sweeps.iter().filter(|(name, _)| *name == method.name);
+            let swept: Vec<(f64, Option<f64>)> = swept.map(|(_, r)| (r.spec.lr, r.loss)).collect();
+            let grid = spec.grid(method);
             let mut line = Line {
                 name: method.name.clone(),
                 method: method.method().to_string(),
                 lr: rates.get(method.name.as_str()).copied(),
+                beyond_grid: swept.iter().map(|(lr, _)| *lr).filter(|lr| !grid.contains(lr)).collect(),
+                at_edge: beyond(&swept).is_some(),
                 runs: own.len(),
                 ..Default::default()
             };
@@ -199,7 +209,7 @@ fn whole_table(report: &Report) -> Table {
     for l in &report.lines {
         table.push(vec![
             l.name.clone(),
-            l.lr.map_or("-".into(), rate),
+            l.lr.map_or("-".into(), |lr| rate(lr) + if l.at_edge { " (edge)" } else { "" }),
             percent(l.accuracy),
             number(l.loss, 4),
             number(l.forgetting, 3),
@@ -232,25 +242,35 @@ fn task_table(
     table
 }
 
-fn with_deviation(figure: Option<Figure>, scale: f64, digits: usize) -> String {
-    match figure {
-        None => "-".into(),
+/// Mean and deviation of the runs that gave figures, and how many ran away.
+fn with_deviation(cell: &Cell, of: impl Fn(&Cell) -> Option<Figure>, scale: f64, digits: usize) -> String {
+    let figure = match of(cell) {
+        None if cell.diverged > 0 => return "diverged".into(),
+        None => return "-".into(),
         Some(f) if f.runs < 2 => format!("{:.digits$}", scale * f.mean),
         Some(f) => format!("{:.digits$} ± {:.digits$}", scale * f.mean, scale * f.deviation),
-    }
+    };
+    if cell.diverged > 0 { format!("{figure} ({} diverged)", cell.diverged) } else { figure }
 }
 
 fn sweep_table(report: &Report) -> Table {
     let mut rates: Vec<f64> = report.sweeps.iter().map(|(_, r)| r.spec.lr).collect();
     rates.sort_by(f64::total_cmp);
     rates.dedup();
-    let mut table: Table = vec![std::iter::once("method".into()).chain(rates.iter().map(|r| rate(*r))).collect()];
+    let heads = rates.iter().map(|r| rate(*r)).chain(["remark".to_string()]);
+    let mut table: Table = vec![std::iter::once("method".into()).chain(heads).collect()];
     for l in &report.lines {
         let at = |lr: &f64| {
             let found = report.sweeps.iter().find(|(name, r)| *name == l.name && r.spec.lr == *lr);
             found.map_or("-".to_string(), |(_, r)| r.loss.map_or("diverged".into(), |v| format!("{v:.4}")))
         };
-        table.push(std::iter::once(l.name.clone()).chain(rates.iter().map(at)).collect());
+        let further = match &l.beyond_grid[..] {
+            [] => String::new(),
+            some => format!("beyond its grid: {}", some.iter().map(|r| rate(*r)).collect::<Vec<_>>().join(", ")),
+        };
+        let edge = if l.at_edge { "best at the edge of what was tried" } else { "" };
+        let remark: Vec<&str> = [further.as_str(), edge].into_iter().filter(|s| !s.is_empty()).collect();
+        table.push(std::iter::once(l.name.clone()).chain(rates.iter().map(at)).chain([remark.join("; ")]).collect());
     }
     table
 }
@@ -260,16 +280,16 @@ fn sections(spec: &Spec, report: &Report) -> Vec<(String, Table)> {
         ("All tasks".to_string(), whole_table(report)),
         (
             "Accuracy, %".into(),
-            task_table(spec, report, &|c| with_deviation(c.accuracy, 100.0, 1), &|r| percent(r.accuracy)),
+            task_table(spec, report, &|c| with_deviation(c, |c| c.accuracy, 100.0, 1), &|r| percent(r.accuracy)),
         ),
-        ("Loss".into(), task_table(spec, report, &|c| with_deviation(c.loss, 1.0, 4), &|r| number(r.loss, 4))),
+        ("Loss".into(), task_table(spec, report, &|c| with_deviation(c, |c| c.loss, 1.0, 4), &|r| number(r.loss, 4))),
         (
             "Forgetting (rise of the loss on the general text)".into(),
-            task_table(spec, report, &|c| with_deviation(c.forgetting, 1.0, 3), &|_| "0".into()),
+            task_table(spec, report, &|c| with_deviation(c, |c| c.forgetting, 1.0, 3), &|_| "0".into()),
         ),
         (
             "Training loss, last ten steps".into(),
-            task_table(spec, report, &|c| with_deviation(c.train_loss, 1.0, 4), &|_| "-".into()),
+            task_table(spec, report, &|c| with_deviation(c, |c| c.train_loss, 1.0, 4), &|_| "-".into()),
         ),
     ];
     if !report.correlations.is_empty() {

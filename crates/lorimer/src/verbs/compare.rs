@@ -79,6 +79,31 @@ fn default_batch() -> usize {
 fn default_targets() -> Value {
     "all-linear".into()
 }
+fn default_extensions() -> usize {
+    4
+}
+
+/// The next number above or below in the series …, 1, 2, 5, 10, …
+fn next_rate(rate: f64, up: bool) -> Option<f64> {
+    let exponent = rate.log10().floor() as i32;
+    let near = (exponent - 1..=exponent + 1).flat_map(|e| [1, 2, 5].map(|m| format!("{m}e{e}")));
+    let mut near = near.filter_map(|text| text.parse::<f64>().ok()).filter(|r| r.is_finite() && *r > 0.0);
+    // Rates that only rounding tells apart are the same.
+    if up { near.find(|r| *r > rate * 1.001) } else { near.take_while(|r| *r < rate * 0.999).last() }
+}
+
+/// The rate to try next where the best of those tried (rate and loss, none for one that diverged) is the lowest or the highest of them.
+pub fn beyond(tried: &[(f64, Option<f64>)]) -> Option<f64> {
+    let mut tried = tried.to_vec();
+    tried.sort_by(|a, b| a.0.total_cmp(&b.0));
+    let (lowest, highest) = (tried.first()?.0, tried.last()?.0);
+    let known = tried.iter().filter_map(|(rate, loss)| Some((*rate, (*loss)?)));
+    match known.min_by(|a, b| a.1.total_cmp(&b.1)) {
+        Some((best, _)) if best == highest => next_rate(highest, true),
+        Some((best, _)) if best != lowest => None,
+        _ => next_rate(lowest, false),
+    }
+}
 
 /// Rows to learn from and rows to measure on.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -130,6 +155,9 @@ pub struct Sweep {
     pub rates: Vec<f64>,
     /// Last rows of the training file, measured and not trained on.
     pub held_out: usize,
+    /// While a method's best rate is the lowest or the highest that was tried, the next one beyond it is tried too, at most so often.
+    #[serde(default = "default_extensions")]
+    pub extensions: usize,
 }
 
 /// One run, as a process of its own does it.
@@ -286,19 +314,56 @@ impl Spec {
         Some((key.to_string(), rate.into()))
     }
 
-    /// The sweep's runs of a method.
-    fn sweep_runs(&self, method: &MethodSpec) -> Vec<RunSpec> {
-        let Some(sweep) = self.sweep.as_ref().filter(|_| method.lr.is_none()) else { return Vec::new() };
-        let Some(task) = self.tasks.iter().find(|t| t.name == sweep.task) else { return Vec::new() };
-        let rates = method.rates.as_ref().unwrap_or(&sweep.rates);
-        let one = |&lr: &f64| RunSpec {
+    /// The rates that a method's sweep begins with; none where its rate is given.
+    pub fn grid<'a>(&'a self, method: &'a MethodSpec) -> &'a [f64] {
+        match &self.sweep {
+            Some(sweep) if method.lr.is_none() => method.rates.as_ref().unwrap_or(&sweep.rates),
+            _ => &[],
+        }
+    }
+
+    /// A run of a method's sweep.
+    fn sweep_run(&self, method: &MethodSpec, lr: f64) -> Option<RunSpec> {
+        let sweep = self.sweep.as_ref()?;
+        let task = self.tasks.iter().find(|t| t.name == sweep.task)?;
+        Some(RunSpec {
             held_out: Some(sweep.held_out),
             general: None,
             steps: sweep.steps,
             warmup_steps: self.warmup_ratio.map(|_| self.warmup(sweep.steps)),
             ..self.run(task, Some(method), lr, self.seeds[0])
-        };
-        rates.iter().map(one).collect()
+        })
+    }
+
+    /// Sweeps the rates of every method: first its grid, then beyond that while the best stands at an edge of what was tried.
+    fn sweep<'a>(&'a self, runner: &Runner<'_>) -> Result<Vec<(Job<'a>, Option<RunResult>)>> {
+        let of = |m: &'a MethodSpec, lr: f64| Some((m.name.as_str(), self.sweep_run(m, lr)?));
+        let mut jobs: Vec<Job<'_>> =
+            self.methods.iter().flat_map(|m| self.grid(m).iter().filter_map(move |&lr| of(m, lr))).collect();
+        let mut all: Vec<(Job<'_>, Option<RunResult>)> = Vec::new();
+        for further in (0..=self.sweep.as_ref().map_or(0, |s| s.extensions)).rev() {
+            runner.progress.lock().expect("no run panics").total += jobs.len();
+            let found = runner.results(&jobs)?;
+            all.extend(jobs.into_iter().zip(found));
+            let next = |m: &'a MethodSpec| -> Option<Job<'a>> {
+                let mine = all.iter().filter(|((line, _), _)| *line == m.name);
+                // Nothing is decided while runs of the method are missing.
+                let tried: Option<Vec<_>> =
+                    mine.map(|((_, run), found)| Some((run.lr, found.as_ref()?.loss))).collect();
+                of(m, beyond(&tried?)?)
+            };
+            jobs = if further > 0 { self.methods.iter().filter_map(next).collect() } else { Vec::new() };
+            if jobs.is_empty() {
+                break;
+            }
+            for (line, run) in &jobs {
+                tracing::info!(
+                    "the best rate of `{line}` stands at the edge of what was tried; trying {:e} too",
+                    run.lr
+                );
+            }
+        }
+        Ok(all)
     }
 }
 
@@ -422,12 +487,7 @@ impl Compare {
         let spec = read_spec(&self.file)?;
         let folder = self.output.join("runs");
         create_folder(&folder)?;
-        let sweeps: Vec<Job<'_>> = spec
-            .methods
-            .iter()
-            .flat_map(|m| spec.sweep_runs(m).into_iter().map(|run| (m.name.as_str(), run)))
-            .collect();
-        let total = spec.tasks.len() + sweeps.len() + spec.methods.len() * spec.tasks.len() * spec.seeds.len();
+        let total = spec.tasks.len() + spec.methods.len() * spec.tasks.len() * spec.seeds.len();
         let runner = Runner {
             folder: &folder,
             jobs: self.jobs.into(),
@@ -439,10 +499,10 @@ impl Compare {
         let bases: Vec<Job<'_>> = spec.tasks.iter().map(|task| ("base", spec.run(task, None, 1.0, 0))).collect();
         let mut report = Report::default();
         report.base = runner.results(&bases)?.into_iter().flatten().collect();
-        let found = runner.results(&sweeps)?;
+        let sweeps = spec.sweep(&runner)?;
         let mut rates: BTreeMap<&str, f64> = BTreeMap::new();
         for method in &spec.methods {
-            let mine = || sweeps.iter().zip(&found).filter(|((line, _), _)| *line == method.name);
+            let mine = || sweeps.iter().filter(|((line, _), _)| *line == method.name);
             if mine().any(|(_, found)| found.is_none()) {
                 continue;
             }
@@ -451,8 +511,7 @@ impl Compare {
             let shipped = methods::learning_rate(method.method(), &method.set)?;
             rates.insert(&method.name, method.lr.or(best).unwrap_or(shipped));
         }
-        report.sweeps =
-            sweeps.iter().zip(found).filter_map(|((line, _), run)| Some((line.to_string(), run?))).collect();
+        report.sweeps = sweeps.into_iter().filter_map(|((line, _), run)| Some((line.to_string(), run?))).collect();
         // Seeds outside, so that an unfinished comparison has every method at least once.
         let mut jobs: Vec<Job<'_>> = Vec::new();
         for &seed in &spec.seeds {
@@ -463,6 +522,7 @@ impl Compare {
         }
         let found = runner.results(&jobs)?;
         report.runs = jobs.iter().zip(found).filter_map(|((line, _), run)| Some((line.to_string(), run?))).collect();
+        let total = runner.progress.lock().expect("no run panics").total;
         let missing = total - report.base.len() - report.sweeps.len() - report.runs.len();
         report.finish(&spec, &rates);
         let text = markdown(&spec, &report);
@@ -480,5 +540,31 @@ impl Compare {
             format!("{text}{rest}\nTables, plots and results: {output}/table.md, report.html, results.json")
         })?;
         Ok(if runner.stop.load(Ordering::Relaxed) { ExitCode::from(130) } else { ExitCode::SUCCESS })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_sweep_goes_on_where_its_best_stands_at_an_edge() {
+        assert_eq!(next_rate(1e-3, true), Some(2e-3));
+        assert_eq!(next_rate(1e-3, false), Some(5e-4));
+        assert_eq!(next_rate(3e-3, true), Some(5e-3));
+        assert_eq!(next_rate(5e-6, true), Some(1e-5));
+        assert_eq!(next_rate(5e-324, false), None);
+        let losses = |l: [Option<f64>; 3]| [(1e-3, l[0]), (2e-3, l[1]), (5e-3, l[2])];
+        assert_eq!(beyond(&losses([Some(3.0), Some(1.0), Some(2.0)])), None);
+        assert_eq!(beyond(&losses([Some(1.0), Some(2.0), Some(3.0)])), Some(5e-4));
+        assert_eq!(beyond(&losses([Some(3.0), Some(2.0), Some(1.0)])), Some(1e-2));
+        // A rate that diverged is worse than any other, so that 2e-3 lies within.
+        assert_eq!(beyond(&losses([Some(3.0), Some(2.0), None])), None);
+        assert_eq!(beyond(&losses([Some(3.0), None, None])), Some(5e-4));
+        assert_eq!(beyond(&losses([None, None, None])), Some(5e-4));
+        // One rate alone is an edge on both sides.
+        assert_eq!(beyond(&[(1e-3, Some(1.0))]), Some(2e-3));
+        assert_eq!(beyond(&[(1e-3, Some(1.0)), (2e-3, Some(2.0))]), Some(5e-4));
+        assert_eq!(beyond(&[]), None);
     }
 }

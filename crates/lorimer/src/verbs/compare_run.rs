@@ -10,7 +10,7 @@ use lorimer::adapter::store::WEIGHTS_FILE;
 use lorimer::adapter::{Attached, methods};
 use lorimer::model::files::{read_json, write_json};
 use lorimer::model::{Adaptation, Frozen};
-use lorimer::train::{EncodeOptions, Event, Example, Session, TrainSettings, evaluate, find_choices};
+use lorimer::train::{self, EncodeOptions, Event, Example, Session, TrainSettings, evaluate, find_choices};
 
 use crate::common::{DtypeFlag, ModelArgs};
 use crate::verbs::compare::{RunResult, RunSpec};
@@ -121,7 +121,7 @@ impl CompareRun {
         result.start_seconds = started;
         match trained {
             // A rate that is too high is a result.
-            Err(error) if error.to_string().contains("the loss became") => result.error = Some(error.to_string()),
+            Err(error @ train::Error::Diverged(_)) => result.error = Some(error.to_string()),
             Err(error) => return Err(error.into()),
             Ok((outcome, _)) if outcome.interrupted => return Ok(ExitCode::from(130)),
             Ok((outcome, adapter)) => {
@@ -132,6 +132,11 @@ impl CompareRun {
                 result.trainable_parameters = Some(adapter.parameter_count());
                 result.file_bytes = std::fs::metadata(self.work.join(WEIGHTS_FILE)).ok().map(|m| m.len());
                 measure(&Attached::one(&adapter), &mut result)?;
+                // The last step may be the one that ran away.
+                if let Some(loss) = result.loss.filter(|loss| !loss.is_finite()) {
+                    result.error = Some(format!("after training, the loss on the measured rows is {loss}"));
+                    (result.loss, result.accuracy, result.general_loss) = (None, None, None);
+                }
             }
         }
         write_json(&self.result, &result)?;
