@@ -109,7 +109,7 @@ impl StoredAdapter {
         if !folder.join(CONFIG_FILE).is_file() {
             return invalid("is no adapter folder: it has no adapter_config.json");
         }
-        let config: Map<String, Value> = read_json(&folder.join(CONFIG_FILE), MAX_CONFIG_BYTES)?;
+        let mut config: Map<String, Value> = read_json(&folder.join(CONFIG_FILE), MAX_CONFIG_BYTES)?;
         if !folder.join(WEIGHTS_FILE).is_file() {
             return invalid(match folder.join("adapter_model.bin").exists() {
                 true => "holds adapter_model.bin, a pickle that could run code; save it again as safetensors",
@@ -121,7 +121,8 @@ impl StoredAdapter {
             true => Some(read_json(&manifest_path, MAX_CONFIG_BYTES)?),
             false => None,
         };
-        let tensors = read_tensors(&open(&folder.join(WEIGHTS_FILE))?)?;
+        let mut tensors = read_tensors(&open(&folder.join(WEIGHTS_FILE))?)?;
+        crate::methods::lora_xs::from_authors(&mut config, &mut tensors);
         Ok(Self { path: folder.to_path_buf(), config, tensors, manifest })
     }
 

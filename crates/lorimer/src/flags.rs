@@ -28,9 +28,10 @@ pub struct AdapterArgs {
     /// Dropout before the adapter, in training
     #[arg(long, help_heading = "Adapter", visible_alias = "lora-dropout")]
     dropout: Option<f64>,
-    /// all-linear, a list (q_proj,v_proj) or a regular expression over the whole path
-    #[arg(long, default_value = "all-linear", help_heading = "Adapter", visible_aliases = ["lora-target-modules", "lora-target"])]
-    target_modules: String,
+    /// all-linear, a list (q_proj,v_proj) or a regular expression over the whole path [default: the method's own; all-linear for
+    /// all but hydra]
+    #[arg(long, help_heading = "Adapter", visible_aliases = ["lora-target-modules", "lora-target"])]
+    target_modules: Option<String>,
     /// Modules to leave out, as a list or a regular expression
     #[arg(long, help_heading = "Adapter")]
     exclude_modules: Option<String>,
@@ -67,12 +68,13 @@ pub fn names(text: &str) -> Value {
 impl AdapterArgs {
     /// The same flags for another process.
     pub fn to_flags(&self) -> Vec<String> {
-        let mut flags = vec![format!("--method={}", self.method), format!("--target-modules={}", self.target_modules)];
+        let mut flags = vec![format!("--method={}", self.method)];
         let join = |list: Vec<String>| Some(list.join(",")).filter(|s| !s.is_empty());
         let optional = [
             ("--rank", self.rank.map(|r| r.to_string())),
             ("--alpha", self.alpha.map(|a| a.to_string())),
             ("--dropout", self.dropout.map(|d| d.to_string())),
+            ("--target-modules", self.target_modules.clone()),
             ("--exclude-modules", self.exclude_modules.clone()),
             ("--layers", join(self.layers.iter().map(usize::to_string).collect())),
             ("--modules-to-save", join(self.modules_to_save.clone())),
@@ -107,7 +109,9 @@ impl AdapterArgs {
             ("bias", self.bias.as_ref().map(|b| json!(b))),
         ];
         let mut map = Map::new();
-        map.insert("target_modules".into(), names(&self.target_modules));
+        if let Some(targets) = &self.target_modules {
+            map.insert("target_modules".into(), names(targets));
+        }
         let key_of = |flag: &str| entry.flags.iter().find(|(f, _)| *f == flag).map(|(_, key)| key.to_string());
         for (flag, value) in given {
             let Some(value) = value else { continue };

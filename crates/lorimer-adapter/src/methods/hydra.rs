@@ -6,7 +6,11 @@
 //!
 //! Merged: W' = (I + s B_s A_s) W + s B_p A_p and b' = b + s B_s A_s b.
 //!
-//! r is shared out in halves unless `r_parallel` and `r_sequential` say otherwise (0 leaves a branch out).
+//! It stands on the MLP's output projection alone (`down_proj`), as in the authors' runs on language (GLUE) and on CLIP; those on VTAB-1k put it on the
+//! attention's output too (`--target-modules o_proj,down_proj`), and `--target-modules all-linear` puts it everywhere.
+//!
+//! r is shared out in halves unless `r_parallel` and `r_sequential` say otherwise (0 leaves a branch out); the GLUE runs have 4 and 8, the others 2 and
+//! 2. Their branches on images have biases, which the paper's equation has not; here there are none.
 //!
 //! Trainable parameters of a projection: `r_p · (inputs + outputs) + 2 · r_s · outputs`.
 //!
@@ -36,7 +40,7 @@ use super::random::kaiming;
 use super::{Entry, Served};
 use crate::error::{Error, Result};
 use crate::method::{Change, Delta, LowRank, Method, Source, Step, configure, from_peft_json, peft_json};
-use crate::targets::Targeting;
+use crate::targets::{Names, Targeting};
 
 /// The registry's line.
 pub const ENTRY: Entry = Entry {
@@ -52,9 +56,10 @@ pub const ENTRY: Entry = Entry {
     flags: &[("rank", "r")],
     source: include_str!("hydra.rs"),
     laws: &[
-        (r#"{"r": 4, "s": 0.5}"#, 0.0),
+        (r#"{"r": 4, "s": 0.5, "target_modules": "all-linear"}"#, 0.0),
+        (r#"{"r": 4}"#, 0.0),
         (r#"{"r": 2, "variant": "sequential", "target_modules": ["q_proj", "down_proj"]}"#, 0.0),
-        (r#"{"r": 2, "variant": "parallel"}"#, 0.0),
+        (r#"{"r": 2, "variant": "parallel", "target_modules": "all-linear"}"#, 0.0),
     ],
     build: |settings| {
         let mut settings = settings.clone();
@@ -94,7 +99,9 @@ pub struct HydraConfig {
 
 impl Default for HydraConfig {
     fn default() -> Self {
-        Self { targeting: Targeting::default(), r: 8, r_parallel: None, r_sequential: None, s: 1.0 }
+        let targets = Names::List(vec!["down_proj".into()]);
+        let targeting = Targeting { target_modules: targets, ..Default::default() };
+        Self { targeting, r: 8, r_parallel: None, r_sequential: None, s: 1.0 }
     }
 }
 

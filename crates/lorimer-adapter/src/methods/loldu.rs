@@ -2,19 +2,21 @@
 //!
 //! Shi et al. 2024, *LoLDU: Low-Rank Adaptation via Lower-Diag-Upper Decomposition for Parameter-Efficient Fine-Tuning*, arXiv
 //! 2410.13618, eq. 5: W = P L D U by LU with partial pivoting, the first r columns of P L (outputs, r) and rows of the unit upper U (r,
-//! inputs) frozen, `y = (W − ΔW(z₀, σ₀)) x + σ · P L_r (z ∘ (U_r x))`. Trained: z (r), which starts at the first r of D's diagonal, and
-//! the number σ, which starts at α/r. No residual is stored: the change is the difference of two diagonals,
-//! `P L_r diag(σ z − σ₀ z₀) U_r`, so the start is the base exactly.
+//! inputs) frozen, `y = (W − ΔW(z₀)) x + σ · P L_r (z ∘ (U_r x))`. Trained: z (r), which starts at the first r of D's diagonal. σ = α/r stays as it is,
+//! as in the published code, whose training takes `vector_z` alone (`--set train_sigma=true` trains it too, as the paper's text has it). α is 1
+//! whatever r, as there. No residual is stored: the change is the difference of two diagonals, `P L_r diag(σ z − σ₀ z₀) U_r`, so the start is the
+//! base exactly.
 //!
 //! `start` gives z other values, which are subtracted likewise: `ldu` (the diagonal), `uniform` (within ± half its mean), `normal` (its mean
 //! and deviation), `constant` (its mean), `s_uniform` (within ±1), `s_normal` (standard normal), `ones`, `zeros`. (The published code
 //! subtracts the diagonal for the last four all the same, so that their start is not the base; here it is.)
 //!
-//! Trainable parameters of a projection: `r + 1`.
+//! Trainable parameters of a projection: `r` (`r + 1` with `train_sigma`).
 //!
-//! Files hold z and σ; the factors are found again from the base and held against a hash (`--set save_frozen=true` writes them).
+//! Files hold what is trained; the factors are found again from the base and held against a hash (`--set save_frozen=true` writes them).
 //!
-//! Good for: the smallest adapters there are. Wants a high learning rate (1e-3 to 5e-2).
+//! Good for: the smallest adapters there are. AdamW's steps have the size of the learning rate whatever the gradient's, and move the weight by σ times
+//! that: what counts is lr · α/r, so the rate goes up with r and down with α.
 //!
 //! Step time: LoRA's of the same rank, without the gradient of A.
 //!
@@ -52,11 +54,12 @@ pub const ENTRY: Entry = Entry {
     peft_type: "LOLDU",
     mergeable: true,
     served: Served::Batched,
-    lr: 1e-3,
+    lr: 5e-2,
     flags: &[("rank", "r"), ("alpha", "lora_alpha"), ("init", "start")],
     source: include_str!("loldu.rs"),
     laws: &[
         (r#"{"r": 6}"#, 0.0),
+        (r#"{"r": 6, "train_sigma": true, "lora_alpha": 3}"#, 0.0),
         (r#"{"r": 4, "variant": "uniform", "save_frozen": true}"#, 0.0),
         (r#"{"r": 4, "variant": "normal"}"#, 0.0),
         (r#"{"r": 8, "start": "constant"}"#, 0.0),
@@ -67,16 +70,18 @@ pub const ENTRY: Entry = Entry {
     ],
     build: |settings| {
         let mut settings = settings.clone();
-        if let (Some(r), None) = (settings.get("r").cloned(), settings.get("lora_alpha")) {
-            settings.insert("lora_alpha".into(), r);
-        }
         if let Some(variant) = settings.remove("variant") {
             settings.insert("start".into(), variant);
         }
         LolduConfig::check(configure("loldu", &settings)?)
     },
     recognises: |config| config.get("peft_type").and_then(Value::as_str) == Some("LOLDU"),
-    from_file: |config| LolduConfig::check(from_peft_json("loldu", config, &[])?),
+    from_file: |config| {
+        let mut config = config.clone();
+        // Files from before there was a choice.
+        config.entry("train_sigma").or_insert(true.into());
+        LolduConfig::check(from_peft_json("loldu", &config, &[])?)
+    },
 };
 
 /// How z begins.
@@ -111,8 +116,10 @@ pub struct LolduConfig {
     pub targeting: Targeting,
     /// Length r of the diagonal.
     pub r: usize,
-    /// α; σ starts at α/r.
+    /// α; σ is α/r.
     pub lora_alpha: f64,
+    /// Train σ too.
+    pub train_sigma: bool,
     /// How z begins.
     pub start: Start,
     /// Seed of a random start.
@@ -126,7 +133,8 @@ impl Default for LolduConfig {
         Self {
             targeting: Targeting::default(),
             r: 64,
-            lora_alpha: 64.0,
+            lora_alpha: 1.0,
+            train_sigma: false,
             start: Start::Ldu,
             start_seed: 0,
             save_frozen: false,
@@ -200,10 +208,14 @@ impl Method for Loldu {
         };
         let scaling = c.lora_alpha / r as f64;
         let z = source.trainable("loldu_z", &[r], |_| Ok(start.clone()))?;
-        let sigma = source.trainable("loldu_sigma", &[1], |_| Ok(Tensor::new(&[scaling], &Device::Cpu)?))?;
+        let sigma0 = Tensor::new(&[scaling], &Device::Cpu)?.to_dtype(source.dtype())?;
+        let sigma = match c.train_sigma {
+            true => Sigma::Trained(source.trainable("loldu_sigma", &[1], |_| Ok(sigma0.copy()?))?),
+            false => Sigma::Fixed(sigma0.clone()),
+        };
         let exact = |t: Tensor| t.to_dtype(source.dtype())?.contiguous();
         // As training computes σ z at the start, so that the difference is zero to the last bit.
-        let (z0, sigma0) = (exact(start)?, exact(Tensor::new(&[scaling], &Device::Cpu)?)?);
+        let z0 = exact(start)?;
         Ok(Box::new(LolduDelta {
             z,
             sigma,
@@ -216,7 +228,7 @@ impl Method for Loldu {
     }
 
     fn parameters(&self, _site: &Site) -> Result<usize> {
-        Ok(self.config.r + 1)
+        Ok(self.config.r + usize::from(self.config.train_sigma))
     }
 
     fn kept(&self, _site: &Site) -> usize {
@@ -228,11 +240,16 @@ impl Method for Loldu {
     }
 }
 
+/// σ (1).
+enum Sigma {
+    Trained(Var),
+    Fixed(Tensor),
+}
+
 struct LolduDelta {
     /// z (r).
     z: Var,
-    /// σ (1).
-    sigma: Var,
+    sigma: Sigma,
     /// σ₀ z₀ (r).
     origin: Tensor,
     /// U_r (r, inputs).
@@ -246,13 +263,21 @@ struct LolduDelta {
 
 impl Delta for LolduDelta {
     fn change(&self, _base: &Projection, _rows: usize, _step: &Step) -> TensorResult<Option<Change>> {
-        let moved = (self.z.as_tensor().broadcast_mul(&self.sigma)? - &self.origin)?;
+        let sigma = match &self.sigma {
+            Sigma::Trained(sigma) => sigma.as_tensor(),
+            Sigma::Fixed(sigma) => sigma,
+        };
+        let moved = (self.z.as_tensor().broadcast_mul(sigma)? - &self.origin)?;
         let b = self.b.broadcast_mul(&moved)?;
         Ok(Some(Change::Thin(LowRank { a: self.a.clone(), b, scaling: 1.0 })))
     }
 
     fn trainable(&self) -> Vec<(&'static str, &Var)> {
-        vec![("loldu_z", &self.z), ("loldu_sigma", &self.sigma)]
+        let mut all = vec![("loldu_z", &self.z)];
+        if let Sigma::Trained(sigma) = &self.sigma {
+            all.push(("loldu_sigma", sigma));
+        }
+        all
     }
 
     fn frozen(&self) -> Vec<(&'static str, &Tensor)> {
@@ -260,7 +285,7 @@ impl Delta for LolduDelta {
     }
 
     fn stored(&self) -> TensorResult<Vec<(&'static str, Tensor)>> {
-        let mut all = vec![("loldu_z", self.z.detach()), ("loldu_sigma", self.sigma.detach())];
+        let mut all: Vec<_> = self.trainable().into_iter().map(|(key, var)| (key, var.detach())).collect();
         if self.save_frozen {
             all.extend(self.frozen().into_iter().map(|(key, t)| (key, t.clone())));
         }

@@ -1,8 +1,13 @@
 //! # LoRA-XS: a small square matrix between frozen singular vectors
 //!
 //! Bałazy et al. 2024, *LoRA-XS: Low-Rank Adaptation with Extremely Small Number of Parameters*, arXiv 2405.17604, section 3:
-//! `y = W x + (α/r) · B R A x` with W ≈ U Σ Vᵀ, B = U_r Σ_r (outputs, r) and A = V_rᵀ (r, inputs) frozen, and R (r, r) trained from
-//! N(0, σ²), σ = 1e-5 (`--set deviation=0` starts exactly at the base).
+//! `y = W x + (α/r) · B R A x` with W ≈ U Σ Vᵀ, A = Σ_r V_rᵀ (r, inputs) and B = U_r (outputs, r) frozen, and R (r, r) trained from
+//! N(0, σ²), σ = 1e-5 (`--set deviation=0` starts exactly at the base). The paper writes weights transposed (x W), so its A, which has the singular
+//! values, is the one that the input meets first; the authors' code does the same. `--set singular_values=outputs` puts them on the other side, B = U_r Σ_r and
+//! A = V_rᵀ, as files that Lorimer wrote before it had this setting have it. α is r unless given, as in the authors' runs on language models.
+//!
+//! Adapter folders that the authors' code saved (`…_lora_latent_mapping.weight` beside `lora_A` and `lora_B` in a file of type LORA) are read as they
+//! are; their factors are in the file and are taken from it.
 //!
 //! Trainable parameters of a projection: `r²`, whatever its size.
 //!
@@ -15,11 +20,13 @@
 //!
 //! ```
 //! use lorimer_adapter::example::project;
-//! // W = diag(3, 2), r = 1: A = (1, 0), B = (3, 0)ᵀ, α/r = 1, R = 2: ΔW = diag(6, 0).
+//! // W = diag(3, 2), r = 1: A = (3, 0), B = (1, 0)ᵀ, α/r = 1, R = 2: ΔW = diag(6, 0).
 //! let settings = r#"{"r": 1, "lora_alpha": 1}"#;
 //! let y = project("lora-xs", settings, &[&[3., 0.], &[0., 2.]], &[("lora_R", &[2.])], &[1., 1.]);
 //! assert!((y[0] - 9.0).abs() < 1e-9 && (y[1] - 2.0).abs() < 1e-9);
 //! ```
+
+use std::collections::BTreeMap;
 
 use candle_core::{DType, Result as TensorResult, Tensor, Var};
 use lorimer_model::{Projection, Site};
@@ -46,7 +53,11 @@ pub const ENTRY: Entry = Entry {
     lr: 5e-4,
     flags: &[("rank", "r"), ("alpha", "lora_alpha")],
     source: include_str!("lora_xs.rs"),
-    laws: &[(r#"{"r": 4, "deviation": 0}"#, 0.0), (r#"{"r": 4, "save_frozen": true}"#, 1e-3)],
+    laws: &[
+        (r#"{"r": 4, "deviation": 0}"#, 0.0),
+        (r#"{"r": 4, "save_frozen": true}"#, 1e-3),
+        (r#"{"r": 4, "deviation": 0, "singular_values": "outputs"}"#, 0.0),
+    ],
     build: |settings| {
         let mut settings = settings.clone();
         // α = r unless said otherwise.
@@ -56,8 +67,24 @@ pub const ENTRY: Entry = Entry {
         LoraXsConfig::check(configure("lora-xs", &settings)?)
     },
     recognises: |config| config.get("peft_type").and_then(Value::as_str) == Some("LORA_XS"),
-    from_file: |config| LoraXsConfig::check(from_peft_json("lora-xs", config, &[])?),
+    from_file: |config| {
+        let mut config = config.clone();
+        // Files from before there was a choice.
+        config.entry("singular_values").or_insert_with(|| "outputs".into());
+        LoraXsConfig::check(from_peft_json("lora-xs", &config, &[])?)
+    },
 };
+
+/// Which factor the singular values stand in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SingularValues {
+    /// A = Σ Vᵀ and B = U: the paper's and the authors' code's.
+    #[default]
+    Inputs,
+    /// A = Vᵀ and B = U Σ.
+    Outputs,
+}
 
 /// Settings.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -72,13 +99,22 @@ pub struct LoraXsConfig {
     pub lora_alpha: f64,
     /// σ of R's start.
     pub deviation: f64,
+    /// Which factor the singular values stand in: `inputs` (A = Σ Vᵀ) or `outputs` (B = U Σ).
+    pub singular_values: SingularValues,
     /// Write A and B into the file too.
     pub save_frozen: bool,
 }
 
 impl Default for LoraXsConfig {
     fn default() -> Self {
-        Self { targeting: Targeting::default(), r: 64, lora_alpha: 64.0, deviation: 1e-5, save_frozen: false }
+        Self {
+            targeting: Targeting::default(),
+            r: 64,
+            lora_alpha: 64.0,
+            deviation: 1e-5,
+            singular_values: SingularValues::Inputs,
+            save_frozen: false,
+        }
     }
 }
 
@@ -91,6 +127,44 @@ impl LoraXsConfig {
         }
         Ok(Box::new(LoraXs { config: self }))
     }
+}
+
+/// What the authors' code calls R, below a module's path in a state dict, with and without the adapter's name (PEFT's versions differ in
+/// whether they take that away here).
+const AUTHORS_R: [&str; 2] = ["_lora_latent_mapping.weight", ".default_lora_latent_mapping.weight"];
+
+/// A folder that the authors' code wrote, PEFT's LORA with one more tensor a module, in our form; others stay as they are.
+pub(crate) fn from_authors(config: &mut Map<String, Value>, tensors: &mut BTreeMap<String, Tensor>) {
+    let theirs =
+        |name: &str| AUTHORS_R.iter().rev().find_map(|end| name.strip_suffix(end).map(|m| format!("{m}.lora_R")));
+    if config.get("peft_type").and_then(Value::as_str) != Some("LORA") || !tensors.keys().any(|k| theirs(k).is_some()) {
+        return;
+    }
+    *tensors = std::mem::take(tensors)
+        .into_iter()
+        .map(|(name, t)| {
+            let factor = [".lora_A.weight", ".lora_B.weight"].iter().any(|end| name.ends_with(end));
+            let plain = if factor { name.trim_end_matches(".weight").to_string() } else { name.clone() };
+            (theirs(&name).unwrap_or(plain), t)
+        })
+        .collect();
+    // PEFT's scaling is α/√r with this; LoRA-XS has α/r.
+    if config.shift_remove("use_rslora") == Some(Value::Bool(true))
+        && let (Some(r), Some(alpha)) =
+            (config.get("r").and_then(Value::as_f64), config.get("lora_alpha").and_then(Value::as_f64))
+    {
+        config.insert("lora_alpha".into(), (alpha * r.sqrt()).into());
+    }
+    // What the file's tensors are the same without.
+    for key in ["lora_dropout", "init_lora_weights", "loftq_config", "megatron_core", "qalora_group_size"] {
+        config.shift_remove(key);
+    }
+    if config.get("bias").and_then(Value::as_str) == Some("none") {
+        config.shift_remove("bias");
+    }
+    config.insert("peft_type".into(), "LORA_XS".into());
+    config.insert("singular_values".into(), "inputs".into());
+    config.insert("save_frozen".into(), true.into());
 }
 
 /// Refuses a rank that a projection does not have.
@@ -131,7 +205,10 @@ impl Method for LoraXs {
         let mut of = |first: bool| -> Result<Tensor> {
             if factors.is_none() {
                 let (u, s, vt) = truncated_svd(&base.dense(DType::F64)?, r)?;
-                factors = Some((vt, u.broadcast_mul(&s)?));
+                factors = Some(match c.singular_values {
+                    SingularValues::Inputs => (vt.broadcast_mul(&s.unsqueeze(1)?)?, u),
+                    SingularValues::Outputs => (vt, u.broadcast_mul(&s)?),
+                });
             }
             let found = factors.as_ref().map(|(a, b)| if first { a.clone() } else { b.clone() });
             found.ok_or_else(|| Error::Config("no factors".into()))

@@ -5,6 +5,9 @@
 //! acts on the smaller side). Frozen and shared by all projections (sized for the largest, sliced for the others): A (r, 1, d_max), B (D_max,
 //! N_max, r). Trained in each: Λ (r, N), zero at the start, and Γ (N, d), at 1/max(N, d).
 //!
+//! The scale α/r with α = 20 r is PEFT's. The authors' own code has α/(r √N) with α = 2 r, which is 10 √N times less (42 times for r = 32 and d = 576,
+//! 113 for d = 4096): `--set scale=authors` trains so. Its files say the same in PEFT's terms, with 1/√N in Γ, so that PEFT loads them.
+//!
 //! The bases follow from `projection_prng_key` by torch's generator, bit for bit as in PEFT, so that files hold Λ and Γ only
 //! (`save_projection` false, our default; `--set save_projection=true` writes PEFT's full form).
 //!
@@ -58,6 +61,7 @@ pub const ENTRY: Entry = Entry {
         (r#"{"r": 3, "randlora_alpha": 6}"#, 1e-12),
         (r#"{"r": 4, "randlora_alpha": 8, "variant": "sparse", "save_projection": true}"#, 1e-12),
         (r#"{"r": 5, "randlora_alpha": 4, "variant": "very_sparse", "randlora_dropout": 0.2}"#, 1e-12),
+        (r#"{"r": 3, "scale": "authors"}"#, 1e-12),
     ],
     build: |settings| {
         let mut settings = settings.clone();
@@ -68,14 +72,27 @@ pub const ENTRY: Entry = Entry {
             }
             Some(_) => return Err(Error::Config("variant should be dense, sparse or very_sparse".into())),
         }
-        if let (Some(r), None) = (settings.get("r").and_then(Value::as_u64), settings.get("randlora_alpha")) {
-            settings.insert("randlora_alpha".into(), json!(20.0 * r as f64));
+        let given = settings.contains_key("randlora_alpha");
+        let mut config: RandLoraConfig = configure("randlora", &settings)?;
+        if !given {
+            config.randlora_alpha = config.r as f64 * if config.scale == Scale::Peft { 20.0 } else { 2.0 };
         }
-        RandLoraConfig::check(configure("randlora", &settings)?)
+        config.check()
     },
     recognises: |config| config.get("peft_type").and_then(Value::as_str) == Some("RANDLORA"),
     from_file: |config| RandLoraConfig::check(from_peft_json("randlora", config, &["fan_in_fan_out"])?),
 };
+
+/// What the change is multiplied by.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Scale {
+    /// α/r.
+    #[default]
+    Peft,
+    /// α/(r √N).
+    Authors,
+}
 
 /// PEFT's `RandLoraConfig`, with PEFT's keys.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -86,8 +103,10 @@ pub struct RandLoraConfig {
     pub targeting: Targeting,
     /// Rank of one base.
     pub r: usize,
-    /// α; the change is multiplied by α/r. Twenty times r if not given.
+    /// α; the change is multiplied by α/r. If not given twenty times r, with `scale=authors` twice r.
     pub randlora_alpha: f64,
+    /// What the change is multiplied by: `peft` (α/r) or `authors` (α/(r √N)).
+    pub scale: Scale,
     /// Probability of zeroing an element of x before the bases, in training.
     pub randlora_dropout: f64,
     /// Seed of the bases.
@@ -110,6 +129,7 @@ impl Default for RandLoraConfig {
             targeting: Targeting::default(),
             r: 32,
             randlora_alpha: 640.0,
+            scale: Scale::Peft,
             randlora_dropout: 0.0,
             projection_prng_key: 0,
             save_projection: false,
@@ -230,6 +250,13 @@ impl Method for RandLora {
         all
     }
 
+    fn stored_config(&self) -> Map<String, Value> {
+        // Files are in PEFT's terms.
+        let mut all = self.config();
+        all.shift_remove("scale");
+        all
+    }
+
     fn take_shared(&mut self, name: &str, tensor: &Tensor) -> bool {
         match name.strip_prefix("base_model.").map(|n| n.strip_prefix("model.").unwrap_or(n)) {
             Some("randlora_A") => self.given.0 = Some(tensor.clone()),
@@ -299,6 +326,7 @@ impl Method for RandLora {
             let b = bases.b.narrow(0, 0, large)?.narrow(1, 0, n)?.to_dtype(dtype)?.flatten(1, 2)?;
             Ok(if wide { b.t()?.contiguous()? } else { b.contiguous()? })
         })?;
+        let of_bases = if self.config.scale == Scale::Authors { (n as f64).powf(-0.5) } else { 1.0 };
         Ok(Box::new(RandLoraDelta {
             lambda,
             gamma,
@@ -306,7 +334,8 @@ impl Method for RandLora {
             a,
             b,
             wide,
-            scaling: self.config.randlora_alpha / r as f64,
+            scaling: self.config.randlora_alpha / r as f64 * of_bases,
+            of_bases,
             dropout: Dropout::new(self.config.randlora_dropout, &site.path),
         }))
     }
@@ -345,6 +374,8 @@ struct RandLoraDelta {
     /// More inputs than outputs.
     wide: bool,
     scaling: f64,
+    /// The part of the scaling that PEFT does not have.
+    of_bases: f64,
     dropout: Dropout,
 }
 
@@ -380,6 +411,13 @@ impl Delta for RandLoraDelta {
 
     fn frozen(&self) -> Vec<(&'static str, &Tensor)> {
         vec![("randlora_A", &self.a), ("randlora_B", &self.mark)]
+    }
+
+    fn stored(&self) -> TensorResult<Vec<(&'static str, Tensor)>> {
+        // The change is linear in Γ, which PEFT keeps a projection, where α is one for all.
+        let gamma = self.gamma.detach();
+        let gamma = if self.of_bases == 1.0 { gamma } else { (gamma * self.of_bases)? };
+        Ok(vec![("randlora_lambda", self.lambda.detach()), ("randlora_gamma", gamma)])
     }
 }
 
