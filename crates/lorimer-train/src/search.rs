@@ -6,13 +6,11 @@ use std::collections::BTreeMap;
 use candle_core::{DType, Device, Result as TensorResult, Tensor, Var};
 use lorimer_adapter::method::{LowRank, site_seed};
 use lorimer_adapter::methods::diffora::{DifforaConfig, Gate, Sharing};
-use lorimer_adapter::methods::random::kaiming;
+use lorimer_adapter::methods::mt19937::TorchGenerator;
 use lorimer_adapter::targets::Targeting;
 use lorimer_adapter::{Adapter, Attached, Change, Delta, Findings, Method, Step};
 use lorimer_model::{Llama, Projection, Site};
 use lorimer_tensor::Gradients;
-use rand::SeedableRng;
-use rand_chacha::ChaCha8Rng;
 use serde_json::{Map, Value};
 
 use crate::encode::Example;
@@ -65,8 +63,10 @@ impl Method for Searched {
             layers.entry(site.layer).or_default().push(site.path.clone());
             let key = self.key(site);
             if !self.factors.contains_key(&key) {
-                let mut rng = ChaCha8Rng::seed_from_u64(site_seed(0, &key));
-                let a = kaiming((self.settings.search_r, site.inputs), self.dtype, &mut rng)?;
+                // By torch's generator, so that the same search can be made in Python (tests/goldens/make_diffora.py).
+                let r = self.settings.search_r;
+                let a = TorchGenerator::new(site_seed(0, &key)).kaiming(r * site.inputs, site.inputs);
+                let a = Tensor::from_vec(a, (r, site.inputs), &Device::Cpu)?.to_dtype(self.dtype)?;
                 let b = Tensor::zeros((site.outputs, self.settings.search_r), self.dtype, &Device::Cpu)?;
                 self.factors.insert(key, (Var::from_tensor(&a)?, Var::from_tensor(&b)?));
             }
@@ -175,7 +175,7 @@ pub fn search(
             let options = StepOptions::default();
             let found = accumulate_gradients(model, &attached, parameters, &batch, scale, options, None, &mut sums)?;
             if !found.sum.is_finite() {
-                return Err(Error::Settings("diffora's search diverged; lower search_lr or gamma_lr".into()));
+                return Err(Error::Diverged("diffora's search diverged; lower search_lr or gamma_lr".into()));
             }
             let gradients: Vec<_> = parameters.iter().map(|(_, var)| sums.remove(var.as_tensor())).collect();
             optimizers[side].step(parameters, &gradients, rate)?;

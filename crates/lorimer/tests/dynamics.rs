@@ -380,11 +380,14 @@ fn every_supervised_position_is_regularised() {
     }
 }
 
-/// The base with a random change of rank 2 in every projection of some kinds, each so large that alone it moves the output by the same
-/// divergence.
-fn plant(model: &Llama, kinds: &[&str], rng: &mut ChaCha8Rng) -> Adapter {
+/// The base with a random change of rank 2 in some projections, each so large that alone it moves the output by the same divergence.
+fn plant(model: &Llama, planted: &[String], rng: &mut ChaCha8Rng) -> Adapter {
     let teacher = attach(model, "lora", r#"{"r": 2, "lora_alpha": 2}"#);
-    let base = logits(model, &Frozen);
+    let rows: Vec<Vec<u32>> = (0..64).map(|_| (0..12).map(|_| rng.random_range(0..40)).collect()).collect();
+    let batch = Batch::pack(rows.iter().map(Vec::as_slice));
+    let logits =
+        |adaptation: &dyn Adaptation| model.logits(&model.hidden(&batch, adaptation).unwrap(), adaptation).unwrap();
+    let base = logits(&Frozen);
     let starts: BTreeMap<String, Tensor> =
         teacher.trainable().into_iter().map(|(n, v)| (n, random(v.dims(), 1.0, rng))).collect();
     let put = |path: &str, size: f64| {
@@ -393,16 +396,15 @@ fn plant(model: &Llama, kinds: &[&str], rng: &mut ChaCha8Rng) -> Adapter {
             var.set(&(&starts[&name] * size).unwrap()).unwrap();
         }
     };
-    let paths: Vec<String> = teacher.deltas().map(|(path, _)| path.to_string()).collect();
-    paths.iter().for_each(|path| put(path, 0.0));
+    teacher.deltas().for_each(|(path, _)| put(path, 0.0));
     let mut sizes = Vec::new();
-    for path in paths.iter().filter(|path| kinds.iter().any(|kind| path.contains(kind))) {
+    for path in planted {
         let (mut low, mut high) = (0.0, 64.0);
         for _ in 0..30 {
             let middle = 0.5 * (low + high);
             put(path, middle);
-            let moved = lorimer::train::objective::divergence(&base, &logits(model, &Attached::one(&teacher))).unwrap();
-            if moved.to_scalar::<f64>().unwrap() < 1.0 { low = middle } else { high = middle }
+            let moved = lorimer::train::objective::divergence(&base, &logits(&Attached::one(&teacher))).unwrap();
+            if moved.to_scalar::<f64>().unwrap() < 0.3 { low = middle } else { high = middle }
         }
         put(path, 0.0);
         sizes.push((path, low));
@@ -411,71 +413,105 @@ fn plant(model: &Llama, kinds: &[&str], rng: &mut ChaCha8Rng) -> Adapter {
     teacher
 }
 
-/// A teacher is the base with low-rank changes in two kinds of projection a layer (of query and key, which hardly move this small random
-/// model, none); the search sees rows that the teacher wrote, and should keep those projections in its half. Projections can stand in for
-/// each other (v and o, gate and up), so that not all are found; chance would find four in seven.
+/// Rows that a model wrote, all of them a token at a time.
+fn written(model: &Llama, teacher: &Adapter, rng: &mut ChaCha8Rng) -> Vec<Example> {
+    let attached = Attached::one(teacher);
+    let mut written: Vec<Vec<u32>> = (0..1024).map(|_| vec![rng.random_range(0..40)]).collect();
+    for _ in 1..12 {
+        let batch = Batch::pack(written.iter().map(Vec::as_slice));
+        let all = model.logits(&model.hidden(&batch, &attached).unwrap(), &attached).unwrap().to_vec2::<f64>().unwrap();
+        let ends: Vec<usize> = written
+            .iter()
+            .scan(0, |end, row| {
+                *end += row.len();
+                Some(*end - 1)
+            })
+            .collect();
+        for (row, end) in written.iter_mut().zip(ends) {
+            let odds: Vec<f64> = all[end].iter().map(|z| z.exp()).collect();
+            let mut left = rng.random_range(0.0..odds.iter().sum::<f64>());
+            let next = odds.iter().position(|o| {
+                left -= o;
+                left < 0.0
+            });
+            row.push(next.unwrap_or(0) as u32);
+        }
+    }
+    let learnt = |row: &Vec<u32>| (0..row.len()).map(|i| i > 0).collect();
+    written.into_iter().map(|tokens| Example { learnt: learnt(&tokens), tokens, answer: None }).collect()
+}
+
+/// A teacher is the base with low-rank changes in two projections of each layer, any of the seven; the search sees rows that the teacher wrote,
+/// and should keep those in the half that it chooses. What a search finds that looks at nothing is measured too: the choice for
+/// one teacher against what was planted in another. (A search that always leaves out the projections that hardly count does no better than that,
+/// however often it is right.) The defaults find less than a longer search, and more than chance.
 #[test]
 fn the_search_finds_planted_projections() {
-    let model = model();
-    let (mut planted, mut kept) = (0, 0);
-    for seed in 0..5 {
+    use lorimer::adapter::methods::diffora::{DifforaConfig, Sharing};
+    let model = model_with_attention(2.0);
+    let paths: Vec<String> = model.projections().into_iter().map(|(site, _)| site.path.clone()).collect();
+    let long = DifforaConfig {
+        search_steps: 150,
+        search_lr: 0.02,
+        search_r: 2,
+        sharing: Sharing::None,
+        search_batch_size: 32,
+        ..Default::default()
+    };
+    let mut found = Vec::new();
+    for seed in 0..12 {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
-        let kinds = ["v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
-        let chosen = rand::seq::index::sample(&mut rng, kinds.len(), 2).into_vec();
-        let teacher = plant(&model, &chosen.iter().map(|&i| kinds[i]).collect::<Vec<_>>(), &mut rng);
-        let attached = Attached::one(&teacher);
-        // Rows that the teacher wrote, all of them a token at a time.
-        let mut written: Vec<Vec<u32>> = (0..1024).map(|_| vec![rng.random_range(0..40)]).collect();
-        for _ in 1..12 {
-            let batch = Batch::pack(written.iter().map(Vec::as_slice));
-            let all =
-                model.logits(&model.hidden(&batch, &attached).unwrap(), &attached).unwrap().to_vec2::<f64>().unwrap();
-            let ends: Vec<usize> = written
-                .iter()
-                .scan(0, |end, row| {
-                    *end += row.len();
-                    Some(*end - 1)
-                })
-                .collect();
-            for (row, end) in written.iter_mut().zip(ends) {
-                let odds: Vec<f64> = all[end].iter().map(|z| z.exp()).collect();
-                let mut left = rng.random_range(0.0..odds.iter().sum::<f64>());
-                let next = odds.iter().position(|o| {
-                    left -= o;
-                    left < 0.0
-                });
-                row.push(next.unwrap_or(0) as u32);
-            }
-        }
-        let learnt = |row: &Vec<u32>| (0..row.len()).map(|i| i > 0).collect();
-        let rows: Vec<Example> =
-            written.into_iter().map(|tokens| Example { learnt: learnt(&tokens), tokens, answer: None }).collect();
-        let settings = serde_json::json!({ "r": 4 });
-        let search = lorimer::adapter::methods::diffora::DifforaConfig {
-            search_steps: 150,
-            search_lr: 0.02,
-            gamma_lr: 0.01,
-            search_r: 2,
-            sharing: lorimer::adapter::methods::diffora::Sharing::None,
-            search_batch_size: 32,
-            ..Default::default()
-        };
+        let planted: Vec<String> = (0..2)
+            .flat_map(|layer| {
+                let own = format!(".layers.{layer}.");
+                let here: Vec<&String> = paths.iter().filter(|p| p.contains(&own)).collect();
+                assert_eq!(here.len(), 7);
+                let two = rand::seq::index::sample(&mut rng, here.len(), 2);
+                two.into_iter().map(|i| here[i].clone()).collect::<Vec<_>>()
+            })
+            .collect();
+        let teacher = plant(&model, &planted, &mut rng);
+        let rows = written(&model, &teacher, &mut rng);
         let rows: Vec<&Example> = rows.iter().collect();
-        let method = methods::build("diffora", settings.as_object().unwrap()).unwrap();
-        let findings = lorimer::train::search::search(&model, method.targeting(), &search, &rows, |_, _| {}).unwrap();
-        let again = lorimer::train::search::search(&model, method.targeting(), &search, &rows, |_, _| {}).unwrap();
-        let adapter = Adapter::attach_calibrated(&model, method, &findings, 1).unwrap();
-        let paths: Vec<&str> = adapter.deltas().map(|(path, _)| path).collect();
-        // ⌈7/2⌉ of each layer, and the same again.
-        assert_eq!(paths.len(), 8);
-        for (path, found) in &findings {
-            assert_eq!(distance(&found["gamma"], &again[path]["gamma"]), 0.0);
-        }
-        planted += 4;
-        kept += paths.iter().filter(|path| chosen.iter().any(|&i| path.contains(kinds[i]))).count();
+        let choose = |search: &DifforaConfig| -> Vec<String> {
+            let method = methods::build("diffora", serde_json::json!({ "r": 4 }).as_object().unwrap()).unwrap();
+            let look = || lorimer::train::search::search(&model, method.targeting(), search, &rows, |_, _| {}).unwrap();
+            let findings = look();
+            if seed == 0 {
+                let again = look();
+                for (path, found) in &findings {
+                    assert_eq!(distance(&found["gamma"], &again[path]["gamma"]), 0.0);
+                }
+            }
+            let adapter = Adapter::attach_calibrated(&model, method, &findings, 1).unwrap();
+            let chosen: Vec<String> = adapter.deltas().map(|(path, _)| path.to_string()).collect();
+            // ⌈7/2⌉ of each layer.
+            assert_eq!(chosen.len(), 8);
+            chosen
+        };
+        let chosen = [choose(&long), choose(&DifforaConfig::default())];
+        found.push((planted, chosen));
     }
-    println!("{kept} of {planted} planted projections are in the chosen half");
-    assert!(kept * 4 >= planted * 3, "{kept} of {planted}");
+    for (which, name, least) in [(0, "a long search", 0.85), (1, "the defaults", 0.7)] {
+        let share = |planted: &[String], chosen: &[String]| {
+            planted.iter().filter(|p| chosen.contains(p)).count() as f64 / planted.len() as f64
+        };
+        let own = found.iter().map(|(planted, chosen)| share(planted, &chosen[which])).sum::<f64>() / 12.0;
+        let others = (0..12).flat_map(|i| (0..12).filter(move |j| *j != i).map(move |j| (i, j)));
+        let chance = others.map(|(i, j)| share(&found[j].0, &found[i].1[which])).sum::<f64>() / (12.0 * 11.0);
+        println!("{name}: {own:.3} of what was planted is in the chosen half, by chance {chance:.3}");
+        assert!(own >= least && own - chance > 0.15, "{name}: {own} by chance {chance}");
+    }
+}
+
+/// `compare` counts a run as bad by this kind of error, whatever ran away.
+#[test]
+fn a_gradient_that_is_no_number_is_told_as_divergence() {
+    for bad in [f32::NAN, f32::INFINITY] {
+        let mut gradients = [Some(Tensor::new(&[1.0, bad], &Device::Cpu).unwrap())];
+        let told = lorimer::train::optimizer::clip(&mut gradients, 1.0);
+        assert!(matches!(told, Err(lorimer::train::Error::Diverged(_))), "{told:?}");
+    }
 }
 
 #[test]

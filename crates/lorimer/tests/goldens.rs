@@ -463,3 +463,141 @@ fn twenty_steps_equal_galore_torch() {
         }
     }
 }
+
+/// One projection under the methods that PEFT does not have, as their authors' code computes it (see tests/goldens/make_projections.py): start,
+/// output, merged weight and the gradient of every trained parameter.
+#[test]
+fn projections_equal_the_authors_code() {
+    use lorimer::adapter::method::{Findings, Source};
+    use lorimer::model::{Projection, Site};
+    use lorimer::tensor::FrozenWeight;
+    let file = SafetensorsFile::open(&folder("projections.safetensors")).unwrap();
+    let cases = json(&folder("projections.json"));
+    for case in cases.as_array().unwrap() {
+        let name = case["name"].as_str().unwrap();
+        let find = |what: &str| file.load(&format!("{name}.{what}")).unwrap();
+        let get = |what: &str| find(what).unwrap_or_else(|| panic!("{name}: golden `{what}`"));
+        let w = get("w");
+        let site = Site::new("model.layers.0.mlp.down_proj", w.dims2().unwrap());
+        let base = Projection { weight: FrozenWeight::Dense(w), bias: find("b") };
+        let settings = case["settings"].as_object().unwrap();
+        let mut method = methods::build(case["method"].as_str().unwrap(), settings).unwrap();
+        let findings = Findings::new();
+        method.settle(&[&site], &findings).unwrap();
+        let delta = method.attach(&site, &base, &mut Source::start(&site, DType::F64, 0, &findings)).unwrap();
+        let near = |what: &str, a: &Tensor, b: &Tensor| {
+            let (d, size) = (distance(a, b), distance(b, &b.zeros_like().unwrap()));
+            assert!(d < 1e-9 * (1.0 + size), "{name}: {what} differs by {d:e}");
+        };
+        let begun = delta.trainable().into_iter().map(|(key, var)| (key, var.as_tensor()));
+        let mut starts = 0;
+        for (key, t) in begun.chain(delta.frozen()) {
+            if let Some(expected) = find(&format!("start.{key}")) {
+                near(&format!("the start of {key}"), t, &expected);
+                starts += 1;
+            }
+        }
+        // A frozen part may stand beside a parameter of the same name that begins as it is.
+        let given = file.names().iter().filter(|n| n.starts_with(&format!("{name}.start."))).count();
+        assert!(starts >= given, "{name}: {starts} of {given} starts were compared");
+        let trained: Vec<&str> = delta.trainable().iter().map(|(key, _)| *key).collect();
+        let golden = file.names().iter().filter(|n| n.starts_with(&format!("{name}.grad."))).count();
+        assert_eq!(trained.len(), golden, "{name} trains {trained:?}");
+        assert_eq!(
+            method.parameters(&site).unwrap(),
+            delta.trainable().iter().map(|(_, v)| v.elem_count()).sum::<usize>()
+        );
+        for (key, var) in delta.trainable() {
+            var.set(&get(&format!("moved.{key}"))).unwrap();
+        }
+        let x = get("x");
+        let plain = x.matmul(&base.dense(DType::F64).unwrap().t().unwrap()).unwrap();
+        let mut y = (&plain + delta.forward(&base, &x, &plain, &Step::default()).unwrap()).unwrap();
+        for bias in [base.bias.clone(), delta.bias_change(&base).unwrap()].into_iter().flatten() {
+            y = y.broadcast_add(&bias).unwrap();
+        }
+        near("the output", &y, &get("y"));
+        near("the merged weight", &delta.merged(&base).unwrap().unwrap(), &get("merged"));
+        let found = (y.sqr().unwrap().sum_all().unwrap() / 2.0).unwrap().backward().unwrap();
+        for (key, var) in delta.trainable() {
+            near(&format!("the gradient of {key}"), found.get(var.as_tensor()).unwrap(), &get(&format!("grad.{key}")));
+        }
+    }
+}
+
+/// What the authors of LoRA-XS save is a file of type LORA with one more tensor a module (see tests/goldens/make_lora_xs.py).
+#[test]
+fn lora_xs_folders_of_the_authors_are_read() {
+    let model = tiny("tiny-llama");
+    let stored = StoredAdapter::read(&folder("lora_xs")).unwrap();
+    assert_eq!(stored.config["peft_type"], "LORA_XS");
+    let adapter = Adapter::load_whole(&model, &stored).unwrap();
+    let golden = Golden::open("lora_xs");
+    let d = distance(&logits(&model, &Attached::one(&adapter), &golden.tokens()), &golden.get("logits"));
+    assert!(d < 2e-4, "{d:e}");
+    // Their factors are those that a new adapter finds, up to the signs of singular vectors.
+    let settings = serde_json::json!({ "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"] });
+    let own = Adapter::attach(&model, methods::build("lora-xs", settings.as_object().unwrap()).unwrap(), 0).unwrap();
+    for (path, delta) in own.deltas() {
+        let (ours, theirs) = (delta.frozen(), adapter.delta(path).unwrap().frozen());
+        for k in 0..4 {
+            let outer = |t: &[(&str, &Tensor)]| {
+                let (a, b) = (t[0].1.narrow(0, k, 1).unwrap(), t[1].1.narrow(1, k, 1).unwrap());
+                b.matmul(&a).unwrap()
+            };
+            let d = distance(&outer(&ours), &outer(&theirs));
+            assert!(d < 1e-4, "{path}, singular pair {k}: {d:e}");
+        }
+        // The singular values stand in A.
+        let rows = ours[0].1.sqr().unwrap().sum(1).unwrap().sqrt().unwrap().to_vec1::<f32>().unwrap();
+        assert!(rows.windows(2).all(|w| w[0] >= w[1]) && rows[0] > 1.01 * rows[3], "{path}: {rows:?}");
+    }
+    // Written again it is ours, and reads the same.
+    let again = Adapter::load_whole(&model, &adapter.to_stored("tiny-llama").unwrap()).unwrap();
+    let rows = golden.tokens();
+    assert!(
+        distance(&logits(&model, &Attached::one(&again), &rows), &logits(&model, &Attached::one(&adapter), &rows))
+            < 1e-6
+    );
+}
+
+/// DiffoRA's gates after a search, from its equations in torch (see tests/goldens/make_diffora.py).
+#[test]
+fn difforas_search_equals_torchs() {
+    use lorimer::adapter::methods::diffora::{DifforaConfig, Gate, Sharing};
+    let model = tiny("tiny-llama");
+    let file = SafetensorsFile::open(&folder("diffora.safetensors")).unwrap();
+    let get = |name: &str| file.load(name).unwrap().unwrap();
+    let tokens = get("tokens").to_dtype(DType::U32).unwrap().to_vec2::<u32>().unwrap();
+    let learnt = |tokens: &[u32]| (0..tokens.len()).map(|i| i > 0).collect();
+    let rows: Vec<Example> =
+        tokens.into_iter().map(|t| Example { learnt: learnt(&t), tokens: t, answer: None }).collect();
+    let rows: Vec<&Example> = rows.iter().collect();
+    let of = |search_steps, search_r, search_batch_size, search_lr, gamma_lr, gate, sharing| DifforaConfig {
+        search_steps,
+        search_r,
+        search_batch_size,
+        search_lr,
+        gamma_lr,
+        gate,
+        sharing,
+        ..Default::default()
+    };
+    for (name, settings) in [
+        ("kind", of(6, 3, 4, 5e-3, 1e-2, Gate::Softmax, Sharing::Kind)),
+        ("none", of(5, 2, 3, 1e-2, 2e-2, Gate::Sigmoid, Sharing::None)),
+    ] {
+        let method = methods::build("diffora", &serde_json::Map::new()).unwrap();
+        let found = lorimer::train::search::search(&model, method.targeting(), &settings, &rows, |_, _| {}).unwrap();
+        let expected = get(name).to_vec2::<f32>().unwrap();
+        let kinds = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
+        for (path, found) in &found {
+            let layer: usize = path.split('.').nth(2).unwrap().parse().unwrap();
+            let kind = kinds.iter().position(|k| path.ends_with(k)).unwrap();
+            let gamma = found["gamma"].to_vec1::<f32>().unwrap()[0];
+            let d = (gamma - expected[layer][kind]).abs();
+            assert!(d < 1e-4, "{name} {path}: {gamma} against {}", expected[layer][kind]);
+        }
+        assert_eq!(found.len(), 14);
+    }
+}

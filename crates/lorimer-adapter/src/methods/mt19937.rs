@@ -29,7 +29,12 @@ impl TorchGenerator {
         self.rand(count).into_iter().map(one).collect()
     }
 
-    /// The same on a bf16 tensor: as in f32, then rounded.
+    /// `kaiming_uniform_(a = √5)` on an f32 tensor of so many numbers with this fan-in.
+    pub fn kaiming(&mut self, count: usize, fan_in: usize) -> Vec<f32> {
+        self.uniform(count, kaiming_bound(fan_in))
+    }
+
+    /// [`Self::uniform`] on a bf16 tensor: as in f32, then rounded.
     pub fn uniform_bf16(&mut self, count: usize, bound: f64) -> Vec<bf16> {
         let (from, to) = (bf16::from_f32(-bound as f32), bf16::from_f32(bound as f32));
         let one = |v: f32| {

@@ -29,7 +29,16 @@ pub fn model_as(dtype: DType, load: LoadDtype) -> Llama {
 }
 
 /// The same in other widths, (hidden, intermediate): kernels take other ways from 128 columns on.
-pub fn model_sized(dtype: DType, load: LoadDtype, (hidden, intermediate): (usize, usize)) -> Llama {
+pub fn model_sized(dtype: DType, load: LoadDtype, sizes: (usize, usize)) -> Llama {
+    made(dtype, load, sizes, 1.0)
+}
+
+/// In f64, the weights of its attention so many times as large: at 2 a change of query or key counts as any other does.
+pub fn model_with_attention(factor: f64) -> Llama {
+    made(DType::F64, LoadDtype::Stored, (16, 20), factor)
+}
+
+fn made(dtype: DType, load: LoadDtype, (hidden, intermediate): (usize, usize), attention: f64) -> Llama {
     let json = json!({
         "model_type": "qwen2", "hidden_size": hidden, "intermediate_size": intermediate, "vocab_size": 40, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "rope_theta": 10000.0, "tie_word_embeddings": false,
@@ -56,7 +65,8 @@ pub fn model_sized(dtype: DType, load: LoadDtype, (hidden, intermediate): (usize
             ("mlp.up_proj", intermediate, hidden, false),
             ("mlp.down_proj", hidden, intermediate, false),
         ] {
-            put(at(&format!("{name}.weight")), &[out, inp], 0.4);
+            let scale = if name.starts_with("self_attn") { 0.4 * attention } else { 0.4 };
+            put(at(&format!("{name}.weight")), &[out, inp], scale);
             if bias {
                 put(at(&format!("{name}.bias")), &[out], 0.3);
             }
