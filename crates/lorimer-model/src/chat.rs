@@ -44,6 +44,7 @@ pub struct ChatTemplate {
     environment: Environment<'static>,
     bos: String,
     eos: String,
+    tokens: Map<String, Value>,
 }
 
 impl std::fmt::Debug for ChatTemplate {
@@ -73,7 +74,13 @@ impl ChatTemplate {
             environment.add_template_owned(name, text).map_err(|e| not_valid(one_line(&e)))?;
         }
         let source = source.to_string();
-        Ok(Self { source, marks_answers, environment, bos: bos.to_string(), eos: eos.to_string() })
+        Ok(Self { source, marks_answers, environment, bos: bos.to_string(), eos: eos.to_string(), tokens: Map::new() })
+    }
+
+    /// The template with further special tokens by their names (`pad_token`, `unk_token`, …), as transformers gives them.
+    pub fn with_tokens(mut self, tokens: Map<String, Value>) -> Self {
+        self.tokens = tokens;
+        self
     }
 
     /// The template's text.
@@ -170,6 +177,7 @@ impl ChatTemplate {
         let template = self.environment.get_template(form).map_err(failed)?;
         let given = minijinja::context! {
             ..Jinja::from(Serde(variables)),
+            ..Jinja::from(Serde(&self.tokens)),
             ..minijinja::context! {
                 documents => Jinja::from(()),
                 bos_token => self.bos.as_str(),

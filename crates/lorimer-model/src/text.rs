@@ -4,7 +4,7 @@ use std::path::Path;
 
 use candle_core::quantized::gguf_file::Value as GgufValue;
 use candle_core::quantized::tokenizer::TokenizerFromGguf;
-use serde_json::Value;
+use serde_json::{Map, Value};
 use tokenizers::Tokenizer;
 use tokenizers::pre_tokenizers::{byte_level::ByteLevel, digits::Digits, sequence::Sequence};
 
@@ -20,6 +20,8 @@ pub struct TextModel {
     template: Option<Template>,
     /// What stands in its place for conversations with tools, where the model has such a one (`tool_use`).
     template_for_tools: Option<Template>,
+    /// Further special tokens that templates may name (`pad_token`, `unk_token`, …).
+    named_tokens: Map<String, Value>,
     /// Text of the token that begins a sequence, where there is one.
     pub bos: Option<String>,
     /// Text of the token that ends a turn or sequence.
@@ -36,6 +38,7 @@ type Template = Result<ChatTemplate, (String, String)>;
 struct Sources {
     template: Option<String>,
     for_tools: Option<String>,
+    named_tokens: Map<String, Value>,
 }
 
 /// Tokens of a text, each with the bytes it covers.
@@ -51,6 +54,13 @@ pub struct Encoded {
 fn special(config: &Value, key: &str) -> Option<String> {
     let value = config.get(key)?;
     value.as_str().or_else(|| value.get("content")?.as_str()).map(str::to_string)
+}
+
+/// Special tokens by their names in `tokenizer_config.json`, without those that begin and end a sequence.
+fn named_tokens(config: &Value) -> Map<String, Value> {
+    let names = config.as_object().into_iter().flat_map(|fields| fields.keys());
+    let names = names.filter(|name| name.ends_with("_token") && !matches!(name.as_str(), "bos_token" | "eos_token"));
+    names.filter_map(|name| Some((name.clone(), special(config, name)?.into()))).collect()
 }
 
 fn source(template: &Template) -> &str {
@@ -88,6 +98,7 @@ impl TextModel {
         let mut sources = Sources {
             template: file("chat_template.jinja")?,
             for_tools: file("additional_chat_templates/tool_use.jinja")?,
+            named_tokens: named_tokens(&config),
         };
         if sources.template.is_none() {
             match config.get("chat_template") {
@@ -150,14 +161,15 @@ impl TextModel {
         let (bos, eos) = (token("tokenizer.ggml.bos_token_id"), token("tokenizer.ggml.eos_token_id"));
         let text = |key: &str| file.text(key).map(str::to_string);
         let (template, for_tools) = (text("tokenizer.chat_template"), text("tokenizer.chat_template.tool_use"));
-        Self::assemble(tokenizer, Sources { template, for_tools }, bos, eos, Vec::new())
+        Self::assemble(tokenizer, Sources { template, for_tools, ..Default::default() }, bos, eos, Vec::new())
     }
 
     /// Puts another tokenizer in, from a `tokenizer.json`.
     pub fn with_tokenizer_file(self, path: &Path) -> Result<Self> {
         let template = self.template_source().map(str::to_string);
         let for_tools = self.template_for_tools.as_ref().map(|t| source(t).to_string());
-        Self::assemble(Self::tokenizer_file(path)?, Sources { template, for_tools }, self.bos, self.eos, Vec::new())
+        let sources = Sources { template, for_tools, named_tokens: self.named_tokens };
+        Self::assemble(Self::tokenizer_file(path)?, sources, self.bos, self.eos, Vec::new())
     }
 
     fn tokenizer_file(path: &Path) -> Result<Tokenizer> {
@@ -174,12 +186,16 @@ impl TextModel {
         mut eos_ids: Vec<u32>,
     ) -> Result<Self> {
         let (begin, end) = (bos.as_deref().unwrap_or_default(), eos.as_deref().unwrap_or_default());
-        let compile = |text: String| ChatTemplate::new(&text, begin, end).map_err(|e| (text, e.to_string()));
+        let compile = |text: String| match ChatTemplate::new(&text, begin, end) {
+            Ok(template) => Ok(template.with_tokens(sources.named_tokens.clone())),
+            Err(e) => Err((text, e.to_string())),
+        };
         let (template, template_for_tools) = (sources.template.map(compile), sources.for_tools.map(compile));
         eos_ids.extend(eos.as_ref().and_then(|t| tokenizer.token_to_id(t)));
         eos_ids.sort_unstable();
         eos_ids.dedup();
-        Ok(Self { tokenizer, template, template_for_tools, bos, eos, eos_ids })
+        let named_tokens = sources.named_tokens;
+        Ok(Self { tokenizer, template, template_for_tools, named_tokens, bos, eos, eos_ids })
     }
 
     /// The chat template's text, where the model has one.
@@ -246,6 +262,23 @@ impl TextModel {
 mod tests {
     use super::*;
     use serde_json::json;
+
+    /// transformers gives a template every special token under its name.
+    #[test]
+    fn templates_name_special_tokens() {
+        let folder = tempfile::tempdir().unwrap();
+        let golden = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/goldens/tiny-llama/tokenizer.json");
+        std::fs::copy(golden, folder.path().join("tokenizer.json")).unwrap();
+        let template =
+            "{{ bos_token }}{{ pad_token }}{{ unk_token is defined }}{{ image_token }}{{ add_bos_token is defined }}";
+        let config = json!({ "bos_token": "<s>", "pad_token": { "content": "<p>" }, "unk_token": null, "image_token": "<i>", "add_bos_token": true, "chat_template": template });
+        std::fs::write(folder.path().join("tokenizer_config.json"), config.to_string()).unwrap();
+        let render = |text: &TextModel| text.needed_template().unwrap().render(&[], None, false).unwrap();
+        let text = TextModel::from_folder(folder.path()).unwrap();
+        assert_eq!(render(&text), "<s><p>False<i>False");
+        let text = text.with_tokenizer_file(&folder.path().join("tokenizer.json")).unwrap();
+        assert_eq!(render(&text), "<s><p>False<i>False");
+    }
 
     /// Where a model has a template of its own for tools, in each place in which one may stand.
     #[test]
