@@ -11,6 +11,7 @@ pub mod attention;
 pub mod bases;
 pub mod block_affine;
 pub mod blockwise;
+pub mod cpu;
 mod dense;
 pub mod gated;
 pub mod linalg;

@@ -222,6 +222,12 @@ pub fn available() -> bool {
 /// `x Wᵀ` with x (rows, inputs) rounded, for weights of the same inputs; each (rows, outputs). A row's result does not depend on the
 /// others.
 pub(crate) fn products(x: &[f32], inputs: usize, weights: &[&Panels]) -> Vec<Vec<f32>> {
+    products_by(x, inputs, weights, available())
+}
+
+/// As [`products`]; `fast` only where the processor can.
+fn products_by(x: &[f32], inputs: usize, weights: &[&Panels], fast: bool) -> Vec<Vec<f32>> {
+    assert!(!fast || available(), "AVX-512 VNNI is asked for, and not there");
     let rows = x.len() / inputs.max(1);
     let rounded = Rounded::new(x, inputs);
     let mut outs: Vec<Vec<f32>> = weights.iter().map(|w| vec![0f32; rows * w.shape.0]).collect();
@@ -231,8 +237,6 @@ pub(crate) fn products(x: &[f32], inputs: usize, weights: &[&Panels]) -> Vec<Vec
         .enumerate()
         .flat_map(|(i, w)| (0..w.shape.0.div_ceil(PANEL)).step_by(TASK).map(move |panel| (i, panel)))
         .collect();
-    #[cfg(target_arch = "x86_64")]
-    let fast = vnni::available();
     tasks.par_iter().with_max_len(1).for_each(|&(i, panel)| {
         assert!(
             weights[i].shape.1 == inputs && rounded.blocks == weights[i].blocks(),
@@ -331,7 +335,9 @@ mod tests {
         Ok(())
     }
 
-    /// Against the product in f64 with the same weights, within what rounding activations can do; and against the reference form.
+    /// Both forms against the product in f64 with the same weights, within what rounding activations can do; and the fast one, where the
+    /// processor has it, against the reference form. To be seen to fail: `whole` of [`plain`] without the second byte of activations, or
+    /// [`vnni`]'s `second` and `first` the other way round.
     #[test]
     fn products_are_within_the_rounding_of_activations() -> Result<()> {
         for (rows, outputs, inputs) in [(1, 40, 64), (3, 17, 100), (13, 33, 576), (29, 70, 32), (64, 16, 7)] {
@@ -345,11 +351,9 @@ mod tests {
                 weights.push(panels(&FrozenWeight::from_ggml(GgmlDType::Q4_1, &blocks.data()?, (outputs, inputs))?));
             }
             let all: Vec<&Panels> = weights.iter().map(|w| &**w).collect();
-            for (weight, y) in all.iter().zip(products(&x, inputs, &all)) {
-                let mut slow = vec![0f32; rows * outputs];
-                let rounded = Rounded::new(&x, inputs);
-                // SAFETY: as long as the shapes say.
-                unsafe { plain(&rounded, weight, 0..outputs.div_ceil(PANEL), slow.as_mut_ptr()) };
+            let slow = products_by(&x, inputs, &all, false);
+            let fast = available().then(|| products_by(&x, inputs, &all, true));
+            for (i, weight) in all.iter().enumerate() {
                 let mut w = vec![0f32; inputs];
                 for output in 0..outputs {
                     weight.expand(output, 0..inputs, &mut w);
@@ -364,17 +368,23 @@ mod tests {
                                 w.iter().map(|w| f64::from(w.abs() * s) / 255.0).sum::<f64>()
                             })
                             .sum();
-                        let (y, slow) = (y[row * outputs + output], slow[row * outputs + output]);
-                        assert!((f64::from(y) - exact).abs() <= bound + 1e-5, "{y} for {exact}, bound {bound}");
-                        assert!((y - slow).abs() <= 1e-5 * (1.0 + slow.abs()), "{y} for {slow}");
+                        let slow = slow[i][row * outputs + output];
+                        assert!((f64::from(slow) - exact).abs() <= bound + 1e-5, "{slow} for {exact}, bound {bound}");
+                        if let Some(fast) = &fast {
+                            let fast = fast[i][row * outputs + output];
+                            assert!((fast - slow).abs() <= 1e-5 * (1.0 + slow.abs()), "{fast} for {slow}");
+                        }
                     }
                 }
             }
             // A row alone gives the same bits.
-            let together = products(&x, inputs, &all);
-            for row in 0..rows {
-                for (alone, together) in products(&x[row * inputs..][..inputs], inputs, &all).iter().zip(&together) {
-                    assert_eq!(alone[..], together[row * outputs..][..outputs]);
+            for (together, by) in [(Some(&slow), false), (fast.as_ref(), true)] {
+                let Some(together) = together else { continue };
+                for row in 0..rows {
+                    let alone = products_by(&x[row * inputs..][..inputs], inputs, &all, by);
+                    for (alone, together) in alone.iter().zip(together) {
+                        assert_eq!(alone[..], together[row * outputs..][..outputs]);
+                    }
                 }
             }
         }

@@ -12,8 +12,8 @@ pub(crate) fn wide<R>(f: impl FnOnce() -> R) -> R {
         fn avx2<R>(f: impl FnOnce() -> R) -> R {
             f()
         }
-        if is_x86_feature_detected!("avx2") {
-            // SAFETY: the feature was just detected.
+        if crate::cpu::level() >= crate::cpu::Level::Avx2 {
+            // SAFETY: the processor has it.
             return unsafe { avx2(f) };
         }
     }

@@ -85,6 +85,9 @@ fn main() -> ExitCode {
     };
     let cli = Cli::parse_from(arguments);
     common::start_log(cli.global.quiet, cli.global.verbose);
+    if let Err(problem) = lorimer::tensor::cpu::check() {
+        return fail(&anyhow::anyhow!(problem));
+    }
     let result = match cli.verb {
         Verb::Quickstart(v) => v.run(cli.global),
         Verb::Pull(v) => v.run(cli.global),

@@ -10,9 +10,7 @@ const TILE: usize = 12;
 
 /// Whether the processor can.
 pub(super) fn available() -> bool {
-    is_x86_feature_detected!("avx512f")
-        && is_x86_feature_detected!("avx512bw")
-        && is_x86_feature_detected!("avx512vnni")
+    crate::cpu::level() >= crate::cpu::Level::Vnni
 }
 
 /// As [`super::plain`]. Rows are cut into tiles as like each other as can be.

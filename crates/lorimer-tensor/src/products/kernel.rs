@@ -11,6 +11,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::{Product, Right, Term};
+use crate::cpu::{Level, level};
 use crate::raw::Shared;
 use crate::storage::View;
 use crate::wide::sum2;
@@ -52,12 +53,12 @@ thread_local! {
 
 /// Whether the processor can.
 pub(crate) fn available() -> bool {
-    is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma")
+    level() >= Level::Avx2
 }
 
 /// Whether the processor has AVX-512's registers too.
 pub(crate) fn has_512() -> bool {
-    is_x86_feature_detected!("avx512f")
+    level() >= Level::Avx512
 }
 
 /// Computes all the products in one parallel part. Their shapes are checked, and the processor has AVX2 and FMA, and AVX-512 if

@@ -99,7 +99,7 @@ impl Serve {
         }
         if matches!(self.model.dtype, common::DtypeFlag::Int8) && !lorimer::tensor::panels::available() {
             bail!(
-                "--dtype int8 needs a processor with AVX-512 VNNI to be fast, and this one has none; choose another --dtype"
+                "--dtype int8 multiplies with AVX-512 VNNI, which this processor does not have: take --dtype f32, the fastest here, or stored, bf16, f16 or nf4 for less memory"
             );
         }
         let address = http::address(&self.host, self.port).map_err(|e| anyhow!(e))?;
