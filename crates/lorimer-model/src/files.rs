@@ -1,8 +1,10 @@
 //! Reading with bounds and writing whole or not at all.
 
 use std::fs::{self, File};
-use std::io::{Read, Write};
+use std::hash::{BuildHasher, RandomState};
+use std::io::{ErrorKind, Read, Write};
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use crate::error::{Error, Result};
 
@@ -52,19 +54,58 @@ pub fn create_folder(path: &Path) -> Result<()> {
     fs::create_dir_all(path).map_err(Error::io("create", path))
 }
 
-/// Name of the temporary neighbour that a write goes to first.
+/// A name that no other writer has, for the neighbour that a write goes to first. Writers may be threads, processes, or machines that share
+/// a folder and number their processes alike, so the name is drawn at random.
 fn temporary(path: &Path) -> PathBuf {
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    parent(path).join(format!(".{name}.{}.tmp", std::process::id()))
+    let name: String = path.file_name().unwrap_or_default().to_string_lossy().chars().take(50).collect();
+    // Each state has keys of its own.
+    let number = RandomState::new().hash_one((std::process::id(), SystemTime::now()));
+    parent(path).join(format!(".{name}.{number:016x}.tmp"))
+}
+
+/// Makes a temporary neighbour with `make`, and holds a lock on it by which [`remove_leftovers`] sees that somebody writes it.
+fn make_temporary(
+    path: &Path,
+    make: impl Fn(&Path) -> std::io::Result<()>,
+) -> Result<(PathBuf, std::io::Result<File>)> {
+    create_folder(parent(path))?;
+    loop {
+        let temporary = temporary(path);
+        match make(&temporary) {
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => continue,
+            Err(error) => return Err(Error::io("write", &temporary)(error)),
+            Ok(()) => {}
+        }
+        // Where there are no locks, leftovers are not removed either.
+        let file = open_to_lock(&temporary);
+        if let Ok(file) = &file {
+            let _ = file.lock();
+        }
+        // It may have been taken for a leftover before it was locked.
+        if temporary.exists() {
+            return Ok((temporary, file));
+        }
+    }
+}
+
+/// Fails where nothing can be written into a folder, which is found by doing it.
+pub fn check_writable(folder: &Path) -> Result<()> {
+    let (temporary, _lock) =
+        make_temporary(&folder.join("writable"), |temporary| File::create_new(temporary).map(drop))?;
+    fs::remove_file(&temporary).map_err(Error::io("remove", &temporary))
+}
+
+/// Opens a file or folder for a lock. Fails for folders on Windows, which cannot open them.
+fn open_to_lock(path: &Path) -> std::io::Result<File> {
+    File::options().read(true).write(!path.is_dir()).open(path)
 }
 
 /// Writes a file so that a reader sees the old content or the new, never a part: temporary file in the same
-/// folder, fsync, rename, fsync of the folder.
+/// folder, fsync, rename, fsync of the folder. Of several writers the last to end wins.
 pub fn write_atomic_with(path: &Path, fill: impl FnOnce(&mut File) -> Result<()>) -> Result<()> {
-    create_folder(parent(path))?;
-    let temporary = temporary(path);
+    let (temporary, file) = make_temporary(path, |temporary| File::create_new(temporary).map(drop))?;
     let write = || -> Result<()> {
-        let mut file = File::create(&temporary).map_err(Error::io("write", &temporary))?;
+        let mut file = file.map_err(Error::io("write", &temporary))?;
         fill(&mut file)?;
         file.sync_all().map_err(Error::io("sync", &temporary))?;
         fs::rename(&temporary, path).map_err(Error::io("rename to", path))
@@ -89,11 +130,8 @@ pub fn write_json(path: &Path, value: &impl serde::Serialize) -> Result<()> {
 
 /// Fills a new folder and gives it its name only when it is whole. `path` must not exist.
 pub fn write_folder_atomic(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
-    let temporary = temporary(path);
-    if temporary.exists() {
-        fs::remove_dir_all(&temporary).map_err(Error::io("remove", &temporary))?;
-    }
-    create_folder(&temporary)?;
+    // Held until the folder has its name.
+    let (temporary, _lock) = make_temporary(path, |temporary| fs::create_dir(temporary))?;
     let write = || -> Result<()> {
         fill(&temporary)?;
         sync_folder(&temporary)?;
@@ -105,16 +143,35 @@ pub fn write_folder_atomic(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) 
     sync_folder(parent(path))
 }
 
-/// Removes what interrupted writes left in a folder (`.<name>.<pid>.tmp`).
+/// Removes a folder: first it gets a name that nobody looks at, so that a kill in between leaves no half one.
+pub fn remove_folder(path: &Path) -> Result<()> {
+    let away = temporary(path);
+    fs::rename(path, &away).map_err(Error::io("remove", path))?;
+    fs::remove_dir_all(&away).map_err(Error::io("remove", &away))
+}
+
+/// Removes what interrupted writes left in a folder (`.<name>.<number>.tmp`), and nothing that somebody is writing.
 pub fn remove_leftovers(folder: &Path) {
     let Ok(entries) = fs::read_dir(folder) else { return };
     for entry in entries.flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
-        if name.starts_with('.') && name.ends_with(".tmp") {
-            let _ = match entry.file_type() {
-                Ok(t) if t.is_dir() => fs::remove_dir_all(entry.path()),
-                _ => fs::remove_file(entry.path()),
-            };
+        let Ok(kind) = entry.file_type() else { continue };
+        if !(name.starts_with('.') && name.ends_with(".tmp")) {
+            continue;
+        }
+        let removed = match kind.is_dir() || kind.is_file() {
+            // Held until it is gone.
+            true => match open_to_lock(&entry.path()) {
+                Ok(file) if file.try_lock().is_ok() => match kind.is_dir() {
+                    true => fs::remove_dir_all(entry.path()),
+                    false => fs::remove_file(entry.path()),
+                },
+                _ => continue,
+            },
+            false => fs::remove_file(entry.path()),
+        };
+        if let Err(error) = removed {
+            tracing::debug!("`{}` is left over and was not removed: {error}", entry.path().display());
         }
     }
 }
@@ -145,6 +202,55 @@ mod tests {
         assert!(failed.is_err());
         assert_eq!(fs::read(&path).unwrap(), b"old");
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    /// Threads stand for processes and machines here. To be seen to fail: a temporary name out of the file's name and the process's number.
+    #[test]
+    fn two_writers_of_one_file_do_not_meet() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a");
+        let both_write = std::sync::Barrier::new(2);
+        std::thread::scope(|scope| {
+            let threads = [b'a', b'b'].map(|letter| {
+                let (path, both_write) = (&path, &both_write);
+                scope.spawn(move || {
+                    write_atomic_with(path, |file| {
+                        file.write_all(&[letter; 1000]).unwrap();
+                        both_write.wait();
+                        // What another has begun is no leftover.
+                        remove_leftovers(parent(path));
+                        both_write.wait();
+                        file.write_all(&[letter; 1000]).map_err(Error::io("write", path))
+                    })
+                })
+            });
+            threads.into_iter().for_each(|thread| thread.join().unwrap().unwrap());
+        });
+        let bytes = fs::read(&path).unwrap();
+        assert!(bytes.len() == 2000 && bytes.iter().all(|b| *b == bytes[0]));
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn leftovers_go_and_what_is_being_written_stays() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        fs::write(at(".a.0123.tmp"), b"half").unwrap();
+        fs::create_dir(at(".b.0123.tmp")).unwrap();
+        fs::write(at(".b.0123.tmp/file"), b"half").unwrap();
+        fs::write(at("kept"), b"whole").unwrap();
+        write_folder_atomic(&at("c"), |temporary| {
+            remove_leftovers(folder.path());
+            assert!(temporary.is_dir());
+            write_atomic(&temporary.join("file"), b"whole")
+        })
+        .unwrap();
+        remove_folder(&at("c")).unwrap();
+        let mut left: Vec<_> = fs::read_dir(folder.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+        left.sort();
+        assert_eq!(left, ["kept"]);
+        // A name of the longest that a folder takes still has room for a temporary one.
+        write_atomic(&at(&"x".repeat(255)), b"whole").unwrap();
     }
 
     #[test]

@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use candle_core::Tensor;
 use lorimer_adapter::store::safetensors_bytes;
 use lorimer_model::files::{
-    MAX_JSON_BYTES, read_bounded, read_json, remove_leftovers, write_atomic, write_folder_atomic, write_json,
+    MAX_JSON_BYTES, read_bounded, read_json, remove_folder, remove_leftovers, write_atomic, write_folder_atomic,
+    write_json,
 };
 use lorimer_model::weights::{SafetensorsFile, hex};
 use serde::{Deserialize, Serialize};
@@ -46,22 +47,13 @@ const FILES: [&str; 4] = ["parameters.safetensors", "optimizer.safetensors", "be
 const MANIFEST: &str = "manifest.json";
 const PREFIX: &str = "checkpoint-";
 
-/// Removes a checkpoint: under a name that no resumption looks at, so that a kill in between leaves no half one.
-fn remove(path: &Path) -> Result<()> {
-    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let away = path.with_file_name(format!(".{name}.removed.tmp"));
-    fs::rename(path, &away).map_err(lorimer_model::Error::io("remove", path))?;
-    fs::remove_dir_all(&away).map_err(lorimer_model::Error::io("remove", &away))?;
-    Ok(())
-}
-
 impl Checkpoint {
     /// Writes `checkpoint-<step>` into the run's folder and then removes those of later steps, from which this run did not go on because they are damaged,
     /// and the oldest above `keep`.
     pub fn write(&self, run: &Path, keep: usize) -> Result<PathBuf> {
         let path = run.join(format!("{PREFIX}{}", self.state.step));
         if path.exists() && Self::read(&path).is_err() {
-            remove(&path)?;
+            remove_folder(&path)?;
         }
         if !path.exists() {
             let pieces = [
@@ -82,11 +74,11 @@ impl Checkpoint {
         let (mut all, later): (Vec<_>, Vec<_>) =
             Self::list(run)?.into_iter().partition(|(step, _)| *step <= self.state.step);
         for (_, path) in later {
-            remove(&path)?;
+            remove_folder(&path)?;
         }
         while all.len() > keep.max(1) {
             let (_, oldest) = all.remove(0);
-            remove(&oldest)?;
+            remove_folder(&oldest)?;
         }
         Ok(path)
     }
@@ -128,7 +120,7 @@ impl Checkpoint {
     /// Removes all checkpoints of a run.
     pub fn clear(run: &Path) -> Result<()> {
         for (_, path) in Self::list(run)? {
-            remove(&path)?;
+            remove_folder(&path)?;
         }
         Ok(())
     }
