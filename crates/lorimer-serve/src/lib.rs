@@ -11,6 +11,7 @@ pub mod http;
 pub mod mirror;
 pub mod pool;
 pub mod prefix;
+pub mod registry;
 pub mod replay;
 pub mod residency;
 pub mod residents;

@@ -2,40 +2,102 @@
 //!
 //! An adapter is what lies below PREFIX/NAME/ with an `adapter_config.json`. Its files are fetched when it is first asked for, into a folder
 //! named after their entity tags, and again when those change; what was fetched survives the process. Only the few files that an adapter
-//! has are fetched, up to the bound on files. While the store does not answer, what is there is served.
+//! has are fetched, up to the bound on files.
+//!
+//! Nobody waits for the store who can do without: what was looked at within [`KNOWN`] is used as it is, and looked at again beside the
+//! request. While the store does not answer, what is here is served, and it is asked again after a second, two, four … up to a minute.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use futures_util::{StreamExt, TryStreamExt};
 use lorimer_adapter::store::{CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE};
-use lorimer_model::files::{create_folder, write_atomic};
+use lorimer_model::files::{check_writable, create_folder, write_atomic, write_json};
+use object_store::aws::AmazonS3Builder;
 use object_store::path::Path as Key;
-use object_store::{GetOptions, ObjectMeta, ObjectStore, ObjectStoreExt};
+use object_store::{
+    ClientOptions, Error, GetOptions, ObjectMeta, ObjectStore, ObjectStoreExt, ObjectStoreScheme, PutMode, PutOptions,
+    PutPayload, RetryConfig, UpdateVersion,
+};
 use sha2::{Digest, Sha256};
 use url::Url;
 
+use crate::registry::{self, REGISTRY_FILE, Registry, Written};
 use crate::store::{Code, StoreError, check_name};
 
 /// For how long an adapter is taken to be what it was when last looked at.
 pub const FRESH: Duration = Duration::from_secs(2);
-/// How long the store has to answer.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// For how long after the last look an adapter is used while it is looked at again.
+pub const KNOWN: Duration = Duration::from_secs(60);
+/// How often names that other servers gave are asked for.
+pub const NAMES: Duration = Duration::from_secs(5);
+/// How long the store has to begin an answer, and between two parts of one.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// Times that it is asked.
+const TRIES: usize = 3;
+/// How long the store has at start, and to tell of an adapter that is here already.
+const SHORT: Duration = Duration::from_secs(10);
+/// How long fetching an adapter may take.
+const LONG: Duration = Duration::from_secs(60);
+/// Failures in a row from which on the store is taken not to answer.
+const FAILURES: u32 = 3;
+/// Longest time until a store that does not answer is asked again.
+const MOST_WAIT: Duration = Duration::from_secs(60);
+/// Times that names are written again because another server came before.
+const CONFLICTS: usize = 20;
+/// That there was no answer.
+const LATE: &str = "the object store does not answer in time";
 /// Largest configuration and manifest.
 const MAX_TEXT: u64 = 16 << 20;
 
 /// An object store and the folder that mirrors it.
 pub struct Mirror {
+    shared: Arc<Shared>,
+    /// There until the end.
+    runtime: Option<tokio::runtime::Runtime>,
+}
+
+/// What the threads that fetch have too.
+struct Shared {
     store: Box<dyn ObjectStore>,
     prefix: Key,
     root: PathBuf,
+    /// The folder that the URL names, if it is one of this machine: its names change under a lock.
+    local: Option<PathBuf>,
     max_file_bytes: u64,
-    /// There until the end.
-    runtime: Option<tokio::runtime::Runtime>,
-    /// Where adapters were found, and when.
-    looked: Mutex<HashMap<PathBuf, (Instant, PathBuf)>>,
+    /// Where adapters were found.
+    looked: Mutex<HashMap<PathBuf, Looked>>,
+    outage: Mutex<Outage>,
+    news: Mutex<News>,
+    any_news: AtomicBool,
+}
+
+/// Where an adapter was found.
+struct Looked {
+    when: Instant,
+    folder: PathBuf,
+    /// Whether somebody looks again.
+    again: bool,
+}
+
+/// Whether the store answers.
+#[derive(Default)]
+struct Outage {
+    failures: u32,
+    until: Option<Instant>,
+    problem: String,
+}
+
+/// What was learnt beside requests and nobody has taken up yet.
+#[derive(Default)]
+struct News {
+    registry: Option<Registry>,
+    listing: Option<Vec<String>>,
+    /// Of the registry that was read last.
+    tag: Option<String>,
 }
 
 impl Drop for Mirror {
@@ -51,14 +113,51 @@ fn failed(message: impl Into<String>) -> StoreError {
     StoreError { code: Code::StoreFailed, message: message.into() }
 }
 
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Whether a failure is the store's answer, and not that there is none.
+fn is_answer(error: &Error) -> bool {
+    matches!(
+        error,
+        Error::NotFound { .. }
+            | Error::InvalidPath { .. }
+            | Error::AlreadyExists { .. }
+            | Error::Precondition { .. }
+            | Error::NotModified { .. }
+            | Error::NotImplemented { .. }
+            | Error::NotSupported { .. }
+            | Error::PermissionDenied { .. }
+            | Error::Unauthenticated { .. }
+    )
+}
+
+/// The store at a URL. Of the environment only `AWS_…` counts: other names are other programs'.
+fn open_store(url: &Url, address: &str) -> object_store::Result<(Box<dyn ObjectStore>, Key)> {
+    let (scheme, prefix) = ObjectStoreScheme::parse(url)?;
+    if scheme != ObjectStoreScheme::AmazonS3 {
+        return object_store::parse_url_opts(url, None::<(String, String)>);
+    }
+    // A body may take as long as it comes.
+    let client = ClientOptions::new().with_connect_timeout(PATIENCE).with_timeout_disabled();
+    let retry = RetryConfig { max_retries: 2, retry_timeout: 2 * PATIENCE, ..Default::default() };
+    let builder = AmazonS3Builder::new().with_url(address).with_client_options(client).with_retry(retry);
+    let variables = std::env::vars_os().filter_map(|(name, value)| {
+        let name = name.to_str()?.strip_prefix("AWS_")?.to_ascii_lowercase();
+        Some((format!("aws_{name}").parse().ok()?, value.to_str()?.to_string()))
+    });
+    let builder = variables.fold(builder, |builder, (key, value)| builder.with_config(key, value));
+    Ok((Box::new(builder.build()?), Key::parse(prefix)?))
+}
+
 impl Mirror {
     /// The store at a URL (`s3://bucket/prefix`), set up from the environment (`AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_REGION`,
     /// `AWS_ENDPOINT`, `AWS_ALLOW_HTTP` …), mirrored below `root`.
     pub fn open(address: &str, root: &Path, max_file_bytes: u64) -> Result<Self, StoreError> {
         let url = Url::parse(address).map_err(|e| failed(format!("`{address}` is no URL: {e}")))?;
-        let options = std::env::vars().map(|(name, value)| (name.to_ascii_lowercase(), value));
-        let (store, prefix) = object_store::parse_url_opts(&url, options)
-            .map_err(|e| failed(format!("`{address}` cannot be opened: {e}")))?;
+        let (store, prefix) =
+            open_store(&url, address).map_err(|e| failed(format!("`{address}` cannot be opened: {e}")))?;
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
             .thread_name("mirror")
@@ -67,99 +166,435 @@ impl Mirror {
             .map_err(|e| failed(format!("the threads that fetch adapters cannot be started: {e}")))?;
         create_folder(root).map_err(|e| failed(e.to_string()))?;
         let root = root.canonicalize().map_err(|e| failed(format!("`{}`: {e}", root.display())))?;
-        Ok(Self { store, prefix, root, max_file_bytes, runtime: Some(runtime), looked: Mutex::default() })
+        if let Err(problem) = check_writable(&root) {
+            tracing::warn!("only adapters that were fetched before can be served, since {problem}");
+        }
+        let shared = Shared {
+            store,
+            prefix,
+            root,
+            local: (url.scheme() == "file").then(|| url.to_file_path().ok()).flatten(),
+            max_file_bytes,
+            looked: Mutex::default(),
+            outage: Mutex::default(),
+            news: Mutex::default(),
+            any_news: AtomicBool::new(false),
+        };
+        Ok(Self { shared: Arc::new(shared), runtime: Some(runtime) })
     }
 
     /// The folder that mirrors.
     pub fn root(&self) -> &Path {
-        &self.root
+        &self.shared.root
     }
 
-    fn patiently<T>(&self, what: impl Future<Output = object_store::Result<T>>) -> Result<T, StoreError> {
+    /// Why the store is taken not to answer, if it is.
+    pub fn problem(&self) -> Option<String> {
+        let outage = lock(&self.shared.outage);
+        (outage.failures >= FAILURES).then(|| outage.problem.clone())
+    }
+
+    fn wait<T>(&self, longest: Duration, what: impl Future<Output = Result<T, StoreError>>) -> Result<T, StoreError> {
         let runtime = self.runtime.as_ref().ok_or_else(|| failed("the object store is closed"))?;
-        let timed = runtime.block_on(async { tokio::time::timeout(PATIENCE, what).await });
-        let answer = timed.map_err(|_| failed("the object store does not answer"))?;
-        answer.map_err(|e| failed(format!("the object store: {e}")))
+        let timed = runtime.block_on(async { tokio::time::timeout(longest, what).await });
+        timed.unwrap_or_else(|_| {
+            self.shared.failing(LATE);
+            Err(failed(LATE))
+        })
     }
 
-    /// Names of the adapters below the prefix, `most` at most; none, with a warning, where keys are there that are no paths.
-    pub fn list(&self, most: usize) -> Result<Vec<String>, StoreError> {
-        let objects = self.store.list(Some(&self.prefix));
-        let name = |meta: ObjectMeta| {
-            let parts: Vec<String> =
-                meta.location.prefix_match(&self.prefix)?.map(|p| p.as_ref().to_string()).collect();
-            let (file, folder) = parts.split_last()?;
-            Some(folder.join("/")).filter(|name| file == CONFIG_FILE && check_name(name).is_ok())
-        };
-        let names = objects.try_filter_map(|meta| std::future::ready(Ok(name(meta)))).take(most + 1);
-        let names: Vec<String> = self.patiently(async {
-            match names.try_collect().await {
-                Err(error @ object_store::Error::InvalidPath { .. }) => {
-                    tracing::warn!(
-                        "adapters are found when they are asked for, since the store cannot be listed: {error}"
-                    );
-                    Ok(Vec::new())
-                }
-                other => other,
+    /// Names of the adapters in the store, `most` at most, and the names that servers gave; from then on those are asked for every [`NAMES`].
+    /// Where the store does not answer, what was here last, and both once it does. Fails where it answers that it may not be read.
+    pub fn begin(&self, most: usize) -> Result<(Vec<String>, Registry), StoreError> {
+        let first = self.wait(SHORT, async {
+            let listing = self.shared.list(most).await?;
+            let registry = self.shared.registry().await?.map(|(registry, _)| registry);
+            Ok((listing, registry.unwrap_or_default()))
+        });
+        let (found, listed) = match first {
+            Ok(found) => (found, true),
+            // It answers, and not with adapters.
+            Err(error) if lock(&self.shared.outage).failures == 0 => return Err(error),
+            Err(error) => {
+                tracing::warn!("{error}; what was fetched before is served, and the store asked again");
+                lock(&self.shared.outage).failures = FAILURES;
+                ((self.shared.here(), registry::read(&self.shared.root)?), false)
             }
-        })?;
-        if names.len() > most {
-            let message = format!("more than {most} adapters in the object store");
-            return Err(StoreError { code: Code::LimitExceeded, message });
+        };
+        if let Some(runtime) = &self.runtime {
+            runtime.spawn(self.shared.clone().watch(listed, most));
         }
-        Ok(names)
+        Ok(found)
     }
 
-    /// The folder of an adapter that was looked at a moment ago.
+    /// Names and listing that came beside requests.
+    pub fn news(&self) -> Option<(Option<Registry>, Option<Vec<String>>)> {
+        if !self.shared.any_news.swap(false, Ordering::Relaxed) {
+            return None;
+        }
+        let mut news = lock(&self.shared.news);
+        Some((news.registry.take(), news.listing.take()))
+    }
+
+    /// Changes the names in the store: to what stands there, if no other server's change comes between, else once more.
+    pub(crate) fn change(
+        &self,
+        mut decide: impl FnMut(&mut Registry) -> Result<(), StoreError>,
+    ) -> Result<(Registry, Written), StoreError> {
+        if let Some(folder) = &self.shared.local {
+            return registry::change(folder, decide);
+        }
+        self.wait(LONG, async {
+            for attempt in 0..CONFLICTS {
+                let (before, version) = match self.shared.registry().await? {
+                    Some((registry, version)) => (registry, Some(version)),
+                    None => (Registry::default(), None),
+                };
+                let mut registry = before.clone();
+                decide(&mut registry)?;
+                let bytes = serde_json::to_vec_pretty(&registry).map_err(|e| failed(e.to_string()))?;
+                let mode = version.map_or(PutMode::Create, PutMode::Update);
+                let (key, options) = (self.shared.registry_key(), PutOptions::from(mode));
+                let put = self.shared.store.put_opts(&key, PutPayload::from(bytes), options);
+                let written = tokio::time::timeout(SHORT, put).await;
+                match written.map_err(|_| failed(LATE))? {
+                    Ok(_) => {
+                        self.shared.keep(&registry);
+                        return Ok((registry, Written::Kept));
+                    }
+                    Err(Error::AlreadyExists { .. } | Error::Precondition { .. }) => {
+                        let pause = 5 * (attempt as u64 + 1) + u64::from(std::process::id() % 7);
+                        tokio::time::sleep(Duration::from_millis(pause)).await;
+                    }
+                    Err(
+                        error @ (Error::PermissionDenied { .. }
+                        | Error::Unauthenticated { .. }
+                        | Error::NotImplemented { .. }
+                        | Error::NotSupported { .. }),
+                    ) => return Ok((before, Written::NotKept(first_line(&error)))),
+                    Err(error) => return Err(self.shared.unanswered(&error)),
+                }
+            }
+            Err(failed("other servers change the names of adapters all the time; ask again"))
+        })
+    }
+
+    /// The folder of an adapter that was looked at within [`KNOWN`]; beyond [`FRESH`] it is looked at again beside this.
     pub fn current(&self, path: &Path) -> Option<PathBuf> {
-        let looked = self.looked.lock().unwrap_or_else(PoisonError::into_inner);
-        let (when, folder) = looked.get(path)?;
-        (when.elapsed() < FRESH).then(|| folder.clone())
+        let mut looked = lock(&self.shared.looked);
+        let found = looked.get_mut(path)?;
+        let age = found.when.elapsed();
+        if age >= KNOWN {
+            return None;
+        }
+        if age >= FRESH
+            && !std::mem::replace(&mut found.again, true)
+            && let Some(runtime) = &self.runtime
+        {
+            let (shared, path) = (self.shared.clone(), path.to_path_buf());
+            runtime.spawn(async move {
+                // Failures are noted where they are met; what was there stays.
+                let _ = shared.look_and_note(&path).await;
+            });
+        }
+        Some(found.folder.clone())
     }
 
-    /// The folder below [`Self::root`] with what the store has for an adapter now, fetched where it is not there; None if the store has none.
+    /// The folder below [`Self::root`] with what the store has for an adapter, fetched where it is not there; None if the store has none.
     pub fn fetch(&self, path: &Path) -> Result<Option<PathBuf>, StoreError> {
         if let Some(folder) = self.current(path) {
             return Ok(Some(folder));
         }
         let name = path.to_string_lossy();
         check_name(&name)?;
-        let found = match self.look(&name) {
-            Err(error) if error.code == Code::StoreFailed => {
-                // What is here still serves.
-                let looked = self.looked.lock().unwrap_or_else(PoisonError::into_inner);
-                let before = looked.get(path).map(|(_, folder)| folder.clone());
-                let kept = before.or_else(|| self.kept(&name)).ok_or(error)?;
-                tracing::warn!("the object store does not answer; `{name}` is served as it was fetched before");
-                Some(kept)
+        let here = lock(&self.shared.looked).get(path).map(|l| l.folder.clone()).or_else(|| self.shared.kept(&name));
+        let longest = if here.is_some() { SHORT } else { LONG };
+        match (self.wait(longest, self.shared.look_and_note(path)), here) {
+            (Err(error), Some(here)) if error.code == Code::StoreFailed => {
+                tracing::warn!("{error}; `{name}` is served as it was fetched before");
+                self.shared.note(path, Some(&here));
+                Ok(Some(here))
             }
-            other => other?,
-        };
-        let mut looked = self.looked.lock().unwrap_or_else(PoisonError::into_inner);
-        match &found {
-            Some(folder) => _ = looked.insert(path.to_path_buf(), (Instant::now(), folder.clone())),
-            None => _ = looked.remove(path),
+            (found, _) => found,
         }
-        Ok(found)
+    }
+
+    /// As [`Self::fetch`], of now: fails where the store does not answer.
+    pub fn fetch_now(&self, path: &Path) -> Result<Option<PathBuf>, StoreError> {
+        check_name(&path.to_string_lossy())?;
+        self.wait(LONG, self.shared.look_and_note(path))
+    }
+}
+
+fn first_line(error: &Error) -> String {
+    error.to_string().lines().next().unwrap_or_default().to_string()
+}
+
+impl Shared {
+    /// Asks the store, several times if it does not answer. An answer, or an error that is one.
+    async fn ask<T, F>(&self, what: impl Fn() -> F) -> Result<object_store::Result<T>, StoreError>
+    where
+        F: Future<Output = object_store::Result<T>>,
+    {
+        let (until, problem) = {
+            let outage = lock(&self.outage);
+            (outage.until, outage.problem.clone())
+        };
+        if let Some(rest) = until.and_then(|until| until.checked_duration_since(Instant::now())) {
+            return Err(failed(format!("{problem}; it is asked again in {} s", rest.as_secs() + 1)));
+        }
+        let mut last = failed(LATE);
+        for _ in 0..TRIES {
+            match tokio::time::timeout(PATIENCE, what()).await {
+                Ok(answer) if answer.as_ref().err().is_none_or(is_answer) => {
+                    self.answered();
+                    return Ok(answer);
+                }
+                Ok(Err(error)) => last = failed(format!("the object store does not answer: {}", first_line(&error))),
+                _ => last = failed(LATE),
+            }
+        }
+        self.failing(&last.message);
+        Err(last)
+    }
+
+    fn answered(&self) {
+        let before = std::mem::take(&mut *lock(&self.outage));
+        if before.failures >= FAILURES {
+            tracing::info!("the object store answers again");
+        }
+    }
+
+    fn failing(&self, problem: &str) {
+        let mut outage = lock(&self.outage);
+        outage.failures = outage.failures.saturating_add(1);
+        outage.problem = problem.to_string();
+        if outage.failures >= FAILURES {
+            outage.until = Some(Instant::now() + wait_after(outage.failures - FAILURES));
+        }
+        if outage.failures == FAILURES {
+            tracing::warn!("{problem}; what was fetched before is served");
+        }
+    }
+
+    /// An error of the store that was not to be expected.
+    fn unanswered(&self, error: &Error) -> StoreError {
+        failed(format!("the object store: {}", first_line(error)))
+    }
+
+    fn registry_key(&self) -> Key {
+        self.prefix.clone().join(REGISTRY_FILE)
+    }
+
+    /// Names that servers gave, and their version; None where there are none.
+    async fn registry(&self) -> Result<Option<(Registry, UpdateVersion)>, StoreError> {
+        let key = self.registry_key();
+        let got = self.ask(|| self.store.get(&key)).await?;
+        let got = match got {
+            Err(Error::NotFound { .. }) => return Ok(None),
+            other => other.map_err(|e| self.unanswered(&e))?,
+        };
+        let version = UpdateVersion { e_tag: got.meta.e_tag.clone(), version: got.meta.version.clone() };
+        let meta = got.meta.clone();
+        let bytes = self.body(got, &meta, REGISTRY_FILE, registry::MAX_BYTES).await?;
+        let registry = Registry::parse(&bytes)?;
+        lock(&self.news).tag = meta.e_tag;
+        self.keep(&registry);
+        Ok(Some((registry, version)))
+    }
+
+    /// Keeps names here for a start without the store.
+    fn keep(&self, registry: &Registry) {
+        if let Err(problem) = write_json(&self.root.join(REGISTRY_FILE), registry) {
+            tracing::debug!("names of adapters are not kept here: {problem}");
+        }
+    }
+
+    /// The bytes of an object, as many as its metadata says and `bound` at most.
+    async fn body(
+        &self,
+        got: object_store::GetResult,
+        meta: &ObjectMeta,
+        shown: &str,
+        bound: u64,
+    ) -> Result<Vec<u8>, StoreError> {
+        if meta.size > bound {
+            let message = format!("`{shown}` has {} bytes, at most {bound} are read", meta.size);
+            return Err(StoreError { code: Code::LimitExceeded, message });
+        }
+        let mut parts = got.into_stream();
+        let mut bytes = Vec::new();
+        while let Some(part) = tokio::time::timeout(PATIENCE, parts.next()).await.transpose() {
+            let part = part.map_err(|_| failed(format!("`{shown}` does not come from the object store in time")))?;
+            bytes.extend_from_slice(&part.map_err(|e| self.unanswered(&e))?);
+            if bytes.len() as u64 > meta.size {
+                break;
+            }
+        }
+        match bytes.len() as u64 == meta.size {
+            true => Ok(bytes),
+            false => Err(failed(format!("`{shown}` changed while it was fetched; ask again"))),
+        }
+    }
+
+    /// Names of the adapters below the prefix, `most` at most; none, with a warning, where keys are there that are no paths.
+    async fn list(&self, most: usize) -> Result<Vec<String>, StoreError> {
+        let name = |meta: ObjectMeta| {
+            let parts: Vec<String> =
+                meta.location.prefix_match(&self.prefix)?.map(|p| p.as_ref().to_string()).collect();
+            let (file, folder) = parts.split_last()?;
+            Some(folder.join("/")).filter(|name| file == CONFIG_FILE && check_name(name).is_ok())
+        };
+        let mut objects = self.store.list(Some(&self.prefix));
+        let mut names = Vec::new();
+        loop {
+            // A listing is not begun anew: it may have many pages.
+            let next = tokio::time::timeout(PATIENCE, objects.try_next()).await;
+            match next {
+                Ok(Ok(Some(meta))) => names.extend(name(meta)),
+                Ok(Ok(None)) => break,
+                Ok(Err(error @ Error::InvalidPath { .. })) => {
+                    tracing::warn!(
+                        "adapters are found when they are asked for, since the store cannot be listed: {error}"
+                    );
+                    return Ok(Vec::new());
+                }
+                Ok(Err(error)) if is_answer(&error) => return Err(self.unanswered(&error)),
+                Ok(Err(error)) => {
+                    let problem = format!("the object store does not answer: {}", first_line(&error));
+                    self.failing(&problem);
+                    return Err(failed(problem));
+                }
+                Err(_) => {
+                    self.failing(LATE);
+                    return Err(failed(LATE));
+                }
+            }
+            if names.len() > most {
+                let message = format!("more than {most} adapters in the object store");
+                return Err(StoreError { code: Code::LimitExceeded, message });
+            }
+        }
+        self.answered();
+        Ok(names)
+    }
+
+    /// Asks for names every now and then, and for the listing until it came once.
+    async fn watch(self: Arc<Self>, mut listed: bool, most: usize) {
+        let mut failures = 0;
+        loop {
+            tokio::time::sleep(if failures == 0 && listed { NAMES } else { wait_after(failures) }).await;
+            // Whatever others met: this is who asks again.
+            lock(&self.outage).until = None;
+            let asked = async {
+                if !listed {
+                    let names = self.list(most).await?;
+                    lock(&self.news).listing = Some(names);
+                    listed = true;
+                    self.any_news.store(true, Ordering::Relaxed);
+                }
+                self.look_for_names().await
+            };
+            match asked.await {
+                Ok(()) => failures = 0,
+                Err(error) => {
+                    failures += 1;
+                    tracing::debug!("{error}");
+                    let mut outage = lock(&self.outage);
+                    if outage.failures >= FAILURES {
+                        outage.until = Some(Instant::now() + wait_after(failures));
+                    }
+                }
+            }
+        }
+    }
+
+    async fn look_for_names(&self) -> Result<(), StoreError> {
+        let (key, tag) = (self.registry_key(), lock(&self.news).tag.clone());
+        let head = self.ask(|| self.store.head(&key)).await?;
+        let found = match head {
+            Err(Error::NotFound { .. }) => None,
+            other => Some(other.map_err(|e| self.unanswered(&e))?),
+        };
+        if found.as_ref().is_none_or(|meta| meta.e_tag.is_some() && meta.e_tag == tag) {
+            return Ok(());
+        }
+        if let Some((registry, _)) = self.registry().await? {
+            lock(&self.news).registry = Some(registry);
+            self.any_news.store(true, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    /// Names of the adapters that were fetched before.
+    fn here(&self) -> Vec<String> {
+        let (mut names, mut folders) = (Vec::new(), vec![self.root.clone()]);
+        while let Some(folder) = folders.pop() {
+            for entry in std::fs::read_dir(&folder).into_iter().flatten().flatten() {
+                let name = entry.file_name().to_string_lossy().into_owned();
+                if !entry.file_type().is_ok_and(|t| t.is_dir()) {
+                    continue;
+                }
+                if !name.starts_with('@') {
+                    folders.push(entry.path());
+                } else if let Ok(below) = folder.strip_prefix(&self.root)
+                    && entry.path().join(CONFIG_FILE).is_file()
+                {
+                    names.push(
+                        below.components().map(|c| c.as_os_str().to_string_lossy()).collect::<Vec<_>>().join("/"),
+                    );
+                }
+            }
+        }
+        names.retain(|name| check_name(name).is_ok());
+        names
     }
 
     /// What was fetched of an adapter last, if anything.
     fn kept(&self, name: &str) -> Option<PathBuf> {
         let entries = std::fs::read_dir(self.root.join(name)).ok()?.flatten();
-        let versions = entries.filter(|e| e.file_name().to_string_lossy().starts_with('@'));
-        versions.max_by_key(|e| e.metadata().and_then(|m| m.modified()).ok()).map(|e| e.path())
+        let whole = |e: &std::fs::DirEntry| {
+            e.file_name().to_string_lossy().starts_with('@') && e.path().join(CONFIG_FILE).is_file()
+        };
+        entries.filter(whole).max_by_key(|e| e.metadata().and_then(|m| m.modified()).ok()).map(|e| e.path())
     }
 
-    fn look(&self, name: &str) -> Result<Option<PathBuf>, StoreError> {
-        let mut metas = Vec::new();
-        for file in [CONFIG_FILE, WEIGHTS_FILE, MANIFEST_FILE] {
-            let key = name.split('/').chain([file]).fold(self.prefix.clone(), |key, part| key.join(part));
-            let meta = self.patiently(async {
-                match self.store.head(&key).await {
-                    Err(object_store::Error::NotFound { .. }) => Ok(None),
-                    other => other.map(Some),
+    fn note(&self, path: &Path, found: Option<&Path>) {
+        let mut looked = lock(&self.looked);
+        match found {
+            Some(folder) => {
+                let new = Looked { when: Instant::now(), folder: folder.to_path_buf(), again: false };
+                looked.insert(path.to_path_buf(), new);
+            }
+            None => _ = looked.remove(path),
+        }
+    }
+
+    async fn look_and_note(&self, path: &Path) -> Result<Option<PathBuf>, StoreError> {
+        let found = self.look(&path.to_string_lossy()).await;
+        match &found {
+            Ok(found) => self.note(path, found.as_deref()),
+            // What was there is there still, and is looked at again after a while.
+            Err(_) => {
+                if let Some(looked) = lock(&self.looked).get_mut(path) {
+                    (looked.when, looked.again) = (Instant::now(), false);
                 }
-            })?;
+            }
+        }
+        found
+    }
+
+    async fn look(&self, name: &str) -> Result<Option<PathBuf>, StoreError> {
+        let files = [CONFIG_FILE, WEIGHTS_FILE, MANIFEST_FILE];
+        let heads = files.map(|file| async move {
+            let key = name.split('/').chain([file]).fold(self.prefix.clone(), |key, part| key.join(part));
+            match self.ask(|| self.store.head(&key)).await? {
+                Err(Error::NotFound { .. }) => Ok(None),
+                other => other.map(Some).map_err(|e| self.unanswered(&e)),
+            }
+        });
+        let mut metas = Vec::new();
+        for (file, meta) in files.into_iter().zip(futures_util::future::try_join_all(heads).await?) {
             match meta {
                 Some(meta) => metas.push((file, meta)),
                 None if file == MANIFEST_FILE => {}
@@ -168,11 +603,6 @@ impl Mirror {
         }
         let mut hash = Sha256::new();
         for (file, meta) in &metas {
-            let bound = if *file == WEIGHTS_FILE { self.max_file_bytes } else { MAX_TEXT };
-            if meta.size > bound {
-                let message = format!("`{name}/{file}` has {} bytes, at most {bound} are read", meta.size);
-                return Err(StoreError { code: Code::LimitExceeded, message });
-            }
             hash.update(format!("{file}|{}|{:?}|{}|", meta.size, meta.e_tag, meta.last_modified));
         }
         let version: String = hash.finalize().iter().take(8).map(|b| format!("{b:02x}")).collect();
@@ -184,21 +614,12 @@ impl Mirror {
         }
         create_folder(&folder).map_err(|e| failed(e.to_string()))?;
         for (file, meta) in metas.iter().rev() {
-            let options = GetOptions { if_match: meta.e_tag.clone(), ..Default::default() };
-            let bytes = self.patiently(async {
-                let mut parts = self.store.get_opts(&meta.location, options).await?.into_stream();
-                let mut bytes = Vec::new();
-                while let Some(part) = parts.next().await {
-                    bytes.extend_from_slice(&part?);
-                    if bytes.len() as u64 > meta.size {
-                        break;
-                    }
-                }
-                Ok(bytes)
-            })?;
-            if bytes.len() as u64 != meta.size {
-                return Err(failed(format!("`{name}/{file}` changed while it was fetched; ask again")));
-            }
+            let bound = if *file == WEIGHTS_FILE { self.max_file_bytes } else { MAX_TEXT };
+            let shown = format!("{name}/{file}");
+            let options = || GetOptions { if_match: meta.e_tag.clone(), ..Default::default() };
+            let got = self.ask(|| self.store.get_opts(&meta.location, options())).await?;
+            let got = got.map_err(|e| self.unanswered(&e))?;
+            let bytes = self.body(got, meta, &shown, bound).await?;
             write_atomic(&folder.join(file), &bytes).map_err(|e| failed(e.to_string()))?;
         }
         // What it was before is no longer needed; who reads it now keeps its open file.
@@ -209,4 +630,9 @@ impl Mirror {
         }
         Ok(Some(folder))
     }
+}
+
+/// How long a store that did not answer so many times is left alone: 1, 2, 4 … seconds.
+fn wait_after(failures: u32) -> Duration {
+    Duration::from_secs(1 << failures.min(6)).min(MOST_WAIT)
 }

@@ -1,27 +1,28 @@
 //! Adapters by name: folders below one root, and those of them that are in host memory.
 //!
-//! A name is the folder's path below the root, or one that was given at run time and stands in [`REGISTRY_FILE`] there. Content, not name, is
+//! A name is the folder's path below the root, or one that was given at run time and stands in [`REGISTRY_FILE`] there (in an object store:
+//! below its prefix). Content, not name, is
 //! what the engine knows: replacing a name changes what new requests get and touches none that run. A name is only given to an adapter that
 //! was read whole, fits the base and does something.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Component, Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::SystemTime;
+use std::time::{Duration, Instant, SystemTime};
 
 use lorimer_adapter::store::{CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE};
 use lorimer_adapter::{Adapter, StoredAdapter};
 use lorimer_model::BaseModel;
 use lorimer_model::chat::ChatTemplate;
-use lorimer_model::files::{read_json, write_json};
-use serde::{Deserialize, Serialize};
+use lorimer_model::files::check_writable;
+use serde::Serialize;
 
 use crate::hosted::{Conversion, Hosted};
-use crate::mirror::Mirror;
+use crate::mirror::{FRESH, Mirror};
+pub use crate::registry::REGISTRY_FILE;
+use crate::registry::{self, Registry, Written};
 use crate::residency::Residency;
 
-/// Names given at run time, in the root.
-pub const REGISTRY_FILE: &str = ".lorimer-adapters.json";
 /// Longest name.
 pub const MAX_NAME: usize = 200;
 /// Folders below folders that are looked into.
@@ -127,17 +128,59 @@ pub enum Put {
     Swap(String),
 }
 
-/// Lengths and times of an adapter's files: whether they may have changed.
+/// How a file is told from another in its place: whatever is written, moved or linked there has another of these.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Stamp([(u64, Option<SystemTime>); 2]);
+struct FileStamp {
+    length: u64,
+    modified: Option<SystemTime>,
+    /// Device and number of the file, and when it was last changed in whatever way, which nobody can set. Seconds and nanoseconds.
+    own: (u64, u64, i64, i64),
+}
+
+impl FileStamp {
+    fn of(path: &Path) -> Option<Self> {
+        let metadata = std::fs::metadata(path).ok()?;
+        #[cfg(unix)]
+        let own = {
+            use std::os::unix::fs::MetadataExt;
+            (metadata.dev(), metadata.ino(), metadata.ctime(), metadata.ctime_nsec())
+        };
+        #[cfg(not(unix))]
+        let own = (0, 0, 0, 0);
+        Some(Self { length: metadata.len(), modified: metadata.modified().ok(), own })
+    }
+
+    fn changed(&self) -> Option<SystemTime> {
+        if cfg!(unix) {
+            let since = Duration::new(self.own.2.try_into().ok()?, self.own.3.try_into().ok()?);
+            return std::time::UNIX_EPOCH.checked_add(since);
+        }
+        self.modified
+    }
+}
+
+/// The files of an adapter at a time: whether they may have changed since.
+#[derive(Clone, Copy, Debug)]
+struct Stamp {
+    files: [Option<FileStamp>; 3],
+    taken: SystemTime,
+}
 
 impl Stamp {
+    /// Coarsest unit in which file systems tell times.
+    const UNIT: Duration = Duration::from_secs(2);
+
     fn of(folder: &Path) -> Option<Self> {
-        let one = |name: &str| {
-            let metadata = std::fs::metadata(folder.join(name)).ok()?;
-            Some((metadata.len(), metadata.modified().ok()))
-        };
-        Some(Self([one(WEIGHTS_FILE)?, one(CONFIG_FILE)?]))
+        let taken = SystemTime::now();
+        let files = [WEIGHTS_FILE, CONFIG_FILE, MANIFEST_FILE].map(|name| FileStamp::of(&folder.join(name)));
+        (files[0].is_some() && files[1].is_some()).then_some(Self { files, taken })
+    }
+
+    /// Whether the files are those of `now`. Where they were changed just before this stamp was taken, they may have been changed again within
+    /// the same unit of time, and only their content tells.
+    fn surely(&self, now: &Self) -> bool {
+        let settled = |file: &FileStamp| file.changed().is_some_and(|changed| changed + Self::UNIT < self.taken);
+        self.files == now.files && self.files.iter().flatten().all(settled)
     }
 }
 
@@ -150,21 +193,14 @@ struct Named {
     read: Option<(Stamp, Arc<str>)>,
 }
 
-/// The registry's file.
-#[derive(Default, Serialize, Deserialize)]
-struct Registry {
-    /// Names with their folders below the root.
-    #[serde(default)]
-    names: BTreeMap<String, PathBuf>,
-    /// Folders that are not to be served under their own names.
-    #[serde(default)]
-    removed: Vec<String>,
-}
-
 #[derive(Default)]
 struct Inner {
     names: BTreeMap<String, Named>,
+    /// What is kept, as it was last read or written.
     registry: Registry,
+    /// Changes that cannot be kept, over that; and why they cannot.
+    own: Registry,
+    not_kept: Option<String>,
     /// In host memory, by content.
     hosted: HashMap<Arc<str>, Arc<Hosted>>,
     account: Residency,
@@ -196,6 +232,10 @@ pub struct Store {
     /// Where the adapters come from, if that is not a folder.
     mirror: Option<Mirror>,
     inner: Mutex<Inner>,
+    /// One change of names at a time. Apart from `inner`, which is never held while something is written.
+    changing: Mutex<()>,
+    /// When the registry of the root was last looked at, and what file it was.
+    looked: Mutex<(Instant, Option<FileStamp>)>,
     /// Where adapters are read: apart from the threads that compute, whose parallel parts would wait for it.
     loaders: rayon::ThreadPool,
 }
@@ -214,12 +254,6 @@ impl Store {
                 format!("there is no folder `{shown}`; `--adapters` wants the folder of adapters"),
             );
         };
-        let path = root.join(REGISTRY_FILE);
-        let registry: Registry = match path.is_file() {
-            true => read_json(&path, 64 << 20)
-                .map_err(|e| StoreError { code: Code::StoreFailed, message: e.to_string() })?,
-            false => Registry::default(),
-        };
         let threads = std::thread::available_parallelism().map_or(1, |n| n.get().div_ceil(4));
         let loaders = rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("loader-{i}"));
         // Threads that compute come first.
@@ -229,16 +263,27 @@ impl Store {
             code: Code::StoreFailed,
             message: format!("the threads that read adapters cannot be started: {e}"),
         })?;
-        let store = Self { settings, root, mirror, inner: Mutex::default(), loaders };
-        {
-            let mut inner = store.lock();
-            for (name, path) in &registry.names {
-                check_name(name)?;
-                inner.names.insert(name.clone(), Named { path: path.clone(), read: None });
+        let looked = Mutex::new((Instant::now(), FileStamp::of(&root.join(REGISTRY_FILE))));
+        let (changing, inner) = (Mutex::default(), Mutex::default());
+        let store = Self { settings, root, mirror, inner, changing, looked, loaders };
+        let (paths, registry) = match &store.mirror {
+            Some(mirror) => {
+                let (names, registry) = mirror.begin(store.settings.max_names)?;
+                (names.into_iter().map(PathBuf::from).collect(), registry)
             }
-            inner.registry = registry;
+            None => (store.folders()?, registry::read(&store.root)?),
+        };
+        let mut inner = store.lock();
+        if store.mirror.is_none()
+            && let Err(problem) = check_writable(&store.root)
+        {
+            let problem = store.without_root(&problem.to_string());
+            tracing::warn!("names that are given to adapters will be forgotten when the server ends, since {problem}");
+            inner.not_kept = Some(problem);
         }
-        store.scan()?;
+        store.adopt(&mut inner, registry);
+        store.add(&mut inner, paths);
+        drop(inner);
         Ok(store)
     }
 
@@ -246,21 +291,116 @@ impl Store {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Looks for adapters that are new. Links are not followed.
-    pub fn scan(&self) -> Result<(), StoreError> {
-        let paths = match &self.mirror {
-            Some(mirror) => mirror.list(self.settings.max_names)?.into_iter().map(PathBuf::from).collect(),
-            None => self.folders()?,
-        };
-        let mut inner = self.lock();
+    /// Takes up folders that were found.
+    fn add(&self, inner: &mut Inner, paths: Vec<PathBuf>) {
+        let removed = inner.own.over(&inner.registry).removed;
         for path in paths {
             let name = path.components().map(|c| c.as_os_str().to_string_lossy()).collect::<Vec<_>>().join("/");
-            let removed = inner.registry.removed.contains(&name);
-            if check_name(&name).is_ok() && !removed && !inner.names.contains_key(&name) {
+            if check_name(&name).is_ok() && !removed.contains(&name) && !inner.names.contains_key(&name) {
                 inner.names.insert(name, Named { path, read: None });
             }
         }
+    }
+
+    /// Takes up a registry: what it gives and takes away, and what the one before gave and it does not.
+    fn adopt(&self, inner: &mut Inner, registry: Registry) {
+        let before = inner.own.over(&inner.registry);
+        inner.registry = registry;
+        self.apply(inner, &before);
+    }
+
+    fn apply(&self, inner: &mut Inner, before: &Registry) {
+        let now = inner.own.over(&inner.registry);
+        for name in before.names.keys().chain(&now.removed).filter(|name| !now.names.contains_key(*name)) {
+            inner.names.remove(name);
+        }
+        for (name, path) in now.names {
+            if inner.names.get(&name).is_none_or(|named| named.path != path) {
+                inner.names.insert(name, Named { path, read: None });
+            }
+        }
+    }
+
+    /// Takes up what other servers of the same adapters changed.
+    fn catch_up(&self) {
+        if let Some(mirror) = &self.mirror {
+            let Some((registry, listing)) = mirror.news() else { return };
+            let mut inner = self.lock();
+            if let Some(registry) = registry {
+                self.adopt(&mut inner, registry);
+            }
+            self.add(&mut inner, listing.into_iter().flatten().map(PathBuf::from).collect());
+            return;
+        }
+        let now = {
+            let mut looked = self.looked.lock().unwrap_or_else(PoisonError::into_inner);
+            if looked.0.elapsed() < FRESH {
+                return;
+            }
+            let before =
+                std::mem::replace(&mut *looked, (Instant::now(), FileStamp::of(&self.root.join(REGISTRY_FILE))));
+            looked.1.filter(|now| Some(*now) != before.1)
+        };
+        if now.is_some() {
+            match registry::read(&self.root) {
+                Ok(registry) => self.adopt(&mut self.lock(), registry),
+                Err(problem) => tracing::warn!("names that another server gave are not taken up: {problem}"),
+            }
+        }
+    }
+
+    /// Changes names: `decide` on what is kept at that moment and may be called again, `then` once it is kept, or cannot be.
+    fn change(
+        &self,
+        decide: impl Fn(&Inner, &mut Registry) -> Result<(), StoreError>,
+        then: impl FnOnce(&mut Inner),
+    ) -> Result<(), StoreError> {
+        let _alone = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        let merged = |registry: &mut Registry| {
+            let mut inner = self.lock();
+            self.adopt(&mut inner, registry.clone());
+            // What could not be kept before is kept now.
+            *registry = inner.own.over(registry);
+            decide(&inner, registry)
+        };
+        let (registry, written) = match &self.mirror {
+            Some(mirror) => mirror.change(merged)?,
+            None => registry::change(&self.root, merged)?,
+        };
+        self.looked.lock().unwrap_or_else(PoisonError::into_inner).1 = FileStamp::of(&self.root.join(REGISTRY_FILE));
+        let mut inner = self.lock();
+        let before = inner.own.over(&inner.registry);
+        inner.registry = registry;
+        match written {
+            Written::Kept => (inner.own, inner.not_kept) = (Registry::default(), None),
+            Written::NotKept(problem) => {
+                let mut all = inner.own.over(&inner.registry);
+                decide(&inner, &mut all)?;
+                inner.own = all.beyond(&inner.registry);
+                let problem = self.without_root(&problem);
+                if inner.not_kept.as_ref() != Some(&problem) {
+                    tracing::warn!(
+                        "names that are given to adapters will be forgotten when the server ends: {problem}"
+                    );
+                    inner.not_kept = Some(problem);
+                }
+            }
+        }
+        self.apply(&mut inner, &before);
+        then(&mut inner);
         Ok(())
+    }
+
+    /// Why names that are given or taken away are forgotten when the server ends, if they are.
+    pub fn not_kept(&self) -> Option<String> {
+        self.lock().not_kept.clone()
+    }
+
+    /// What is wrong with the place that the adapters come from, a sentence each.
+    pub fn problems(&self) -> Vec<String> {
+        let outage = self.mirror.as_ref().and_then(Mirror::problem);
+        let kept = self.not_kept().map(|why| format!("names of adapters are not kept: {why}"));
+        outage.into_iter().chain(kept).collect()
     }
 
     /// Folders below the root that hold an adapter.
@@ -285,8 +425,8 @@ impl Store {
         Ok(found.iter().filter_map(|folder| Some(folder.strip_prefix(&self.root).ok()?.to_path_buf())).collect())
     }
 
-    /// What `path` stands for below the root or in the object store, and the folder to read it from.
-    fn locate(&self, path: &Path) -> Result<(PathBuf, PathBuf), StoreError> {
+    /// What `path` stands for below the root or in the object store, and the folder to read it from. `now`: what was found before does not do.
+    fn locate(&self, path: &Path, now: bool) -> Result<(PathBuf, PathBuf), StoreError> {
         let Some(mirror) = &self.mirror else {
             let below = self.confine(path)?;
             let folder = self.root.join(&below);
@@ -295,7 +435,7 @@ impl Store {
         let shown = path.to_string_lossy();
         match check_name(&shown) {
             Err(_) => refuse(Code::PathRefused, format!("`{}` is no path in the object store", shown.escape_debug())),
-            Ok(()) => match mirror.fetch(path)? {
+            Ok(()) => match if now { mirror.fetch_now(path)? } else { mirror.fetch(path)? } {
                 Some(folder) => Ok((path.to_path_buf(), folder)),
                 None => refuse(Code::AdapterNotFound, format!("there is no adapter `{shown}` in the object store")),
             },
@@ -323,6 +463,7 @@ impl Store {
     /// The adapter of a name, read if it is not in memory or its files have changed.
     pub fn get(&self, model: &(dyn BaseModel + Sync), name: &str) -> Result<Arc<Hosted>, StoreError> {
         check_name(name)?;
+        self.catch_up();
         let unknown = |shown: &str| format!("there is no adapter `{shown}`; GET /v1/models lists what there is");
         let find = || self.lock().names.get(name).cloned();
         let named = match find() {
@@ -330,10 +471,13 @@ impl Store {
             None => {
                 // A folder that came after the last look.
                 let own = Path::new(name);
-                let removed = self.lock().registry.removed.iter().any(|r| r == name);
+                let removed = {
+                    let inner = self.lock();
+                    inner.own.over(&inner.registry).removed.contains(name)
+                };
                 let found = match removed {
                     true => None,
-                    false => match self.locate(own) {
+                    false => match self.locate(own, false) {
                         // That a store does not answer is not that it has nothing.
                         Err(error) if matches!(error.code, Code::StoreFailed | Code::LimitExceeded) => {
                             return Err(error);
@@ -351,11 +495,11 @@ impl Store {
         };
         let one_at_a_time = self.lock().loading.entry(name.to_string()).or_default().clone();
         let guard = one_at_a_time.lock().unwrap_or_else(PoisonError::into_inner);
-        let located = self.locate(&named.path);
+        let located = self.locate(&named.path, false);
         if let Err(error) = &located {
             let mut inner = self.lock();
             // Where it is gone, a name that was given stays, and says so.
-            if error.code == Code::AdapterNotFound && !inner.registry.names.contains_key(name) {
+            if error.code == Code::AdapterNotFound && !inner.own.over(&inner.registry).names.contains_key(name) {
                 inner.names.remove(name);
             }
             inner.loading.remove(name);
@@ -364,7 +508,7 @@ impl Store {
         let stamp = Stamp::of(&folder);
         let read = find().and_then(|n| n.read);
         if let (Some((then, content)), Some(now)) = (read, stamp)
-            && then == now
+            && then.surely(&now)
         {
             let mut inner = self.lock();
             inner.account.touch(&content);
@@ -387,6 +531,7 @@ impl Store {
 
     /// The adapter of a name if it is in memory and its files have not changed.
     pub fn cached(&self, name: &str) -> Option<Arc<Hosted>> {
+        self.catch_up();
         let (path, (then, content)) = {
             let inner = self.lock();
             let named = inner.names.get(name)?;
@@ -396,7 +541,7 @@ impl Store {
             };
             (folder, named.read.clone()?)
         };
-        if Stamp::of(&path)? != then {
+        if !then.surely(&Stamp::of(&path)?) {
             return None;
         }
         let mut inner = self.lock();
@@ -421,7 +566,7 @@ impl Store {
     }
 
     /// Reads an adapter folder into its served form.
-    fn load(&self, model: &(dyn BaseModel + Sync), folder: &Path) -> Result<Hosted, StoreError> {
+    fn load(&self, model: &(dyn BaseModel + Sync), folder: &Path) -> Result<Arc<Hosted>, StoreError> {
         let invalid = |e: String| StoreError { code: Code::AdapterInvalid, message: self.without_root(&e) };
         // Links inside the folder may not lead out either.
         for file in [WEIGHTS_FILE, CONFIG_FILE, MANIFEST_FILE].map(|name| folder.join(name)) {
@@ -436,9 +581,15 @@ impl Store {
         let stored =
             StoredAdapter::read_changing(folder, self.settings.max_file_bytes).map_err(|e| invalid(e.to_string()))?;
         let content = stored.content_id().map_err(|e| invalid(e.to_string()))?;
-        let adapter = Adapter::load_whole(model, &stored).map_err(|e| invalid(e.to_string()))?;
         let template = self.template(&stored).map_err(|e| invalid(e.to_string()))?;
-        let golden = stored.manifest.map(|m| m.golden).unwrap_or_default();
+        let golden = stored.manifest.as_ref().map(|m| m.golden.clone()).unwrap_or_default();
+        let there = self.lock().hosted.get(content.as_str()).cloned();
+        if let Some(there) =
+            there.filter(|there| there.golden == golden && source(&there.template) == source(&template))
+        {
+            return Ok(there);
+        }
+        let adapter = Adapter::load_whole(model, &stored).map_err(|e| invalid(e.to_string()))?;
         let hosted = Hosted::new(model, &adapter, content, Some(self.settings.conversion_rank));
         let hosted = Hosted { template, golden, ..hosted.map_err(|e| invalid(e.to_string()))? };
         if hosted.rank > self.settings.max_rank {
@@ -453,7 +604,7 @@ impl Store {
             );
             return refuse(Code::LimitExceeded, message);
         }
-        Ok(hosted)
+        Ok(Arc::new(hosted))
     }
 
     /// The adapter's own chat template, where it has one that is not the base's.
@@ -472,13 +623,12 @@ impl Store {
     }
 
     /// Keeps an adapter in host memory; others give way.
-    fn keep(&self, inner: &mut Inner, hosted: Hosted) -> Arc<Hosted> {
+    fn keep(&self, inner: &mut Inner, hosted: Arc<Hosted>) -> Arc<Hosted> {
         let content: Arc<str> = hosted.content_id.as_str().into();
         if let Some(there) = inner.hosted.get_mut(&content) {
             // Template and golden prompts are no part of the content: what was read last counts.
-            let source = |h: &Hosted| h.template.as_ref().map(|t| t.source().to_string());
-            if there.golden != hosted.golden || source(there) != source(&hosted) {
-                *there = Arc::new(hosted);
+            if there.golden != hosted.golden || source(&there.template) != source(&hosted.template) {
+                *there = hosted;
             }
             return there.clone();
         }
@@ -487,7 +637,6 @@ impl Store {
             let Some((gone, _)) = inner.account.evict() else { break };
             inner.hosted.remove(&gone);
         }
-        let hosted = Arc::new(hosted);
         inner.account.insert(content.clone(), units);
         inner.hosted.insert(content, hosted.clone());
         hosted
@@ -502,21 +651,25 @@ impl Store {
         how: &Put,
     ) -> Result<Arc<Hosted>, StoreError> {
         check_name(name)?;
+        self.catch_up();
         self.allowed(&self.lock(), name, how)?;
-        let (path, folder) = self.locate(path)?;
+        let (path, folder) = self.locate(path, true)?;
         let stamp = Stamp::of(&folder);
         let hosted = self.aside(|| self.load(model, &folder))?;
-        let mut inner = self.lock();
-        // Again, since others may have come before.
-        self.allowed(&inner, name, how)?;
-        let mut names = inner.registry.names.clone();
-        names.insert(name.to_string(), path.clone());
-        let removed = inner.registry.removed.iter().filter(|r| *r != name).cloned().collect();
-        self.write(&mut inner, Registry { names, removed })?;
-        let hosted = self.keep(&mut inner, hosted);
-        let read = stamp.map(|stamp| (stamp, hosted.content_id.as_str().into()));
-        inner.names.insert(name.to_string(), Named { path, read });
-        Ok(hosted)
+        let mut given = None;
+        let decide = |inner: &Inner, registry: &mut Registry| {
+            // Again, since others may have come before.
+            self.allowed(inner, name, how)?;
+            registry.give(name, &path);
+            Ok(())
+        };
+        self.change(decide, |inner| {
+            let hosted = self.keep(inner, hosted);
+            let read = stamp.map(|stamp| (stamp, hosted.content_id.as_str().into()));
+            inner.names.insert(name.to_string(), Named { path: path.clone(), read });
+            given = Some(hosted);
+        })?;
+        given.ok_or_else(|| StoreError { code: Code::StoreFailed, message: format!("`{name}` was not given") })
     }
 
     fn allowed(&self, inner: &Inner, name: &str, how: &Put) -> Result<(), StoreError> {
@@ -544,32 +697,21 @@ impl Store {
     /// Takes a name away. Its files stay, and requests that run go on.
     pub fn remove(&self, name: &str) -> Result<(), StoreError> {
         check_name(name)?;
-        let mut inner = self.lock();
-        if !inner.names.contains_key(name) {
-            return refuse(Code::AdapterNotFound, format!("there is no adapter `{name}`"));
-        }
-        let mut names = inner.registry.names.clone();
-        names.remove(name);
-        let mut removed = inner.registry.removed.clone();
-        if (self.mirror.is_some() || self.root.join(name).join(CONFIG_FILE).is_file())
-            && !removed.iter().any(|r| r == name)
-        {
-            removed.push(name.to_string());
-        }
-        self.write(&mut inner, Registry { names, removed })?;
-        inner.names.remove(name);
-        Ok(())
-    }
-
-    fn write(&self, inner: &mut Inner, registry: Registry) -> Result<(), StoreError> {
-        let written = write_json(&self.root.join(REGISTRY_FILE), &registry);
-        written.map_err(|e| StoreError { code: Code::StoreFailed, message: self.without_root(&e.to_string()) })?;
-        inner.registry = registry;
-        Ok(())
+        self.catch_up();
+        let folder = self.mirror.is_some() || self.root.join(name).join(CONFIG_FILE).is_file();
+        let decide = |inner: &Inner, registry: &mut Registry| {
+            if !inner.names.contains_key(name) {
+                return refuse(Code::AdapterNotFound, format!("there is no adapter `{name}`"));
+            }
+            registry.take(name, folder);
+            Ok(())
+        };
+        self.change(decide, |inner| _ = inner.names.remove(name))
     }
 
     /// What there is, by name.
     pub fn list(&self) -> Vec<Listed> {
+        self.catch_up();
         let inner = self.lock();
         let of = |(name, named): (&String, &Named)| {
             let content = named.read.as_ref().map(|(_, content)| content.clone());
@@ -589,6 +731,7 @@ impl Store {
 
     /// Whether a name stands for something.
     pub fn contains(&self, name: &str) -> bool {
+        self.catch_up();
         self.lock().names.contains_key(name)
     }
 
@@ -597,6 +740,11 @@ impl Store {
         let inner = self.lock();
         (inner.account.pages() * UNIT, inner.hosted.len())
     }
+}
+
+/// The text of a template.
+fn source(template: &Option<ChatTemplate>) -> Option<&str> {
+    template.as_ref().map(|t| t.source())
 }
 
 /// Names are path-like: parts of letters, digits, `.`, `_`, `-` apart by `/`, none of which begins with a dot.

@@ -398,8 +398,12 @@ fn adapters_come_from_an_object_store() {
     for file in ["adapter_model.safetensors", "adapter_config.json", "lorimer.json"] {
         std::fs::copy(format!("{root}/tenant/bone/{file}"), format!("{root}/yes-no/{file}")).unwrap();
     }
-    std::thread::sleep(lorimer::serve::mirror::FRESH + Duration::from_millis(500));
-    assert_eq!(server.answer(json!({ "model": "yes-no" })), bone);
+    // The first request after a while is answered as it is, and makes the server look.
+    let end = Instant::now() + Duration::from_secs(20);
+    while server.answer(json!({ "model": "yes-no" })) != bone {
+        assert!(Instant::now() < end, "the adapter that was replaced is served on");
+        std::thread::sleep(Duration::from_millis(100));
+    }
     let versions = std::fs::read_dir(format!("{cache}/yes-no")).unwrap().count();
     assert_eq!(versions, 1, "what was replaced is gone");
     drop(server);
@@ -522,10 +526,14 @@ fn misuse_gets_a_code_and_harms_nobody() {
     assert_eq!(server.raw(b"\x16\x03\x01nonsense\r\n\r\n").status, 400);
     assert_eq!(server.get("/v1/chat/completions").code(), "method_not_allowed");
     assert_eq!(server.get("/nothing/../../etc/passwd").code(), "not_found");
-    // Clients that go away in the middle of an answer take their requests with them.
+    // Clients that go away in the middle of an answer take their requests with them: they are counted, and most of what they asked for is not
+    // computed. To be seen to fail: `follow` that goes on when nobody listens.
+    let figures = || server.get("/v1/state").json()["figures"].clone();
+    let before = figures();
+    const LONG: u64 = 500;
     for _ in 0..5 {
         let mut stream = server.connect();
-        let body = json!({ "model": "base", "prompt": "up", "max_tokens": 100, "ignore_eos": true, "stream": true })
+        let body = json!({ "model": "base", "prompt": "up", "max_tokens": LONG, "ignore_eos": true, "stream": true })
             .to_string();
         let head = format!(
             "POST /v1/completions HTTP/1.1\r\nHost: {host}\r\n{json_type}Content-Length: {}\r\n\r\n{body}",
@@ -546,6 +554,14 @@ fn misuse_gets_a_code_and_harms_nobody() {
         assert!(Instant::now() < deadline, "{engine}");
         std::thread::sleep(Duration::from_millis(100));
     }
+    // Figures are a fifth of a second old at most.
+    std::thread::sleep(Duration::from_millis(300));
+    let since = |name: &str, group: &dyn Fn(&Value) -> Value| {
+        group(&figures())[name].as_u64().unwrap() - group(&before)[name].as_u64().unwrap()
+    };
+    assert_eq!(since("cancelled", &Value::clone), 5);
+    let computed = since("generated_tokens", &|f| f["engine"].clone());
+    assert!(computed < 5 * LONG / 2, "{computed} of {} tokens were computed for nobody", 5 * LONG);
     assert_eq!(server.answer(json!({ "model": "yes-no" })), "yes");
     assert_eq!(server.get("/v1/state").json()["figures"]["restarts"], 0);
 }
@@ -573,4 +589,92 @@ fn a_server_that_is_told_to_stop_ends_what_it_began() {
     assert!(String::from_utf8_lossy(&whole).contains("data: [DONE]"), "the answer was cut");
     assert!(server.child.wait().unwrap().success());
     assert!(TcpStream::connect(&host).is_err());
+}
+
+/// What is counted as what: an answer that a stop text ends is an answer, and the bound on adapters is that of the batch.
+#[test]
+fn figures_are_what_they_say() {
+    let f = Fixture::new();
+    let root = adapters(&f);
+    let server = Server::start(&f, &root, &["--max-running", "7"]);
+    let ask = json!({ "model": "base", "prompt": "up 3", "temperature": 0, "max_tokens": 300, "ignore_eos": true });
+    let whole = server.post("/v1/completions", &ask).json()["choices"][0]["text"].as_str().unwrap().to_string();
+    let stop: String = whole.chars().skip(3).take(2).collect();
+    for stream in [false, true] {
+        let mut ask = ask.clone();
+        (ask["stop"], ask["stream"]) = (json!([stop]), json!(stream));
+        let stopped = server.post("/v1/completions", &ask);
+        assert!(stopped.status == 200 && stopped.body.contains("\"stop\""), "{}", stopped.body);
+    }
+    let deadline = Instant::now() + Duration::from_secs(20);
+    let figures = loop {
+        let figures = server.get("/v1/state").json()["figures"].clone();
+        if figures["engine"]["pages"] != 0 && figures["engine"]["running"] == 0 && figures["answered"] == 3 {
+            break figures;
+        }
+        assert!(Instant::now() < deadline, "{figures}");
+        std::thread::sleep(Duration::from_millis(100));
+    };
+    assert_eq!((&figures["cancelled"], &figures["failed"]), (&json!(0), &json!(0)), "{figures}");
+    let observed: u64 = figures["whole"]["counts"].as_array().unwrap().iter().map(|n| n.as_u64().unwrap()).sum();
+    assert_eq!(observed, 3, "{figures}");
+    let metrics = server.get("/metrics").body;
+    assert!(metrics.contains("max_lora=\"7\""), "{metrics}");
+    // Blocks that are kept for prompts that begin alike are not in use.
+    assert!(figures["engine"]["cached_pages"].as_u64().unwrap() > 0, "{figures}");
+    let usage = metrics.lines().find(|l| l.starts_with("vllm:kv_cache_usage_perc{")).unwrap();
+    assert!(usage.ends_with("} 0"), "{usage}");
+}
+
+/// A folder that may be read and not written is served; names that are given are told to be forgotten. To be seen to fail: an error of the
+/// first write ends the call.
+#[cfg(unix)]
+#[test]
+fn a_folder_that_may_not_be_written_is_served() {
+    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::process::CommandExt;
+    let f = Fixture::new();
+    let root = adapters(&f);
+    let mode = |path: &Path, mode: u32| std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
+    mode(f.folder.path(), 0o755);
+    mode(Path::new(&root), 0o555);
+    let probe = Path::new(&root).join("probe");
+    let program = Path::new(&f.path("lorimer")).to_path_buf();
+    let mut command =
+        lorimer(&["serve", "--model", &f.model, "--adapters", &root, "--port", "0", "--pool", "4MB", "--json"]);
+    if std::fs::write(&probe, b"").is_ok() {
+        // Who may do everything runs it as somebody who may not, from where that one can reach it.
+        std::fs::remove_file(&probe).unwrap();
+        let model = f.path("model");
+        std::fs::create_dir(&model).unwrap();
+        for entry in std::fs::read_dir(&f.model).unwrap().flatten() {
+            std::fs::copy(entry.path(), Path::new(&model).join(entry.file_name())).unwrap();
+        }
+        std::fs::copy(env!("CARGO_BIN_EXE_lorimer"), &program).unwrap();
+        let arguments = ["serve", "--model", &model, "--adapters", &root, "--port", "0", "--pool", "4MB", "--json"];
+        command = std::process::Command::new(&program);
+        command.args(arguments).stdin(Stdio::null()).env("HF_HUB_OFFLINE", "1").uid(65534).gid(65534);
+    }
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut out = BufReader::new(child.stdout.take().unwrap());
+    let mut line = String::new();
+    out.read_line(&mut line).unwrap();
+    let url: Value = serde_json::from_str(&line).expect("the server says where it is");
+    let address = url["url"].as_str().unwrap().strip_prefix("http://").unwrap().to_string();
+    let mut errors = child.stderr.take().unwrap();
+    let mut server = Server { child, address, _out: out };
+    assert_eq!(server.answer(json!({ "model": "yes-no" })), "yes");
+    let given = server.send("PUT", "/v1/adapters/prod", &json!({ "path": "yes-no" }));
+    assert_eq!((given.status, &given.json()["persisted"]), (200, &json!(false)), "{}", given.body);
+    assert!(given.json()["message"].as_str().unwrap().contains("until this server ends"), "{}", given.body);
+    assert_eq!(server.answer(json!({ "model": "prod" })), "yes");
+    let removed = server.post("/v1/unload_lora_adapter", &json!({ "lora_name": "tenant/bone" }));
+    assert_eq!((removed.status, &removed.json()["persisted"]), (200, &json!(false)), "{}", removed.body);
+    assert_eq!(server.chat(json!({ "model": "tenant/bone" })).code(), "adapter_not_found");
+    assert!(server.get("/health").json()["problems"][0].as_str().unwrap().contains("not kept"));
+    server.child.kill().unwrap();
+    let mut said = String::new();
+    errors.read_to_string(&mut said).unwrap();
+    assert!(said.contains("will be forgotten"), "told at start: {said}");
+    mode(Path::new(&root), 0o755);
 }

@@ -93,6 +93,95 @@ fn changed_files_are_read_again_and_running_requests_keep_what_they_have() {
     assert_eq!(store.get(&model, "a").unwrap().content_id, new.content_id);
 }
 
+/// A file of the same length with the same time as the one before is another all the same: written over in place at once, moved there, and when
+/// what was there had been settled for long. To be seen to fail: a stamp of lengths and times of modification only, or one that trusts a
+/// file that was changed just before it was taken.
+#[test]
+fn files_are_told_apart_by_more_than_time_and_length() {
+    let (model, root, other) = (model(), tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let folder = root.path().join("a");
+    write(&model, &folder, r#"{"r": 2}"#, 1);
+    write(&model, other.path(), r#"{"r": 2}"#, 2);
+    let (first, second) = (folder.join(WEIGHTS_FILE), other.path().join(WEIGHTS_FILE));
+    let modified = std::fs::metadata(&first).unwrap().modified().unwrap();
+    let bytes = [&first, &second].map(|path| std::fs::read(path).unwrap());
+    assert_eq!(bytes[0].len(), bytes[1].len());
+    let store = open(root.path());
+    let content = || store.get(&model, "a").unwrap().content_id.clone();
+    let before = content();
+    std::fs::write(&first, &bytes[1]).unwrap();
+    let contents = [before, content()];
+    assert_ne!(contents[0], contents[1]);
+    let put_back = || std::fs::File::options().write(true).open(&first).unwrap().set_modified(modified).unwrap();
+    // Many times within one tick of the clock.
+    for i in 0..40 {
+        std::fs::write(&first, &bytes[i % 2]).unwrap();
+        put_back();
+        assert_eq!(content(), contents[i % 2], "written over, {i}");
+        assert_eq!(store.cached("a").map_or(contents[i % 2].clone(), |h| h.content_id.clone()), contents[i % 2]);
+    }
+    // Settled, and then changed.
+    std::thread::sleep(std::time::Duration::from_millis(2300));
+    assert_eq!(
+        (content(), store.cached("a").is_some()),
+        (contents[1].clone(), true),
+        "what has settled is not read again"
+    );
+    std::fs::write(other.path().join("moved"), &bytes[0]).unwrap();
+    std::fs::File::options().write(true).open(other.path().join("moved")).unwrap().set_modified(modified).unwrap();
+    std::fs::rename(other.path().join("moved"), &first).unwrap();
+    assert!(store.cached("a").is_none());
+    assert_eq!(content(), contents[0], "moved there");
+}
+
+/// What another server of the same folder changes is learnt, and both keep what both gave. While one waits to write, others are answered.
+#[test]
+fn two_servers_over_one_folder_keep_each_others_names() {
+    let (model, root) = (model(), tempfile::tempdir().unwrap());
+    for (name, seed) in [("a", 1), ("b", 2)] {
+        write(&model, &root.path().join(name), r#"{"r": 2}"#, seed);
+    }
+    let stores = [open(root.path()), open(root.path())];
+    std::thread::scope(|scope| {
+        for (i, store) in stores.iter().enumerate() {
+            let model = &model;
+            scope.spawn(move || {
+                for n in 0..10 {
+                    store.put(model, &format!("s{i}-{n}"), Path::new("a"), &Put::Create).unwrap();
+                }
+            });
+        }
+    });
+    assert_eq!(code(stores[0].put(&model, "s1-3", Path::new("b"), &Put::Create)), Code::AdapterExists);
+    assert_eq!(open(root.path()).list().len(), 22);
+    stores[0].put(&model, "s1-3", Path::new("b"), &Put::Upsert).unwrap();
+    stores[0].remove("s1-4").unwrap();
+    stores[0].remove("b").unwrap();
+    std::thread::sleep(lorimer::serve::mirror::FRESH + std::time::Duration::from_millis(100));
+    assert_eq!(stores[1].list().len(), 20);
+    let b = stores[0].get(&model, "s1-3").unwrap();
+    assert_eq!(stores[1].get(&model, "s1-3").unwrap().content_id, b.content_id);
+    assert_eq!(code(stores[1].get(&model, "s1-4")), Code::AdapterNotFound);
+    assert_eq!(code(stores[1].get(&model, "b")), Code::AdapterNotFound);
+    // Another server holds the names for a second.
+    let lock =
+        std::fs::File::options().write(true).open(root.path().join(lorimer::serve::registry::LOCK_FILE)).unwrap();
+    lock.lock().unwrap();
+    std::thread::scope(|scope| {
+        let writing = scope.spawn(|| stores[0].put(&model, "late", Path::new("a"), &Put::Create).map(|_| ()));
+        for _ in 0..10 {
+            let begun = std::time::Instant::now();
+            stores[0].get(&model, "a").unwrap();
+            assert_eq!(stores[0].list().len(), 20);
+            assert!(begun.elapsed().as_secs_f64() < 0.5, "a name that is being written held up others");
+            std::thread::sleep(std::time::Duration::from_millis(50));
+        }
+        drop(lock);
+        writing.join().unwrap().unwrap();
+    });
+    assert!(stores[0].contains("late"));
+}
+
 #[cfg(unix)]
 #[test]
 fn paths_and_names_that_leave_the_root_are_refused() {

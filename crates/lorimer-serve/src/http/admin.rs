@@ -13,7 +13,7 @@ use super::error::{ApiError, Failure};
 use super::{App, Body, done};
 use crate::hosted::Hosted;
 use crate::replay::replay;
-use crate::store::Put;
+use crate::store::{Put, Store};
 
 /// |Δ log p| of golden prompts above which the log says so.
 const GOLDEN_TOLERANCE: f64 = 0.05;
@@ -103,12 +103,25 @@ fn describe(hosted: &Hosted, golden: Option<f64>) -> Value {
     })
 }
 
+/// A JSON object of a change of names: `persisted` is whether a server that is started later knows it too.
+fn changed(store: &Store, message: String, more: Value) -> Json<Value> {
+    let not_kept = store.not_kept();
+    let message = match &not_kept {
+        None => message,
+        Some(why) => format!("{message}, until this server ends: {why}"),
+    };
+    let mut body = done(message, more);
+    body["persisted"] = not_kept.is_none().into();
+    Json(body)
+}
+
 /// Gives a name to an adapter below the root.
 #[utoipa::path(post, path = "/v1/load_lora_adapter", tag = "administration", request_body = Load, responses((status = 200, description = "Done", body = Object), (status = "4XX", description = "Refused; nothing has changed", body = Failure)))]
 pub async fn load(State(app): State<Arc<App>>, Body(load): Body<Load>) -> Result<Json<Value>, ApiError> {
     let how = if load.load_inplace { Put::Upsert } else { Put::Create };
     let hosted = give(&app, &load.lora_name, load.lora_path, how).await?;
-    Ok(Json(done(format!("LoRA adapter `{}` added", load.lora_name), told(&app, hosted.clone()).await?)))
+    let told = told(&app, hosted).await?;
+    Ok(changed(app.needed_store()?, format!("LoRA adapter `{}` added", load.lora_name), told))
 }
 
 /// Takes a name away.
@@ -118,7 +131,7 @@ pub async fn unload(State(app): State<Arc<App>>, Body(unload): Body<Unload>) -> 
     app.changes
         .within(move || {
             store.remove(&name)?;
-            Ok(Json(done(format!("LoRA adapter `{name}` removed"), Value::Null)))
+            Ok(changed(&store, format!("LoRA adapter `{name}` removed"), Value::Null))
         })
         .await
 }
@@ -140,7 +153,9 @@ pub async fn put(
         (_, Some(_)) => return Err(ApiError::invalid("`content_id` goes with mode `swap`")),
     };
     let hosted = give(&app, &name, put.path, how).await?;
-    Ok(Json(done(format!("`{name}` is {}", hosted.content_id), told(&app, hosted.clone()).await?)))
+    let message = format!("`{name}` is {}", hosted.content_id);
+    let told = told(&app, hosted).await?;
+    Ok(changed(app.needed_store()?, message, told))
 }
 
 /// `DELETE /v1/adapters/{name}`.
@@ -150,7 +165,7 @@ pub async fn remove(State(app): State<Arc<App>>, Path(name): Path<String>) -> Re
     app.changes
         .within(move || {
             store.remove(&name)?;
-            Ok(Json(done(format!("`{name}` removed"), Value::Null)))
+            Ok(changed(&store, format!("`{name}` removed"), Value::Null))
         })
         .await
 }

@@ -91,9 +91,11 @@ impl From<StoreError> for ApiError {
             Code::ContentChanged => (StatusCode::CONFLICT, "content_changed"),
             Code::AdapterInvalid => (StatusCode::UNPROCESSABLE_ENTITY, "adapter_invalid"),
             Code::LimitExceeded => (StatusCode::UNPROCESSABLE_ENTITY, "limit_exceeded"),
-            Code::StoreFailed => (StatusCode::INTERNAL_SERVER_ERROR, "store_failed"),
+            // The place of adapters may be there again in a moment.
+            Code::StoreFailed => (StatusCode::SERVICE_UNAVAILABLE, "store_failed"),
         };
-        Self::new(status, code, error.message)
+        let retry_after = (status == StatusCode::SERVICE_UNAVAILABLE).then_some(5.0);
+        Self { retry_after, ..Self::new(status, code, error.message) }
     }
 }
 

@@ -176,6 +176,11 @@ impl App {
         )))
     }
 
+    /// What is wrong with the place that the adapters come from.
+    fn problems(&self) -> Vec<String> {
+        self.store.as_ref().map(|store| store.problems()).unwrap_or_default()
+    }
+
     fn needed_store(&self) -> Result<&Arc<Store>, ApiError> {
         let message = "this server has no folder of adapters; start it with --adapters";
         self.store.as_ref().ok_or_else(|| ApiError::new(StatusCode::NOT_FOUND, "adapter_not_found", message))
@@ -355,7 +360,8 @@ async fn administration(State(app): State<Arc<App>>, request: Request, next: Nex
 async fn health(State(app): State<Arc<App>>) -> Response {
     match app.worker.is_stopping() {
         true => error::stopping().into_response(),
-        false => axum::Json(json!({ "status": "ok" })).into_response(),
+        // A place of adapters that cannot be reached is no reason to start this server anew.
+        false => axum::Json(json!({ "status": "ok", "problems": app.problems() })).into_response(),
     }
 }
 
