@@ -141,6 +141,8 @@ pub struct EngineState {
     pub free_pages: usize,
     /// Pages of adapters.
     pub adapter_pages: usize,
+    /// Pages of those adapters that running requests use.
+    pub adapter_pages_at_work: usize,
     /// Pages that only the prefix cache holds.
     pub cached_pages: usize,
     /// Adapters in the pool.
@@ -312,12 +314,14 @@ impl<'m> Engine<'m> {
         let adapters = self.batching.residents().figures();
         let (adapter_pages, count, loads, evictions) =
             (adapters.pages(), adapters.len(), adapters.loads, adapters.evictions);
+        let adapter_pages_at_work = adapters.leased_pages();
         EngineState {
             running: self.batching.scheduler().running(),
             waiting: self.batching.scheduler().waiting(),
             pages: self.batching.pages().count(),
             free_pages: self.batching.pages().free(),
             adapter_pages,
+            adapter_pages_at_work,
             cached_pages: self.batching.cached_pages(),
             adapters: count,
             adapter_loads: loads,

@@ -83,6 +83,11 @@ impl Residency {
         self.all.is_empty()
     }
 
+    /// Pages of adapters that running requests use.
+    pub fn leased_pages(&self) -> usize {
+        self.all.values().filter(|e| e.leases > 0).map(|e| e.pages).sum()
+    }
+
     /// Pages that adapters take.
     pub fn pages(&self) -> usize {
         self.pages
@@ -151,6 +156,8 @@ mod tests {
                     }
                 }
                 prop_assert_eq!(all.pages(), there.values().map(|e| e.0).sum::<usize>());
+                let leased = there.values().filter(|e| e.1 > 0).map(|e| e.0);
+                prop_assert_eq!(all.leased_pages(), leased.sum::<usize>());
                 prop_assert_eq!(all.len(), there.len());
             }
         }

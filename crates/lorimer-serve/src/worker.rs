@@ -48,7 +48,7 @@ pub enum Declined {
 }
 
 enum Command {
-    Submit(Box<Request>, oneshot::Sender<std::result::Result<u64, Declined>>, channel::Sender<Heard>),
+    Submit(Box<Request>, oneshot::Sender<std::result::Result<u64, Declined>>, channel::Sender<Heard>, Arc<AtomicBool>),
     Cancel(u64),
 }
 
@@ -127,11 +127,14 @@ pub struct Worker {
     commands: mpsc::Sender<Command>,
     figures: Arc<Mutex<Figures>>,
     stopping: Arc<AtomicBool>,
+    most_adapters: usize,
 }
 
 /// A request under way; dropping it takes it out of the engine.
 pub struct Ticket {
     id: u64,
+    /// Whether it has all that it wants.
+    answered: Arc<AtomicBool>,
     heard: channel::Receiver<Heard>,
     commands: mpsc::Sender<Command>,
     over: bool,
@@ -149,6 +152,11 @@ impl Ticket {
         self.over |= !matches!(heard, Some(Heard::Token(_, None)));
         heard
     }
+
+    /// Ends the request because its answer is whole, as after a stop text, which the engine does not know.
+    pub fn finish(self) {
+        self.answered.store(true, Ordering::Relaxed);
+    }
 }
 
 impl Drop for Ticket {
@@ -165,7 +173,9 @@ impl Worker {
         // What cannot be set up is told here.
         Engine::new(&base.model, settings.clone())?;
         let (commands, inbox) = mpsc::channel();
-        let worker = Self { commands, figures: Arc::default(), stopping: Arc::default() };
+        let policy = &settings.policy;
+        let most_adapters = policy.max_adapters.unwrap_or(usize::MAX).min(policy.max_running);
+        let worker = Self { commands, figures: Arc::default(), stopping: Arc::default(), most_adapters };
         let (figures, stopping) = (worker.figures.clone(), worker.stopping.clone());
         let run = move || Loop { base: &base, settings, inbox, figures, stopping, under: Default::default() }.run();
         let thread = std::thread::Builder::new().name("engine".into()).spawn(run);
@@ -180,10 +190,16 @@ impl Worker {
         }
         let (reply, answer) = oneshot::channel();
         let (hear, heard) = channel::channel(QUEUE);
-        let sent = self.commands.send(Command::Submit(Box::new(request), reply, hear));
+        let answered = Arc::<AtomicBool>::default();
+        let sent = self.commands.send(Command::Submit(Box::new(request), reply, hear, answered.clone()));
         sent.map_err(|_| Declined::Stopping)?;
         let id = answer.await.map_err(|_| Declined::Stopping)??;
-        Ok(Ticket { id, heard, commands: self.commands.clone(), over: false })
+        Ok(Ticket { id, answered, heard, commands: self.commands.clone(), over: false })
+    }
+
+    /// Most adapters that can be at work at a time: there are no slots, so that is a bound on requests.
+    pub fn most_adapters(&self) -> usize {
+        self.most_adapters
     }
 
     /// Takes no more requests. Those under way are answered.
@@ -205,8 +221,22 @@ impl Worker {
 /// One request's listener.
 struct Under {
     hear: channel::Sender<Heard>,
+    /// Set when the client has all that it wants.
+    answered: Arc<AtomicBool>,
     arrived: f64,
     last: Option<f64>,
+}
+
+impl Under {
+    /// Counts a request whose client no longer listens.
+    fn count_gone(&self, now: f64, figures: &mut Figures) {
+        if self.answered.load(Ordering::Relaxed) {
+            figures.answered += 1;
+            figures.whole.observe(now - self.arrived);
+        } else {
+            figures.cancelled += 1;
+        }
+    }
 }
 
 struct Loop<'a> {
@@ -291,12 +321,12 @@ impl Loop<'_> {
     fn handle(&mut self, engine: &mut Engine<'_>, command: Command, now: f64) {
         match command {
             Command::Cancel(id) => {
-                if self.under.remove(&id).is_some() {
+                if let Some(under) = self.under.remove(&id) {
                     engine.cancel(id);
-                    self.change(|f| f.cancelled += 1);
+                    self.change(|f| under.count_gone(now, f));
                 }
             }
-            Command::Submit(request, reply, hear) => {
+            Command::Submit(request, reply, hear, answered) => {
                 let stopping = self.stopping.load(Ordering::Relaxed);
                 let taken = match (!stopping).then(|| engine.submit(*request, now)) {
                     None => Err(Declined::Stopping),
@@ -311,7 +341,7 @@ impl Loop<'_> {
                 // Who asked may be gone already.
                 let heard = reply.send(taken).is_ok();
                 match id {
-                    Some(id) if heard => _ = self.under.insert(id, Under { hear, arrived: now, last: None }),
+                    Some(id) if heard => _ = self.under.insert(id, Under { hear, answered, arrived: now, last: None }),
                     Some(id) => engine.cancel(id),
                     None => {}
                 }
@@ -352,7 +382,7 @@ impl Loop<'_> {
         let heard = if behind { Heard::TooSlow } else { heard };
         let gone = under.hear.try_send(heard).is_err() || behind;
         if gone && !over {
-            figures.cancelled += 1;
+            under.count_gone(now, &mut figures);
         }
         drop(figures);
         if over || gone {

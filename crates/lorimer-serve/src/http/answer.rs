@@ -121,7 +121,12 @@ async fn follow(
             continue;
         }
         let piece = Piece { index, text, tokens: std::mem::take(&mut tokens), finish };
-        if sender.send(Ok(piece)).await.is_err() || finish.is_some() {
+        if sender.send(Ok(piece)).await.is_err() {
+            return;
+        }
+        if finish.is_some() {
+            // After a stop text the engine would go on.
+            ticket.finish();
             return;
         }
     }

@@ -10,6 +10,7 @@ use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
 use super::App;
+use crate::engine::EngineState;
 use crate::worker::Histogram;
 
 /// One family of the exposition format.
@@ -36,31 +37,39 @@ fn escape(text: &str) -> String {
     text.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
 }
 
+/// Pages with keys and values that requests use, and their share of the pages that they could use: what is only kept for later (blocks of the
+/// prefix cache, adapters that no request uses) gives way to them, adapters at work do not.
+fn keys(engine: &EngineState) -> (usize, f64) {
+    let others = engine.free_pages + engine.cached_pages + engine.adapter_pages;
+    let used = engine.pages.saturating_sub(others);
+    let most = engine.pages.saturating_sub(engine.adapter_pages_at_work);
+    (used, used as f64 / most.max(1) as f64)
+}
+
 /// `GET /metrics`.
 #[utoipa::path(get, path = "/metrics", tag = "operation", responses((status = 200, description = "Figures for Prometheus", body = String, content_type = "text/plain")))]
 pub async fn prometheus(State(app): State<Arc<App>>) -> Response {
     let f = app.worker.figures();
     let model = escape(&app.name);
     let one = |value: f64| [(format!("{{model_name=\"{model}\"}}"), value)];
-    let share = |pages: usize| pages as f64 / f.engine.pages.max(1) as f64;
     let mut out = String::new();
     let gauge = |out: &mut String, name: &str, help: &str, value: f64| family(out, name, "gauge", help, &one(value));
     let counter =
         |out: &mut String, name: &str, help: &str, value: u64| family(out, name, "counter", help, &one(value as f64));
     gauge(&mut out, "vllm:num_requests_running", "Requests in the batch.", f.engine.running as f64);
     gauge(&mut out, "vllm:num_requests_waiting", "Requests that wait.", f.engine.waiting as f64);
-    let used = f.engine.pages - f.engine.free_pages - f.engine.cached_pages - f.engine.adapter_pages;
+    let (used, usage) = keys(&f.engine);
     gauge(
         &mut out,
         "vllm:kv_cache_usage_perc",
-        "Share of the pool that keys and values of requests take (1 = all).",
-        share(used),
+        "Pages with keys and values of requests as a share of those that adapters at work leave (1 = all).",
+        usage,
     );
     let names = |names: &[String]| escape(&names.join(","));
     let adapters = &f.adapters;
     let labels = format!(
         "{{max_lora=\"{}\",running_lora_adapters=\"{}\",waiting_lora_adapters=\"{}\"}}",
-        f.engine.adapters.max(1),
+        app.worker.most_adapters(),
         names(&adapters.running),
         names(&adapters.waiting)
     );
@@ -119,5 +128,24 @@ pub async fn state(State(app): State<Arc<App>>) -> Json<Value> {
         "host_adapter_bytes": bytes,
         "host_adapters": count,
         "stopping": app.worker.is_stopping(),
+        "problems": app.problems(),
     }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// To be seen to fail: a share of all pages, or blocks that are only kept counted as used.
+    #[test]
+    fn usage_is_of_what_requests_could_have() {
+        let idle =
+            EngineState { pages: 100, free_pages: 10, cached_pages: 30, adapter_pages: 60, ..Default::default() };
+        assert_eq!(keys(&idle), (0, 0.0));
+        let full = EngineState { cached_pages: 0, free_pages: 0, adapter_pages_at_work: 60, ..idle };
+        assert_eq!(keys(&full), (40, 1.0));
+        let half = EngineState { cached_pages: 10, free_pages: 10, adapter_pages_at_work: 60, ..idle };
+        assert_eq!(keys(&half), (20, 0.5));
+        assert_eq!(keys(&EngineState::default()), (0, 0.0));
+    }
 }
