@@ -1,12 +1,9 @@
-//! Any bytes as `adapter_model.safetensors`, beside a plain configuration: `cargo fuzz run adapter`.
+//! `cargo fuzz run adapter`; see `checks.rs`.
 #![no_main]
-use libfuzzer_sys::fuzz_target;
+#![allow(dead_code)]
+#[path = "../checks.rs"]
+mod checks;
 
-fuzz_target!(|bytes: &[u8]| {
-    let folder = tempfile::tempdir().unwrap();
-    std::fs::write(folder.path().join("adapter_config.json"), r#"{"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]}"#).unwrap();
-    std::fs::write(folder.path().join("adapter_model.safetensors"), bytes).unwrap();
-    if let Ok(stored) = lorimer_adapter::StoredAdapter::read(folder.path()) {
-        let _ = lorimer_adapter::inspect::inspect(&stored);
-    }
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
+    let _ = checks::adapter(bytes);
 });

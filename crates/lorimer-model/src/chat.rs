@@ -37,6 +37,9 @@ const MARKED: &str = "marked chat";
 /// Variables that every template is given; `chat_template_kwargs` cannot have these names.
 pub const RESERVED: [&str; 3] = ["messages", "tools", "add_generation_prompt"];
 
+/// Longest text that is made of a conversation, in bytes.
+pub const MAX_TEXT: usize = 32 << 20;
+
 /// A compiled chat template.
 pub struct ChatTemplate {
     source: String,
@@ -196,14 +199,21 @@ impl ChatTemplate {
         };
         // transformers gives a template no `content` where there is none. Templates that join texts without a look need one.
         let without = |m: &Value| m.is_object() && m.get("content").is_none();
-        match render(messages) {
+        let text = match render(messages) {
             Err(first) if messages.iter().any(without) => {
                 let mut filled = messages.to_vec();
                 filled.iter_mut().filter(|m| without(m)).for_each(|m| m["content"] = "".into());
                 render(&filled).map_err(|_| failed(first))
             }
             other => other.map_err(failed),
+        }?;
+        if text.len() > MAX_TEXT {
+            return Err(Error::Unsupported(format!(
+                "the chat template makes {} bytes of the conversation, at most {MAX_TEXT} are read",
+                text.len()
+            )));
         }
+        Ok(text)
     }
 }
 
@@ -257,6 +267,13 @@ mod tests {
         let source = "{% for a in range(90000) %}{% for b in range(90000) %}x{% endfor %}{% endfor %}";
         let error = ChatTemplate::new(source, "", "").unwrap().render(&[], None, false).unwrap_err();
         assert!(error.to_string().contains("fuel"), "{error}");
+    }
+
+    #[test]
+    fn a_text_without_end_is_refused() {
+        let source = "{% set a = 'x' * 30000000 %}{{ a }}{{ a }}";
+        let error = ChatTemplate::new(source, "", "").unwrap().render(&[], None, false).unwrap_err();
+        assert!(error.to_string().lines().count() == 1, "{error}");
     }
 
     #[test]

@@ -1,0 +1,190 @@
+//! What holds of any bytes that come from outside: nothing panics, hangs or allocates without bound, and what is refused is refused in a sentence.
+//!
+//! Each function is a fuzz target of its name (`cargo fuzz run http`, on nightly); `crates/lorimer/tests/hostile.rs` calls the same ones with
+//! thousands of damaged inputs on stable.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
+
+use axum::body::{Body, to_bytes};
+use axum::http::{Method, Request, Uri, header};
+use lorimer::adapter::{self, inspect, methods, targets};
+use lorimer::model::chat::{ChatTemplate, MAX_TEXT};
+use lorimer::model::config::LlamaConfig;
+use lorimer::model::gguf::Gguf;
+use lorimer::prelude::{Base, OpenOptions, StoredAdapter};
+use lorimer::serve::http::{App, Keys, router};
+use lorimer::serve::{EngineSettings, Store, StoreSettings, Worker};
+use lorimer::train::data::{detect, read_rows, sample};
+use serde_json::Value;
+use tower::ServiceExt;
+
+/// Longest that one input may take.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn goldens(name: &str) -> PathBuf {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let root = root.ancestors().find(|r| r.join("tests/goldens").is_dir()).expect("the repository");
+    root.join("tests/goldens").join(name)
+}
+
+/// A refusal is one line, and not empty.
+fn sentence(refusal: &str) {
+    assert!(!refusal.trim().is_empty() && refusal.trim().lines().count() == 1, "{refusal:?}");
+}
+
+/// Any bytes as `adapter_model.safetensors`, beside a plain configuration.
+pub fn adapter(bytes: &[u8]) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let config = r#"{"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]}"#;
+    std::fs::write(folder.path().join("adapter_config.json"), config).expect("a file");
+    std::fs::write(folder.path().join("adapter_model.safetensors"), bytes).expect("a file");
+    match StoredAdapter::read(folder.path()) {
+        Ok(stored) => _ = inspect::inspect(&stored),
+        Err(error) => sentence(&error.to_string()),
+    }
+}
+
+/// Any bytes as a model's and an adapter's configuration.
+pub fn config(bytes: &[u8]) {
+    let Ok(json) = serde_json::from_slice::<Value>(bytes) else { return };
+    match LlamaConfig::from_json(&json, "config.json".as_ref()) {
+        Ok(config) => _ = config.rotary(),
+        Err(error) => sentence(&error.to_string()),
+    }
+    if let Value::Object(map) = &json {
+        match methods::from_adapter_config(map) {
+            Ok(method) => _ = targets::Matcher::new(method.targeting()),
+            Err(error) => sentence(&error.to_string()),
+        }
+    }
+}
+
+/// Any bytes as a data file; the first byte chooses its kind.
+pub fn data(bytes: &[u8]) {
+    let Some((kind, content)) = bytes.split_first() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join(["a.jsonl", "a.json", "a.csv", "a.parquet"][usize::from(kind % 4)]);
+    std::fs::write(&path, content).expect("a file");
+    let Ok(rows) = read_rows(&path, Some(1000)) else { return };
+    if let Ok(format) = detect(&path, &rows) {
+        for row in rows.iter().filter_map(|r| r.value.as_ref().ok()) {
+            let _ = sample(row, format);
+        }
+    }
+}
+
+/// Any bytes as a GGUF file: a base with its tokenizer, or an adapter of the tiny base.
+pub fn gguf(bytes: &[u8]) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("a.gguf");
+    std::fs::write(&path, bytes).expect("a file");
+    match Base::open(&path, &OpenOptions::default()) {
+        Ok(base) => _ = base.text.encode("some words, 12 of them", true),
+        Err(error) => sentence(&error.to_string()),
+    }
+    if let Ok(file) = Gguf::open(&path) {
+        // A file that is no base may still have a tokenizer.
+        let _ = lorimer::model::TextModel::from_gguf(&file);
+    }
+    static CONFIG: OnceLock<LlamaConfig> = OnceLock::new();
+    let config = CONFIG.get_or_init(|| {
+        let path = goldens("tiny-llama/config.json");
+        let json = serde_json::from_slice(&std::fs::read(&path).expect("a file")).expect("JSON");
+        LlamaConfig::from_json(&json, &path).expect("a configuration")
+    });
+    if let Err(error) = adapter::convert::read_gguf(&path, config) {
+        sentence(&error.to_string());
+    }
+}
+
+/// Any bytes as a chat template and, after a zero, messages as JSON: an adapter's folder may bring the one, a request the other.
+pub fn template(bytes: &[u8]) {
+    let text = String::from_utf8_lossy(bytes);
+    let (source, messages) = text.split_once('\0').unwrap_or((&text, ""));
+    let plain =
+        || serde_json::json!([{ "role": "user", "content": "Hello" }, { "role": "assistant", "content": null }]);
+    let messages = serde_json::from_str(messages).unwrap_or_else(|_| plain());
+    let Value::Array(messages) = messages else { return };
+    let begun = Instant::now();
+    match ChatTemplate::new(source, "<s>", "</s>") {
+        Ok(template) => match template.render(&messages, None, true) {
+            Ok(text) => assert!(text.len() <= MAX_TEXT, "{} bytes of text", text.len()),
+            Err(error) => sentence(&error.to_string()),
+        },
+        Err(error) => sentence(&error.to_string()),
+    }
+    assert!(begun.elapsed() < PATIENCE, "a template took {:?}", begun.elapsed());
+}
+
+/// A whole server of the tiny base with one adapter, without a network.
+struct Server {
+    app: Arc<App>,
+    runtime: tokio::runtime::Runtime,
+    _folder: tempfile::TempDir,
+}
+
+impl Server {
+    fn start() -> Self {
+        let base = Base::open(&goldens("tiny-llama"), &OpenOptions::default()).expect("a base");
+        let folder = tempfile::tempdir().expect("a folder");
+        let own = folder.path().join("a");
+        std::fs::create_dir(&own).expect("a folder");
+        for file in ["adapter_config.json", "adapter_model.safetensors"] {
+            std::fs::copy(goldens("adapters/lora").join(file), own.join(file)).expect("a file");
+        }
+        let store = Store::open(StoreSettings::new(folder.path())).expect("a store");
+        let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+        let base = Arc::new(base);
+        let worker = Worker::start(base.clone(), EngineSettings { pool_bytes: 4 << 20, ..Default::default() });
+        let worker = worker.expect("an engine");
+        let app = App::new(base, "tiny".into(), Some(Arc::new(store)), worker, Keys::default(), true);
+        Self { app, runtime, _folder: folder }
+    }
+}
+
+/// Calls that take bodies.
+pub const CALLS: [(&str, &str); 6] = [
+    ("POST", "/v1/chat/completions"),
+    ("POST", "/v1/completions"),
+    ("POST", "/v1/load_lora_adapter"),
+    ("POST", "/v1/unload_lora_adapter"),
+    ("PUT", "/v1/adapters/b"),
+    ("DELETE", "/v1/adapters/b"),
+];
+
+/// Any bytes as the body of a call; the first byte chooses which. Status and answer.
+pub fn http(bytes: &[u8]) -> Option<(u16, String)> {
+    static SERVER: OnceLock<Server> = OnceLock::new();
+    let server = SERVER.get_or_init(Server::start);
+    let (call, body) = bytes.split_first()?;
+    let (method, path) = CALLS[usize::from(*call) % CALLS.len()];
+    let request = Request::builder()
+        .method(Method::from_bytes(method.as_bytes()).expect("a method"))
+        .uri(Uri::from_static(path))
+        .header(header::CONTENT_TYPE, "application/json")
+        .body(Body::from(body.to_vec()))
+        .expect("a request");
+    let answered = server.runtime.block_on(async {
+        let answer = async {
+            let Ok(answer) = router(server.app.clone()).oneshot(request).await;
+            let status = answer.status().as_u16();
+            let body = to_bytes(answer.into_body(), usize::MAX).await.expect("a whole body");
+            (status, String::from_utf8(body.to_vec()).expect("UTF-8"))
+        };
+        tokio::time::timeout(PATIENCE, answer).await
+    });
+    let shown = || String::from_utf8_lossy(body).chars().take(500).collect::<String>();
+    let (status, text) = answered.unwrap_or_else(|_| panic!("no answer to {path} {}", shown()));
+    if status != 200 {
+        let json: Value = serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {text}"));
+        let error = &json["error"];
+        assert!((400..500).contains(&status), "{path} {}: {status} {text}", shown());
+        assert!(error["code"].is_string(), "{text}");
+        sentence(error["message"].as_str().unwrap_or_default());
+    }
+    // An engine that had to be made anew has panicked.
+    assert_eq!(server.app.worker.figures().restarts, 0, "{path} {}", shown());
+    Some((status, text))
+}
