@@ -12,6 +12,7 @@ use futures_util::StreamExt;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::App;
+use super::desk::LARGE;
 use super::error::ApiError;
 
 /// Largest body of a request.
@@ -84,7 +85,10 @@ pub async fn bounded(State(app): State<Arc<App>>, request: Request, next: Next) 
         ApiError::new(StatusCode::REQUEST_TIMEOUT, "body_too_slow", message)
     };
     match read.map_err(late).and_then(|read| read) {
-        Ok((bytes, _held)) => next.run(Request::from_parts(parts, Body::from(bytes))).await,
+        Ok((bytes, _held)) => {
+            let large = bytes.len() > SMALL_BODY;
+            LARGE.scope(large, next.run(Request::from_parts(parts, Body::from(bytes)))).await
+        }
         Err(error) => error.into_response(),
     }
 }

@@ -60,6 +60,33 @@ impl Desk {
     }
 }
 
+tokio::task_local! {
+    /// Whether the request that is handled came with a large body.
+    pub static LARGE: bool;
+}
+
+/// Work on requests, of which those with large bodies wait for each other only.
+pub struct Readers {
+    small: Desk,
+    large: Desk,
+}
+
+impl Readers {
+    /// Work of which, for small and for large bodies each, `at_once` is done at a time.
+    pub fn new(at_once: usize, patience: Duration, what: &'static str) -> Self {
+        Self { small: Desk::new(at_once, patience, what), large: Desk::new(at_once, patience, what) }
+    }
+
+    /// Runs work for the request that is handled, within the time.
+    pub async fn within<T: Send + 'static>(
+        &self,
+        f: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
+    ) -> Result<T, ApiError> {
+        let large = LARGE.try_with(|large| *large).unwrap_or(false);
+        if large { self.large.within(f).await } else { self.small.within(f).await }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
@@ -107,6 +134,28 @@ mod tests {
             let error = other.within(|| -> Result<(), ApiError> { panic!("a defect") }).await.unwrap_err();
             assert_eq!(error.status.as_u16(), 500);
             other.within(|| Ok(())).await.unwrap();
+        });
+    }
+
+    /// However many large prompts are read, a small one is read at once.
+    #[test]
+    fn small_requests_do_not_wait_for_large_ones() {
+        runtime().block_on(async {
+            let readers = Arc::new(Readers::new(1, Duration::from_millis(500), "reading"));
+            let slow = || {
+                std::thread::sleep(Duration::from_secs(2));
+                Ok(())
+            };
+            let mut large = Vec::new();
+            for _ in 0..4 {
+                let own = readers.clone();
+                large.push(tokio::spawn(LARGE.scope(true, async move { own.within(slow).await })));
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            readers.within(|| Ok(())).await.unwrap();
+            for one in large {
+                assert_eq!(one.await.unwrap().unwrap_err().code, "overloaded");
+            }
         });
     }
 }

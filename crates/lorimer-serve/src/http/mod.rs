@@ -37,7 +37,7 @@ use utoipa::OpenApi;
 use utoipa::openapi::security::{Http, HttpAuthScheme, SecurityRequirement, SecurityScheme};
 
 use self::bodies::{MAX_BODY, SMALL_BODY};
-use self::desk::Desk;
+use self::desk::{Desk, Readers};
 use self::error::ApiError;
 use self::timed::Timed;
 use crate::hosted::Hosted;
@@ -52,7 +52,8 @@ const HEAD_SECONDS: u64 = 15;
 const WRITE_SECONDS: u64 = 30;
 /// Most connections at a time.
 const MAX_CONNECTIONS: usize = 4096;
-/// Bodies that are parsed and prompts that are encoded at a time, and the seconds within which that has to be done.
+/// Bodies that are parsed and prompts that are encoded at a time, of small and of large requests each, and the seconds within which that has
+/// to be done.
 const TEXT: (usize, u64) = (2, 20);
 /// Adapters that are fetched and read at a time (read one after the other, by the store's own threads), and the seconds for which a request
 /// waits for one. A load goes on without those that gave up.
@@ -104,7 +105,7 @@ pub struct App {
     pub loopback: bool,
     started: u64,
     random: AtomicU64,
-    text: Desk,
+    text: Readers,
     loads: Desk,
     changes: Desk,
     /// Adapters on their way into memory, by name.
@@ -142,7 +143,7 @@ impl App {
             loopback,
             started: now.as_secs(),
             random: AtomicU64::new(now.as_nanos() as u64 ^ (u64::from(std::process::id()) << 32)),
-            text: desk(TEXT, "reading the request"),
+            text: Readers::new(TEXT.0, Duration::from_secs(TEXT.1), "reading the request"),
             loads: desk(LOADS, "loading the adapter"),
             changes: desk(CHANGES, "the change"),
             loading: Mutex::default(),
