@@ -5,8 +5,9 @@ use std::path::Path;
 use candle_core::quantized::gguf_file::Value as GgufValue;
 use candle_core::quantized::tokenizer::TokenizerFromGguf;
 use serde_json::{Map, Value};
-use tokenizers::Tokenizer;
+use tokenizers::decoders::DecoderWrapper;
 use tokenizers::pre_tokenizers::{byte_level::ByteLevel, digits::Digits, sequence::Sequence};
+use tokenizers::{Decoder, Tokenizer};
 
 use crate::chat::ChatTemplate;
 use crate::error::{Error, Result, first_line};
@@ -80,6 +81,16 @@ fn ids_of(config: &Value) -> Vec<u32> {
         Some(Value::Array(items)) => items.iter().filter_map(one).collect(),
         Some(value) => one(value).into_iter().collect(),
         None => Vec::new(),
+    }
+}
+
+/// The byte that a character stands for in byte-level vocabularies (GPT-2's): printable ones of Latin-1 for themselves, the other bytes in
+/// order from U+0100.
+fn byte_of(c: char) -> Option<u8> {
+    let own = |b: u32| matches!(b, 0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff);
+    match u32::from(c) {
+        b if b < 0x100 => own(b).then_some(b as u8),
+        n => (0..0x100).filter(|&b| !own(b)).nth((n - 0x100) as usize).map(|b| b as u8),
     }
 }
 
@@ -238,6 +249,45 @@ impl TextModel {
         self.tokenizer
             .decode(ids, !special)
             .map_err(|e| Error::Unsupported(format!("the tokenizer cannot decode: {}", first_line(&e.to_string()))))
+    }
+
+    /// Whether a token is a special one, which decoded text leaves out.
+    pub fn is_special(&self, id: u32) -> bool {
+        self.tokenizer.get_added_vocabulary().get_added_tokens_decoder().get(&id).is_some_and(|token| token.special)
+    }
+
+    /// The bytes that a token stands for, which may be a part of a letter; none for an id without a token.
+    pub fn token_bytes(&self, id: u32) -> Vec<u8> {
+        let added = self.tokenizer.get_added_vocabulary().get_added_tokens_decoder();
+        if let Some(token) = added.get(&id) {
+            return token.content.clone().into_bytes();
+        }
+        let Some(piece) = self.tokenizer.id_to_token(id) else { return Vec::new() };
+        let parts = match self.tokenizer.get_decoder() {
+            Some(DecoderWrapper::Sequence(all)) => all.get_decoders(),
+            Some(one) => std::slice::from_ref(one),
+            None => &[],
+        };
+        if parts.iter().any(|d| matches!(d, DecoderWrapper::ByteFallback(_)))
+            && let Some(byte) = piece.strip_prefix("<0x").and_then(|p| p.strip_suffix('>'))
+            && byte.len() == 2
+            && let Ok(byte) = u8::from_str_radix(byte, 16)
+        {
+            return vec![byte];
+        }
+        if parts.iter().any(|d| matches!(d, DecoderWrapper::ByteLevel(_))) {
+            let bytes: Option<Vec<u8>> = piece.chars().map(byte_of).collect();
+            return bytes.unwrap_or_else(|| piece.into_bytes());
+        }
+        // The others look at a piece's neighbours only to take a space off the first of a text: it is decoded as a later one.
+        let mut pieces = vec![String::new(), piece];
+        for part in parts.iter().filter(|d| !matches!(d, DecoderWrapper::Strip(_) | DecoderWrapper::Fuse(_))) {
+            match part.decode_chain(pieces.clone()) {
+                Ok(decoded) => pieces = decoded,
+                Err(_) => break,
+            }
+        }
+        pieces.concat().into_bytes()
     }
 
     /// One more than the largest token id.

@@ -17,10 +17,14 @@ use crate::scheduler::{Job, Policy, Refusal, Scheduler, Tenant};
 pub struct Asked {
     /// Token ids of the prompt, and of what there is of the answer.
     pub prompt: Vec<u32>,
+    /// Whether all of it is computed, whatever is kept of prompts: something of it is to be told.
+    pub whole: bool,
     /// How many of them are the answer's.
     pub answered: usize,
     /// Most tokens that are still to be generated.
     pub max_tokens: usize,
+    /// How many of them are counted on when it is let in; none for all.
+    pub expected: Option<usize>,
     /// Adapters, each by its content and the pages it takes.
     pub adapters: Vec<(Arc<str>, usize)>,
     /// What keys and values depend on beside the tokens.
@@ -41,6 +45,8 @@ pub struct Sequence {
     pub blocks: Vec<Vec<u32>>,
     /// Whether it runs.
     pub runs: bool,
+    /// Whether nothing is taken from the prefix cache.
+    whole: bool,
     /// What its keys and values depend on beside the tokens.
     content: String,
     adapters: Vec<(Arc<str>, usize)>,
@@ -84,6 +90,7 @@ fn job(id: u64, asked: &Asked, arrived: f64) -> Job {
         adapters: asked.adapters.clone(),
         prompt: asked.prompt.len(),
         max_output: asked.max_tokens,
+        expected: asked.expected.unwrap_or(asked.max_tokens).min(asked.max_tokens),
         arrived,
     }
 }
@@ -138,6 +145,7 @@ impl Batching {
             computed: 0,
             blocks: Vec::new(),
             runs: false,
+            whole: asked.whole,
             content: asked.content,
             adapters: asked.adapters,
             leased: 0,
@@ -210,7 +218,9 @@ impl Batching {
         assert!(!self.sequences.values().any(|s| s.tokens.starts_with(&FAULT)), "a seeded fault");
         let Self { sequences, prefix, pages, counted, .. } = self;
         let plan = self.scheduler.plan(now, |job| {
-            let Some((s, prefix)) = sequences.get_mut(&job.id).zip(prefix.as_mut()) else { return 0 };
+            let Some((s, prefix)) = sequences.get_mut(&job.id).filter(|s| !s.whole).zip(prefix.as_mut()) else {
+                return 0;
+            };
             // The pages are held from here on, so that making room does not take them.
             for node in prefix.find(&s.content, &s.tokens) {
                 let found = prefix.pages(node).to_vec();

@@ -19,9 +19,12 @@ use crate::batching::{Asked, Batching};
 use crate::error::{Error, Result};
 use crate::generate::FinishReason;
 use crate::hosted::Hosted;
-use crate::pool::{Geometry, Numbers, Pages, pool};
+use crate::pool::{BLOCK, Geometry, Numbers, Pages, pool};
 use crate::sampling::Sampling;
 use crate::scheduler::{Policy, Refusal, Tenant};
+
+/// Tokens that an answer is expected to have where no number is asked for.
+const EXPECTED: usize = 256;
 
 /// How an engine is set up.
 #[derive(Clone, Debug)]
@@ -47,8 +50,8 @@ pub struct Request {
     pub prompt: Vec<u32>,
     /// Adapters with their weights; none for the base.
     pub adapters: Vec<(Arc<Hosted>, f32)>,
-    /// Most tokens to generate, at least one.
-    pub max_tokens: usize,
+    /// Most tokens to generate; none for as many as model and pool have room for.
+    pub max_tokens: Option<usize>,
     /// How tokens are drawn.
     pub sampling: Sampling,
     /// Where random numbers come from.
@@ -57,18 +60,20 @@ pub struct Request {
     pub stop: Vec<u32>,
     /// How many of the likeliest tokens to tell with each; none for no log-probabilities.
     pub log_probabilities: Option<usize>,
+    /// Whether to tell the log-probabilities of the prompt's tokens too.
+    pub of_prompt: bool,
     /// Whom it is for.
     pub tenant: Tenant,
     /// Names under which the adapters were asked for, for figures.
     pub names: Vec<String>,
 }
 
-/// A generated token.
+/// A token of an answer or a prompt.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Token {
     /// Its id.
     pub token: u32,
-    /// log p before any sampling setting, where asked for.
+    /// log p before any sampling setting, where asked for; none for the first of a prompt, which nothing comes before.
     pub log_probability: Option<f32>,
     /// The likeliest tokens, where asked for.
     pub top: Vec<(u32, f32)>,
@@ -77,6 +82,8 @@ pub struct Token {
 /// What a step brought.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
+    /// Tokens of a request's prompt with their log-probabilities; with the reason if no answer was asked for and these are the last.
+    Prompt(u64, Vec<Token>, Option<FinishReason>),
     /// A token of a request; with the reason if it is the last.
     Token(u64, Token, Option<FinishReason>),
     /// A request is refused.
@@ -114,6 +121,11 @@ struct Under {
     /// Its prompt is with the tokens.
     request: Request,
     arrived: f64,
+    /// Most tokens to generate, and how many are expected.
+    limit: usize,
+    expected: usize,
+    /// Tokens of the prompt whose log-probabilities have been told.
+    told: usize,
     /// Tokens that were given out, and the state of the random numbers after them.
     answer: Vec<u32>,
     rng: ChaCha8Rng,
@@ -212,8 +224,9 @@ impl<'m> Engine<'m> {
         let id = self.next;
         self.next += 1;
         let rng = ChaCha8Rng::seed_from_u64(request.seed);
+        let (limit, expected) = self.length_of(&request);
         let prompt = std::mem::take(&mut request.prompt);
-        let under = Under { request, arrived: now, answer: Vec::new(), rng };
+        let under = Under { request, arrived: now, limit, expected, told: 0, answer: Vec::new(), rng };
         let asked = self.asked(&under, prompt);
         match caught(|| self.batching.submit(id, asked, now)) {
             Ok(Ok(())) => {
@@ -235,15 +248,31 @@ impl<'m> Engine<'m> {
         let content: Vec<String> =
             request.adapters.iter().map(|(a, weight)| format!("{}*{}", a.content_id, weight.to_bits())).collect();
         let pages = |(a, _): &(Arc<Hosted>, f32)| (a.content_id.as_str().into(), a.pages(self.geometry));
+        let whole = request.of_prompt && under.told < prompt.len();
         prompt.extend_from_slice(&under.answer);
+        let max_tokens = under.limit.saturating_sub(under.answer.len());
         Asked {
             prompt,
+            whole,
             answered: under.answer.len(),
-            max_tokens: request.max_tokens.saturating_sub(under.answer.len()),
+            max_tokens,
+            expected: Some(under.expected.min(max_tokens)),
             adapters: request.adapters.iter().map(pages).collect(),
             content: content.join("+"),
             tenant: request.tenant.clone(),
         }
+    }
+
+    /// Most tokens of a request's answer, and how many are expected.
+    fn length_of(&self, request: &Request) -> (usize, usize) {
+        if let Some(asked) = request.max_tokens {
+            return (asked, asked);
+        }
+        let adapters: usize = request.adapters.iter().map(|(a, _)| a.pages(self.geometry)).sum();
+        let blocks = self.batching.pages().count().saturating_sub(adapters) / self.geometry.layers.max(1);
+        let longest = self.model.config.max_positions.min(blocks * BLOCK);
+        let limit = longest.saturating_sub(request.prompt.len()).max(1);
+        (limit, limit.min(EXPECTED))
     }
 
     fn check(&self, request: &Request) -> Result<()> {
@@ -251,10 +280,7 @@ impl<'m> Engine<'m> {
         if request.prompt.is_empty() {
             return fail("the prompt is empty; there is nothing to go on from".into());
         }
-        if request.max_tokens == 0 {
-            return fail("max_tokens should be at least 1".into());
-        }
-        self.model.check_length(request.prompt.len().saturating_add(request.max_tokens))?;
+        self.model.check_length(request.prompt.len().saturating_add(request.max_tokens.unwrap_or(1)))?;
         let vocabulary = self.model.config.vocab_size;
         if let Some(bad) = request.prompt.iter().find(|&&t| t as usize >= vocabulary) {
             return fail(format!("token {bad} is outside the vocabulary of {vocabulary}"));
@@ -406,12 +432,16 @@ impl<'m> Engine<'m> {
     /// Computes the rows of some requests together and draws their next tokens; where that fails, in two parts.
     fn compute(&mut self, work: &[(u64, usize)]) {
         let problem = match caught(|| self.forward(work)) {
-            Ok(Ok((draws, logits))) => {
+            Ok(Ok((needs, logits))) => {
                 for &(id, count) in work {
                     self.at = Some(id);
                     self.batching.advance(id, count);
                 }
-                return self.draw(&draws, &logits);
+                let width = (logits.len() / needs.len().max(1)).max(1);
+                let rows = needs.into_iter().zip(logits.chunks(width));
+                let rows: Vec<Row<'_>> = rows.map(|((id, next), logits)| Row { id, next, logits }).collect();
+                self.tell(work, &rows);
+                return self.draw(&rows);
             }
             Ok(Err(error)) => error.to_string(),
             Err(panic) => panic,
@@ -427,10 +457,11 @@ impl<'m> Engine<'m> {
         }
     }
 
-    /// Computes the rows of some requests together: those of them whose last row is there, and its logits.
-    fn forward(&mut self, work: &[(u64, usize)]) -> Result<(Vec<u64>, Vec<f32>)> {
+    /// Computes the rows of some requests together: the logits that are needed, one row after the other, and for each its request and the
+    /// place of the token that comes after it.
+    fn forward(&mut self, work: &[(u64, usize)]) -> Result<(Needs, Vec<f32>)> {
         let Self { under, batching, numbers, geometry, model, .. } = self;
-        let (mut rows, mut tokens, mut needed, mut draws) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let (mut rows, mut tokens, mut needed, mut needs) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for &(id, count) in work {
             let Some((s, u)) = batching.sequence(id).zip(under.get(&id)) else { continue };
             let used = u.request.adapters.iter().filter_map(|(hosted, weight)| {
@@ -441,28 +472,62 @@ impl<'m> Engine<'m> {
                 return Err(Error::Pool("an adapter of a running request is not in the pool".into()));
             }
             rows.push(Rows { count, position: s.computed, blocks: &s.blocks, adapters });
-            tokens.extend_from_slice(&s.tokens[s.computed..s.computed + count]);
-            if s.computed + count == s.tokens.len() {
-                needed.push(tokens.len() as u32 - 1);
-                draws.push(id);
+            for next in s.computed + 1..=s.computed + count {
+                let told = u.request.of_prompt && (u.told.max(1)..s.prompt).contains(&next);
+                if told || next == s.tokens.len() {
+                    needed.push((tokens.len() + next - 1 - s.computed) as u32);
+                    needs.push((id, next));
+                }
             }
+            tokens.extend_from_slice(&s.tokens[s.computed..s.computed + count]);
         }
         let batch = Batched::new(numbers.all(), *geometry, rows, &needed);
         // Inside the pool, so that each parallel part begins without waking a thread to carry it there.
         let logits = rayon::scope(|_| batch.logits(model, &tokens, &needed))?;
         let logits = logits.map(|l| l.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()).transpose()?;
-        Ok((draws, logits.unwrap_or_default()))
+        Ok((needs, logits.unwrap_or_default()))
     }
 
-    /// Draws the next token of some requests, each from its row of `logits`.
-    fn draw(&mut self, ids: &[u64], logits: &[f32]) {
-        if ids.is_empty() || logits.is_empty() {
-            return;
+    /// Tells the log-probabilities of prompts, each token's from the row before it, and ends requests that ask for no more.
+    fn tell(&mut self, work: &[(u64, usize)], rows: &[Row<'_>]) {
+        for &(id, _) in work {
+            self.at = Some(id);
+            let Some((u, s)) = self.under.get_mut(&id).zip(self.batching.sequence(id)) else { continue };
+            let mut told = Vec::new();
+            if u.request.of_prompt && u.told < s.prompt {
+                let own: Vec<&Row<'_>> = rows.iter().filter(|row| row.id == id && row.next < s.prompt).collect();
+                if let Some(failure) = own.iter().find_map(|row| finite(u, row.logits).err()) {
+                    self.fail(id, failure);
+                    continue;
+                }
+                if u.told == 0 {
+                    told.push(Token { token: s.tokens[0], log_probability: None, top: Vec::new() });
+                }
+                let n = u.request.log_probabilities.unwrap_or(0);
+                let token = |row: &&Row<'_>| {
+                    let (own, top) = log_probabilities(row.logits, s.tokens[row.next], n);
+                    Token { token: s.tokens[row.next], log_probability: Some(own), top }
+                };
+                told.par_extend(own.par_iter().map(token));
+                u.told += told.len();
+            }
+            let over = u.limit == 0 && s.computed >= s.prompt;
+            if over || !told.is_empty() {
+                self.events.push(Event::Prompt(id, told, over.then_some(FinishReason::Length)));
+            }
+            if over {
+                self.under.remove(&id);
+                self.batching.remove(id);
+            }
         }
-        let rows: Vec<(u64, &[f32])> =
-            ids.iter().copied().zip(logits.chunks(logits.len().div_ceil(ids.len()))).collect();
+    }
+
+    /// Draws the next token of requests whose last row is there.
+    fn draw(&mut self, rows: &[Row<'_>]) {
         let (under, batching) = (&self.under, &self.batching);
-        let one = |&(id, logits): &(u64, &[f32])| {
+        let last = |row: &&Row<'_>| batching.sequence(row.id).is_some_and(|s| row.next == s.tokens.len());
+        let rows: Vec<&Row<'_>> = rows.iter().filter(last).collect();
+        let one = |&&Row { id, logits, .. }: &&Row<'_>| {
             let (u, s) = under.get(&id).zip(batching.sequence(id))?;
             Some((
                 id,
@@ -486,7 +551,7 @@ impl<'m> Engine<'m> {
             u.answer.push(token.token);
             let reason = match () {
                 () if u.request.stop.contains(&token.token) => Some(FinishReason::Stop),
-                () if u.answer.len() >= u.request.max_tokens => Some(FinishReason::Length),
+                () if u.answer.len() >= u.limit => Some(FinishReason::Length),
                 () => None,
             };
             let next = token.token;
@@ -502,6 +567,34 @@ impl<'m> Engine<'m> {
     }
 }
 
+/// Rows whose logits are needed: each one's request, and the place of the token that comes after it.
+type Needs = Vec<(u64, usize)>;
+
+/// A row of logits: of which request, and the place of the token that comes after it.
+struct Row<'a> {
+    id: u64,
+    next: usize,
+    logits: &'a [f32],
+}
+
+/// Refuses logits that are no numbers, and says with which adapters.
+fn finite(under: &Under, logits: &[f32]) -> std::result::Result<(), Failure> {
+    if logits.iter().all(|l| l.is_finite()) {
+        return Ok(());
+    }
+    let request = &under.request;
+    let with: Vec<String> = request
+        .adapters
+        .iter()
+        .enumerate()
+        .map(|(i, (a, weight))| format!("`{}` at weight {weight}", request.names.get(i).unwrap_or(&a.content_id)))
+        .collect();
+    Err(Failure::NotFinite(match with.is_empty() {
+        true => "the logits of the base are not finite numbers".into(),
+        false => format!("the logits with {} are not finite numbers; give smaller weights", with.join(" and ")),
+    }))
+}
+
 /// The next token of a request after its prompt and answer, and the random numbers' state after it.
 fn next_token(
     under: &Under,
@@ -509,18 +602,7 @@ fn next_token(
     logits: &[f32],
 ) -> std::result::Result<(Token, ChaCha8Rng), Failure> {
     let request = &under.request;
-    if !logits.iter().all(|l| l.is_finite()) {
-        let with: Vec<String> = request
-            .adapters
-            .iter()
-            .enumerate()
-            .map(|(i, (a, weight))| format!("`{}` at weight {weight}", request.names.get(i).unwrap_or(&a.content_id)))
-            .collect();
-        return Err(Failure::NotFinite(match with.is_empty() {
-            true => "the logits of the base are not finite numbers".into(),
-            false => format!("the logits with {} are not finite numbers; give smaller weights", with.join(" and ")),
-        }));
-    }
+    finite(under, logits)?;
     let mut rng = under.rng.clone();
     let token = request.sampling.draw(logits, history, &mut rng);
     let told = request.log_probabilities.map(|n| log_probabilities(logits, token, n));
@@ -565,11 +647,12 @@ mod tests {
         let request = |prompt: Vec<u32>, seed: u64| Request {
             prompt,
             adapters: vec![],
-            max_tokens: 12,
+            max_tokens: Some(12),
             sampling: Sampling { temperature: 1.0, frequency_penalty: 0.5, ..Default::default() },
             seed,
             stop: vec![],
             log_probabilities: None,
+            of_prompt: false,
             tenant: Tenant::default(),
             names: vec![],
         };

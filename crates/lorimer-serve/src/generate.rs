@@ -7,7 +7,7 @@ use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 
 use crate::sampling::Sampling;
-use crate::stream::TextStream;
+use crate::stream::{TextOptions, TextStream};
 
 /// Prompt tokens that go through the model at a time.
 const PREFILL: usize = 512;
@@ -60,7 +60,8 @@ pub fn generate(
     for part in prompt.chunks(PREFILL) {
         hidden = Some(model.hidden_cached(part, &mut cache, &adaptation)?);
     }
-    let (mut answer, mut pieces) = (String::new(), TextStream::new(text, stop));
+    let options = TextOptions { stop: stop.to_vec(), ..Default::default() };
+    let (mut answer, mut pieces) = (String::new(), TextStream::new(text, &options, prompt));
     let mut finish_reason = FinishReason::Length;
     let mut show = |piece: String| {
         if !piece.is_empty() {

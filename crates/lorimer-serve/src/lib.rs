@@ -30,5 +30,5 @@ pub use hosted::Hosted;
 pub use sampling::Sampling;
 pub use scheduler::{Policy, Refusal};
 pub use store::{Store, StoreSettings};
-pub use stream::TextStream;
+pub use stream::{TextOptions, TextStream};
 pub use worker::Worker;

@@ -26,6 +26,18 @@ pub struct Sampling {
     /// Taken off the logit of a token that the answer has already; 0 for none.
     #[serde(default)]
     pub presence_penalty: f64,
+    /// Added to the logits of tokens, before all else.
+    #[serde(default)]
+    pub logit_bias: Vec<(u32, f32)>,
+    /// The only tokens that may be drawn; none for all.
+    #[serde(default)]
+    pub allowed: Option<Vec<u32>>,
+    /// Tokens that an answer has before one of `ends` may be drawn.
+    #[serde(default)]
+    pub min_tokens: usize,
+    /// Tokens that end an answer.
+    #[serde(default)]
+    pub ends: Vec<u32>,
 }
 
 impl Default for Sampling {
@@ -38,6 +50,10 @@ impl Default for Sampling {
             repetition_penalty: 1.0,
             frequency_penalty: 0.0,
             presence_penalty: 0.0,
+            logit_bias: Vec::new(),
+            allowed: None,
+            min_tokens: 0,
+            ends: Vec::new(),
         }
     }
 }
@@ -65,12 +81,16 @@ impl Sampling {
                 return bad(name, value, "from -2 to 2");
             }
         }
+        if let Some((_, bias)) = self.logit_bias.iter().find(|(_, bias)| !(-100.0..=100.0).contains(bias)) {
+            return bad("logit-bias", f64::from(*bias), "from -100 to 100");
+        }
         Ok(())
     }
 
     /// Draws a token after a prompt and what there is of its answer.
     pub fn draw(&self, logits: &[f32], (prompt, answer): (&[u32], &[u32]), rng: &mut ChaCha8Rng) -> u32 {
         let mut logits: Cow<'_, [f32]> = logits.into();
+        self.bias(&mut logits, answer.len());
         self.penalise(&mut logits, prompt, answer);
         let by = |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
         let first = likeliest(&logits);
@@ -118,6 +138,31 @@ impl Sampling {
             }
         }
         order[weights.len() - 1]
+    }
+
+    /// Makes tokens more or less likely as asked, or impossible.
+    fn bias(&self, logits: &mut Cow<'_, [f32]>, generated: usize) {
+        if let Some(allowed) = &self.allowed {
+            let mut only = vec![f32::NEG_INFINITY; logits.len()];
+            for &token in allowed {
+                if let (Some(only), Some(&l)) = (only.get_mut(token as usize), logits.get(token as usize)) {
+                    *only = l;
+                }
+            }
+            *logits = only.into();
+        }
+        for &(token, bias) in &self.logit_bias {
+            if let Some(l) = logits.to_mut().get_mut(token as usize) {
+                *l += bias;
+            }
+        }
+        if generated < self.min_tokens {
+            for &token in &self.ends {
+                if let Some(l) = logits.to_mut().get_mut(token as usize) {
+                    *l = f32::NEG_INFINITY;
+                }
+            }
+        }
     }
 
     /// Makes tokens less likely that were there before.
@@ -195,6 +240,23 @@ mod tests {
         assert_eq!(presence.draw(&logits, (&[], &[0, 0, 0]), &mut rng), 1);
         assert_eq!(presence.draw(&logits, (&[], &[0, 1]), &mut rng), 0);
         assert!(Sampling { presence_penalty: 3.0, ..Default::default() }.check().is_err());
+    }
+
+    #[test]
+    fn tokens_are_biased_allowed_and_held_back() {
+        let mut rng = ChaCha8Rng::seed_from_u64(1);
+        let logits = [3.0, 2.0, 1.0];
+        let mut first = |sampling: &Sampling, answer: &[u32]| sampling.draw(&logits, (&[], answer), &mut rng);
+        let bias = Sampling { logit_bias: vec![(0, -100.0), (2, 0.5), (9, 100.0)], ..Default::default() };
+        assert_eq!(first(&bias, &[]), 1);
+        assert_eq!(first(&Sampling { allowed: Some(vec![2, 9]), ..Default::default() }, &[]), 2);
+        let held = Sampling { min_tokens: 2, ends: vec![0], ..Default::default() };
+        assert_eq!((first(&held, &[]), first(&held, &[1]), first(&held, &[1, 1])), (1, 1, 0));
+        // What can draw nothing draws something, and does not fail.
+        let nothing = Sampling { temperature: 1.0, top_p: 0.5, allowed: Some(vec![]), ..Default::default() };
+        assert!(first(&nothing, &[]) < 3);
+        assert!(Sampling { logit_bias: vec![(0, 101.0)], ..Default::default() }.check().is_err());
+        assert!(Sampling { logit_bias: vec![(0, f32::NAN)], ..Default::default() }.check().is_err());
     }
 
     /// Filters over a long row of logits keep what sorting all of it would keep.

@@ -73,6 +73,9 @@ pub struct Job {
     pub prompt: usize,
     /// Most tokens that are still to be generated.
     pub max_output: usize,
+    /// How many are counted on when it is let in, at most `max_output`. Where more come and the pool is full, the request that came last is
+    /// put back.
+    pub expected: usize,
     /// When it came, in seconds.
     pub arrived: f64,
 }
@@ -106,8 +109,10 @@ impl Running {
     fn tokens(&self) -> usize {
         self.job.prompt + self.generated
     }
+    /// Tokens that are counted on: of an answer that is longer than expected, the next one.
     fn remaining(&self) -> usize {
-        self.job.max_output.saturating_sub(self.generated)
+        let most = self.job.max_output.saturating_sub(self.generated);
+        self.job.expected.saturating_sub(self.generated).max(1).min(most)
     }
 }
 
@@ -336,8 +341,8 @@ impl Scheduler {
             return None;
         }
         let gone = self.leave(self.running.len() - 1);
-        let (prompt, max_output) = (gone.tokens(), gone.remaining());
-        let job = Job { prompt, max_output, ..gone.job };
+        let (prompt, max_output) = (gone.tokens(), gone.job.max_output.saturating_sub(gone.generated));
+        let job = Job { prompt, max_output, expected: gone.job.expected.min(max_output), ..gone.job };
         let id = job.id;
         self.put(job, true);
         Some(id)
@@ -366,7 +371,7 @@ impl Scheduler {
     /// Whether the pool holds this one too until all are done.
     fn fits(&self, job: &Job) -> bool {
         let mut requests: Vec<_> = self.running.iter().map(|r| (r.tokens(), r.remaining())).collect();
-        requests.push((job.prompt, job.max_output));
+        requests.push((job.prompt, job.expected));
         let new = |(key, pages): &(Arc<str>, usize)| if self.adapters.contains_key(key) { 0 } else { *pages };
         let adapters = self.adapter_pages + job.adapters.iter().map(new).sum::<usize>();
         adapters + self.most_pages(&mut requests) <= self.pages

@@ -26,6 +26,8 @@ const QUEUE: usize = 256;
 /// What a request hears.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Heard {
+    /// Tokens of the prompt; with the reason if they are all that there is.
+    Prompt(Vec<Token>, Option<FinishReason>),
     /// A token; with the reason if it is the last.
     Token(Token, Option<FinishReason>),
     /// The request is refused, and may come again after so many seconds.
@@ -149,7 +151,7 @@ impl Ticket {
     /// What comes next; None after the last token, a refusal or a failure.
     pub async fn next(&mut self) -> Option<Heard> {
         let heard = self.heard.recv().await;
-        self.over |= !matches!(heard, Some(Heard::Token(_, None)));
+        self.over |= !matches!(heard, Some(Heard::Token(_, None) | Heard::Prompt(_, None)));
         heard
     }
 
@@ -351,6 +353,7 @@ impl Loop<'_> {
 
     fn tell(&mut self, engine: &mut Engine<'_>, event: Event, now: f64) {
         let (id, heard) = match event {
+            Event::Prompt(id, tokens, reason) => (id, Heard::Prompt(tokens, reason)),
             Event::Token(id, token, reason) => (id, Heard::Token(token, reason)),
             Event::Refused(id, refusal) => (id, Heard::Refused(refusal, engine.retry_after(now))),
             Event::Failed(id, problem) => {
@@ -359,7 +362,7 @@ impl Loop<'_> {
             }
         };
         let Some(under) = self.under.get_mut(&id) else { return };
-        let over = !matches!(heard, Heard::Token(_, None));
+        let over = !matches!(heard, Heard::Token(_, None) | Heard::Prompt(_, None));
         let mut figures = self.figures.lock().unwrap_or_else(PoisonError::into_inner);
         match &heard {
             Heard::Token(_, reason) => {
@@ -368,6 +371,12 @@ impl Loop<'_> {
                     None => figures.first_token.observe(now - under.arrived),
                 }
                 under.last = Some(now);
+                if reason.is_some() {
+                    figures.answered += 1;
+                    figures.whole.observe(now - under.arrived);
+                }
+            }
+            Heard::Prompt(_, reason) => {
                 if reason.is_some() {
                     figures.answered += 1;
                     figures.whole.observe(now - under.arrived);

@@ -136,7 +136,10 @@ fn run(seed: u64, events: u64) -> u64 {
             let text = rng.random_range(0..texts);
             let asked = Asked {
                 prompt: (0..prompt).map(|i| token(text, i)).collect(),
+                whole: rng.random_bool(0.1),
                 max_tokens,
+                // An answer may turn out longer than expected.
+                expected: rng.random_bool(0.3).then(|| rng.random_range(0..=max_tokens)),
                 content: chosen.iter().map(|(a, _)| a.to_string()).collect(),
                 adapters: chosen,
                 answered: rng.random_range(0..prompt),

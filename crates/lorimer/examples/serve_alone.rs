@@ -196,11 +196,12 @@ fn main() -> Result<()> {
         requests.push(Request {
             prompt,
             adapters: chosen.into_iter().collect(),
-            max_tokens: rng.random_range(1..=24),
+            max_tokens: Some(rng.random_range(1..=24)),
             sampling: Sampling::default(),
             seed: 0,
             stop: vec![],
             log_probabilities: Some(20),
+            of_prompt: false,
             tenant: Default::default(),
             names: vec![],
         });

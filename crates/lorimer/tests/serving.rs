@@ -206,11 +206,12 @@ fn an_engine_answers_as_if_each_were_alone() {
             let request = Request {
                 prompt: prompt.clone(),
                 adapters: hosted.get(which).map(|h| (h.clone(), 1.0)).into_iter().collect(),
-                max_tokens,
+                max_tokens: Some(max_tokens),
                 sampling: Sampling::default(),
                 seed: 0,
                 stop: vec![5],
                 log_probabilities: None,
+                of_prompt: false,
                 tenant: Tenant { client: "one".into(), user: format!("t{}", which % 3).into() },
                 names: vec![],
             };
@@ -273,11 +274,12 @@ fn prompts_of_any_length_in_steps_of_few_rows() {
                 let request = Request {
                     prompt: prompt(n),
                     adapters: (i % 2 == 0).then(|| (hosted.clone(), 1.0)).into_iter().collect(),
-                    max_tokens: 3,
+                    max_tokens: Some(3),
                     sampling: Sampling::default(),
                     seed: 0,
                     stop: vec![],
                     log_probabilities: None,
+                    of_prompt: false,
                     tenant: Tenant::default(),
                     names: vec![],
                 };
@@ -319,11 +321,12 @@ fn a_request_that_was_put_back_loses_nothing() {
     let request = |prompt: Vec<u32>, max_tokens: usize| Request {
         prompt,
         adapters: vec![],
-        max_tokens,
+        max_tokens: Some(max_tokens),
         sampling: Sampling { temperature: 1.0, ..Default::default() },
         seed: 7,
         stop: vec![],
         log_probabilities: Some(2),
+        of_prompt: false,
         tenant: Tenant::default(),
         names: vec![],
     };
@@ -377,11 +380,12 @@ fn requests_that_cannot_be_are_refused() {
     let request = Request {
         prompt: vec![1, 2],
         adapters: vec![],
-        max_tokens: 3,
+        max_tokens: Some(3),
         sampling: Sampling::default(),
         seed: 0,
         stop: vec![],
         log_probabilities: None,
+        of_prompt: false,
         tenant: Tenant::default(),
         names: vec![],
     };
@@ -393,8 +397,7 @@ fn requests_that_cannot_be_are_refused() {
     let refused = [
         (with(&|r| r.prompt.clear()), "empty"),
         (with(&|r| r.prompt.push(40)), "outside the vocabulary"),
-        (with(&|r| r.max_tokens = 0), "at least 1"),
-        (with(&|r| r.max_tokens = usize::MAX), "longer than"),
+        (with(&|r| r.max_tokens = Some(usize::MAX)), "longer than"),
         (with(&|r| r.sampling.top_p = -1.0), "top-p"),
         (with(&|r| r.adapters = vec![(adapter.clone(), f32::NAN)]), "finite"),
         (with(&|r| r.adapters = vec![(adapter.clone(), 1.0), (adapter.clone(), 1.0)]), "twice"),
@@ -415,11 +418,12 @@ fn plain(prompt: Vec<u32>, max_tokens: usize) -> Request {
     Request {
         prompt,
         adapters: vec![],
-        max_tokens,
+        max_tokens: Some(max_tokens),
         sampling: Sampling::default(),
         seed: 0,
         stop: vec![],
         log_probabilities: None,
+        of_prompt: false,
         tenant: Tenant::default(),
         names: vec![],
     }

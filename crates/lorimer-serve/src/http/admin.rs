@@ -20,6 +20,7 @@ const GOLDEN_TOLERANCE: f64 = 0.05;
 
 /// vLLM's `POST /v1/load_lora_adapter`.
 #[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
 pub struct Load {
     /// The name to give.
     lora_name: String,
@@ -33,6 +34,7 @@ pub struct Load {
 
 /// vLLM's `POST /v1/unload_lora_adapter`.
 #[derive(Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
 pub struct Unload {
     /// The name to take away.
     lora_name: String,

@@ -8,7 +8,7 @@ use tokio::sync::mpsc;
 use super::error::{ApiError, failed, refused, stopping, too_slow};
 use crate::engine::{Request, Token};
 use crate::generate::FinishReason;
-use crate::stream::TextStream;
+use crate::stream::{TextOptions, TextStream, context};
 use crate::worker::{Heard, Ticket, Worker};
 
 /// Pieces that wait for a slow client before its answer waits too.
@@ -21,7 +21,9 @@ pub struct Piece {
     pub index: usize,
     /// Text that has become certain.
     pub text: String,
-    /// The tokens since the piece before.
+    /// Tokens of the prompt whose log-probabilities were asked for.
+    pub prompt: Vec<Token>,
+    /// The answer's tokens since the piece before.
     pub tokens: Vec<Token>,
     /// Why the choice ends with this piece, if it does.
     pub finish: Option<FinishReason>,
@@ -40,13 +42,14 @@ impl Answers {
         worker: &Worker,
         base: &Arc<Base>,
         requests: Vec<Request>,
-        stop: Vec<String>,
+        options: TextOptions,
     ) -> Result<Self, ApiError> {
         let (sender, pieces) = mpsc::channel(PIECES);
-        let (open, stop) = (requests.len(), Arc::new(stop));
+        let (open, options) = (requests.len(), Arc::new(options));
         for (index, request) in requests.into_iter().enumerate() {
+            let prompt = context(&base.text, &request.prompt).to_vec();
             let ticket = worker.submit(request).await?;
-            tokio::spawn(follow(ticket, base.clone(), stop.clone(), index, sender.clone()));
+            tokio::spawn(follow(ticket, base.clone(), (prompt, options.clone()), index, sender.clone()));
         }
         Ok(Self { pieces, open })
     }
@@ -70,12 +73,12 @@ impl Answers {
 async fn follow(
     mut ticket: Ticket,
     base: Arc<Base>,
-    stop: Arc<Vec<String>>,
+    (prompt, options): (Vec<u32>, Arc<TextOptions>),
     index: usize,
     sender: mpsc::Sender<Result<Piece, ApiError>>,
 ) {
-    let mut stream = TextStream::new(&base.text, &stop);
-    let mut tokens = Vec::new();
+    let mut stream = TextStream::new(&base.text, &options, &prompt);
+    let mut piece = Piece { index, ..Default::default() };
     loop {
         // A client that goes away while no text comes is noticed too.
         let heard = tokio::select! {
@@ -83,7 +86,11 @@ async fn follow(
             () = sender.closed() => return,
         };
         let (token, reason) = match heard {
-            Some(Heard::Token(token, reason)) => (token, reason),
+            Some(Heard::Prompt(tokens, reason)) => {
+                piece.prompt.extend(tokens);
+                (None, reason)
+            }
+            Some(Heard::Token(token, reason)) => (Some(token), reason),
             Some(Heard::Refused(refusal, retry_after)) => {
                 let _ = sender.send(Err(refused(refusal, retry_after))).await;
                 return;
@@ -101,26 +108,30 @@ async fn follow(
                 return;
             }
         };
-        let ends = base.text.eos_ids.contains(&token.token);
-        let text = if ends { Ok(String::new()) } else { stream.push(token.token) };
+        // A token that ends the answer is no part of it unless it is asked for.
+        let text = match &token {
+            Some(token) if reason != Some(FinishReason::Stop) || options.keep_stop => stream.push(token.token),
+            _ => Ok(String::new()),
+        };
         let rest = match reason {
             Some(_) => stream.finish(),
             None => Ok(String::new()),
         };
-        let (mut text, rest) = match (text, rest) {
+        let (text, rest) = match (text, rest) {
             (Ok(text), Ok(rest)) => (text, rest),
             (Err(e), _) | (_, Err(e)) => {
                 let _ = sender.send(Err(ApiError::invalid(e.to_string()))).await;
                 return;
             }
         };
-        text.push_str(&rest);
-        tokens.push(token);
-        let finish = if stream.stopped() { Some(FinishReason::Stop) } else { reason };
-        if text.is_empty() && finish.is_none() {
+        piece.text = text + &rest;
+        piece.tokens.extend(token);
+        piece.finish = if stream.stopped() { Some(FinishReason::Stop) } else { reason };
+        if piece.text.is_empty() && piece.finish.is_none() {
             continue;
         }
-        let piece = Piece { index, text, tokens: std::mem::take(&mut tokens), finish };
+        let finish = piece.finish;
+        let piece = std::mem::replace(&mut piece, Piece { index, ..Default::default() });
         if sender.send(Ok(piece)).await.is_err() {
             return;
         }

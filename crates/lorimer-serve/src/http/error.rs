@@ -25,7 +25,7 @@ struct FailureDetails {
     message: String,
     /// `invalid_request_error`, `authentication_error` or `server_error`.
     r#type: &'static str,
-    /// Always null.
+    /// The field of the request that the error is about, where it is about one.
     param: Option<String>,
     /// Stable, for programs.
     code: &'static str,
@@ -40,6 +40,8 @@ pub struct ApiError {
     pub code: &'static str,
     /// One sentence.
     pub message: String,
+    /// The field of the request that it is about.
+    pub param: Option<String>,
     /// Seconds after which to try again.
     pub retry_after: Option<f64>,
 }
@@ -47,12 +49,17 @@ pub struct ApiError {
 impl ApiError {
     /// An error of a status with a code.
     pub fn new(status: StatusCode, code: &'static str, message: impl Into<String>) -> Self {
-        Self { status, code, message: message.into(), retry_after: None }
+        Self { status, code, message: message.into(), param: None, retry_after: None }
     }
 
     /// A request that cannot be served as it is.
     pub fn invalid(message: impl Into<String>) -> Self {
         Self::new(StatusCode::BAD_REQUEST, "invalid_request", message)
+    }
+
+    /// A request that cannot be served as it is because of one of its fields.
+    pub fn field(name: impl Into<String>, message: impl Into<String>) -> Self {
+        Self { param: Some(name.into()), ..Self::invalid(message) }
     }
 
     /// The object that clients read.
@@ -62,8 +69,8 @@ impl ApiError {
             status if status.is_client_error() => "invalid_request_error",
             _ => "server_error",
         };
-        let message = self.message.clone();
-        json!(Failure { error: FailureDetails { message, r#type: kind, param: None, code: self.code } })
+        let (message, param) = (self.message.clone(), self.param.clone());
+        json!(Failure { error: FailureDetails { message, r#type: kind, param, code: self.code } })
     }
 }
 

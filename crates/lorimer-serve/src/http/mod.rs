@@ -5,8 +5,12 @@ mod answer;
 mod bodies;
 mod desk;
 pub mod error;
+mod fields;
 mod metrics;
 mod openai;
+mod prompts;
+mod request;
+mod shape;
 mod timed;
 
 use std::collections::HashMap;
@@ -39,6 +43,7 @@ use utoipa::openapi::security::{Http, HttpAuthScheme, SecurityRequirement, Secur
 use self::bodies::{MAX_BODY, SMALL_BODY};
 use self::desk::{Desk, Readers};
 use self::error::ApiError;
+use self::fields::Fields;
 use self::timed::Timed;
 use crate::hosted::Hosted;
 use crate::store::Store;
@@ -158,6 +163,17 @@ impl App {
         name == self.name || name == "base" || self.name.rsplit('/').next() == Some(name)
     }
 
+    /// Refuses tokens that the model does not have.
+    fn in_vocabulary(&self, field: &str, ids: &[u32]) -> Result<(), ApiError> {
+        let size = self.base.model.config.vocab_size;
+        match ids.iter().find(|&&id| id as usize >= size) {
+            Some(id) => {
+                Err(ApiError::field(field, format!("`{field}`: token {id} is outside the vocabulary of {size}")))
+            }
+            None => Ok(()),
+        }
+    }
+
     /// A number that was not there before (splitmix64).
     fn random(&self) -> u64 {
         let mut z = self.random.fetch_add(0x9e37_79b9_7f4a_7c15, Ordering::Relaxed);
@@ -167,14 +183,15 @@ impl App {
     }
 
     /// Refuses texts that are too long for the context whatever their tokens are.
-    fn fits(&self, bytes: usize) -> Result<(), ApiError> {
+    fn fits(&self, field: &str, bytes: usize) -> Result<(), ApiError> {
         if bytes <= self.longest {
             return Ok(());
         }
         let tokens = self.base.model.config.max_positions;
-        Err(ApiError::invalid(format!(
+        let message = format!(
             "a prompt of {bytes} bytes cannot fit into the {tokens} tokens that the model is made for; shorten it"
-        )))
+        );
+        Err(ApiError::field(field, message))
     }
 
     /// What is wrong with the place that the adapters come from.
@@ -242,7 +259,7 @@ impl App {
     }
 }
 
-/// A JSON body, with errors as sentences.
+/// A JSON object as the body, with errors as sentences. A field that is null counts as absent.
 pub struct Body<T>(pub T);
 
 impl<T: DeserializeOwned + Send + 'static> FromRequest<Arc<App>> for Body<T> {
@@ -264,15 +281,17 @@ impl<T: DeserializeOwned + Send + 'static> FromRequest<Arc<App>> for Body<T> {
             let message = format!("the body could not be read: {}", rejection.body_text());
             ApiError::new(rejection.status(), "body_unreadable", message)
         })?;
-        let most = app.base.model.config.max_positions.saturating_mul(openai::MAX_CHOICES).saturating_add(SMALL_BODY);
+        let most = app.base.model.config.max_positions.saturating_mul(request::MAX_CHOICES).saturating_add(SMALL_BODY);
         let large = bytes.len() > SMALL_BODY;
         let parse = move || {
             let values = bodies::values(&bytes);
             if values > most {
                 return Err(ApiError::invalid(format!("the body holds {values} values, at most {most} are read")));
             }
-            let parsed = serde_json::from_slice(&bytes);
-            parsed.map(Body).map_err(|e| ApiError::invalid(format!("the body is not what was expected: {e}")))
+            let unexpected =
+                |e: serde_json::Error| ApiError::invalid(format!("the body is not what was expected: {e}"));
+            let fields = serde_json::from_slice::<Fields>(&bytes).map_err(unexpected)?.checked()?;
+            serde_json::from_value(fields.into_value()).map(Body).map_err(unexpected)
         };
         if large { app.text.within(parse).await } else { parse() }
     }
@@ -574,11 +593,12 @@ mod tests {
             let request = Asked {
                 prompt: vec![3, 4, 5],
                 adapters: vec![],
-                max_tokens: 500,
+                max_tokens: Some(500),
                 sampling: Sampling::default(),
                 seed: 0,
                 stop: vec![],
                 log_probabilities: None,
+                of_prompt: false,
                 tenant: Default::default(),
                 names: vec![],
             };

@@ -1,434 +1,34 @@
 //! OpenAI's calls: models, completions and chat completions, with the ways in which others name an adapter.
 
-use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
-use serde::Deserialize;
 use serde_json::{Value, json};
-use utoipa::ToSchema;
 
 use super::answer::{Answers, Piece};
 use super::error::{ApiError, Failure};
-use super::{App, Body, client};
-use crate::engine::{Request, Token};
+use super::fields::Fields;
+use super::prompts::{Given, conversation, prompt};
+use super::request::{Adapters, ChatRequest, Common, CompletionRequest, Prompt, StreamOptions, Wanted};
+use super::shape::{Before, Kind, Place, Shape};
+use super::{App, Body};
 use crate::generate::FinishReason;
-use crate::hosted::Hosted;
-use crate::sampling::Sampling;
-use crate::scheduler::Tenant;
-
-/// Most choices of one request.
-pub(super) const MAX_CHOICES: usize = 16;
-/// Most stop texts, and the longest.
-const MAX_STOPS: (usize, usize) = (16, 200);
-/// Most adapters of one request.
-const MAX_ADAPTERS: usize = 16;
-/// Most likely tokens that are told with each.
-const MAX_LOGPROBS: usize = 20;
-/// Tokens of an answer where none are asked for.
-const DEFAULT_TOKENS: usize = 256;
-
-/// One of several adapters of a request.
-#[derive(Clone, Debug, Deserialize, ToSchema)]
-pub struct Weighted {
-    /// The adapter's name.
-    id: String,
-    /// What its change is multiplied by.
-    #[serde(default = "one")]
-    scale: f32,
-}
-
-fn one() -> f32 {
-    1.0
-}
-
-/// One text or several.
-#[derive(Clone, Debug, Deserialize, ToSchema)]
-#[serde(untagged)]
-enum OneOrMany {
-    One(String),
-    Many(Vec<String>),
-}
-
-impl OneOrMany {
-    fn all(self) -> Vec<String> {
-        match self {
-            Self::One(one) => vec![one],
-            Self::Many(many) => many,
-        }
-    }
-}
-
-/// How a stream is sent.
-#[derive(Clone, Debug, Default, Deserialize, ToSchema)]
-struct StreamOptions {
-    /// Whether a last event tells the tokens.
-    #[serde(default)]
-    include_usage: bool,
-}
-
-/// What chats and completions have in common.
-#[derive(Clone, Debug, Deserialize, ToSchema)]
-pub struct Common {
-    /// The base, an adapter, or BASE:ADAPTER.
-    model: Option<String>,
-    /// An adapter (LoRAX); `adapter` means the same.
-    #[serde(alias = "adapter")]
-    adapter_id: Option<String>,
-    /// A weighted sum of adapters (llama.cpp).
-    lora: Option<Vec<Weighted>>,
-    /// Most tokens of the answer.
-    max_tokens: Option<usize>,
-    /// The same, and goes before it.
-    max_completion_tokens: Option<usize>,
-    /// 0 takes the likeliest token; 1 where none is given.
-    temperature: Option<f64>,
-    /// Only the likeliest tokens that together reach this probability.
-    top_p: Option<f64>,
-    /// Only the k likeliest tokens; 0 or -1 for all.
-    top_k: Option<i64>,
-    /// Only tokens at least this times as likely as the likeliest.
-    min_p: Option<f64>,
-    /// Logits of tokens seen before are divided (if positive) or multiplied by this.
-    repetition_penalty: Option<f64>,
-    /// Taken off a token's logit for each time that the answer has it already.
-    frequency_penalty: Option<f64>,
-    /// Taken off the logit of a token that the answer has already.
-    presence_penalty: Option<f64>,
-    /// The same seed draws the same tokens.
-    seed: Option<i64>,
-    /// Answers to each prompt, 1 to 16.
-    n: Option<usize>,
-    /// Texts that end the answer, up to 16.
-    stop: Option<OneOrMany>,
-    /// Whether to go on after the token that ends a text.
-    #[serde(default)]
-    ignore_eos: bool,
-    /// Whether the answer comes as server-sent events.
-    #[serde(default)]
-    stream: bool,
-    stream_options: Option<StreamOptions>,
-    /// For whom it is: what a client gets is shared fairly among those that it names.
-    user: Option<String>,
-}
-
-/// `POST /v1/chat/completions`.
-#[derive(Clone, Debug, Deserialize, ToSchema)]
-pub struct ChatRequest {
-    /// Messages with `role` and `content`, at least one.
-    #[schema(value_type = Vec<Object>)]
-    messages: Vec<Value>,
-    /// Tools, handed to the chat template.
-    #[schema(value_type = Option<Vec<Object>>)]
-    tools: Option<Value>,
-    /// Whether to tell log-probabilities.
-    #[serde(default)]
-    logprobs: bool,
-    /// How many of the likeliest tokens to tell with each, up to 20.
-    top_logprobs: Option<usize>,
-    #[serde(flatten)]
-    common: Common,
-}
-
-/// A text or its tokens, one prompt or several.
-#[derive(Clone, Debug, Deserialize, ToSchema)]
-#[serde(untagged)]
-enum Prompt {
-    Text(String),
-    Tokens(Vec<u32>),
-    Texts(Vec<String>),
-    ManyTokens(Vec<Vec<u32>>),
-}
-
-impl Prompt {
-    /// Refuses what is too many or too long, whatever its tokens are.
-    fn check(&self, app: &App) -> Result<(), ApiError> {
-        let (count, longest) = match self {
-            Self::Text(text) => (1, text.len()),
-            Self::Texts(texts) => (texts.len(), texts.iter().map(String::len).max().unwrap_or(0)),
-            Self::Tokens(ids) => {
-                app.base.model.check_length(ids.len()).map_err(|e| ApiError::invalid(e.to_string()))?;
-                (1, 0)
-            }
-            Self::ManyTokens(all) => {
-                let longest = all.iter().map(Vec::len).max().unwrap_or(0);
-                app.base.model.check_length(longest).map_err(|e| ApiError::invalid(e.to_string()))?;
-                (all.len(), 0)
-            }
-        };
-        if count == 0 || count > MAX_CHOICES {
-            return Err(ApiError::invalid(format!("{count} prompts, 1 to {MAX_CHOICES} are answered")));
-        }
-        app.fits(longest)
-    }
-}
-
-/// `POST /v1/completions`.
-#[derive(Clone, Debug, Deserialize, ToSchema)]
-pub struct CompletionRequest {
-    prompt: Prompt,
-    /// Whether the answer begins with the prompt.
-    #[serde(default)]
-    echo: bool,
-    /// How many of the likeliest tokens to tell with each, up to 20.
-    logprobs: Option<usize>,
-    #[serde(flatten)]
-    common: Common,
-}
-
-/// Adapters with their weights, as the engine takes them, and their names.
-type Adapters = (Vec<(Arc<Hosted>, f32)>, Vec<String>);
-
-impl Common {
-    /// Names of the adapters asked for, with their weights: by `lora`, `adapter_id`, `model` = `base:adapter`, or `model` = adapter.
-    fn adapters(&self, app: &App) -> Result<Vec<(String, f32)>, ApiError> {
-        let model = self.model.as_deref().unwrap_or_default();
-        let base = model.is_empty() || app.is_base(model);
-        let own = match base {
-            true => None,
-            false => Some(match model.split_once(':') {
-                Some((base, name)) if app.is_base(base) => name.trim_start_matches(':').to_string(),
-                _ => model.to_string(),
-            }),
-        };
-        let mut named: Vec<(String, f32)> = Vec::new();
-        for w in self.lora.iter().flatten() {
-            named.push((w.id.clone(), w.scale));
-        }
-        named.extend(self.adapter_id.iter().map(|name| (name.clone(), 1.0)));
-        // `model` may say the same again, as some clients do.
-        named.extend(own.filter(|own| !named.iter().any(|(name, _)| name == own)).map(|name| (name, 1.0)));
-        if named.len() > MAX_ADAPTERS {
-            return Err(ApiError::invalid(format!(
-                "{} adapters, at most {MAX_ADAPTERS} are put together",
-                named.len()
-            )));
-        }
-        Ok(named)
-    }
-
-    fn sampling(&self) -> Result<Sampling, ApiError> {
-        let top_k = match self.top_k.unwrap_or(0) {
-            // Where -1 stands for all.
-            -1 => 0,
-            k => usize::try_from(k).map_err(|_| ApiError::invalid(format!("top_k {k} should be 0 or more")))?,
-        };
-        let sampling = Sampling {
-            temperature: self.temperature.unwrap_or(1.0),
-            top_k,
-            top_p: self.top_p.unwrap_or(1.0),
-            min_p: self.min_p.unwrap_or(0.0),
-            repetition_penalty: self.repetition_penalty.unwrap_or(1.0),
-            frequency_penalty: self.frequency_penalty.unwrap_or(0.0),
-            presence_penalty: self.presence_penalty.unwrap_or(0.0),
-        };
-        let named = |problem: String| ApiError::invalid(problem.trim_start_matches("--").replacen('-', "_", 1));
-        sampling.check().map(|()| sampling).map_err(named)
-    }
-
-    fn stops(&self) -> Result<Vec<String>, ApiError> {
-        let stops = self.stop.clone().map(OneOrMany::all).unwrap_or_default();
-        if stops.len() > MAX_STOPS.0 || stops.iter().any(|s| s.is_empty() || s.len() > MAX_STOPS.1) {
-            let (most, longest) = MAX_STOPS;
-            return Err(ApiError::invalid(format!("stop should be at most {most} texts of 1 to {longest} bytes")));
-        }
-        Ok(stops)
-    }
-
-    /// The engine's requests: `n` for each prompt.
-    fn requests(
-        &self,
-        app: &App,
-        prompts: Vec<Vec<u32>>,
-        adapters: &Adapters,
-        log_probabilities: Option<usize>,
-        tenant: &str,
-    ) -> Result<Vec<Request>, ApiError> {
-        let n = self.n.unwrap_or(1);
-        if n == 0 || n.saturating_mul(prompts.len()) > MAX_CHOICES {
-            return Err(ApiError::invalid(format!("n times the prompts should be from 1 to {MAX_CHOICES}")));
-        }
-        if log_probabilities.is_some_and(|n| n > MAX_LOGPROBS) {
-            return Err(ApiError::invalid(format!("at most {MAX_LOGPROBS} log-probabilities are told with a token")));
-        }
-        let sampling = self.sampling()?;
-        let seed = self.seed.map_or_else(|| app.random(), |seed| seed as u64);
-        let asked = self.max_completion_tokens.or(self.max_tokens);
-        let longest = app.base.model.config.max_positions;
-        let mut requests = Vec::new();
-        for prompt in prompts {
-            // Unasked, an answer gets what room there is.
-            let room = longest.saturating_sub(prompt.len());
-            let max_tokens = asked.unwrap_or(DEFAULT_TOKENS.min(room).max(1));
-            for i in 0..n {
-                requests.push(Request {
-                    prompt: prompt.clone(),
-                    adapters: adapters.0.clone(),
-                    max_tokens,
-                    sampling: sampling.clone(),
-                    seed: seed.wrapping_add(i as u64),
-                    stop: if self.ignore_eos { Vec::new() } else { app.base.text.eos_ids.clone() },
-                    log_probabilities,
-                    tenant: Tenant { client: client(), user: tenant.into() },
-                    names: adapters.1.clone(),
-                });
-            }
-        }
-        Ok(requests)
-    }
-
-    fn tenant(&self) -> String {
-        self.user.as_deref().unwrap_or_default().chars().take(100).collect()
-    }
-}
-
-fn reason(finish: FinishReason) -> &'static str {
-    match finish {
-        FinishReason::Stop => "stop",
-        FinishReason::Length => "length",
-    }
-}
-
-/// How one of the two calls writes its answers.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Kind {
-    Chat,
-    Completion,
-}
-
-/// What goes around every piece.
-struct Shape {
-    kind: Kind,
-    id: String,
-    created: u64,
-    model: String,
-    prompt_tokens: usize,
-    logprobs: bool,
-}
-
-impl Shape {
-    fn new(app: &App, kind: Kind, model: Option<&String>, requests: &[Request], logprobs: bool, n: usize) -> Self {
-        let prefix = if kind == Kind::Chat { "chatcmpl" } else { "cmpl" };
-        Self {
-            kind,
-            id: format!("{prefix}-{:016x}", app.random()),
-            created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
-            model: model.cloned().unwrap_or_else(|| app.name.clone()),
-            prompt_tokens: requests.iter().step_by(n.max(1)).map(|r| r.prompt.len()).sum(),
-            logprobs,
-        }
-    }
-
-    fn envelope(&self, object: &str, choices: Value) -> Value {
-        json!({ "id": self.id, "object": object, "created": self.created, "model": self.model, "choices": choices })
-    }
-
-    fn usage(&self, completion: usize) -> Value {
-        json!({
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": completion,
-            "total_tokens": self.prompt_tokens + completion,
-        })
-    }
-
-    /// Log-probabilities of some tokens in the form of the call; `offset` is the number of characters before the first of them.
-    fn logprobs(&self, app: &App, tokens: &[Token], offset: usize) -> Value {
-        if !self.logprobs {
-            return Value::Null;
-        }
-        let text = |id: u32| app.base.text.decode(&[id], true).unwrap_or_default();
-        let told = |(id, p): (u32, f32)| json!({ "token": text(id), "logprob": p, "bytes": text(id).as_bytes() });
-        let own = |t: &Token| (t.token, t.log_probability.unwrap_or(0.0));
-        match self.kind {
-            Kind::Chat => {
-                let one = |t: &Token| {
-                    let mut entry = told(own(t));
-                    entry["top_logprobs"] = t.top.iter().map(|&top| told(top)).collect();
-                    entry
-                };
-                json!({ "content": tokens.iter().map(one).collect::<Vec<_>>() })
-            }
-            Kind::Completion => json!({
-                "text_offset": tokens.iter().scan(offset, |at, t| {
-                    Some(std::mem::replace(at, *at + text(t.token).chars().count()))
-                }).collect::<Vec<_>>(),
-                "tokens": tokens.iter().map(|t| text(t.token)).collect::<Vec<_>>(),
-                "token_logprobs": tokens.iter().map(|t| own(t).1).collect::<Vec<_>>(),
-                "top_logprobs": tokens.iter().map(|t| {
-                    t.top.iter().map(|&(id, p)| (text(id), p)).collect::<BTreeMap<_, _>>()
-                }).collect::<Vec<_>>(),
-            }),
-        }
-    }
-
-    /// A whole choice.
-    fn choice(
-        &self,
-        app: &App,
-        (index, offset): (usize, usize),
-        text: &str,
-        tokens: &[Token],
-        finish: FinishReason,
-    ) -> Value {
-        let logprobs = self.logprobs(app, tokens, offset);
-        match self.kind {
-            Kind::Chat => json!({
-                "index": index,
-                "message": { "role": "assistant", "content": text },
-                "logprobs": logprobs,
-                "finish_reason": reason(finish),
-            }),
-            Kind::Completion => {
-                json!({ "index": index, "text": text, "logprobs": logprobs, "finish_reason": reason(finish) })
-            }
-        }
-    }
-
-    /// A piece of a choice, for a stream; `offset` is the number of characters before its tokens.
-    fn chunk(&self, app: &App, piece: &Piece, first: bool, offset: usize) -> Value {
-        let (logprobs, finish) = (self.logprobs(app, &piece.tokens, offset), piece.finish.map(reason));
-        match self.kind {
-            Kind::Chat => {
-                let mut delta = json!({ "content": piece.text });
-                if first {
-                    delta["role"] = "assistant".into();
-                }
-                let choice =
-                    json!({ "index": piece.index, "delta": delta, "logprobs": logprobs, "finish_reason": finish });
-                self.envelope("chat.completion.chunk", json!([choice]))
-            }
-            Kind::Completion => {
-                let choice =
-                    json!({ "index": piece.index, "text": piece.text, "logprobs": logprobs, "finish_reason": finish });
-                self.envelope("text_completion", json!([choice]))
-            }
-        }
-    }
-
-    fn object(&self) -> &'static str {
-        match self.kind {
-            Kind::Chat => "chat.completion",
-            Kind::Completion => "text_completion",
-        }
-    }
-}
 
 /// `POST /v1/chat/completions`.
 #[utoipa::path(post, path = "/v1/chat/completions", tag = "inference", request_body = ChatRequest, responses((status = 200, description = "OpenAI's `chat.completion`, or server-sent `chat.completion.chunk` events", body = Object), (status = "4XX", description = "Refused", body = Failure), (status = 503, description = "Overloaded or stopping; `Retry-After` says for how long", body = Failure)))]
-pub async fn chat(State(app): State<Arc<App>>, Body(request): Body<ChatRequest>) -> Result<Response, ApiError> {
-    if request.messages.is_empty() {
-        return Err(ApiError::invalid("messages should hold at least one message"));
-    }
-    app.fits(request.messages.iter().chain(&request.tools).map(length).sum())?;
+pub async fn chat(State(app): State<Arc<App>>, Body(fields): Body<Fields>) -> Result<Response, ApiError> {
+    let request = ChatRequest::read(fields)?;
+    let texts = request.own.messages.iter().flatten().chain(request.own.tools.iter().flatten());
+    app.fits("messages", texts.map(length).sum())?;
     let adapters = app.adapters(request.common.adapters(&app)?).await?;
     let template = adapters.0.iter().find_map(|(a, _)| a.template.is_some().then(|| a.clone()));
-    let (base, messages, tools) = (app.base.clone(), request.messages.clone(), request.tools.clone());
+    let (base, common, told) = (app.base.clone(), request.common.clone(), request.told());
+    let (n, own) = (common.n.unwrap_or(1), request.own);
     let prompt = app
         .text
         .within(move || {
@@ -436,14 +36,15 @@ pub async fn chat(State(app): State<Arc<App>>, Body(request): Body<ChatRequest>)
                 Some(own) => own,
                 None => base.text.needed_template().map_err(|e| ApiError::invalid(e.to_string()))?,
             };
-            let messages: Vec<Value> = messages.iter().map(plain_content).collect();
-            let text = template.render(&messages, tools.as_ref(), true);
-            let encoded = text.and_then(|text| base.text.encode(&text, false));
-            encoded.map(|e| e.ids).map_err(|e| ApiError::invalid(e.to_string()))
+            let text = conversation(template, &own)?;
+            let encoded = base.text.encode(&text, request.common.add_special_tokens.unwrap_or(false));
+            let mut ids = encoded.map_err(|e| ApiError::field("messages", e.to_string()))?.ids;
+            request.common.truncate(&mut ids, base.model.config.max_positions);
+            Ok(ids)
         })
         .await?;
-    let told = request.logprobs.then(|| request.top_logprobs.unwrap_or(0));
-    respond(&app, Kind::Chat, &request.common, vec![prompt], adapters, told, None).await
+    let wanted = Wanted { told, of_prompt: false, ranked: false, each: n };
+    respond(&app, Kind::Chat, &common, vec![(prompt, Before::default())], adapters, wanted).await
 }
 
 /// Bytes of the texts in a value.
@@ -456,82 +57,82 @@ fn length(value: &Value) -> usize {
     }
 }
 
-/// Content that comes in parts as one text, which is what templates of text models take.
-fn plain_content(message: &Value) -> Value {
-    let mut message = message.clone();
-    if let Some(Value::Array(parts)) = message.get("content") {
-        let text: Vec<&str> = parts.iter().filter_map(|p| p.get("text")?.as_str()).collect();
-        message["content"] = text.concat().into();
-    }
-    message
-}
-
 /// `POST /v1/completions`.
 #[utoipa::path(post, path = "/v1/completions", tag = "inference", request_body = CompletionRequest, responses((status = 200, description = "OpenAI's `text_completion`, whole or as server-sent events", body = Object), (status = "4XX", description = "Refused", body = Failure), (status = 503, description = "Overloaded or stopping; `Retry-After` says for how long", body = Failure)))]
-pub async fn completions(
-    State(app): State<Arc<App>>,
-    Body(request): Body<CompletionRequest>,
-) -> Result<Response, ApiError> {
-    request.prompt.check(&app)?;
+pub async fn completions(State(app): State<Arc<App>>, Body(fields): Body<Fields>) -> Result<Response, ApiError> {
+    let request = CompletionRequest::read(fields)?;
+    request.check(&app)?;
     let adapters = app.adapters(request.common.adapters(&app)?).await?;
-    let (base, prompt) = (app.base.clone(), request.prompt.clone());
-    let (prompts, texts) = app
+    let (own, common, base) = (request.own, request.common.clone(), app.base.clone());
+    let (echo, n) = (own.echo.unwrap_or(false), common.n.unwrap_or(1));
+    let prompts = app
         .text
         .within(move || {
-            let encode = |text: &String| {
-                base.text.encode(text, true).map(|e| e.ids).map_err(|e| ApiError::invalid(e.to_string()))
+            let whole = match own.prompt.unwrap_or(Prompt::Texts(Vec::new())) {
+                Prompt::Text(text) => vec![Given::Text(text)],
+                Prompt::Texts(texts) => texts.into_iter().map(Given::Text).collect(),
+                Prompt::Tokens(ids) => vec![Given::Tokens(ids)],
+                Prompt::ManyTokens(all) => all.into_iter().map(Given::Tokens).collect(),
             };
-            let decode = |ids: &Vec<u32>| base.text.decode(ids, false).unwrap_or_default();
-            Ok(match prompt {
-                Prompt::Text(text) => (vec![encode(&text)?], vec![text]),
-                Prompt::Texts(texts) => (texts.iter().map(encode).collect::<Result<Vec<_>, _>>()?, texts),
-                Prompt::Tokens(ids) => (vec![ids.clone()], vec![decode(&ids)]),
-                Prompt::ManyTokens(all) => (all.clone(), all.iter().map(decode).collect()),
-            })
+            let prompts = whole
+                .into_iter()
+                .map(|given| prompt(&base.text, &request.common, given, echo, base.model.config.max_positions));
+            prompts.collect::<Result<Vec<_>, _>>()
         })
         .await?;
-    let echo = request.echo.then_some(texts);
-    respond(&app, Kind::Completion, &request.common, prompts, adapters, request.logprobs, echo).await
+    let each = own.best_of.unwrap_or(n);
+    let wanted = Wanted { told: own.logprobs, of_prompt: echo && own.logprobs.is_some(), ranked: each > n, each };
+    respond(&app, Kind::Completion, &common, prompts, adapters, wanted).await
 }
 
 async fn respond(
     app: &Arc<App>,
     kind: Kind,
     common: &Common,
-    prompts: Vec<Vec<u32>>,
+    prompts: Vec<(Vec<u32>, Before)>,
     adapters: Adapters,
-    log_probabilities: Option<usize>,
-    echo: Option<Vec<String>>,
+    wanted: Wanted,
 ) -> Result<Response, ApiError> {
-    let (n, stops, tenant) = (common.n.unwrap_or(1), common.stops()?, common.tenant());
-    let requests = common.requests(app, prompts, &adapters, log_probabilities, &tenant)?;
+    let n = common.n.unwrap_or(1);
+    let prompt_tokens = prompts.iter().map(|(ids, _)| ids.len()).sum();
+    let (ids, before): (Vec<_>, Vec<_>) = prompts.into_iter().unzip();
+    let requests = common.requests(app, ids, &adapters, wanted)?;
     let choices = requests.len();
-    let shape = Shape::new(app, kind, common.model.as_ref(), &requests, log_probabilities.is_some(), n);
-    let mut answers = Answers::start(&app.worker, &app.base, requests, stops).await?;
-    let echoed = move |index: usize| echo.as_ref().and_then(|all| all.get(index / n)).cloned().unwrap_or_default();
-    if common.stream {
+    let shape = Shape::new(app, kind, common, prompt_tokens, wanted.told.is_some());
+    let mut answers = Answers::start(&app.worker, &app.base, requests, common.text()).await?;
+    if common.stream == Some(true) {
         // Refusals are known with the first piece, and then still have a status of their own.
         let first = answers.next().await.unwrap_or_else(|| Err(super::error::stopping()))?;
-        let usage = common.stream_options.as_ref().is_some_and(|o| o.include_usage);
-        return Ok(stream(app.clone(), shape, answers, first, (choices, usage), echoed));
+        let options = common.stream_options.unwrap_or_default();
+        return Ok(stream(app.clone(), shape, answers, first, (choices, wanted.each), options, before));
     }
-    let mut texts: Vec<(String, Vec<Token>, Option<FinishReason>)> =
-        (0..choices).map(|i| (echoed(i), Vec::new(), None)).collect();
-    let offsets: Vec<usize> = texts.iter().map(|(text, ..)| text.chars().count()).collect();
+    let mut whole: Vec<Piece> = vec![Piece::default(); choices];
     while let Some(piece) = answers.next().await {
         let piece = piece?;
-        let (text, tokens, finish) = &mut texts[piece.index];
-        text.push_str(&piece.text);
-        tokens.extend(piece.tokens);
-        *finish = finish.or(piece.finish);
+        let of = &mut whole[piece.index];
+        of.text.push_str(&piece.text);
+        of.prompt.extend(piece.prompt);
+        of.tokens.extend(piece.tokens);
+        of.finish = of.finish.or(piece.finish);
     }
-    let generated = texts.iter().map(|(_, tokens, _)| tokens.len()).sum();
-    let all = texts.iter().zip(offsets).enumerate().map(|(i, ((text, tokens, finish), offset))| {
-        shape.choice(app, (i, offset), text, tokens, finish.unwrap_or(FinishReason::Length))
-    });
-    let mut body = shape.envelope(shape.object(), all.collect());
-    body["usage"] = shape.usage(generated);
-    Ok(Json(body).into_response())
+    let generated = whole.iter().map(|piece| piece.tokens.len()).sum();
+    let mut kept: Vec<(Piece, &Before)> = Vec::new();
+    for (of_prompt, before) in whole.chunks_mut(wanted.each).zip(&before) {
+        if wanted.ranked {
+            of_prompt.sort_by(|a, b| likelihood(b).total_cmp(&likelihood(a)));
+        }
+        for piece in of_prompt.iter_mut().take(n) {
+            let finish = piece.finish.or(Some(FinishReason::Length));
+            kept.push((Piece { index: kept.len(), finish, ..std::mem::take(piece) }, before));
+        }
+    }
+    Ok(Json(shape.whole(app, &kept, generated)).into_response())
+}
+
+/// Mean log p of an answer's tokens.
+fn likelihood(piece: &Piece) -> f64 {
+    let sum: f64 = piece.tokens.iter().filter_map(|t| t.log_probability).map(f64::from).sum();
+    if piece.tokens.is_empty() { f64::NEG_INFINITY } else { sum / piece.tokens.len() as f64 }
 }
 
 /// Server-sent events, one a piece, `[DONE]` at the end.
@@ -540,8 +141,9 @@ fn stream(
     shape: Shape,
     answers: Answers,
     first: Piece,
-    (choices, usage): (usize, bool),
-    echoed: impl Fn(usize) -> String + Send + 'static,
+    (choices, each): (usize, usize),
+    options: StreamOptions,
+    before: Vec<Before>,
 ) -> Response {
     enum Next {
         Piece(Piece),
@@ -549,21 +151,24 @@ fn stream(
         Done,
         Over,
     }
-    struct Sending<E> {
+    struct Sending {
         app: Arc<App>,
         shape: Shape,
         answers: Answers,
         next: Next,
         begun: Vec<bool>,
-        /// Characters of each choice so far.
-        offsets: Vec<usize>,
-        generated: usize,
-        usage: bool,
-        echoed: E,
+        /// Where each choice's text is.
+        places: Vec<Place>,
+        /// Tokens of each choice so far.
+        generated: Vec<usize>,
+        options: StreamOptions,
+        before: Vec<Before>,
+        each: usize,
     }
-    let begun = vec![false; choices];
-    let offsets = (0..choices).map(|i| echoed(i).chars().count()).collect();
-    let start = Sending { app, shape, answers, next: Next::Piece(first), begun, offsets, generated: 0, usage, echoed };
+    let (begun, generated) = (vec![false; choices], vec![0; choices]);
+    let places = (0..choices).map(|i| before.get(i / each).map(Before::end).unwrap_or_default()).collect();
+    let next = Next::Piece(first);
+    let start = Sending { app, shape, answers, next, begun, places, generated, options, before, each };
     let events = futures_util::stream::unfold(start, |mut s| async move {
         loop {
             let piece = match std::mem::replace(&mut s.next, Next::Wait) {
@@ -576,27 +181,25 @@ fn stream(
                 Next::Wait => s.answers.next().await,
             };
             let data = match piece {
-                Some(Ok(mut piece)) => {
-                    s.generated += piece.tokens.len();
-                    let first = !std::mem::replace(&mut s.begun[piece.index], true);
-                    if first {
-                        piece.text.insert_str(0, &(s.echoed)(piece.index));
+                Some(Ok(piece)) => {
+                    let i = piece.index;
+                    s.generated[i] += piece.tokens.len();
+                    let first = !std::mem::replace(&mut s.begun[i], true);
+                    let before = &s.before[i / s.each];
+                    let chunk = s.shape.chunk(&s.app, &piece, before, &mut s.places[i], first);
+                    match s.options.continuous_usage_stats {
+                        true => s.shape.with_usage(chunk, Some(s.generated[i])),
+                        false if s.options.include_usage => s.shape.with_usage(chunk, None),
+                        false => chunk,
                     }
-                    let data = s.shape.chunk(&s.app, &piece, first, s.offsets[piece.index]);
-                    let told = |t: &Token| s.app.base.text.decode(&[t.token], true).unwrap_or_default().chars().count();
-                    s.offsets[piece.index] += piece.tokens.iter().map(told).sum::<usize>();
-                    data
                 }
                 Some(Err(error)) => {
                     s.next = Next::Done;
                     error.body()
                 }
-                None if s.usage => {
+                None if s.options.include_usage => {
                     s.next = Next::Done;
-                    let object = if s.shape.kind == Kind::Chat { "chat.completion.chunk" } else { "text_completion" };
-                    let mut last = s.shape.envelope(object, json!([]));
-                    last["usage"] = s.shape.usage(s.generated);
-                    last
+                    s.shape.last(s.generated.iter().sum())
                 }
                 None => {
                     s.next = Next::Done;

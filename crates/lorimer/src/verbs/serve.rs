@@ -148,6 +148,9 @@ impl Serve {
         };
         let pool_bytes = settings.pool_bytes;
         let name = self.served_name.unwrap_or_else(|| pulled.name.clone());
+        if store.as_ref().is_some_and(|store| store.contains(&name)) {
+            bail!("the adapter `{name}` has the base's own name; rename it, or the base with --served-model-name");
+        }
         let worker = Worker::start(base.clone(), settings)?;
         let count = store.as_ref().map_or(0, |store| store.list().len());
         let app = App::new(base, name.clone(), store, worker, keys, address.ip().is_loopback());

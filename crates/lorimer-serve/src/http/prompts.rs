@@ -1,0 +1,128 @@
+//! From what is asked to the tokens of prompts.
+
+use lorimer_model::TextModel;
+use lorimer_model::chat::ChatTemplate;
+use lorimer_model::messages::{normalise, normalise_tools};
+use serde_json::Value;
+
+use super::error::ApiError;
+use super::request::{Chat, Common};
+use super::shape::{Before, Place, offsets};
+
+/// What `chat_template_kwargs` cannot set, because it has a place of its own in a request or none.
+const OWN: [&str; 6] =
+    ["messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize"];
+
+/// A conversation as the template writes it.
+pub fn conversation(template: &ChatTemplate, asked: &Chat) -> Result<String, ApiError> {
+    let of = |field: &'static str| move |problem: String| ApiError::field(field, problem);
+    let messages = normalise(asked.messages.as_deref().unwrap_or_default());
+    let messages = messages.map_err(|e| of("messages")(e.to_string()))?;
+    let tools = asked.tools.clone().filter(|tools| !tools.is_empty());
+    let tools = match tools.filter(|_| asked.tool_choice.as_ref().is_none_or(|choice| choice != "none")) {
+        Some(tools) => Some(normalise_tools(&Value::Array(tools)).map_err(|e| of("tools")(e.to_string()))?),
+        None => None,
+    };
+    let mut variables = asked.chat_template_kwargs.clone().unwrap_or_default();
+    if let Some(name) = OWN.into_iter().find(|name| variables.contains_key(*name)) {
+        let problem = format!("`chat_template_kwargs` cannot set `{name}`; a request has a field for what can be set");
+        return Err(of("chat_template_kwargs")(problem));
+    }
+    if let Some(documents) = &asked.documents {
+        variables.insert("documents".into(), Value::Array(documents.clone()));
+    }
+    let goes_on = asked.continue_final_message == Some(true);
+    let begins = asked.add_generation_prompt.unwrap_or(!goes_on);
+    let text = template.render_with(&messages, tools.as_ref(), &variables, begins);
+    let mut text = text.map_err(|e| of("messages")(e.to_string()))?;
+    if goes_on {
+        // As transformers cuts it: after the last message's text, or after what the template has trimmed it to.
+        let last = messages.last().and_then(|m| m.get("content")?.as_str()).unwrap_or_default();
+        let at = text.rfind(last.trim()).filter(|_| !last.trim().is_empty());
+        let Some(at) = at else {
+            let problem = "the last message has no text, or its template changes it, so that nothing can go on with it";
+            return Err(of("continue_final_message")(problem.into()));
+        };
+        let whole = text[at..].starts_with(last.trim_start());
+        text.truncate(at + if whole { last.trim_start().len() } else { last.trim().len() });
+    }
+    Ok(text)
+}
+
+/// A prompt as it was given.
+pub enum Given {
+    /// A text.
+    Text(String),
+    /// A text's tokens.
+    Tokens(Vec<u32>),
+}
+
+/// A prompt's tokens and, where it is echoed, its text with their places in it.
+pub fn prompt(
+    text: &TextModel,
+    common: &Common,
+    given: Given,
+    echo: bool,
+    longest: usize,
+) -> Result<(Vec<u32>, Before), ApiError> {
+    let failed = |e: lorimer_model::Error| ApiError::field("prompt", e.to_string());
+    let (mut ids, given) = match given {
+        Given::Tokens(ids) => (ids, None),
+        Given::Text(given) => {
+            let encoded = text.encode(&given, common.add_special_tokens.unwrap_or(true)).map_err(failed)?;
+            (encoded.ids, Some((given, encoded.spans)))
+        }
+    };
+    let all = ids.len();
+    common.truncate(&mut ids, longest);
+    if !echo {
+        return Ok((ids, Before::default()));
+    }
+    let before = match given.filter(|_| ids.len() == all) {
+        Some((text, spans)) => {
+            let offsets = places(&text, &spans);
+            Before { text, offsets }
+        }
+        None => {
+            let special = common.text().special;
+            let decoded = text.decode(&ids, special).map_err(failed)?;
+            let mut end = Place::default();
+            let mut offsets = offsets(text, special, &ids, &mut end);
+            // A text does not have the space that its first word's token has.
+            let more = end.characters.saturating_sub(decoded.chars().count());
+            offsets.iter_mut().for_each(|at| *at = at.saturating_sub(more));
+            Before { text: decoded, offsets }
+        }
+    };
+    Ok((ids, before))
+}
+
+/// Where each token of a text begins in it, in characters: where the one before ends, or the letter of which it is a part begins. Tokenizers
+/// leave spaces out of what a token covers.
+fn places(text: &str, spans: &[(usize, usize)]) -> Vec<usize> {
+    let (mut end, mut byte, mut character) = (0, 0, 0);
+    let of = |&(from, to): &(usize, usize)| {
+        let start = if from < to { from.min(end) } else { end };
+        end = end.max(to);
+        let between = |a: usize, b: usize| text.get(a..b).map_or(0, |t| t.chars().count());
+        // Places go up but for letters that tokens share.
+        character = character + between(byte, start) - between(start, byte);
+        byte = start;
+        character
+    };
+    spans.iter().map(of).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tokens_stand_where_the_ones_before_end() {
+        // `é x` with a token around it that the tokenizer adds, two for é, and one that leaves its space out.
+        assert_eq!(places("é x", &[(0, 0), (0, 2), (0, 2), (3, 4), (0, 0)]), [0, 0, 0, 1, 3]);
+        assert!(places("", &[]).is_empty());
+        // What stands nowhere in the text makes nothing fail.
+        assert_eq!(places("é", &[(1, 9), (5, 6)]).len(), 2);
+    }
+}
