@@ -69,7 +69,7 @@ const MAX_LOADING: usize = 1024;
 const CHANGES: (usize, u64) = (2, 120);
 /// For how long a request for an adapter that is in memory waits for the object store to tell whether it has changed, where the store
 /// was no slower the last time.
-const LOOK: Duration = Duration::from_millis(250);
+const LOOK: Duration = Duration::from_millis(50);
 /// Least bytes that a token of a prompt may stand for, however short the tokenizer's are, before the prompt is refused by its length.
 const TOKEN_BYTES: usize = 64;
 
