@@ -450,6 +450,12 @@ messages is sequence
 none is sequence
 (1, 2) is sequence
 range(3) is sequence
+messages[:1] is sequence
+messages[::-1] is sequence
+(1, 2)[:1] is sequence
+(messages | list) is sequence
+(messages | map(attribute='role')) is sequence
+messages[1:] is iterable
 {E}.items() is sequence
 {E} is mapping
 messages is mapping
@@ -665,7 +671,8 @@ different = set(r"""
 {{ messages | random | length > 0 }}
 {{ {'a': 1} | xmlattr }}
 {{ 'a' | forceescape }}
-{{ range(3) is sequence }}
+{{ messages[1].extra.items() is sequence }}
+{{ (messages | map(attribute='role')) is sequence }}
 {{ self is defined }}
 {{ ['\u2028', '\x7f', '\xa0', '\U0001F30A'] | string }}
 {{ lipsum is defined }}

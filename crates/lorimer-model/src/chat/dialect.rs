@@ -69,8 +69,11 @@ pub(super) fn install(environment: &mut Environment<'static>) {
         ValueKind::None => false,
         _ => value.try_iter().is_ok(),
     });
-    environment.add_test("sequence", |value: Value| {
-        matches!(value.kind(), ValueKind::Undefined | ValueKind::String | ValueKind::Seq | ValueKind::Map)
+    environment.add_test("sequence", |value: Value| match value.kind() {
+        ValueKind::Undefined | ValueKind::String | ValueKind::Seq | ValueKind::Map => true,
+        // A slice of a list and a range know their length; what is made as it is gone through does not.
+        ValueKind::Iterable => value.len().is_some(),
+        _ => false,
     });
     environment.add_test("callable", |value: Value| value.kind() == ValueKind::Plain);
 
