@@ -81,7 +81,8 @@ for parameters in [dict(rope_type="default", rope_theta=10000.0), dict(rope_type
 (here / "rope.json").write_text(json.dumps(ropes))
 
 # Adapters: file, logits, gradients, ten steps, merged logits.
-# Each file in cases/ is one: the settings of PEFT's configuration, its class as `kind` (LoraConfig) and the base as `base` (tiny-llama).
+# Each file in cases/ is one: the settings of PEFT's configuration, its class as `kind` (LoraConfig), the base as `base` (tiny-llama), and
+# how far the weight under an adapter on the head is from the base's (`head_moved_by`).
 cases = {path.stem: json.loads(path.read_text()) for path in sorted((here / "cases").glob("*.json"))}
 ids = torch.randint(3, 259, (3, 19))
 
@@ -98,10 +99,15 @@ def fresh(base):
 for name, settings in cases.items():
     torch.manual_seed(1)
     base, kind = settings.pop("base", "tiny-llama"), settings.pop("kind", "LoraConfig")
+    moved = settings.pop("head_moved_by", 0)
     model = get_peft_model(fresh(base), getattr(peft, kind)(task_type="CAUSAL_LM", **settings)).eval()
+    head = model.base_model.model.lm_head
+    if moved:
+        with torch.no_grad():
+            head.base_layer.weight.add_(torch.randn_like(head.base_layer.weight) * moved)
     for key, p in model.named_parameters():
-        # What starts at zero is moved, except where the start is what is tested.
-        if p.requires_grad and not p.any() and not settings.get("init_lora_weights"):
+        # What starts at zero is moved, and so is a start that is not zero, from which the change is counted.
+        if p.requires_grad and not p.any():
             with torch.no_grad():
                 p.normal_(0, 0.1)
     out = here / "adapters" / name
@@ -124,6 +130,9 @@ for name, settings in cases.items():
         losses.append(loss.item())
     golden["losses"] = torch.tensor(losses)
     golden["trained_logits"] = model(ids).logits.detach().reshape(-1, 259).contiguous()
+    if hasattr(head, "base_layer"):
+        # PEFT would merge into the embedding as well, where the head is tied to it.
+        head.base_layer.weight = torch.nn.Parameter(head.base_layer.weight.detach().clone())
     merged = model.merge_and_unload()
     golden["merged_logits"] = merged(ids).logits.detach().reshape(-1, 259).contiguous()
     save_file(golden, out / "golden.safetensors")

@@ -1,10 +1,10 @@
 //! Adapters on a model: attaching a new one, loading one from a file, and several at once with weights.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use candle_core::{DType, Result as TensorResult, Tensor, Var};
 use lorimer_model::{Adaptation, BaseModel, Projection, Site};
-use lorimer_tensor::{LowRankTerm, Ops, Part, Tape};
+use lorimer_tensor::{FrozenWeight, LowRankTerm, Ops, Part, Tape};
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
@@ -23,6 +23,10 @@ pub struct Adapter {
     deltas: BTreeMap<String, Box<dyn Delta>>,
     /// Whole parameters in place of the base's (biases, `modules_to_save`), by on-disk name.
     parameters: BTreeMap<String, Var>,
+    /// Those of them that are not trained: PEFT saves the weight under an adapter on the head or the embedding.
+    fixed: BTreeSet<String>,
+    /// Projections that have both a weight of their own and a change, which is a change of that weight.
+    replaced: BTreeMap<String, Projection>,
     /// Order of the projections in the model.
     order: Vec<String>,
 }
@@ -148,7 +152,8 @@ impl Adapter {
             }
         }
         let order = projections.iter().map(|(s, _)| s.path.clone()).collect();
-        Ok(Self { method, deltas, parameters, order })
+        let (fixed, replaced) = Default::default();
+        Ok(Self { method, deltas, parameters, fixed, replaced, order })
     }
 
     /// Puts a stored adapter on a model and says what became of each of its tensors. Shapes must fit; whether an
@@ -159,8 +164,9 @@ impl Adapter {
         let projections = model.projections();
         let sites: HashMap<&str, _> = projections.iter().map(|p| (p.0.path.as_str(), p)).collect();
         let mut modules: BTreeMap<String, ModuleTensors> = BTreeMap::new();
-        let mut parameters = BTreeMap::new();
+        let (mut parameters, mut fixed) = (BTreeMap::new(), BTreeSet::new());
         let mut accounting = Accounting::default();
+        refuse_embedding(stored)?;
         let own = model.parameter_names().into_iter();
         let own: HashSet<String> =
             own.chain(projections.iter().flat_map(|(site, _)| [site.weight_path(), site.bias_path()])).collect();
@@ -172,7 +178,8 @@ impl Adapter {
                 }
                 continue;
             };
-            // PEFT keeps a trained bias of an adapted projection under `base_layer`.
+            // PEFT keeps a trained bias of an adapted projection under `base_layer`, and the frozen weight of an adapted head.
+            let frozen = path.ends_with(BASE_WEIGHT);
             let path = path.replace(".base_layer.", ".");
             if own.contains(&path)
                 && let Some(base) = base_parameter(model, &path)?
@@ -184,8 +191,21 @@ impl Adapter {
                         base.dims()
                     )));
                 }
-                parameters.insert(path, Var::from_tensor(&tensor.to_dtype(model.dtype())?)?);
                 accounting.used.push(key.clone());
+                let tensor = tensor.to_dtype(model.dtype())?;
+                if frozen && equal(&tensor, &base)? {
+                    continue;
+                }
+                if let Some(other) = model.shared_with(&path).filter(|_| frozen)
+                    && !stored.tensors.contains_key(&format!("{PREFIX}{other}"))
+                {
+                    fixed.insert(other.to_string());
+                    parameters.insert(other.to_string(), Var::from_tensor(&tensor)?);
+                }
+                if frozen {
+                    fixed.insert(path.clone());
+                }
+                parameters.insert(path, Var::from_tensor(&tensor)?);
                 continue;
             }
             // The longest site path that the key begins with.
@@ -212,16 +232,24 @@ impl Adapter {
             if before.is_empty() || !matcher.targets(site) {
                 return Ok((before, None));
             }
-            let delta = method.attach(site, base, &mut Source::file(site, dtype, tensors))?;
+            let replaced = parameters.get(&site.weight_path()).map(|own| replaced_by(own.as_tensor(), base));
+            let own = replaced.as_ref().unwrap_or(base);
+            let mut source = Source::file(site, dtype, tensors);
+            if replaced.is_some() {
+                source = source.with_weight();
+            }
+            let delta = method.attach(site, own, &mut source)?;
             if let Some(frozen) = manifest.and_then(|m| m.frozen.get(&site.path)) {
                 frozen.check(&site.path, delta.as_ref())?;
             }
-            Ok((before, Some(delta)))
+            Ok((before, Some((delta, replaced))))
         };
         let loaded = work.par_iter_mut().map(load).collect::<Result<Vec<_>>>()?;
+        let mut replaced = BTreeMap::new();
         for ((site, _, tensors), (before, delta)) in work.iter().zip(loaded) {
-            if let Some(delta) = delta {
+            if let Some((delta, own)) = delta {
                 deltas.insert(site.path.clone(), delta);
+                replaced.extend(own.map(|own| (site.path.clone(), own)));
             } else if matcher.targets(site) {
                 accounting.missing.push(site.path.clone());
             }
@@ -234,7 +262,7 @@ impl Adapter {
             }
         }
         let order = projections.iter().map(|(s, _)| s.path.clone()).collect();
-        Ok((Self { method, deltas, parameters, order }, accounting))
+        Ok((Self { method, deltas, parameters, fixed, replaced, order }, accounting))
     }
 
     /// [`Self::load`], where every tensor must be in use, none missing, and the adapter must do something.
@@ -256,7 +284,7 @@ impl Adapter {
     pub fn has_effect(&self, model: &dyn BaseModel) -> Result<bool> {
         for (site, base) in model.projections() {
             if let Some(delta) = self.deltas.get(&site.path)
-                && delta.has_effect(base)?
+                && delta.has_effect(self.own(site, base))?
             {
                 return Ok(true);
             }
@@ -278,6 +306,7 @@ impl Adapter {
         let (mut change, mut whole) = (0.0, 0.0);
         for (site, base) in model.projections() {
             let Some(delta) = self.deltas.get(&site.path) else { continue };
+            let base = self.own(site, base);
             let Ok(merged) = delta.merged(base)? else { return Ok(None) };
             let dense = base.dense(merged.dtype())?;
             change += norm(&(&merged - &dense)?)?;
@@ -297,7 +326,8 @@ impl Adapter {
         let deltas = self.order.iter().filter_map(|path| Some((path, self.deltas.get(path)?)));
         let deltas =
             deltas.flat_map(|(path, d)| d.trainable().into_iter().map(move |(n, v)| (format!("{path}.{n}"), v)));
-        deltas.chain(self.parameters.iter().map(|(path, v)| (path.clone(), v))).collect()
+        let whole = self.parameters.iter().filter(|(path, _)| !self.fixed.contains(*path));
+        deltas.chain(whole.map(|(path, v)| (path.clone(), v))).collect()
     }
 
     /// Number of trainable parameters.
@@ -305,10 +335,15 @@ impl Adapter {
         self.trainable().iter().map(|(_, v)| v.elem_count()).sum()
     }
 
-    /// The projections that have a delta, in the order of the model's forward.
+    /// What this adapter's change of a projection is a change of: the base's, or the weight that the adapter brings for it.
+    fn own<'a>(&'a self, site: &Site, base: &'a Projection) -> &'a Projection {
+        self.replaced.get(&site.path).unwrap_or(base)
+    }
+
+    /// The projections that have a delta, in the order of the model's forward, with what the delta is a change of.
     pub fn sites<'a>(&'a self, model: &'a dyn BaseModel) -> Vec<(&'a Site, &'a Projection, &'a dyn Delta)> {
         let all = model.projections().into_iter();
-        all.filter_map(|(site, base)| Some((site, base, self.delta(&site.path)?))).collect()
+        all.filter_map(|(site, base)| Some((site, self.own(site, base), self.delta(&site.path)?))).collect()
     }
 
     /// Every module's path with its delta, in the order of the paths.
@@ -358,10 +393,11 @@ impl Adapter {
             tensors.insert(name, detached(&tensor)?);
         }
         for (path, var) in &self.parameters {
-            let module = path.strip_suffix(".bias").filter(|m| self.deltas.contains_key(*m));
-            let key = match module {
-                Some(module) => format!("{PREFIX}{module}.base_layer.bias"),
-                None => format!("{PREFIX}{path}"),
+            let key = match path.rsplit_once('.') {
+                Some((module, kind)) if self.deltas.contains_key(module) => {
+                    format!("{PREFIX}{module}.base_layer.{kind}")
+                }
+                _ => format!("{PREFIX}{path}"),
             };
             tensors.insert(key, detached(var.as_tensor())?);
         }
@@ -379,6 +415,30 @@ fn settle(method: &mut dyn Method, model: &dyn BaseModel, findings: &Findings) -
 
 fn detached(t: &Tensor) -> TensorResult<Tensor> {
     t.detach().contiguous()
+}
+
+/// The end of the key under which PEFT saves the frozen weight of a module that has an adapter.
+pub(crate) const BASE_WEIGHT: &str = ".base_layer.weight";
+
+/// A projection with another weight.
+pub(crate) fn replaced_by(weight: &Tensor, base: &Projection) -> Projection {
+    Projection { weight: FrozenWeight::Dense(weight.detach()), bias: base.bias.clone() }
+}
+
+/// Whether two tensors of one shape hold the same numbers.
+pub(crate) fn equal(a: &Tensor, b: &Tensor) -> TensorResult<bool> {
+    Ok(a.ne(b)?.sum_all()?.to_dtype(DType::F64)?.to_scalar::<f64>()? == 0.0)
+}
+
+/// Refuses low-rank changes of the embedding, which has no projection's form.
+pub(crate) fn refuse_embedding(stored: &StoredAdapter) -> Result<()> {
+    match stored.tensors.keys().find(|key| key.contains(".lora_embedding_")) {
+        None => Ok(()),
+        Some(key) => Err(Error::Refused(format!(
+            "`{}`: `{key}` is a low-rank change of the embedding, which is not read here; merge the adapter into its base with PEFT",
+            stored.path.display()
+        ))),
+    }
 }
 
 /// Refuses to sum or scale what is not additive.
@@ -445,8 +505,8 @@ impl<'a> Attached<'a> {
 
 impl Attached<'_> {
     /// What the adapters put on a site, with their weights.
-    fn here(&self, site: &Site) -> impl Iterator<Item = (&dyn Delta, f64)> {
-        self.adapters.iter().filter_map(|(a, weight)| Some((a.deltas.get(&site.path)?.as_ref(), *weight)))
+    fn here(&self, site: &Site) -> impl Iterator<Item = (&Adapter, &dyn Delta, f64)> {
+        self.adapters.iter().filter_map(|(a, weight)| Some((*a, a.deltas.get(&site.path)?.as_ref(), *weight)))
     }
 
     /// A projection without its bias, operation by operation.
@@ -455,7 +515,7 @@ impl Attached<'_> {
         let own = self.parameter(&site.weight_path());
         if own.is_none()
             && self.tape.is_some()
-            && let [(delta, 1.0)] = self.here(site).collect::<Vec<_>>()[..]
+            && let [(_, delta, 1.0)] = self.here(site).collect::<Vec<_>>()[..]
             && let Some(y) = delta.output(ops, base, x, &self.step)?
         {
             return Ok(y);
@@ -465,9 +525,14 @@ impl Attached<'_> {
             None => ops.linear(x, &base.weight)?,
         };
         let mut y = plain.clone();
-        for (delta, weight) in self.here(site) {
-            let change = ops.island(&[x, &plain], &parameters(delta), |t| {
-                let change = delta.forward(base, &t[0], &t[1], &self.step)?;
+        for (adapter, delta, weight) in self.here(site) {
+            // Another adapter's weight takes the place of the base's; what this one changes is still the base's.
+            let from = match own.is_some() && !adapter.parameters.contains_key(&site.weight_path()) {
+                true => ops.linear(x, &base.weight)?,
+                false => plain.clone(),
+            };
+            let change = ops.island(&[x, &from], &parameters(delta), |t| {
+                let change = delta.forward(adapter.own(site, base), &t[0], &t[1], &self.step)?;
                 if weight == 1.0 { Ok(change) } else { change * weight }
             })?;
             y = ops.add(&y, &change)?;
@@ -504,7 +569,7 @@ impl Attached<'_> {
         if let Some(bias) = self.parameter(&site.bias_path()).or(base.bias.as_ref()) {
             y = ops.add_bias(&y, bias)?;
         }
-        for (delta, weight) in self.here(site) {
+        for (_, delta, weight) in self.here(site) {
             let change =
                 ops.island_all(&[], &parameters(delta), |_| Ok(delta.bias_change(base)?.into_iter().collect()))?;
             if let Some(change) = change.first() {
@@ -542,7 +607,7 @@ impl Adaptation for Attached<'_> {
             }
             let low_rank = match self.here(site).collect::<Vec<_>>()[..] {
                 [] => None,
-                [(delta, 1.0)] => match self.form(delta, base, x)? {
+                [(_, delta, 1.0)] => match self.form(delta, base, x)? {
                     Some(Change::Thin(LowRank { a, b, scaling })) => Some(LowRankTerm {
                         gradient_scale: delta.gradient_scale()?,
                         mask: delta.mask(x, &self.step)?,

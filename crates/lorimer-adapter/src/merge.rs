@@ -15,7 +15,7 @@ use lorimer_model::{Llama, LoadDtype, Projection, Site, TextModel, Weights};
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::attached::{PREFIX, refuse_sum};
+use crate::attached::{Accounting, BASE_WEIGHT, PREFIX, equal, refuse_embedding, refuse_sum, replaced_by};
 use crate::error::{Error, Result};
 use crate::frozen::FrozenParts;
 use crate::method::{Delta, Method, ModuleTensors, Source};
@@ -54,9 +54,11 @@ struct Part {
 /// Adapters grouped by module, ready to be merged into one tensor after another.
 struct Plan<'a> {
     weights: &'a Weights,
+    /// Whether the head is the embedding.
+    tied: bool,
     adapters: Vec<Part>,
-    /// Whole parameters by on-disk name.
-    parameters: BTreeMap<String, Tensor>,
+    /// Whole parameters by on-disk name, each with the place of the adapter that brings it.
+    parameters: BTreeMap<String, (usize, Tensor)>,
 }
 
 impl<'a> Plan<'a> {
@@ -65,20 +67,33 @@ impl<'a> Plan<'a> {
         if config.tied {
             names.insert("lm_head.weight".into());
         }
-        let mut plan = Self { weights, adapters: Vec::new(), parameters: BTreeMap::new() };
-        for (stored, weight) in adapters {
+        let mut plan = Self { weights, tied: config.tied, adapters: Vec::new(), parameters: BTreeMap::new() };
+        for (place, (stored, weight)) in adapters.iter().enumerate() {
+            refuse_embedding(stored)?;
             let mut method = crate::methods::from_adapter_config(&stored.config)?;
             refuse_sum(method.as_ref(), adapters.len(), *weight)?;
             let mut modules = Modules::new();
             for (key, tensor) in &stored.tensors {
+                let frozen = key.ends_with(BASE_WEIGHT);
                 let path = key.strip_prefix(PREFIX).unwrap_or(key).replace(".base_layer.", ".");
                 if names.contains(&path) {
+                    // The weight under an adapter on the head, as PEFT saves it, is mostly the base's own.
+                    let tensor = tensor.to_dtype(DType::F32)?;
+                    let base = plan.base(&path, tensor.dims())?;
+                    if frozen && equal(&tensor, &base)? {
+                        continue;
+                    }
                     if *weight != 1.0 || plan.parameters.contains_key(&path) {
                         return Err(Error::Refused(format!(
                             "`{path}` is replaced whole by the adapter, which goes only once and at weight 1"
                         )));
                     }
-                    plan.parameters.insert(path, tensor.clone());
+                    // A tied embedding is that weight as well.
+                    let embedding = frozen && config.tied && path == "lm_head.weight";
+                    if embedding && !stored.tensors.contains_key(&format!("{PREFIX}{EMBEDDING}")) {
+                        plan.parameters.insert(EMBEDDING.into(), (place, tensor.clone()));
+                    }
+                    plan.parameters.insert(path, (place, tensor));
                     continue;
                 }
                 let module = path.match_indices('.').map(|(i, _)| &path[..i]).rev();
@@ -101,10 +116,38 @@ impl<'a> Plan<'a> {
             let sites = Llama::sites(config);
             let targeted: Vec<&Site> = sites.iter().filter(|site| matcher.targets(site)).collect();
             method.settle(&targeted, &Default::default())?;
+            let mut account = Accounting { used: stored.tensors.keys().cloned().collect(), ..Default::default() };
+            for site in &sites {
+                match (modules.get(&site.path), matcher.targets(site)) {
+                    (Some(tensors), false) => {
+                        account.refused.extend(tensors.keys().map(|key| format!("{PREFIX}{}.{key}", site.path)));
+                    }
+                    (None, true) => account.missing.push(site.path.clone()),
+                    _ => {}
+                }
+            }
+            if let Some(problem) = account.problem() {
+                return Err(Error::Mismatch(format!("`{}`: {problem}", stored.path.display())));
+            }
             let frozen = stored.manifest.as_ref().map(|m| m.frozen.clone()).unwrap_or_default();
             plan.adapters.push(Part { method, modules, weight: *weight, frozen });
         }
         Ok(plan)
+    }
+
+    /// A tensor of the base in f32.
+    fn base(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        let source = if name == "lm_head.weight" && self.tied { EMBEDDING } else { name };
+        if self.weights.shape(source)?.is_some_and(|own| own != shape) {
+            return Err(Error::Mismatch(format!(
+                "`{name}` has shape {shape:?}, the base's has {:?}",
+                self.weights.shape(source)?.unwrap_or_default()
+            )));
+        }
+        Ok(match shape {
+            [rows, columns] => self.weights.weight(source, (*rows, *columns))?.dense(DType::F32)?,
+            _ => self.weights.vector(source, shape.iter().product())?.reshape(shape)?.to_dtype(DType::F32)?,
+        })
     }
 
     fn touches(&self, name: &str) -> bool {
@@ -112,11 +155,15 @@ impl<'a> Plan<'a> {
         self.parameters.contains_key(name) || self.adapters.iter().any(|p| p.modules.contains_key(module))
     }
 
-    /// What an adapter has on a projection.
-    fn delta(&self, part: &Part, site: &Site, projection: &Projection) -> Result<Option<Box<dyn Delta>>> {
+    /// What an adapter has on a projection; `own` says that the adapter brings its weight as well.
+    fn delta(&self, part: &Part, site: &Site, projection: &Projection, own: bool) -> Result<Option<Box<dyn Delta>>> {
         let Some(tensors) = part.modules.get(&site.path) else { return Ok(None) };
         let mut tensors = ModuleTensors { tensors: tensors.clone() };
-        let delta = part.method.attach(site, projection, &mut Source::file(site, DType::F32, &mut tensors))?;
+        let mut source = Source::file(site, DType::F32, &mut tensors);
+        if own {
+            source = source.with_weight();
+        }
+        let delta = part.method.attach(site, projection, &mut source)?;
         if let Some(key) = tensors.tensors.keys().next() {
             return Err(Error::Mismatch(format!(
                 "`{}`: `{key}` is not understood by `{}`",
@@ -130,16 +177,26 @@ impl<'a> Plan<'a> {
         Ok(Some(delta))
     }
 
-    /// The merged bias of a module, where an adapter changes it.
-    fn merge_bias(&self, module: &str, base: &Tensor) -> Result<Option<Tensor>> {
+    /// The projection whose change an adapter holds: the base's, or with the weight that the adapter brings itself.
+    fn projection(&self, place: usize, module: &str, base: Projection) -> (Projection, bool) {
+        match self.parameters.get(&format!("{module}.weight")) {
+            Some((of, weight)) if *of == place => (replaced_by(weight, &base), true),
+            _ => (base, false),
+        }
+    }
+
+    /// The merged bias of a module, where an adapter changes it; `whole` is what takes the base's place.
+    fn merge_bias(&self, module: &str, base: &Tensor, whole: Option<Tensor>) -> Result<Option<Tensor>> {
         let name = format!("{module}.weight");
-        let mut result = None;
-        for part in self.adapters.iter().filter(|p| p.modules.contains_key(module)) {
+        let mut result = whole;
+        for (place, part) in self.adapters.iter().enumerate().filter(|(_, p)| p.modules.contains_key(module)) {
             let Some(shape) = self.weights.shape(&name)? else { continue };
             let [rows, columns] = shape[..] else { continue };
             let weight = self.weights.weight(&name, (rows, columns))?;
-            let projection = Projection { weight, bias: Some(base.clone()) };
-            let Some(delta) = self.delta(part, &Site::new(module, (rows, columns)), &projection)? else { continue };
+            let frozen = Projection { weight, bias: Some(base.clone()) };
+            let (projection, own) = self.projection(place, module, frozen);
+            let site = Site::new(module, (rows, columns));
+            let Some(delta) = self.delta(part, &site, &projection, own)? else { continue };
             if let Some(change) = delta.bias_change(&projection)? {
                 result = Some((result.unwrap_or_else(|| base.clone()) + (change.detach() * part.weight)?)?);
             }
@@ -147,32 +204,25 @@ impl<'a> Plan<'a> {
         Ok(result)
     }
 
-    /// The merged tensor in f32, given the base's in f32; None where nothing touches it.
+    /// The merged tensor in f32, given the base's in f32; None where nothing touches it. A whole parameter takes the place of
+    /// the base's, and changes are added to it.
     fn merge(&self, name: &str, base: &Tensor) -> Result<Option<Tensor>> {
-        if let Some(t) = self.parameters.get(name) {
-            if t.dims() != base.dims() {
-                return Err(Error::Mismatch(format!(
-                    "`{name}` has shape {:?}, the base's has {:?}",
-                    t.dims(),
-                    base.dims()
-                )));
-            }
-            return Ok(Some(t.to_dtype(DType::F32)?));
-        }
+        let whole = self.parameters.get(name).map(|(_, t)| t.clone());
         if let Some(module) = name.strip_suffix(".bias") {
-            return self.merge_bias(module, base);
+            return self.merge_bias(module, base, whole);
         }
-        let Some(module) = name.strip_suffix(".weight") else { return Ok(None) };
-        let mut result = None;
-        for part in self.adapters.iter().filter(|p| p.modules.contains_key(module)) {
+        let Some(module) = name.strip_suffix(".weight") else { return Ok(whole) };
+        let mut result = whole;
+        for (place, part) in self.adapters.iter().enumerate().filter(|(_, p)| p.modules.contains_key(module)) {
             let site = Site::new(module, base.dims2()?);
-            let projection = Projection { weight: lorimer_tensor::FrozenWeight::Dense(base.clone()), bias: None };
-            let Some(delta) = self.delta(part, &site, &projection)? else { continue };
+            let frozen = Projection { weight: lorimer_tensor::FrozenWeight::Dense(base.clone()), bias: None };
+            let (projection, own) = self.projection(place, module, frozen);
+            let Some(delta) = self.delta(part, &site, &projection, own)? else { continue };
             let merged = delta
                 .merged(&projection)?
                 .map_err(|why| Error::Refused(format!("`{module}` cannot be merged: {}", why.0)))?;
             let so_far = result.unwrap_or_else(|| base.clone());
-            result = Some((so_far + ((merged - base)? * part.weight)?)?);
+            result = Some((so_far + ((merged - projection.dense(DType::F32)?)? * part.weight)?)?);
         }
         Ok(result)
     }
@@ -285,19 +335,12 @@ pub fn merge_to_folder(
     create_folder(output)?;
     let rounding = std::cell::RefCell::new(Rounding::default());
     let progress = std::cell::RefCell::new(&mut progress);
-    let exact = |name: &str, shape: &[usize]| -> Result<Tensor> {
-        let source = if name == "lm_head.weight" && config.tied { EMBEDDING } else { name };
-        Ok(match shape {
-            [rows, columns] => weights.weight(source, (*rows, *columns))?.dense(DType::F32)?,
-            _ => weights.vector(source, shape.iter().product())?.reshape(shape)?.to_dtype(DType::F32)?,
-        })
-    };
     let entry = |name: String, dtype: DType, shape: Vec<usize>| -> Entry<'_> {
         let (own, own_shape) = (name.clone(), shape.clone());
-        let (plan, exact, rounding, progress) = (&plan, &exact, &rounding, &progress);
+        let (plan, rounding, progress) = (&plan, &rounding, &progress);
         let bytes = Box::new(move || {
             progress.borrow_mut()(&own);
-            let before = exact(&own, &own_shape)?;
+            let before = plan.base(&own, &own_shape)?;
             let Some(merged) = plan.merge(&own, &before)? else { return raw_bytes(&before.to_dtype(dtype)?) };
             let stored = merged.to_dtype(dtype)?;
             rounding.borrow_mut().add(&before, &merged, &stored, dtype.as_str())?;

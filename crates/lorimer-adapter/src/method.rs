@@ -247,6 +247,7 @@ pub struct Source<'a> {
     site: &'a Site,
     dtype: DType,
     from: From<'a>,
+    with_weight: bool,
 }
 
 enum From<'a> {
@@ -258,12 +259,22 @@ impl<'a> Source<'a> {
     /// A new adapter whose random values follow from `seed` and the site.
     pub fn start(site: &'a Site, dtype: DType, seed: u64, findings: &'a Findings) -> Self {
         let rng = Box::new(ChaCha8Rng::seed_from_u64(site_seed(seed, &site.path)));
-        Self { site, dtype, from: From::Start(rng, findings.get(&site.path)) }
+        Self { site, dtype, from: From::Start(rng, findings.get(&site.path)), with_weight: false }
     }
 
     /// What a file holds for the site.
     pub fn file(site: &'a Site, dtype: DType, tensors: &'a mut ModuleTensors) -> Self {
-        Self { site, dtype, from: From::File(tensors) }
+        Self { site, dtype, from: From::File(tensors), with_weight: false }
+    }
+
+    /// The same of a file that also brings the weight which the adapter is a change of.
+    pub fn with_weight(self) -> Self {
+        Self { with_weight: true, ..self }
+    }
+
+    /// Whether the file brings the weight which the adapter is a change of.
+    pub fn brings_weight(&self) -> bool {
+        self.with_weight
     }
 
     /// The type that the adapter computes in.

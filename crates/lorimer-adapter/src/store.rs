@@ -169,6 +169,8 @@ impl StoredAdapter {
                 None if name.starts_with("base_model.") => continue,
                 None => name,
             };
+            // What PEFT keeps of the base under an adapter belongs to the adapter's module.
+            let path = path.replace(".base_layer.", ".");
             let parts: Vec<&str> = path.split('.').collect();
             // `q_proj.lora_A.weight` and `q_proj.lora_magnitude_vector` both belong to `q_proj`.
             let own = parts.iter().position(|p| p.starts_with("lora_")).unwrap_or(parts.len().saturating_sub(1));

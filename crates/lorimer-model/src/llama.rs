@@ -381,6 +381,10 @@ impl BaseModel for Llama {
         Ok(norms.chain([&self.norm]).find(|n| n.path == path).map(|n| n.weight.clone()))
     }
 
+    fn shared_with(&self, path: &str) -> Option<&str> {
+        (self.config.tied && path == self.head.site.weight_path()).then_some(EMBEDDING)
+    }
+
     fn parameter_names(&self) -> Vec<String> {
         let norms = self.layers.iter().flat_map(|l| {
             let heads = l.head_norms.iter().flat_map(|(q, k)| [&q.path, &k.path]);

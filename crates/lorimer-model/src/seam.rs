@@ -181,6 +181,10 @@ pub trait BaseModel {
     fn projections(&self) -> Vec<(&Site, &Projection)>;
     /// A frozen parameter that is no projection's (embedding, norm), in the compute type.
     fn parameter(&self, path: &str) -> Result<Option<Tensor>>;
+    /// The other name of a parameter that stands in two places: the embedding's, of a head that is tied to it.
+    fn shared_with(&self, _path: &str) -> Option<&str> {
+        None
+    }
     /// Names of the parameters that [`Self::parameter`] knows.
     fn parameter_names(&self) -> Vec<String>;
     /// The type that activations are computed in.

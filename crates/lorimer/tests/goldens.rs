@@ -252,6 +252,92 @@ fn ten_steps_and_the_merge_equal_peft() {
     }
 }
 
+/// A base on disk with adapters merged into it, loaded again.
+fn merged(base: &str, adapters: &[(StoredAdapter, f64)]) -> lorimer::adapter::Result<Llama> {
+    let out = tempfile::tempdir().unwrap();
+    let folder = out.path().join("merged");
+    lorimer::adapter::merge::merge_to_folder(&self::folder(base), adapters, &folder, LoadDtype::F32, |_| {})?;
+    let (config, weights) = lorimer::model::base::open_weights(&folder, LoadDtype::F32).unwrap();
+    Ok(Llama::load(config, &weights).unwrap())
+}
+
+/// An adapter whose every parameter is moved.
+fn moved(model: &Llama, method: &str, settings: Value, seed: u64) -> Adapter {
+    let method = methods::build(method, settings.as_object().unwrap()).unwrap();
+    let adapter = Adapter::attach(model, method, seed).unwrap();
+    for (_, var) in adapter.trainable() {
+        let noise = Tensor::randn(0f32, 0.1, var.dims(), &candle_core::Device::Cpu).unwrap();
+        var.set(&(var.as_tensor() + noise).unwrap()).unwrap();
+    }
+    adapter
+}
+
+/// What one adapter brings whole takes the place of the base's, and every change is added to it, of the same adapter or another: in
+/// the forward, merged, and as a plain LoRA.
+#[test]
+fn changes_are_added_to_whole_weights() {
+    let rows = vec![vec![5, 77, 200, 31, 8], vec![100, 9]];
+    for base in ["tiny-llama", "tiny-qwen2"] {
+        let model = tiny(base);
+        let whole = moved(&model, "lora", serde_json::json!({ "r": 2, "modules_to_save": ["lm_head"] }), 1);
+        for (method, settings) in [
+            ("lora", serde_json::json!({ "r": 2, "target_modules": ["lm_head", "k_proj"] })),
+            ("dora", serde_json::json!({ "r": 2, "target_modules": ["lm_head"] })),
+            ("randlora", serde_json::json!({ "r": 8, "target_modules": ["lm_head"] })),
+            ("shira", serde_json::json!({ "r": 2, "target_modules": ["lm_head", "q_proj"] })),
+        ] {
+            let change = moved(&model, method, settings, 2);
+            let both = Attached::weighted(vec![(&whole, 1.0), (&change, 0.5)]).unwrap();
+            let expected = logits(&model, &both, &rows);
+            for reverse in [false, true] {
+                let mut stored = [(whole.to_stored(base).unwrap(), 1.0), (change.to_stored(base).unwrap(), 0.5)];
+                if reverse {
+                    stored.reverse();
+                }
+                let d = distance(&logits(&merged(base, &stored).unwrap(), &Frozen, &rows), &expected);
+                assert!(d < 2e-4, "{base}, {method} beside a whole head: {d:e}");
+            }
+        }
+    }
+    // In one adapter: PEFT's files of an adapted head.
+    for case in ["head", "head_moved_dora"] {
+        let model = tiny("tiny-llama");
+        let (adapter, golden) = adapter(&model, case);
+        let (lora, _) = lorimer::adapter::export::to_lora(&model, &adapter, Some(64), "tiny-llama").unwrap();
+        let again = Adapter::load_whole(&model, &lora).unwrap();
+        let d = distance(&logits(&model, &Attached::one(&again), &golden.tokens()), &golden.get("logits"));
+        assert!(d < 2e-4, "{case} as a LoRA: {d:e}");
+        // `inspect` counts the head's own weight with the head.
+        let stored = StoredAdapter::read(&folder(&format!("adapters/{case}"))).unwrap();
+        let report = lorimer::adapter::inspect::inspect(&stored).unwrap();
+        assert!(report.modules.iter().all(|m| !m.name.contains("base_layer")), "{case}");
+    }
+}
+
+/// Low-rank changes of the embedding, and files that are not whole, are refused by the merge as by the load.
+#[test]
+fn a_merge_refuses_what_a_load_refuses() {
+    let model = tiny("tiny-llama");
+    let stored = StoredAdapter::read(&folder("adapters/lora")).unwrap();
+    let refused = |change: &dyn Fn(&mut StoredAdapter)| {
+        let mut stored = stored.clone();
+        change(&mut stored);
+        let load = Adapter::load_whole(&model, &stored).err().expect("loaded").to_string();
+        let merge = merged("tiny-llama", &[(stored, 1.0)]).err().expect("merged").to_string();
+        assert_eq!(load, merge);
+        load
+    };
+    let embedding = refused(&|s| {
+        let t = s.tensors.values().next().unwrap().clone();
+        s.tensors.insert("base_model.model.model.embed_tokens.lora_embedding_A".into(), t);
+    });
+    assert!(embedding.contains("lora_embedding_A") && embedding.contains("merge"), "{embedding}");
+    let missing = refused(&|s| s.tensors.retain(|name, _| !name.contains("layers.1.mlp.up_proj")));
+    assert!(missing.contains("model.layers.1.mlp.up_proj"), "{missing}");
+    let unnamed = refused(&|s| drop(s.config.insert("target_modules".into(), serde_json::json!(["q_proj"]))));
+    assert!(unnamed.contains("belong to no module"), "{unnamed}");
+}
+
 /// Files that PEFT up to 0.17 wrote say BONE and `bone_block`.
 #[test]
 fn bone_files_are_read() {

@@ -371,6 +371,12 @@ impl Method for Lora {
         let origin = match (start.moves_base(), source.is_file()) {
             (false, _) => None,
             (true, false) => Some((a.copy()?.detach(), b.copy()?.detach())),
+            (true, true) if source.brings_weight() => {
+                return Err(Error::Refused(format!(
+                    "`{}`: the file holds a weight that init_lora_weights {} has moved already; save the adapter in PEFT with `path_initial_model_for_weight_conversion`",
+                    site.path, self.config.init_lora_weights
+                )));
+            }
             (true, true) => {
                 Some(start.factors(&self.config, (site, base), dtype, &mut rand::SeedableRng::seed_from_u64(0))?)
             }
