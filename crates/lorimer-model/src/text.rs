@@ -94,6 +94,26 @@ fn byte_of(c: char) -> Option<u8> {
     }
 }
 
+/// Tokens that end a turn in one of the known chat formats, by their text: llama.cpp ends there too, since many GGUF files name only
+/// the end of the whole text.
+const ENDS_OF_TURNS: [&str; 9] = [
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|end|>",
+    "<|return|>",
+    "<|call|>",
+    "<end_of_turn>",
+    "<|endoftext|>",
+    "<EOT>",
+];
+
+/// What ends a turn by the files beside a `tokenizer.json`: ids, and the text of the end token.
+fn ends_beside(tokenizer: &Path) -> Result<(Vec<u32>, Option<String>)> {
+    let beside = |name: &str| optional_json(&tokenizer.with_file_name(name));
+    Ok((ids_of(&beside("generation_config.json")?), special(&beside("tokenizer_config.json")?, "eos_token")))
+}
+
 impl TextModel {
     /// From a Hugging Face folder: `tokenizer.json`, `tokenizer_config.json`, `chat_template.jinja`,
     /// `generation_config.json`.
@@ -156,9 +176,10 @@ impl TextModel {
         Self::from_gguf_parts(file, tokenizer)
     }
 
-    /// A GGUF file's special tokens and chat template around a tokenizer from `tokenizer.json`.
+    /// A GGUF file's special tokens and chat template around a tokenizer from `tokenizer.json`. What ends a turn by the files beside
+    /// that ends it as well.
     pub fn from_gguf_with_tokenizer(file: &Gguf, tokenizer: &Path) -> Result<Self> {
-        Self::from_gguf_parts(file, Self::tokenizer_file(tokenizer)?)
+        Self::from_gguf_parts(file, Self::tokenizer_file(tokenizer)?)?.ending_as_beside(tokenizer)
     }
 
     fn from_gguf_parts(file: &Gguf, tokenizer: Tokenizer) -> Result<Self> {
@@ -170,17 +191,31 @@ impl TextModel {
             }
         };
         let (bos, eos) = (token("tokenizer.ggml.bos_token_id"), token("tokenizer.ggml.eos_token_id"));
+        let known = tokenizer.get_vocab_size(true) as f64;
+        let ends = ["eos", "eot", "eom"].map(|kind| file.number(&format!("tokenizer.ggml.{kind}_token_id")));
+        // Some files say 2³² − 1 where there is none.
+        let ends = ends.into_iter().flatten().filter(|id| *id >= 0.0 && *id < known).map(|id| id as u32);
+        let ends = ends.chain(ENDS_OF_TURNS.iter().filter_map(|text| tokenizer.token_to_id(text))).collect();
         let text = |key: &str| file.text(key).map(str::to_string);
         let (template, for_tools) = (text("tokenizer.chat_template"), text("tokenizer.chat_template.tool_use"));
-        Self::assemble(tokenizer, Sources { template, for_tools, ..Default::default() }, bos, eos, Vec::new())
+        Self::assemble(tokenizer, Sources { template, for_tools, ..Default::default() }, bos, eos, ends)
     }
 
-    /// Puts another tokenizer in, from a `tokenizer.json`.
+    /// Puts another tokenizer in, from a `tokenizer.json`. What ended a turn still does, and so does what ends it by the files beside.
     pub fn with_tokenizer_file(self, path: &Path) -> Result<Self> {
         let template = self.template_source().map(str::to_string);
         let for_tools = self.template_for_tools.as_ref().map(|t| source(t).to_string());
         let sources = Sources { template, for_tools, named_tokens: self.named_tokens };
-        Self::assemble(Self::tokenizer_file(path)?, sources, self.bos, self.eos, Vec::new())
+        Self::assemble(Self::tokenizer_file(path)?, sources, self.bos, self.eos, self.eos_ids)?.ending_as_beside(path)
+    }
+
+    fn ending_as_beside(mut self, tokenizer: &Path) -> Result<Self> {
+        let (ids, text) = ends_beside(tokenizer)?;
+        self.eos_ids.extend(ids);
+        self.eos_ids.extend(text.and_then(|text| self.tokenizer.token_to_id(&text)));
+        self.eos_ids.sort_unstable();
+        self.eos_ids.dedup();
+        Ok(self)
     }
 
     fn tokenizer_file(path: &Path) -> Result<Tokenizer> {

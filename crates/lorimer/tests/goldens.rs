@@ -338,6 +338,56 @@ fn a_merge_refuses_what_a_load_refuses() {
     assert!(unnamed.contains("belong to no module"), "{unnamed}");
 }
 
+/// What ends a turn survives every way in: a GGUF file's ids and texts, lists of ids, a tokenizer given apart.
+#[test]
+fn what_ends_a_turn_survives_every_way_in() {
+    use candle_core::quantized::gguf_file::{Value as Gguf, write};
+    let out = tempfile::tempdir().unwrap();
+    let file = |entries: &[(&str, Gguf)]| {
+        let tokens = ["<|endoftext|>", "b", "<|eot_id|>", "c", "d"].map(|t| Gguf::String(t.into())).to_vec();
+        let mut all = vec![
+            ("general.architecture", Gguf::String("llama".into())),
+            ("tokenizer.ggml.model", Gguf::String("gpt2".into())),
+            ("tokenizer.ggml.tokens", Gguf::Array(tokens)),
+            ("tokenizer.ggml.merges", Gguf::Array(vec![])),
+            ("tokenizer.ggml.token_type", Gguf::Array([1, 1, 3, 1, 1].map(Gguf::I32).to_vec())),
+        ];
+        all.extend(entries.iter().map(|(k, v)| (*k, v.clone())));
+        let path = out.path().join("model.gguf");
+        let metadata: Vec<_> = all.iter().map(|(k, v)| (*k, v)).collect();
+        write(&mut std::fs::File::create(&path).unwrap(), &metadata, &[]).unwrap();
+        lorimer::model::gguf::Gguf::open(&path).unwrap()
+    };
+    let (eos, none) = (("tokenizer.ggml.eos_token_id", Gguf::U32(0)), Gguf::U32(u32::MAX));
+    let eot = ("tokenizer.ggml.eot_token_id", Gguf::U32(3));
+    let ends = |entries: &[(&str, Gguf)]| TextModel::from_gguf(&file(entries)).unwrap().eos_ids;
+    // The text of an end of turn counts as well, as it does for llama.cpp.
+    assert_eq!(ends(std::slice::from_ref(&eos)), [0, 2]);
+    assert_eq!(ends(&[eos.clone(), eot.clone(), ("tokenizer.ggml.eom_token_id", none)]), [0, 2, 3]);
+    assert_eq!(ends(&[eos.clone(), eot.clone(), ("tokenizer.ggml.eom_token_id", Gguf::I32(4))]), [0, 2, 3, 4]);
+
+    // A Hugging Face folder's lists, and then with a tokenizer that is given apart.
+    let folder = out.path().join("hf");
+    std::fs::create_dir(&folder).unwrap();
+    for name in ["tokenizer.json", "tokenizer_config.json", "config.json"] {
+        std::fs::copy(self::folder("tiny-llama").join(name), folder.join(name)).unwrap();
+    }
+    std::fs::write(folder.join("generation_config.json"), r#"{"eos_token_id": [0, 7]}"#).unwrap();
+    let text = TextModel::from_folder(&folder).unwrap();
+    assert_eq!(text.eos_ids, [0, 2, 7]);
+    let apart = out.path().join("apart");
+    std::fs::create_dir(&apart).unwrap();
+    std::fs::copy(folder.join("tokenizer.json"), apart.join("tokenizer.json")).unwrap();
+    let text = text.with_tokenizer_file(&apart.join("tokenizer.json")).unwrap();
+    assert_eq!(text.eos_ids, [0, 2, 7]);
+    std::fs::write(apart.join("generation_config.json"), r#"{"eos_token_id": 9}"#).unwrap();
+    std::fs::write(apart.join("tokenizer_config.json"), r#"{"eos_token": {"content": "<|im_start|>"}}"#).unwrap();
+    assert_eq!(text.with_tokenizer_file(&apart.join("tokenizer.json")).unwrap().eos_ids, [0, 1, 2, 7, 9]);
+    let gguf = file(&[eos, eot]);
+    let text = TextModel::from_gguf_with_tokenizer(&gguf, &apart.join("tokenizer.json")).unwrap();
+    assert_eq!(text.eos_ids, [0, 1, 2, 3, 9]);
+}
+
 /// Files that PEFT up to 0.17 wrote say BONE and `bone_block`.
 #[test]
 fn bone_files_are_read() {
