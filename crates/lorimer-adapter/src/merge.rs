@@ -8,7 +8,9 @@ use candle_core::quantized::QTensor;
 use candle_core::{DType, Device, Tensor};
 use lorimer_model::base::open_weights;
 use lorimer_model::config::LlamaConfig;
-use lorimer_model::files::{create_folder, write_atomic, write_atomic_with, write_json};
+use lorimer_model::files::{
+    MAX_JSON_BYTES, create_folder, read_bounded, read_json, text_files, write_atomic, write_atomic_with, write_json,
+};
 use lorimer_model::gguf::{module_to_gguf, row_order};
 use lorimer_model::llama::EMBEDDING;
 use lorimer_model::{Llama, LoadDtype, Projection, Site, TextModel, Weights};
@@ -430,20 +432,11 @@ fn write_companions(
     let folder = weights.origin();
     let mut json = match weights.gguf() {
         None => {
-            for name in [
-                "tokenizer.json",
-                "tokenizer_config.json",
-                "chat_template.jinja",
-                "generation_config.json",
-                "special_tokens_map.json",
-            ] {
-                let path = folder.join(name);
-                if path.is_file() {
-                    let bytes = lorimer_model::files::read_bounded(&path, lorimer_model::files::MAX_JSON_BYTES)?;
-                    write_atomic(&output.join(name), &bytes)?;
-                }
+            for name in text_files(folder)? {
+                let bytes = read_bounded(&folder.join(&name), MAX_JSON_BYTES)?;
+                write_atomic(&output.join(name), &bytes)?;
             }
-            lorimer_model::files::read_json::<Value>(&folder.join("config.json"), lorimer_model::files::MAX_JSON_BYTES)?
+            read_json::<Value>(&folder.join("config.json"), MAX_JSON_BYTES)?
         }
         Some(file) => {
             let text = TextModel::from_gguf(file)?;

@@ -50,6 +50,18 @@ pub enum RopeScaling {
     Factors(Vec<f64>),
 }
 
+impl RopeScaling {
+    /// The longest sequence: YaRN's is its original length times its factor, whatever the configuration calls the longest.
+    pub fn reach(&self, max_positions: usize) -> usize {
+        match self {
+            Self::Yarn { factor, original, .. } => {
+                max_positions.max((factor * original).min(f64::from(u32::MAX)) as usize)
+            }
+            _ => max_positions,
+        }
+    }
+}
+
 /// Shape and constants of a Llama-family model.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LlamaConfig {
@@ -164,6 +176,7 @@ impl LlamaConfig {
         };
         let attention_bias = f.flag("attention_bias")?;
         let (rope_theta, rope_scaling) = rope_from_json(&f, max_positions)?;
+        let max_positions = rope_scaling.reach(max_positions);
         let config = Self {
             hidden_size,
             intermediate_size: f.needed("intermediate_size")?,

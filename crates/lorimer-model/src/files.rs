@@ -186,6 +186,48 @@ pub fn is_plain_file_name(name: &str) -> bool {
         && !name.chars().any(char::is_control)
 }
 
+/// How the names of the files begin that say how a model's text is made and read.
+const TEXT_FILES: [&str; 12] = [
+    "tokenizer.",
+    "tokenizer_config.",
+    "special_tokens_map.",
+    "added_tokens.",
+    "vocab.",
+    "merges.",
+    "chat_template",
+    "generation_config.",
+    "tekken.",
+    "spiece.",
+    "sentencepiece.",
+    "sentencepiece_",
+];
+/// Folders of further chat templates, as transformers 4 and 5 name them.
+const TEMPLATE_FOLDERS: [&str; 2] = ["additional_chat_templates", "chat_templates"];
+/// Most templates that are read out of a folder.
+const MAX_TEMPLATES: usize = 1000;
+
+/// Files of a Hugging Face folder that belong to its text and not to its weights, by their paths below it: tokenizers in every form, chat
+/// templates, what ends a turn. Weights are never among them.
+pub fn text_files(folder: &Path) -> Result<Vec<PathBuf>> {
+    let names = |folder: &Path| -> Result<Vec<String>> {
+        let entries = fs::read_dir(folder).map_err(Error::io("read", folder))?;
+        let files = entries.flatten().filter(|e| e.path().is_file());
+        let mut names: Vec<String> = files.filter_map(|e| e.file_name().into_string().ok()).collect();
+        names.sort_unstable();
+        Ok(names)
+    };
+    let weights = |name: &str| [".safetensors", ".bin", ".pt", ".pth", ".gguf"].iter().any(|end| name.ends_with(end));
+    let text = |name: &String| {
+        (TEXT_FILES.iter().any(|begin| name.starts_with(begin)) || name.ends_with(".tiktoken")) && !weights(name)
+    };
+    let mut found: Vec<PathBuf> = names(folder)?.into_iter().filter(text).map(PathBuf::from).collect();
+    for inner in TEMPLATE_FOLDERS.iter().filter(|inner| folder.join(inner).is_dir()) {
+        let templates = names(&folder.join(inner))?.into_iter().filter(|name| name.ends_with(".jinja"));
+        found.extend(templates.take(MAX_TEMPLATES).map(|name| Path::new(inner).join(name)));
+    }
+    Ok(found)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -198,6 +198,7 @@ impl Gguf {
             _ => return Err(Error::invalid(&self.path, "has no matrix `token_embd.weight`")),
         };
         let head_dim = self.size(&key("attention.key_length"))?.unwrap_or(hidden_size / heads);
+        let rope_scaling = self.rope_scaling(&architecture, head_dim, max_positions)?;
         let config = LlamaConfig {
             hidden_size,
             intermediate_size: needed("feed_forward_length")?,
@@ -208,8 +209,8 @@ impl Gguf {
             head_dim,
             rms_norm_eps: self.number(&key("attention.layer_norm_rms_epsilon")).unwrap_or(1e-5),
             rope_theta: self.number(&key("rope.freq_base")).unwrap_or(10_000.0),
-            rope_scaling: self.rope_scaling(&architecture, head_dim, max_positions)?,
-            max_positions,
+            max_positions: rope_scaling.reach(max_positions),
+            rope_scaling,
             tied: !self.content.tensor_infos.contains_key("output.weight"),
             qkv_bias: self.content.tensor_infos.contains_key("blk.0.attn_q.bias"),
             output_bias: self.content.tensor_infos.contains_key("blk.0.attn_output.bias"),

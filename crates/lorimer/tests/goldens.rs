@@ -388,6 +388,65 @@ fn what_ends_a_turn_survives_every_way_in() {
     assert_eq!(text.eos_ids, [0, 1, 2, 3, 9]);
 }
 
+/// Every file of the base's text follows a merge.
+#[test]
+fn the_tokenizer_follows_a_merge_whole() {
+    let out = tempfile::tempdir().unwrap();
+    let (base, merged) = (out.path().join("base"), out.path().join("merged"));
+    std::fs::create_dir_all(base.join("additional_chat_templates")).unwrap();
+    for name in ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"] {
+        std::fs::copy(folder("tiny-llama").join(name), base.join(name)).unwrap();
+    }
+    let files = [
+        "tokenizer.model",
+        "tokenizer.model.v3",
+        "vocab.json",
+        "vocab.txt",
+        "merges.txt",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "chat_template.jinja",
+        "chat_template.json",
+        "additional_chat_templates/tool_use.jinja",
+        "generation_config.json",
+        "tekken.json",
+        "qwen.tiktoken",
+    ];
+    for name in files {
+        std::fs::write(base.join(name), format!("{{\"{name}\": 1}}")).unwrap();
+    }
+    let others = ["pytorch_model.bin", "README.md", "tokenizer.safetensors"];
+    for name in others {
+        std::fs::write(base.join(name), "x").unwrap();
+    }
+    let adapter = StoredAdapter::read(&folder("adapters/lora")).unwrap();
+    lorimer::adapter::merge::merge_to_folder(&base, &[(adapter, 1.0)], &merged, LoadDtype::F32, |_| {}).unwrap();
+    for name in files.into_iter().chain(["tokenizer.json", "tokenizer_config.json"]) {
+        assert_eq!(std::fs::read(merged.join(name)).ok(), std::fs::read(base.join(name)).ok(), "{name}");
+    }
+    assert!(others.iter().all(|name| !merged.join(name).exists()));
+}
+
+/// YaRN reaches its original length times its factor, under whatever longest length the configuration says.
+#[test]
+fn yarn_reaches_its_original_length_times_its_factor() {
+    let with = |longest: u64, rope: Value| {
+        let mut config = json(&folder("tiny-llama/config.json"));
+        config["max_position_embeddings"] = longest.into();
+        config["rope_parameters"] = rope;
+        LlamaConfig::from_json(&config, Path::new("config.json")).unwrap().max_positions
+    };
+    let yarn = |factor: f64, original: Value| serde_json::json!({ "rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original });
+    // Qwen 2.5's and Qwen 3's recipes, one that says the long length itself, and one that leaves the original out.
+    assert_eq!(with(32768, yarn(4.0, 32768.into())), 131072);
+    assert_eq!(with(40960, yarn(4.0, 32768.into())), 131072);
+    assert_eq!(with(131072, yarn(4.0, 32768.into())), 131072);
+    assert_eq!(with(1024, yarn(2.0, Value::Null)), 2048);
+    assert_eq!(with(1024, yarn(1e300, 64.into())), u32::MAX as usize);
+    let llama3 = serde_json::json!({ "rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192 });
+    assert_eq!(with(131072, llama3), 131072);
+}
+
 /// Files that PEFT up to 0.17 wrote say BONE and `bone_block`.
 #[test]
 fn bone_files_are_read() {
