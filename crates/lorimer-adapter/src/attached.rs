@@ -103,8 +103,9 @@ impl Adapter {
         seed: u64,
     ) -> Result<Self> {
         settle(method.as_mut(), model, findings)?;
-        let matcher = Matcher::new(method.targeting())?;
+        method.targeting().check()?;
         let projections = model.projections();
+        let matcher = Matcher::new(method.targeting(), projections.iter().map(|(site, _)| *site))?;
         let targeted: Vec<_> = projections.iter().filter(|(site, _)| matcher.targets(site)).collect();
         let modules: Vec<String> = projections
             .iter()
@@ -160,8 +161,8 @@ impl Adapter {
     /// incomplete account is an error is the caller's choice (see [`Self::load_whole`]).
     pub fn load(model: &dyn BaseModel, stored: &StoredAdapter) -> Result<(Self, Accounting)> {
         let mut method = crate::methods::from_adapter_config(&stored.config)?;
-        let matcher = Matcher::new(method.targeting())?;
         let projections = model.projections();
+        let matcher = Matcher::new(method.targeting(), projections.iter().map(|(site, _)| *site))?;
         let sites: HashMap<&str, _> = projections.iter().map(|p| (p.0.path.as_str(), p)).collect();
         let mut modules: BTreeMap<String, ModuleTensors> = BTreeMap::new();
         let (mut parameters, mut fixed) = (BTreeMap::new(), BTreeSet::new());
@@ -407,8 +408,8 @@ impl Adapter {
 
 /// Tells a method which projections it targets.
 fn settle(method: &mut dyn Method, model: &dyn BaseModel, findings: &Findings) -> Result<()> {
-    let matcher = Matcher::new(method.targeting())?;
     let projections = model.projections();
+    let matcher = Matcher::new(method.targeting(), projections.iter().map(|(site, _)| *site))?;
     let targeted: Vec<&Site> = projections.iter().map(|(site, _)| *site).filter(|site| matcher.targets(site)).collect();
     method.settle(&targeted, findings)
 }

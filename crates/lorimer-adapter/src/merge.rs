@@ -114,8 +114,8 @@ impl<'a> Plan<'a> {
                     }
                 }
             }
-            let matcher = Matcher::new(method.targeting())?;
             let sites = Llama::sites(config);
+            let matcher = Matcher::new(method.targeting(), &sites)?;
             let targeted: Vec<&Site> = sites.iter().filter(|site| matcher.targets(site)).collect();
             method.settle(&targeted, &Default::default())?;
             let mut account = Accounting { used: stored.tensors.keys().cloned().collect(), ..Default::default() };

@@ -110,6 +110,12 @@ impl StoredAdapter {
             return invalid("is no adapter folder: it has no adapter_config.json");
         }
         let mut config: Map<String, Value> = read_json(&folder.join(CONFIG_FILE), MAX_CONFIG_BYTES)?;
+        if config.get("fan_in_fan_out") == Some(&Value::Bool(true)) {
+            tracing::warn!(
+                "`{}` sets fan_in_fan_out, which is for layers that the base does not have; it is taken as false, as PEFT takes it",
+                folder.display()
+            );
+        }
         if !folder.join(WEIGHTS_FILE).is_file() {
             return invalid(match folder.join("adapter_model.bin").exists() {
                 true => "holds adapter_model.bin, a pickle that could run code; save it again as safetensors",

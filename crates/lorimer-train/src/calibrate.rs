@@ -143,8 +143,9 @@ impl IncrementalPca {
 
 /// Which projections a method targets, in the model's order.
 fn targeted<'a>(model: &'a Llama, method: &dyn Method) -> Result<Vec<(&'a Site, &'a Projection)>> {
-    let matcher = Matcher::new(method.targeting())?;
-    Ok(model.projections().into_iter().filter(|(site, _)| matcher.targets(site)).collect())
+    let projections = model.projections();
+    let matcher = Matcher::new(method.targeting(), projections.iter().map(|(site, _)| *site))?;
+    Ok(projections.into_iter().filter(|(site, _)| matcher.targets(site)).collect())
 }
 
 /// Hears every projection's input.

@@ -205,8 +205,8 @@ fn state_bytes(kind: &OptimizerKind, site: &Site, parameters: u64) -> f64 {
 /// Predicts a run's memory and arithmetic.
 pub fn plan(request: &Request<'_>) -> Result<Plan> {
     let (c, work) = (request.config, &request.work);
-    let matcher = Matcher::new(request.method.targeting())?;
     let sites = Llama::sites(c);
+    let matcher = Matcher::new(request.method.targeting(), &sites)?;
     let adapted = |site: &Site| matcher.targets(site);
     let (mut parameters, mut held, mut state, mut stepped) = (0u64, 0u64, 0f64, 0u64);
     for site in &sites {

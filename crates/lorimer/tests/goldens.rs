@@ -338,6 +338,36 @@ fn a_merge_refuses_what_a_load_refuses() {
     assert!(unnamed.contains("belong to no module"), "{unnamed}");
 }
 
+/// Patterns mean what Python's `re` makes of them (tests/goldens/make_python_re.py).
+#[test]
+fn patterns_match_as_pythons_do() {
+    use lorimer::adapter::targets::{Matcher, Targeting, pattern_value};
+    let golden = json(&folder("python_re.json"));
+    let texts = |v: &Value| -> Vec<String> { serde_json::from_value(v.clone()).unwrap() };
+    let paths = texts(&golden["paths"]);
+    let sites: Vec<_> = paths.iter().map(|path| lorimer::model::Site::new(path, (4, 4))).collect();
+    for case in golden["fullmatch"].as_array().unwrap() {
+        let targeting: Targeting =
+            serde_json::from_value(serde_json::json!({ "target_modules": case["pattern"] })).unwrap();
+        let matcher = Matcher::new(&targeting, &sites).unwrap_or_else(|e| panic!("{e}"));
+        let found: Vec<_> = sites.iter().filter(|s| matcher.targets(s)).map(|s| s.path.clone()).collect();
+        assert_eq!(found, texts(&case["matches"]), "{}", case["pattern"]);
+        let targeting = Targeting {
+            target_modules: serde_json::from_value(".*".into()).unwrap(),
+            exclude_modules: Some(targeting.target_modules),
+            ..Default::default()
+        };
+        let matcher = Matcher::new(&targeting, &sites).unwrap();
+        let left: Vec<_> = sites.iter().filter(|s| !matcher.targets(s)).map(|s| s.path.clone()).collect();
+        assert_eq!(left, found, "{} left out", case["pattern"]);
+    }
+    for case in golden["pattern_key"].as_array().unwrap() {
+        let patterns = [(case["pattern"].as_str().unwrap().to_string(), 1)].into_iter().collect();
+        let found: Vec<_> = paths.iter().filter(|p| pattern_value(&patterns, p).unwrap().is_some()).cloned().collect();
+        assert_eq!(found, texts(&case["matches"]), "{}", case["pattern"]);
+    }
+}
+
 /// What ends a turn survives every way in: a GGUF file's ids and texts, lists of ids, a tokenizer given apart.
 #[test]
 fn what_ends_a_turn_survives_every_way_in() {
