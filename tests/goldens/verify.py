@@ -23,6 +23,8 @@ cases = {
     "rank_pattern": ["--set", 'rank_pattern={"q_proj": 3}', "--set", 'alpha_pattern={"up_proj": 5}'],
     "modules_to_save": ["--modules-to-save", "lm_head,model.norm", "--target-modules", "q_proj,v_proj"],
     "layers": ["--layers", "1", "--target-modules", "q_proj,down_proj"],
+    "layers-of-pattern": ["--layers", "1", "--target-modules", r".*(?<!o)_proj"],
+    "head": ["--target-modules", "lm_head,q_proj"],
     "bone": ["--method", "bone", "--rank", "6"],
     "bone-bat": ["--method", "bone", "--rank", "8", "--set", "variant=bat"],
     "bone-mini": ["--method", "bone", "--rank", "8", "--set", "variant=mini", "--set", "mini_r=4"],
@@ -31,6 +33,9 @@ cases = {
     "randlora-sparse": ["--method", "randlora", "--rank", "8", "--alpha", "12", "--set", "variant=sparse"],
     "eva": ["--method", "eva", "--rank", "3"],
     "shira": ["--method", "shira", "--rank", "4"],
+    "randlora-exclude": ["--method", "randlora", "--rank", "6", "--alpha", "12", "--set", 'exclude_modules=["k_proj"]'],
+    "shira-density": ["--method", "shira", "--set", "density=0.05"],
+    "shira-exclude": ["--method", "shira", "--rank", "2", "--layers", "0", "--set", 'exclude_modules=["k_proj"]'],
     "shira-struct": ["--method", "shira", "--rank", "3", "--set", "mask_type=struct"],
     "lora-pro": ["--method", "lora-pro", "--rank", "4", "--set", "variant=full", "--lr", "1e-3"],
     "allora": ["--method", "allora", "--rank", "4"],
@@ -39,6 +44,7 @@ cases = {
     "diffora": ["--method", "diffora", "--rank", "3", "--set", "search_steps=4"],
     "ba-lora": ["--method", "ba-lora", "--rank", "4"],
     "vera": ["--method", "vera", "--rank", "12"],
+    "vera-exclude": ["--method", "vera", "--rank", "12", "--set", 'exclude_modules=["k_proj"]'],
     "vera-full": ["--method", "vera", "--rank", "9", "--set", "save_projection=true"],
 }
 # Methods that PEFT does not have, as the LoRA that `convert` writes.

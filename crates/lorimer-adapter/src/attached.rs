@@ -6,6 +6,7 @@ use candle_core::{DType, Result as TensorResult, Tensor, Var};
 use lorimer_model::{Adaptation, BaseModel, Projection, Site};
 use lorimer_tensor::{FrozenWeight, LowRankTerm, Ops, Part, Tape};
 use rayon::prelude::*;
+use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
 use crate::frozen::FrozenParts;
@@ -370,6 +371,25 @@ impl Adapter {
         Ok(all.par_iter().map(of).collect::<Result<Vec<_>>>()?.into_iter().flatten().collect())
     }
 
+    /// Puts the adapted modules' names in the place of settings that PEFT would not read as they are meant here: keys that its
+    /// configuration of the method lacks, and layers beside a regular expression.
+    fn name_modules(&self, config: &mut Map<String, Value>) {
+        let set = |config: &Map<String, Value>, key: &str| match config.get(key) {
+            None | Some(Value::Null) => false,
+            Some(Value::Array(list)) => !list.is_empty(),
+            Some(_) => true,
+        };
+        let lacks = self.method.peft_lacks();
+        let pattern = config.get("target_modules").is_some_and(Value::is_string);
+        if lacks.iter().any(|key| set(config, key)) || (pattern && set(config, "layers_to_transform")) {
+            config.insert("target_modules".into(), self.deltas.keys().cloned().collect::<Vec<_>>().into());
+            for key in ["exclude_modules", "layers_to_transform", "layers_pattern"] {
+                config.insert(key.into(), Value::Null);
+            }
+        }
+        lacks.iter().for_each(|key| drop(config.shift_remove(*key)));
+    }
+
     /// The adapter as a file holds it, for the base named `base`.
     pub fn to_stored(&self, base: &str) -> Result<StoredAdapter> {
         let mut config = self.method.stored_config();
@@ -381,6 +401,7 @@ impl Adapter {
             roles.dedup();
             config.insert("target_modules".into(), roles.into());
         }
+        self.name_modules(&mut config);
         let stored = self.deltas.iter().map(|(path, delta)| Ok((path.clone(), delta.stored()?)));
         let modules = stored.collect::<TensorResult<BTreeMap<_, _>>>()?;
         self.method.describe(&mut config, &modules);

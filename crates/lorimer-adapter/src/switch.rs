@@ -58,12 +58,11 @@ impl Entries {
                 ))
             })?;
             let values = values.to_dtype(DType::F32)?.to_vec1::<f32>()?;
-            Ok(Module {
-                path: path.to_string(),
-                width: index.shape().1 as u32,
-                positions: Arc::new(index.flat()),
-                values,
-            })
+            // A file in PEFT's form may be filled up with zeros.
+            let all = index.flat().into_iter().zip(values).filter(|(_, v)| *v != 0.0);
+            let (positions, values): (Vec<u32>, Vec<f32>) = all.unzip();
+            let width = index.shape().1 as u32;
+            Ok(Module { path: path.to_string(), width, positions: Arc::new(positions), values })
         };
         Ok(Self { modules: adapter.deltas().map(module).collect::<Result<_>>()? })
     }

@@ -368,6 +368,83 @@ fn patterns_match_as_pythons_do() {
     }
 }
 
+/// Every key of PEFT's configurations (tests/goldens/make_peft_keys.py) is honoured, without effect, or refused by name; so is a key that
+/// PEFT does not have. The snapshot says which; a new key of PEFT's shows there.
+#[test]
+fn every_key_of_pefts_configurations_is_known() {
+    let golden = json(&folder("peft_keys.json"));
+    let mut table = String::new();
+    for (kind, defaults) in golden["configs"].as_object().unwrap() {
+        let mut config = defaults.as_object().unwrap().clone();
+        config.insert("target_modules".into(), serde_json::json!(["q_proj"]));
+        let read = |key: &str, value: Value| {
+            let mut config = config.clone();
+            config.insert(key.into(), value);
+            methods::from_adapter_config(&config).map(|m| m.name()).map_err(|e| e.to_string())
+        };
+        read("r", config["r"].clone()).unwrap_or_else(|e| panic!("{kind} with PEFT's defaults: {e}"));
+        // A key that is left out is PEFT's default.
+        let short = serde_json::json!({ "peft_type": kind, "target_modules": ["q_proj"] });
+        let own = methods::from_adapter_config(short.as_object().unwrap()).unwrap().config();
+        for (key, default) in defaults
+            .as_object()
+            .unwrap()
+            .iter()
+            .filter(|(key, _)| !["inference_mode", "task_type", "target_modules"].contains(&key.as_str()))
+        {
+            let number = |v: &Value| v.as_f64().map_or(v.clone(), Value::from);
+            let same = own.get(key).is_none_or(|own| number(own) == number(default));
+            // Whether bases are written is for the next file to say.
+            assert!(same || key == "save_projection", "{kind} {key}: {:?} in place of {default}", own.get(key));
+        }
+        for key in config.keys().filter(|key| *key != "peft_type") {
+            let values = [true.into(), "x".into(), 3.into(), serde_json::json!([3]), serde_json::json!({ "x": 3 })];
+            let found: Vec<_> = values.into_iter().map(|value| read(key, value)).collect();
+            let by_name = |e: &String| e.contains(&format!("adapter_config.json sets `{key}`"));
+            let how = match &found[..] {
+                all if all.iter().all(Result::is_ok) => "without effect",
+                all if all.iter().any(|r| r.as_ref().is_err_and(by_name)) => "refused",
+                _ => "honoured",
+            };
+            table += &format!("{kind} {key}: {how}\n");
+        }
+        let unknown = read("a_new_key", true.into()).unwrap_err();
+        assert!(unknown.contains("sets `a_new_key`"), "{unknown}");
+        assert!(read("a_new_key", Value::Null).is_ok());
+        for (family, targets) in golden["targets"][kind].as_object().unwrap() {
+            assert!(lorimer::model::config::MODEL_TYPES.contains(&family.as_str()));
+            let method = {
+                let mut config = config.clone();
+                config.insert("target_modules".into(), Value::Null);
+                methods::from_adapter_config(&config).unwrap()
+            };
+            assert_eq!(serde_json::to_value(&method.targeting().target_modules).unwrap(), *targets, "{kind} {family}");
+        }
+    }
+    insta::assert_snapshot!("peft-keys", table);
+    let lora = |key: &str, value: Value, more: Value| {
+        let mut config = golden["configs"]["LORA"].as_object().unwrap().clone();
+        config.insert("target_modules".into(), serde_json::json!(["q_proj"]));
+        config.insert(key.into(), value);
+        config.extend(more.as_object().unwrap().clone());
+        methods::from_adapter_config(&config).map(|_| ()).map_err(|e| e.to_string())
+    };
+    // Tying weights is of no effect where nothing that may be tied is adapted, and refused elsewhere.
+    assert_eq!(lora("ensure_weight_tying", true.into(), serde_json::json!({})), Ok(()));
+    for more in
+        [serde_json::json!({ "modules_to_save": ["embed_tokens"] }), serde_json::json!({ "target_modules": "x" })]
+    {
+        assert!(lora("ensure_weight_tying", true.into(), more).unwrap_err().contains("`ensure_weight_tying`"));
+    }
+    // Settings of starts that are over are of no effect; the starts that change the base are refused.
+    let corda = serde_json::json!({ "corda_config": { "corda_method": "ipm" } });
+    assert_eq!(lora("init_lora_weights", true.into(), corda.clone()), Ok(()));
+    assert!(lora("init_lora_weights", "corda".into(), corda).unwrap_err().contains("corda"));
+    // PEFT takes no layers beside a regular expression.
+    let layers = lora("target_modules", ".*q_proj".into(), serde_json::json!({ "layers_to_transform": [1] }));
+    assert!(layers.unwrap_err().contains("layers_to_transform"));
+}
+
 /// What ends a turn survives every way in: a GGUF file's ids and texts, lists of ids, a tokenizer given apart.
 #[test]
 fn what_ends_a_turn_survives_every_way_in() {

@@ -515,3 +515,58 @@ fn an_adapter_without_effect_or_with_foreign_tensors_is_refused() {
     stored.tensors = tensors.into_iter().filter(|(n, _)| !n.contains("layers.1.mlp.up_proj")).collect();
     assert!(error(&stored).contains("no tensors"));
 }
+
+/// Files are such as PEFT's configurations can say: modules one by one where a key that narrows them is unknown there or stands beside a
+/// regular expression, and as many sparse entries as r says. Read again, they give the same outputs.
+#[test]
+fn peft_can_read_what_is_written() {
+    let model = model();
+    let pattern = r#""target_modules": ".*(?<!o)_proj", "layers_to_transform": [1]"#;
+    let narrowed = r#""exclude_modules": ["k_proj", "o_proj"]"#;
+    for (name, settings) in [
+        ("lora", format!(r#"{{"r": 2, {pattern}}}"#)),
+        ("bone", format!(r#"{{"r": 2, {pattern}}}"#)),
+        ("vera", format!(r#"{{"r": 4, {pattern}}}"#)),
+        ("vera", format!(r#"{{"r": 4, {narrowed}}}"#)),
+        ("randlora", format!(r#"{{"r": 4, {narrowed}}}"#)),
+        ("shira", format!(r#"{{"r": 1, {narrowed}}}"#)),
+        ("shira", r#"{"r": 1, "target_modules": ["q_proj"], "layers_to_transform": [0]}"#.to_string()),
+        ("shira", r#"{"density": 0.2}"#.to_string()),
+        ("shira", r#"{"density": 0.05, "random_seed": 3, "part": 1, "parts": 4}"#.to_string()),
+    ] {
+        let adapter = attach(&model, name, &settings);
+        move_all(&adapter);
+        let stored = adapter.to_stored("tiny").unwrap();
+        let modules: Vec<&str> = adapter.deltas().map(|(path, _)| path).collect();
+        let set = |key: &str| stored.config.get(key).is_some_and(|v| !v.is_null());
+        if !settings.contains("density") {
+            assert_eq!(stored.config["target_modules"], serde_json::json!(modules), "{name} {settings}");
+            assert!(!set("exclude_modules") && !set("layers_to_transform"), "{name} {settings}");
+        }
+        if name == "shira" {
+            let r = stored.config["r"].as_u64().unwrap() as usize;
+            for (site, _) in model.projections().iter().filter(|(site, _)| adapter.delta(&site.path).is_some()) {
+                let of = |key: &str| stored.tensors[&format!("base_model.model.{}.{key}", site.path)].dims().to_vec();
+                let k = r * (site.inputs + site.outputs);
+                assert_eq!((of("shira_weight"), of("shira_indices")), (vec![k], vec![2, k]), "{settings}");
+            }
+            assert!(!set("density"), "{settings}");
+        }
+        let again = Adapter::load_whole(&model, &stored).unwrap();
+        let d = distance(&logits(&model, &Attached::one(&again)), &logits(&model, &Attached::one(&adapter)));
+        assert!(d < 1e-12, "{name} {settings}: {d:e}");
+    }
+    let settings = serde_json::json!({ "density": 0.9 });
+    let dense = Adapter::attach(&model, methods::build("shira", settings.as_object().unwrap()).unwrap(), 0);
+    assert!(dense.err().expect("refused").to_string().contains("form=compact"));
+    let compact = attach(&model, "shira", r#"{"density": 0.9, "form": "compact"}"#);
+    move_all(&compact);
+    let stored = compact.to_stored("tiny").unwrap();
+    Adapter::load_whole(&model, &stored).unwrap();
+    let form = lorimer::adapter::methods::shira::Form::Peft;
+    assert!(lorimer::adapter::methods::shira::reform(&stored, form).unwrap_err().to_string().contains("density"));
+    // A pattern of layers without layers is refused, as PEFT refuses it.
+    let settings = serde_json::json!({ "r": 2, "layers_pattern": "layers" });
+    let lone = Adapter::attach(&model, methods::build("lora", settings.as_object().unwrap()).unwrap(), 0);
+    assert!(lone.err().expect("refused").to_string().contains("layers_to_transform"));
+}

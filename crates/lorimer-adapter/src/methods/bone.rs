@@ -40,7 +40,9 @@ use super::random::kaiming;
 use super::slices::Slices;
 use super::{Entry, Served};
 use crate::error::{Error, Result};
-use crate::method::{Bias, Change, Delta, LowRank, Method, Source, Step, configure, from_peft_json, peft_json};
+use crate::method::{
+    Bias, Change, Delta, LowRank, Method, PeftKeys, Source, Step, configure, from_peft_json, peft_json,
+};
 use crate::targets::Targeting;
 
 /// The registry's line.
@@ -72,7 +74,7 @@ pub const ENTRY: Entry = Entry {
         BoneConfig::check(configure("bone", &settings)?)
     },
     recognises: |config| matches!(config.get("peft_type").and_then(Value::as_str), Some("MISS" | "BONE")),
-    from_file: |config| BoneConfig::check(from_peft_json("bone", config, &["fan_in_fan_out"])?),
+    from_file: |config| BoneConfig::check(from_peft_json("bone", config, &PeftKeys::NONE)?),
 };
 
 /// PEFT's `MissConfig`, with PEFT's keys.

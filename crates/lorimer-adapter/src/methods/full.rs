@@ -25,7 +25,7 @@ use serde_json::{Map, Value};
 
 use super::{Entry, Served};
 use crate::error::Result;
-use crate::method::{Bias, Change, Delta, Method, Source, Step, configure, from_peft_json, peft_json};
+use crate::method::{Bias, Change, Delta, Method, PeftKeys, Source, Step, configure, from_peft_json, peft_json};
 use crate::targets::Targeting;
 use crate::training::Training;
 
@@ -48,7 +48,7 @@ pub const ENTRY: Entry = Entry {
     },
     recognises: |config| config.get("peft_type").and_then(Value::as_str) == Some("FULL"),
     from_file: |config| {
-        let config = from_peft_json("full", config, &[])?;
+        let config = from_peft_json("full", config, &PeftKeys::NONE)?;
         Ok(Box::new(Full { config, name: "full", training: Training::default() }))
     },
 };

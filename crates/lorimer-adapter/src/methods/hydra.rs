@@ -39,7 +39,7 @@ use serde_json::{Map, Value};
 use super::random::kaiming;
 use super::{Entry, Served};
 use crate::error::{Error, Result};
-use crate::method::{Change, Delta, LowRank, Method, Source, Step, configure, from_peft_json, peft_json};
+use crate::method::{Change, Delta, LowRank, Method, PeftKeys, Source, Step, configure, from_peft_json, peft_json};
 use crate::targets::{Names, Targeting};
 
 /// The registry's line.
@@ -77,7 +77,7 @@ pub const ENTRY: Entry = Entry {
         HydraConfig::check(configure("hydra", &settings)?)
     },
     recognises: |config| config.get("peft_type").and_then(Value::as_str) == Some("HYDRA"),
-    from_file: |config| HydraConfig::check(from_peft_json("hydra", config, &[])?),
+    from_file: |config| HydraConfig::check(from_peft_json("hydra", config, &PeftKeys::NONE)?),
 };
 
 /// Settings.

@@ -41,7 +41,9 @@ use super::lora_xs::check_rank;
 use super::random::{normal, uniform};
 use super::{Entry, Served};
 use crate::error::{Error, Result};
-use crate::method::{Change, Delta, LowRank, Method, Source, Step, configure, from_peft_json, peft_json, site_seed};
+use crate::method::{
+    Change, Delta, LowRank, Method, PeftKeys, Source, Step, configure, from_peft_json, peft_json, site_seed,
+};
 use crate::targets::Targeting;
 
 /// The registry's line.
@@ -80,7 +82,7 @@ pub const ENTRY: Entry = Entry {
         let mut config = config.clone();
         // Files from before there was a choice.
         config.entry("train_sigma").or_insert(true.into());
-        LolduConfig::check(from_peft_json("loldu", &config, &[])?)
+        LolduConfig::check(from_peft_json("loldu", &config, &PeftKeys::NONE)?)
     },
 };
 

@@ -36,7 +36,7 @@ use super::lora_start::Start;
 use super::{Entry, Served, dora};
 use crate::error::{Error, Result};
 use crate::method::{
-    Bias, Calibration, Change, Delta, Findings, LowRank, Method, Source, Step, configure, from_peft_json,
+    Bias, Calibration, Change, Delta, Findings, LowRank, Method, PeftKeys, Source, Step, configure, from_peft_json,
 };
 use crate::targets::{Targeting, pattern_value};
 use crate::training::Training;
@@ -71,6 +71,39 @@ pub const ENTRY: Entry = Entry {
     from_file: lora_file,
 };
 
+/// Keys of PEFT's `LoraConfig` that [`LoraConfig`] does not have.
+const PEFT_KEYS: PeftKeys = PeftKeys {
+    // They are of use with a key or a start that is refused, or in training only.
+    inert: &["megatron_core", "qalora_group_size", "corda_config", "lora_ga_config", "loftq_config", "eva_config"],
+    refused: &[
+        ("layer_replication", "repeats layers of the base"),
+        ("trainable_token_indices", "trains single rows of the embedding"),
+        ("target_parameters", "adapts parameters that are no linear layers"),
+        ("lora_bias", "gives B a bias"),
+        ("use_qalora", "averages the input over groups"),
+        ("use_bdlora", "makes A or B of blocks"),
+        ("alora_invocation_tokens", "acts from certain tokens on"),
+        ("arrow_config", "chooses among adapters by the token"),
+        ("megatron_config", "is for the layers of Megatron"),
+        ("kasa_config", "takes small singular values out of the base"),
+        ("velora_config", "trains with compressed activations and keeps them beside A and B"),
+        ("monteclora_config", "draws A at random around its mean"),
+        ("ensure_weight_tying", "gives a tied head and embedding one change"),
+    ],
+};
+
+/// Whether a configuration names a module that may be tied to another: the embedding or the head.
+fn names_tied(config: &Map<String, Value>) -> bool {
+    let tied = |name: &str| matches!(name.rsplit('.').next(), Some("embed_tokens" | "lm_head"));
+    let of = |key: &str| match config.get(key) {
+        Some(Value::Array(names)) => names.iter().filter_map(Value::as_str).any(tied),
+        // A regular expression may mean any module.
+        Some(Value::String(_)) => true,
+        _ => false,
+    };
+    of("modules_to_save") || of("target_modules")
+}
+
 /// What the command line's flags set.
 pub(super) const FLAGS: &[(&str, &str)] = &[
     ("rank", "r"),
@@ -91,6 +124,9 @@ pub(super) fn is_lora(config: &Map<String, Value>, dora: bool) -> bool {
     config.get("peft_type").and_then(Value::as_str) == Some("LORA")
         && config.get("use_dora").and_then(Value::as_bool).unwrap_or(false) == dora
 }
+
+/// α of a file that names none.
+const PEFT_ALPHA: f64 = 8.0;
 
 /// Largest rank that is accepted.
 const MAX_RANK: usize = 1 << 16;
@@ -159,31 +195,19 @@ impl LoraConfig {
 
     /// From a file that PEFT (or we) wrote. Keys of PEFT's that ask for something else are refused while set.
     pub(super) fn from_file(config: &Map<String, Value>) -> Result<Self> {
-        const UNSUPPORTED: [&str; 16] = [
-            "layer_replication",
-            "trainable_token_indices",
-            "target_parameters",
-            "lora_bias",
-            "fan_in_fan_out",
-            "use_qalora",
-            "use_bdlora",
-            "alora_invocation_tokens",
-            "arrow_config",
-            "megatron_config",
-            "kasa_config",
-            "velora_config",
-            "monteclora_config",
-            "corda_config",
-            "lora_ga_config",
-            "loftq_config",
-        ];
         let mut given = config.clone();
         given.remove("eva_config");
         // EVA and MiCA leave the base as it is, so the file's tensors are all there is to know.
         if matches!(given.get("init_lora_weights").and_then(Value::as_str), Some("eva" | "mica")) {
             given.remove("init_lora_weights");
         }
-        let config: Self = from_peft_json("lora", &given, &UNSUPPORTED)?;
+        if given.get("ensure_weight_tying") == Some(&Value::Bool(true)) && !names_tied(&given) {
+            given.remove("ensure_weight_tying");
+        }
+        if given.get("lora_alpha").is_none_or(Value::is_null) {
+            given.insert("lora_alpha".into(), json!(PEFT_ALPHA));
+        }
+        let config: Self = from_peft_json("lora", &given, &PEFT_KEYS)?;
         if matches!(Start::parse(&config.init_lora_weights)?, Start::Pissa(Some(_))) {
             return Err(Error::Config(
                 "adapter_config.json says `pissa_niter_N`: its start was random and cannot be formed again; save it in PEFT with `path_initial_model_for_weight_conversion`".into(),

@@ -32,7 +32,7 @@ use serde_json::{Map, Value};
 use super::lora_xs::{SmallDelta, check_rank};
 use super::{Entry, Served};
 use crate::error::{Error, Result};
-use crate::method::{Calibration, Delta, Found, Method, Source, configure, from_peft_json, peft_json};
+use crate::method::{Calibration, Delta, Found, Method, PeftKeys, Source, configure, from_peft_json, peft_json};
 use crate::targets::Targeting;
 
 /// The registry's line.
@@ -54,7 +54,7 @@ pub const ENTRY: Entry = Entry {
     ],
     build: |settings| LoraSbConfig::check(configure("lora-sb", settings)?),
     recognises: |config| config.get("peft_type").and_then(Value::as_str) == Some("LORA_SB"),
-    from_file: |config| LoraSbConfig::check(from_peft_json("lora-sb", config, &[])?),
+    from_file: |config| LoraSbConfig::check(from_peft_json("lora-sb", config, &PeftKeys::NONE)?),
 };
 
 /// Settings.

@@ -37,7 +37,7 @@ use serde_json::{Map, Value};
 use super::random::normal;
 use super::{Entry, Served};
 use crate::error::{Error, Result};
-use crate::method::{Change, Delta, LowRank, Method, Source, Step, configure, from_peft_json, peft_json};
+use crate::method::{Change, Delta, LowRank, Method, PeftKeys, Source, Step, configure, from_peft_json, peft_json};
 use crate::targets::Targeting;
 
 /// The registry's line.
@@ -71,7 +71,7 @@ pub const ENTRY: Entry = Entry {
         let mut config = config.clone();
         // Files from before there was a choice.
         config.entry("singular_values").or_insert_with(|| "outputs".into());
-        LoraXsConfig::check(from_peft_json("lora-xs", &config, &[])?)
+        LoraXsConfig::check(from_peft_json("lora-xs", &config, &PeftKeys::NONE)?)
     },
 };
 

@@ -43,7 +43,9 @@ use super::lora_xs::check_rank;
 use super::random::kaiming;
 use super::{Entry, Served};
 use crate::error::{Error, Result};
-use crate::method::{Change, Delta, LowRank, Method, Source, Step, configure, from_peft_json, peft_json, site_seed};
+use crate::method::{
+    Change, Delta, LowRank, Method, PeftKeys, Source, Step, configure, from_peft_json, peft_json, site_seed,
+};
 use crate::targets::Targeting;
 
 /// The registry's line.
@@ -76,7 +78,7 @@ pub const ENTRY: Entry = Entry {
         NloraConfig::check(configure("nlora", &settings)?)
     },
     recognises: |config| config.get("peft_type").and_then(Value::as_str) == Some("NLORA"),
-    from_file: |config| NloraConfig::check(from_peft_json("nlora", config, &[])?),
+    from_file: |config| NloraConfig::check(from_peft_json("nlora", config, &PeftKeys::NONE)?),
 };
 
 /// What is trained and how it begins.

@@ -40,7 +40,7 @@ use super::slices::Slices;
 use super::{Entry, Served};
 use crate::error::{Error, Result};
 use crate::method::{
-    Bias, Change, Delta, Findings, LowRank, Method, Source, Step, configure, from_peft_json, peft_json,
+    Bias, Change, Delta, Findings, LowRank, Method, PeftKeys, Source, Step, configure, from_peft_json, peft_json,
 };
 use crate::targets::Targeting;
 
@@ -80,7 +80,7 @@ pub const ENTRY: Entry = Entry {
         config.check()
     },
     recognises: |config| config.get("peft_type").and_then(Value::as_str) == Some("RANDLORA"),
-    from_file: |config| RandLoraConfig::check(from_peft_json("randlora", config, &["fan_in_fan_out"])?),
+    from_file: |config| RandLoraConfig::check(from_peft_json("randlora", config, &PeftKeys::NONE)?),
 };
 
 /// What the change is multiplied by.
@@ -243,10 +243,6 @@ impl Method for RandLora {
         if self.config.bias == Bias::LoraOnly {
             all.insert("bias".into(), json!("randlora_only"));
         }
-        // PEFT's configuration does not know it.
-        if all.get("exclude_modules").is_some_and(Value::is_null) {
-            all.shift_remove("exclude_modules");
-        }
         all
     }
 
@@ -255,6 +251,10 @@ impl Method for RandLora {
         let mut all = self.config();
         all.shift_remove("scale");
         all
+    }
+
+    fn peft_lacks(&self) -> &'static [&'static str] {
+        &["exclude_modules"]
     }
 
     fn take_shared(&mut self, name: &str, tensor: &Tensor) -> bool {

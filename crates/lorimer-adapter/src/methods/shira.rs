@@ -17,7 +17,8 @@
 //! Step time is near LoRA's at a density of about 1 %: the frozen products are the same, and an entry costs a row of multiply-adds three times.
 //!
 //! The file is PEFT's (`shira_weight` (k), `shira_indices` (2, k)), 12 bytes an entry. `form` = `compact` (or `compact_f16`) writes rising positions as
-//! differences in 7-bit groups, about 5 (3) bytes an entry at 1 %; `lorimer convert --to peft` and `--to compact` change between them.
+//! differences in 7-bit groups, about 5 (3) bytes an entry at 1 %; `lorimer convert --to peft` and `--to compact` change between them. PEFT counts
+//! entries by r, so with a density its file is filled up with zeros to the least r that holds the entries of every projection.
 //!
 //! ```
 //! use lorimer_adapter::methods::shira::{decode, encode};
@@ -41,7 +42,8 @@ use serde_json::{Map, Value};
 use super::{Entry, Served};
 use crate::error::{Error, Result};
 use crate::method::{
-    Calibration, Delta, Found, Method, NotMergeable, Source, Step, configure, from_peft_json, peft_json, site_seed,
+    Calibration, Delta, Findings, Found, Method, NotMergeable, PeftKeys, Source, Step, configure, from_peft_json,
+    peft_json, site_seed,
 };
 use crate::store::StoredAdapter;
 use crate::targets::Targeting;
@@ -73,11 +75,12 @@ pub const ENTRY: Entry = Entry {
         if let Some(variant) = settings.remove("variant") {
             settings.insert("mask_type".into(), variant);
         }
-        Ok(Box::new(Shira { config: configure::<ShiraConfig>("shira", &settings)?.checked()? }))
+        Ok(Box::new(Shira::new(configure::<ShiraConfig>("shira", &settings)?.checked()?)))
     },
     recognises: |config| config.get("peft_type").and_then(Value::as_str) == Some("SHIRA"),
     from_file: |config| {
-        Ok(Box::new(Shira { config: from_peft_json::<ShiraConfig>("shira", config, &["fan_in_fan_out"])?.checked()? }))
+        let config: ShiraConfig = from_peft_json("shira", config, &PeftKeys::NONE)?;
+        Ok(Box::new(Shira::new(config.checked()?)))
     },
 };
 
@@ -318,6 +321,13 @@ pub fn reform(stored: &StoredAdapter, form: Form) -> Result<StoredAdapter> {
     if !(ENTRY.recognises)(&stored.config) {
         return Err(Error::Refused(format!("`{}` is no sparse adapter (shira)", stored.path.display())));
     }
+    let density = stored.config.get("density").is_some_and(|d| !d.is_null());
+    if density && form == Form::Peft {
+        return Err(Error::Refused(format!(
+            "`{}` has its entries by density, which PEFT's form cannot say (it counts them by r); use --to lora, or merge it",
+            stored.path.display()
+        )));
+    }
     let mut tensors = BTreeMap::new();
     let wrong = |name: &str| Error::Mismatch(format!("tensor `{name}` does not hold positions of a weight"));
     for (name, t) in &stored.tensors {
@@ -406,9 +416,24 @@ fn expand(bytes: &[u8]) -> Option<(u32, Vec<u32>)> {
 
 struct Shira {
     config: ShiraConfig,
+    /// With a density and PEFT's form: the r that the file says, with which there is room for all entries of every projection.
+    fit: Option<usize>,
 }
 
 impl Shira {
+    fn new(config: ShiraConfig) -> Self {
+        Self { config, fit: None }
+    }
+
+    /// The least r whose r·(inputs + outputs) entries hold those of each projection and are no more than it has.
+    fn fit(&self, sites: &[&Site]) -> Result<Option<usize>> {
+        let mut fit = 1;
+        for site in sites {
+            fit = fit.max(self.config.count(site)?.div_ceil(site.inputs + site.outputs));
+        }
+        Ok(sites.iter().all(|s| fit * (s.inputs + s.outputs) <= s.inputs * s.outputs).then_some(fit))
+    }
+
     /// Positions out of a file.
     fn positions(&self, site: &Site, source: &mut Source<'_>, k: usize) -> Result<Vec<u32>> {
         let wrong = |what: &str| {
@@ -455,6 +480,27 @@ impl Method for Shira {
         config
     }
 
+    fn peft_lacks(&self) -> &'static [&'static str] {
+        &["exclude_modules", "layers_to_transform", "layers_pattern"]
+    }
+
+    fn stored_config(&self) -> Map<String, Value> {
+        let mut config = self.config();
+        // PEFT counts entries by r alone.
+        if let Some(r) = self.fit {
+            config.extend([("r".into(), r.into()), ("density".into(), Value::Null)]);
+            config.extend([("part".into(), 0.into()), ("parts".into(), 1.into())]);
+        }
+        config
+    }
+
+    fn settle(&mut self, targeted: &[&Site], _findings: &Findings) -> Result<()> {
+        if self.config.density.is_some() && self.config.form == Form::Peft {
+            self.fit = self.fit(targeted)?;
+        }
+        Ok(())
+    }
+
     fn calibration(&self) -> Calibration {
         match self.config.mask_type {
             Mask::Grad | Mask::Snip => Calibration::Gradients {
@@ -485,6 +531,12 @@ impl Method for Shira {
             let none = |_: &mut ChaCha8Rng| Err(Error::Config("a file gives its tensors".into()));
             (positions, source.trainable("shira_weight", &[k], none)?.as_tensor().clone())
         } else {
+            if self.config.form == Form::Peft && self.config.density.is_some() && self.fit.is_none() {
+                return Err(Error::Config(format!(
+                    "density = {} has no r with which PEFT could read the file; lower it, or add --set form=compact, which only Lorimer reads",
+                    self.config.density.unwrap_or_default()
+                )));
+            }
             let mut rng = source.rng();
             let positions = self.config.mask(site, base, source, &mut rng)?;
             let values = match self.config.init_weights {
@@ -500,7 +552,9 @@ impl Method for Shira {
         let values = values.index_select(&Tensor::from_vec(order, k, &Device::Cpu)?, 0)?;
         let index = SparseIndex::new(&sorted, shape)
             .map_err(|_| Error::Mismatch(format!("`{}`: two entries of shira_indices are the same", site.path)))?;
-        Ok(Box::new(ShiraDelta { values: Var::from_tensor(&values)?, index: Arc::new(index), form: self.config.form }))
+        let entries = self.fit.map_or(k, |r| r * (site.inputs + site.outputs));
+        let (values, index) = (Var::from_tensor(&values)?, Arc::new(index));
+        Ok(Box::new(ShiraDelta { values, index, form: self.config.form, entries }))
     }
 
     fn parameters(&self, site: &Site) -> Result<usize> {
@@ -522,6 +576,30 @@ pub struct ShiraDelta {
     values: Var,
     index: Arc<SparseIndex>,
     form: Form,
+    /// Entries of the file in PEFT's form, at least those that there are; the others are zero.
+    entries: usize,
+}
+
+impl ShiraDelta {
+    /// Positions and values in PEFT's form.
+    fn filled(&self) -> TensorResult<(Vec<u32>, Tensor)> {
+        let (flat, values) = (self.index.flat(), self.values.detach());
+        let missing = self.entries.saturating_sub(flat.len());
+        if missing == 0 {
+            return Ok((flat, values));
+        }
+        let taken: HashSet<u32> = flat.iter().copied().collect();
+        let free = (0..).filter(|p| !taken.contains(p)).take(missing);
+        // Places after the last value hold zero.
+        let mut all: Vec<(u32, u32)> = flat.iter().copied().zip(0..).collect();
+        all.extend(free.zip(flat.len() as u32..));
+        all.sort_unstable();
+        let (positions, order): (Vec<u32>, Vec<u32>) = all.into_iter().unzip();
+        let zeros = Tensor::zeros(missing, values.dtype(), &Device::Cpu)?;
+        let n = order.len();
+        let values = Tensor::cat(&[values, zeros], 0)?.index_select(&Tensor::from_vec(order, n, &Device::Cpu)?, 0)?;
+        Ok((positions, values))
+    }
 }
 
 impl Delta for ShiraDelta {
@@ -548,10 +626,10 @@ impl Delta for ShiraDelta {
     }
 
     fn stored(&self) -> TensorResult<Vec<(&'static str, Tensor)>> {
-        let flat = self.index.flat();
-        let (k, inputs) = (flat.len(), self.index.shape().1 as u32);
-        let values = self.values.detach();
+        let inputs = self.index.shape().1 as u32;
         if self.form == Form::Peft {
+            let (flat, values) = self.filled()?;
+            let k = flat.len();
             let rows = flat.iter().map(|p| (p / inputs) as i32);
             let indices: Vec<i32> = rows.chain(flat.iter().map(|p| (p % inputs) as i32)).collect();
             return Ok(vec![
@@ -559,8 +637,8 @@ impl Delta for ShiraDelta {
                 ("shira_indices", Tensor::from_vec(indices, (2, k), &Device::Cpu)?),
             ]);
         }
-        let bytes = compact(&flat, inputs);
-        let count = bytes.len();
+        let bytes = compact(&self.index.flat(), inputs);
+        let (count, values) = (bytes.len(), self.values.detach());
         let values = if self.form == Form::CompactF16 { values.to_dtype(DType::F16)? } else { values };
         Ok(vec![("shira_weight", values), ("shira_positions", Tensor::from_vec(bytes, count, &Device::Cpu)?)])
     }

@@ -39,7 +39,7 @@ use serde_json::{Map, Value};
 use super::random::{kaiming, normal};
 use super::{Entry, Served};
 use crate::error::{Error, Result};
-use crate::method::{Delta, Method, NotMergeable, Source, Step, configure, from_peft_json, peft_json};
+use crate::method::{Delta, Method, NotMergeable, PeftKeys, Source, Step, configure, from_peft_json, peft_json};
 use crate::targets::Targeting;
 
 /// The registry's line.
@@ -68,7 +68,7 @@ pub const ENTRY: Entry = Entry {
         TloraConfig::check(configure("tlora", &settings)?)
     },
     recognises: |config| config.get("peft_type").and_then(Value::as_str) == Some("TLORA"),
-    from_file: |config| TloraConfig::check(from_peft_json("tlora", config, &[])?),
+    from_file: |config| TloraConfig::check(from_peft_json("tlora", config, &PeftKeys::NONE)?),
 };
 
 /// Form of the residual.

@@ -32,7 +32,7 @@ use super::slices::Slices;
 use super::{Entry, Served};
 use crate::error::{Error, Result};
 use crate::method::{
-    Bias, Change, Delta, Findings, LowRank, Method, Source, Step, configure, from_peft_json, peft_json,
+    Bias, Change, Delta, Findings, LowRank, Method, PeftKeys, Source, Step, configure, from_peft_json, peft_json,
 };
 use crate::targets::Targeting;
 
@@ -56,7 +56,9 @@ pub const ENTRY: Entry = Entry {
     ],
     build: |settings| VeraConfig::check(configure("vera", settings)?),
     recognises: |config| config.get("peft_type").and_then(Value::as_str) == Some("VERA"),
-    from_file: |config| VeraConfig::check(from_peft_json("vera", config, &["fan_in_fan_out"])?),
+    from_file: |config| {
+        VeraConfig::check(from_peft_json("vera", config, &PeftKeys { inert: &["init_weights"], refused: &[] })?)
+    },
 };
 
 /// PEFT's `VeraConfig`, with PEFT's keys.
@@ -132,11 +134,11 @@ impl Method for Vera {
         if self.config.bias == Bias::LoraOnly {
             all.insert("bias".into(), json!("vera_only"));
         }
-        // PEFT's configuration does not know it.
-        if all.get("exclude_modules").is_some_and(Value::is_null) {
-            all.shift_remove("exclude_modules");
-        }
         all
+    }
+
+    fn peft_lacks(&self) -> &'static [&'static str] {
+        &["exclude_modules"]
     }
 
     fn take_shared(&mut self, name: &str, tensor: &Tensor) -> bool {
