@@ -10,6 +10,7 @@ import json, pathlib, shutil, sys
 import pyarrow.parquet
 import torch
 import peft
+import peft.optimizers
 from peft import EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weights
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -110,6 +111,9 @@ for name, settings in cases.items():
         if p.requires_grad and not p.any():
             with torch.no_grad():
                 p.normal_(0, 0.1)
+        elif p.requires_grad and settings.get("init_lora_weights"):
+            with torch.no_grad():
+                p.add_(torch.randn_like(p) * 0.05)
     out = here / "adapters" / name
     shutil.rmtree(out, ignore_errors=True)
     model.save_pretrained(out)
@@ -142,6 +146,32 @@ for name, settings in cases.items():
     if isinstance(config["target_modules"], list):
         config["target_modules"].sort()
     (out / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+# LoRA+: ten steps of the groups that PEFT makes, on A, B and biases.
+torch.manual_seed(4)
+model = get_peft_model(fresh("tiny-llama3"), LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules="all-linear", bias="lora_only")).eval()
+with torch.no_grad():
+    for key, p in model.named_parameters():
+        if "lora_B" in key:
+            p.normal_(0, 0.1)
+out = here / "loraplus"
+shutil.rmtree(out, ignore_errors=True)
+model.save_pretrained(out)
+(out / "README.md").unlink(missing_ok=True)
+config = json.loads((out / "adapter_config.json").read_text())
+config["base_model_name_or_path"] = "tiny-llama3"
+config["target_modules"].sort()
+(out / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+optimizer = peft.optimizers.create_loraplus_optimizer(model, torch.optim.AdamW, lr=2e-3, loraplus_lr_ratio=8)
+losses = []
+for _ in range(10):
+    loss = loss_of(model)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    losses.append(loss.item())
+save_file({"tokens": ids.to(torch.float32), "losses": torch.tensor(losses), "trained_logits": model(ids).logits.detach().reshape(-1, 259).contiguous()},
+          out / "golden.safetensors")
 
 # EVA: what PEFT finds in three batches of rows whose first half is not learnt.
 torch.manual_seed(3)

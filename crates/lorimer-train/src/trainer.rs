@@ -336,6 +336,8 @@ impl Run<'_> {
         self.check_parts(&kind, own.control.as_ref())?;
         let objective = s.objective.as_ref().or(own.objective.as_ref()).map(objective::build);
         let per_layer = matches!(&kind, OptimizerKind::Galore(g) if g.per_layer);
+        let vectors: std::collections::BTreeSet<&str> =
+            parameters.iter().filter(|(_, var)| var.dims().len() == 1).map(|(name, _)| name.as_str()).collect();
         let mut state = State { settings: self.identity.clone(), ..Default::default() };
         let mut best: BTreeMap<String, Tensor> = BTreeMap::new();
         if self.resume
@@ -386,7 +388,7 @@ impl Run<'_> {
             let (mut loss, mut further, mut tokens) = (0.0, 0.0, 0);
             let rate = schedule.rate(state.step);
             let rank = control.rank(state.step);
-            let how = |name: &str| self.treatment(control.as_ref(), state.step, name);
+            let how = |name: &str| self.treatment(control.as_ref(), state.step, name, vectors.contains(name));
             // Stepping layer by layer, nobody knows the whole gradient's norm yet; the last step's has to do.
             let last_norm = state.history.iter().rev().find_map(|r| r.gradient_norm).unwrap_or(0.0);
             let mut layers = 0.0;
@@ -527,14 +529,16 @@ impl Run<'_> {
     }
 
     /// How a parameter is stepped.
-    fn treatment(&self, control: &dyn Control, step: usize, name: &str) -> Result<Treatment> {
+    fn treatment(&self, control: &dyn Control, step: usize, name: &str, vector: bool) -> Result<Treatment> {
         let of = name.rsplit_once('.').and_then(|(path, key)| Some((self.adapter.delta(path)?, key)));
         let scale = match of {
             Some((delta, key)) => delta.step_scale(key)?,
             None => None,
         };
         let row_scale = scale.map(|t| t.to_dtype(candle_core::DType::F64)?.to_vec1::<f64>()).transpose()?;
-        let plus = self.settings.loraplus_lr_ratio.filter(|_| name.ends_with(".lora_B")).unwrap_or(1.0);
+        // As the reference groups them: B, and every vector (biases, magnitudes, norms), but not SoRA's gates.
+        let faster = name.ends_with(".lora_B") || (vector && !name.ends_with(".gate"));
+        let plus = self.settings.loraplus_lr_ratio.filter(|_| faster).unwrap_or(1.0);
         Ok(Treatment {
             rate: control.rate(name) * plus,
             decay: control.decays(name) && optimizer::decays(name),

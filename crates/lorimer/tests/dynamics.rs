@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Tensor, Var};
 use lorimer::adapter::method::SampledRank;
 use lorimer::adapter::resize::resize;
 use lorimer::adapter::switch::{Entries, Switcher};
-use lorimer::adapter::training::{BaLora, BaLoraTask, Galore, GaloreProjection, LoraPro, Update};
+use lorimer::adapter::training::{BaLora, BaLoraTask, Galore, GaloreProjection, LoraPro, OptimizerKind, Update};
 use lorimer::model::weights::LoadDtype;
 use lorimer::prelude::*;
 use lorimer::tensor::Gradients;
@@ -14,13 +14,19 @@ use lorimer::train::objective::{Moment, Objective, Regularisers};
 use lorimer::train::optimizer::{
     AdamW, AdamWConfig, GaloreOptimizer, LoraProOptimizer, Optimizer, Pair, Treatment, lora_pro,
 };
+use lorimer::train::schedule::Shape;
 use lorimer::train::step::{Extras, StepOptions, accumulate, accumulate_gradients, batch_loss};
+use lorimer::train::trainer::{Run, TrainSettings};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 #[path = "common/tiny.rs"]
 mod tiny;
 use tiny::*;
+
+fn goldens(name: &str) -> std::path::PathBuf {
+    std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/goldens").join(name)
+}
 
 fn norm(t: &Tensor) -> f64 {
     t.to_dtype(DType::F64).unwrap().sqr().unwrap().sum_all().unwrap().to_scalar::<f64>().unwrap().sqrt()
@@ -124,6 +130,84 @@ fn galore_keeps_the_state_that_it_says_and_renews_its_space_in_time() {
     assert_eq!(run(32, 16), 4 * (2 * 256 * 16 + 16 * 192));
     let eight = run(8, 16);
     assert!(eight < 2 * 256 * 16 + 2 * 256 * 16 / 32 + 4 * 16 * 192, "{eight}");
+}
+
+/// Stepping layer by layer, a gradient is limited by the norm of the step before, and the first not at all: the trainer's weights are
+/// those of the optimiser on whole gradients that are scaled so. Limits by another norm, or none, give others.
+#[test]
+fn galore_layer_by_layer_limits_by_the_last_norm() {
+    let settings = r#"{"rank": 3, "per_layer": true, "update_proj_gap": 2, "modules_to_save": ["model.norm"]}"#;
+    let (model, rows, limit, steps) = (model(), examples(), 0.3, 4);
+    let text = TextModel::from_folder(&goldens("tiny-llama")).unwrap();
+    let adamw = AdamWConfig { weight_decay: 0.0, ..Default::default() };
+    let trained = |max_grad_norm: f64| {
+        let adapter = attach(&model, "galore", settings);
+        let train = TrainSettings {
+            learning_rate: 1e-2,
+            max_steps: Some(steps),
+            batch_size: rows.len(),
+            schedule: Shape::Constant,
+            max_grad_norm,
+            shuffle: false,
+            adamw,
+            ..Default::default()
+        };
+        let (folder, stop) = (tempfile::tempdir().unwrap(), Default::default());
+        let run = Run {
+            model: &model,
+            text: &text,
+            base_name: "tiny",
+            adapter: &adapter,
+            train: &rows,
+            eval: &[],
+            choices: &[],
+            settings: &train,
+            identity: serde_json::Value::Null,
+            folder: folder.path(),
+            save_steps: None,
+            save_limit: 1,
+            resume: false,
+            stop: &stop,
+        };
+        let norms = run.train(|_| {}).unwrap().history.iter().filter_map(|r| r.gradient_norm).collect::<Vec<_>>();
+        (adapter, norms)
+    };
+    // On whole gradients, limited by the norm that `which` takes of the steps' norms so far.
+    let whole = |which: &dyn Fn(&[f64]) -> f64| {
+        let adapter = attach(&model, "galore", settings);
+        let Some(OptimizerKind::Galore(galore)) = adapter.method.training().optimizer else { panic!("galore") };
+        let mut optimizer = GaloreOptimizer::new(galore, adamw);
+        let parameters = adapter.trainable();
+        let supervised = rows.iter().map(|e| e.targets().count()).sum::<usize>() as f64;
+        let mut norms = Vec::new();
+        for _ in 0..steps {
+            let refs: Vec<&Example> = rows.iter().collect();
+            let (sum, ..) = batch_loss(&model, &Attached::one(&adapter), &refs).unwrap();
+            let grads = (sum / supervised).unwrap().backward().unwrap();
+            let all: Vec<Tensor> = parameters.iter().map(|(_, v)| grads.get(v.as_tensor()).unwrap().clone()).collect();
+            norms.push(all.iter().map(|g| norm(g).powi(2)).sum::<f64>().sqrt());
+            let factor = (limit / (which(&norms) + 1e-6)).min(1.0);
+            let limited: Vec<_> = all.iter().map(|g| Some((g * factor).unwrap())).collect();
+            let how = |name: &str| {
+                Ok(Treatment { projected: !adapter.parameters().contains_key(name), ..Default::default() })
+            };
+            optimizer.step_with(&parameters, &limited, &how, 1e-2).unwrap();
+        }
+        (adapter, norms)
+    };
+    let apart = |a: &Adapter, b: &Adapter| {
+        let pairs = a.trainable().into_iter().zip(b.trainable());
+        pairs.map(|((_, a), (_, b))| distance(a.as_tensor(), b.as_tensor())).fold(0.0, f64::max)
+    };
+    let (adapter, norms) = trained(limit);
+    let (expected, all) = whole(&|norms| norms.iter().rev().nth(1).copied().unwrap_or(0.0));
+    assert!(norms.iter().all(|n| *n > 2.0 * limit), "the limit acts at every step: {norms:?}");
+    assert!(norms.iter().zip(&all).all(|(a, b)| (a - b).abs() < 1e-9 * b), "{norms:?} against {all:?}");
+    let d = apart(&adapter, &expected);
+    assert!(d < 1e-9, "{d:e}");
+    // The seeded faults: this step's norm, no limit.
+    assert!(apart(&adapter, &whole(&|norms| norms[norms.len() - 1]).0) > 1e-5);
+    assert!(apart(&adapter, &trained(0.0).0) > 1e-5);
 }
 
 /// ‖g̃ − G‖ at every step of a run, G from the whole weight's gradient at the merged point.

@@ -175,12 +175,7 @@ fn base_of(case: &str) -> String {
 fn adapter(model: &Llama, case: &str) -> (Adapter, Golden) {
     let name = format!("adapters/{case}");
     let stored = StoredAdapter::read(&folder(&name)).unwrap();
-    let adapter = match case {
-        // Saved before training and without conversion, these two do nothing yet.
-        "pissa" | "olora" => Adapter::load(model, &stored).unwrap().0,
-        _ => Adapter::load_whole(model, &stored).unwrap(),
-    };
-    (adapter, Golden::open(&name))
+    (Adapter::load_whole(model, &stored).unwrap(), Golden::open(&name))
 }
 
 fn rows(golden: &Golden) -> Vec<Example> {
@@ -443,6 +438,55 @@ fn every_key_of_pefts_configurations_is_known() {
     // PEFT takes no layers beside a regular expression.
     let layers = lora("target_modules", ".*q_proj".into(), serde_json::json!({ "layers_to_transform": [1] }));
     assert!(layers.unwrap_err().contains("layers_to_transform"));
+}
+
+/// Ten steps of LoRA+ as PEFT groups parameters: B and vectors at the higher rate.
+#[test]
+fn ten_steps_of_lora_plus_equal_peft() {
+    use lorimer::train::schedule::Shape;
+    use lorimer::train::trainer::{Run, TrainSettings};
+    let model = tiny("tiny-llama3");
+    let adapter = Adapter::load_whole(&model, &StoredAdapter::read(&folder("loraplus")).unwrap()).unwrap();
+    let golden = Golden::open("loraplus");
+    let (train, text) = (rows(&golden), TextModel::from_folder(&folder("tiny-llama")).unwrap());
+    let settings = TrainSettings {
+        learning_rate: 2e-3,
+        loraplus_lr_ratio: Some(8.0),
+        max_steps: Some(10),
+        batch_size: 3,
+        schedule: Shape::Constant,
+        max_grad_norm: 0.0,
+        shuffle: false,
+        adamw: AdamWConfig { weight_decay: 0.0, ..Default::default() },
+        ..Default::default()
+    };
+    let (out, stop) = (tempfile::tempdir().unwrap(), Default::default());
+    let run = Run {
+        model: &model,
+        text: &text,
+        base_name: "tiny-llama3",
+        adapter: &adapter,
+        train: &train,
+        eval: &[],
+        choices: &[],
+        settings: &settings,
+        identity: Value::Null,
+        folder: out.path(),
+        save_steps: None,
+        save_limit: 1,
+        resume: false,
+        stop: &stop,
+    };
+    let outcome = run.train(|_| {}).unwrap();
+    for (step, (found, expected)) in
+        outcome.losses.iter().zip(golden.get("losses").to_vec1::<f32>().unwrap()).enumerate()
+    {
+        let d = (found - f64::from(expected)).abs();
+        assert!(d < 1e-4, "the loss of step {step} differs by {d:e}");
+    }
+    assert_eq!(outcome.losses.len(), 10);
+    let d = distance(&logits(&model, &Attached::one(&adapter), &golden.tokens()), &golden.get("trained_logits"));
+    assert!(d < 5e-3, "trained logits differ by {d:e}");
 }
 
 /// What ends a turn survives every way in: a GGUF file's ids and texts, lists of ids, a tokenizer given apart.
