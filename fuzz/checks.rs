@@ -56,7 +56,7 @@ pub fn config(bytes: &[u8]) {
     if let Value::Object(map) = &json {
         match methods::from_adapter_config(map) {
             Ok(method) => {
-                let site = lorimer_model::Site::new("model.layers.3.self_attn.q_proj", (8, 8));
+                let site = lorimer::model::Site::new("model.layers.3.self_attn.q_proj", (8, 8));
                 _ = targets::Matcher::new(method.targeting(), [&site]);
             }
             Err(error) => sentence(&error.to_string()),
