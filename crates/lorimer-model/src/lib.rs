@@ -7,6 +7,7 @@ pub mod config;
 pub mod error;
 pub mod files;
 pub mod gguf;
+pub mod http;
 pub mod llama;
 pub mod messages;
 pub mod pull;

@@ -5,17 +5,18 @@
 //! download stopped; their SHA-256 is checked.
 
 use std::fs::{self, File};
-use std::io::{Read, Write};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use hf_hub::HFClientSync;
 use indicatif::{ProgressBar, ProgressStyle};
 use sha2::{Digest, Sha256};
 
-use crate::error::{Error, Result, first_line};
+use crate::error::{Error, Result};
 use crate::files::{create_folder, is_plain_file_name, write_folder_atomic};
 use crate::weights::hex;
+
+mod hub;
 
 /// A short name for a model.
 pub struct Alias {
@@ -181,7 +182,7 @@ pub fn pull(name: &str, options: PullOptions) -> Result<Pulled> {
             hub_cache().display()
         )));
     }
-    let error = match from_hub(&hub, options.progress) {
+    let error = match hub::fetch(&hub, options.progress) {
         Ok(path) => return found(path, "hub"),
         Err(error) => error,
     };
@@ -208,121 +209,6 @@ fn bar(length: u64, message: &str, show: bool) -> ProgressBar {
     let bar = ProgressBar::new(length).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
     bar.set_message(message.to_string());
     bar
-}
-
-/// A file of a hub repository that Git LFS keeps.
-struct LargeFile {
-    path: String,
-    size: u64,
-    sha256: String,
-}
-
-/// The weights of a repository with their SHA-256. Asked for here because `hf-hub` 1.0 reads a hash only from a field that
-/// the hub does not send in this listing (it sends `lfs.oid`).
-fn large_files(endpoint: &str, id: &HubId) -> Result<Vec<LargeFile>> {
-    let failed = |what: &str| Error::Network(format!("cannot list `{}/{}` on the hub ({what})", id.owner, id.name));
-    let url = format!("{endpoint}/api/models/{}/{}/tree/{}", id.owner, id.name, id.revision);
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let runtime = runtime.map_err(|e| failed(&e.to_string()))?;
-    let listing: serde_json::Value = runtime
-        .block_on(async {
-            let client = reqwest::Client::builder().timeout(std::time::Duration::from_secs(30)).build()?;
-            let mut request = client.get(&url);
-            if let Some(token) = token() {
-                request = request.bearer_auth(token);
-            }
-            request.send().await?.error_for_status()?.json().await
-        })
-        .map_err(|e: reqwest::Error| match e.status() {
-            Some(status) => failed(&format!("status {status}; is the name right, and does HF_TOKEN allow it?")),
-            None => failed(first_line(&deepest(&e))),
-        })?;
-    let entries = listing.as_array().into_iter().flatten();
-    Ok(entries
-        .filter_map(|entry| {
-            let path = entry.get("path")?.as_str()?;
-            let weights = path.starts_with("model") && path.ends_with(".safetensors") && is_plain_file_name(path);
-            let (size, sha256) = (entry.get("size")?.as_u64()?, entry.get("lfs")?.get("oid")?.as_str()?);
-            let whole = sha256.len() == 64 && sha256.chars().all(|c| c.is_ascii_hexdigit());
-            let file = || LargeFile { path: path.to_string(), size, sha256: sha256.to_lowercase() };
-            (weights && whole).then(file)
-        })
-        .collect())
-}
-
-/// `HF_TOKEN`, or what `hf auth login` left in `HF_TOKEN_PATH` or `$HF_HOME/token`.
-fn token() -> Option<String> {
-    let var = |name| std::env::var(name).ok().filter(|v: &String| !v.is_empty());
-    if var("HF_HUB_DISABLE_IMPLICIT_TOKEN").is_some() {
-        return None;
-    }
-    let file = || {
-        let home = var("HF_HOME").map_or_else(|| cache_root().join("huggingface"), PathBuf::from);
-        fs::read_to_string(var("HF_TOKEN_PATH").map_or_else(|| home.join("token"), PathBuf::from)).ok()
-    };
-    let token = var("HF_TOKEN").or_else(file)?.trim().to_string();
-    (!token.is_empty()).then_some(token)
-}
-
-/// The innermost cause of an error, which says the most.
-fn deepest(error: &dyn std::error::Error) -> String {
-    let mut cause = error;
-    while let Some(next) = cause.source() {
-        cause = next;
-    }
-    cause.to_string()
-}
-
-fn from_hub(id: &HubId, progress: bool) -> Result<PathBuf> {
-    let failed = |e: hf_hub::HFError| {
-        let cause = deepest(&e);
-        let detail = first_line(&cause);
-        Error::Network(format!("cannot fetch `{}/{}` from the hub ({detail})", id.owner, id.name))
-    };
-    let builder = hf_hub::HFClient::builder().cache_dir(hub_cache()).retry_max_attempts(1);
-    let client = builder.build().map_err(failed)?;
-    let endpoint = client.endpoint().to_string();
-    let client = HFClientSync::from_inner(client).map_err(failed)?;
-    let repo = client.model(&id.owner, &id.name);
-    for LargeFile { path, size, sha256 } in large_files(&endpoint, id)? {
-        let blobs = id.folder().join("blobs");
-        let blob = blobs.join(&sha256);
-        if blob.is_file() {
-            continue;
-        }
-        create_folder(&blobs)?;
-        let partial = blobs.join(format!("{sha256}.incomplete"));
-        let mut file =
-            fs::OpenOptions::new().create(true).append(true).open(&partial).map_err(Error::io("write", &partial))?;
-        let mut done = file.metadata().map_err(Error::io("read", &partial))?.len();
-        if done > size {
-            file.set_len(0).map_err(Error::io("write", &partial))?;
-            done = 0;
-        }
-        let bar = bar(size, &path, progress);
-        bar.set_position(done);
-        while done < size {
-            let end = size.min(done + PIECE);
-            let piece = repo.download_file_to_bytes().filename(&path).revision(&id.revision).range(done..end);
-            let piece = piece.send().map_err(failed)?;
-            if piece.len() as u64 != end - done {
-                return Err(Error::Network(format!(
-                    "the hub sent {} bytes of `{path}` instead of {}",
-                    piece.len(),
-                    end - done
-                )));
-            }
-            file.write_all(&piece).map_err(Error::io("write", &partial))?;
-            done = end;
-            bar.set_position(done);
-        }
-        file.sync_all().map_err(Error::io("sync", &partial))?;
-        bar.finish_and_clear();
-        check_sha256(&partial, &sha256)?;
-        fs::rename(&partial, &blob).map_err(Error::io("rename to", &blob))?;
-    }
-    let patterns = PATTERNS.iter().map(ToString::to_string).collect();
-    repo.snapshot_download().revision(&id.revision).allow_patterns(patterns).send().map_err(failed)
 }
 
 /// Removes the file and fails if its SHA-256 is not the expected one.

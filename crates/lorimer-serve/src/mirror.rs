@@ -156,6 +156,7 @@ impl Mirror {
     /// `AWS_ENDPOINT`, `AWS_ALLOW_HTTP` …), mirrored below `root`.
     pub fn open(address: &str, root: &Path, max_file_bytes: u64) -> Result<Self, StoreError> {
         let url = Url::parse(address).map_err(|e| failed(format!("`{address}` is no URL: {e}")))?;
+        lorimer_model::http::install_ring();
         let (store, prefix) =
             open_store(&url, address).map_err(|e| failed(format!("`{address}` cannot be opened: {e}")))?;
         let runtime = tokio::runtime::Builder::new_multi_thread()

@@ -194,10 +194,12 @@ pub fn plot(run: &Path, history: &[Record], title: &str) -> Result<()> {
     let mut pixels = vec![0u8; (size.0 * size.1 * 3) as usize];
     draw(BitMapBackend::with_buffer(&mut pixels, size).into_drawing_area(), &train, &eval, title)
         .map_err(|e| failed(&png_path, e))?;
-    let mut png = std::io::Cursor::new(Vec::new());
-    let image = image::RgbImage::from_raw(size.0, size.1, pixels).ok_or_else(|| failed(&png_path, "size".into()))?;
-    image.write_to(&mut png, image::ImageFormat::Png).map_err(|e| failed(&png_path, e.to_string()))?;
-    write_atomic(&png_path, png.get_ref())?;
+    let mut png = Vec::new();
+    let mut encoder = png::Encoder::new(&mut png, size.0, size.1);
+    encoder.set_color(png::ColorType::Rgb);
+    let written = encoder.write_header().and_then(|mut header| header.write_image_data(&pixels));
+    written.map_err(|e| failed(&png_path, e.to_string()))?;
+    write_atomic(&png_path, &png)?;
     Ok(())
 }
 

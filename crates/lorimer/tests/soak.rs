@@ -343,7 +343,7 @@ fn a_server_survives_what_clients_do() {
     let mut rng = ChaCha8Rng::seed_from_u64(1);
     let prompts = (0..PROMPTS).map(|i| (0..3 + i).map(|_| rng.random_range(3..vocabulary)).collect()).collect();
     let mut soak = Soak {
-        client: reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(120)).build().unwrap(),
+        client: lorimer::model::http::client().no_proxy().timeout(Duration::from_secs(120)).build().unwrap(),
         url: server.url.clone(),
         prompts,
         expected: vec![],
@@ -405,7 +405,7 @@ fn a_server_survives_what_clients_do() {
     let errors = server.kill();
     assert!(!errors.contains("panicked"), "{errors}");
     let again = Server::start(&model, root);
-    let client = reqwest::Client::builder().no_proxy().build().unwrap();
+    let client = lorimer::model::http::client().no_proxy().build().unwrap();
     let soak = Arc::into_inner(soak).unwrap();
     let soak = Soak { url: again.url.clone(), client, ..soak };
     runtime.block_on(async {

@@ -219,7 +219,7 @@ impl Soak {
 
 /// Connections of their own from an address of this machine.
 fn client(from: [u8; 4]) -> reqwest::Client {
-    let client = reqwest::Client::builder().no_proxy().local_address(IpAddr::from(from));
+    let client = lorimer::model::http::client().no_proxy().local_address(IpAddr::from(from));
     client.timeout(Duration::from_secs(180)).build().unwrap()
 }
 

@@ -322,7 +322,7 @@ impl BenchServe {
 
     /// Sends the requests and measures from the first to the last answer.
     async fn ask(&self, server: &Server, asks: Vec<Ask>, adapters: usize, global: Global) -> Result<Value> {
-        let client = reqwest::Client::builder().no_proxy().pool_max_idle_per_host(64).build()?;
+        let client = lorimer::model::http::client().no_proxy().pool_max_idle_per_host(64).build()?;
         let url = Arc::new(format!("{}/v1/completions", server.url));
         let body = |a: &Ask, output: usize| {
             json!({

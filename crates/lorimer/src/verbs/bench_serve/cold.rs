@@ -113,7 +113,7 @@ fn quantile(sorted: &[f64], q: f64) -> f64 {
 impl BenchServe {
     /// Two rounds of streams on a server beside requests of one token: for adapters that are at work, then for cold ones; the row to show.
     pub(super) async fn cold(&self, server: &Server, asks: Vec<Ask>, adapters: usize, rate: f64) -> Result<Value> {
-        let client = reqwest::Client::builder().no_proxy().pool_max_idle_per_host(64).build()?;
+        let client = lorimer::model::http::client().no_proxy().pool_max_idle_per_host(64).build()?;
         let url = Arc::new(format!("{}/v1/completions", server.url));
         let mut seen = HashSet::new();
         for ask in asks.iter().filter(|a| seen.insert(a.adapter)) {

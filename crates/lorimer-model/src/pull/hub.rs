@@ -1,0 +1,294 @@
+//! The hub's calls that a download needs: the commit of a revision, its files with sizes and hashes, their bytes in pieces. What comes goes
+//! into the layout of Python's `huggingface_hub`: `blobs/HASH`, `snapshots/COMMIT/NAME` pointing there, `refs/REVISION`.
+
+use std::fs;
+use std::io::{ErrorKind, Write};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use reqwest::header::{LINK, RANGE};
+use reqwest::{Response, StatusCode};
+use serde_json::Value;
+
+use super::{HubId, PATTERNS, PIECE, bar, cache_root, check_sha256};
+use crate::error::{Error, Result, first_line};
+use crate::files::{MAX_JSON_BYTES, create_folder, is_plain_file_name, write_atomic};
+
+/// How long the hub has for a connection, and between two pieces of an answer.
+const CONNECT: Duration = Duration::from_secs(10);
+const SILENCE: Duration = Duration::from_secs(30);
+/// Listings are followed over so many pages (of up to a thousand files each).
+const PAGES: usize = 100;
+
+/// A file of a repository.
+struct RemoteFile {
+    name: String,
+    size: u64,
+    /// Its name among the blobs: the SHA-256 of a file that Git LFS keeps, the git hash of another.
+    hash: String,
+    /// Whether the hash is a SHA-256 of the content.
+    large: bool,
+}
+
+/// `HF_TOKEN`, or what `hf auth login` left in `HF_TOKEN_PATH` or `$HF_HOME/token`.
+fn token() -> Option<String> {
+    let var = |name| std::env::var(name).ok().filter(|v: &String| !v.is_empty());
+    if var("HF_HUB_DISABLE_IMPLICIT_TOKEN").is_some() {
+        return None;
+    }
+    let file = || {
+        let home = var("HF_HOME").map_or_else(|| cache_root().join("huggingface"), PathBuf::from);
+        fs::read_to_string(var("HF_TOKEN_PATH").map_or_else(|| home.join("token"), PathBuf::from)).ok()
+    };
+    let token = var("HF_TOKEN").or_else(file)?.trim().to_string();
+    (!token.is_empty()).then_some(token)
+}
+
+/// The first line of an error's innermost cause, which says the most.
+fn deepest(error: &dyn std::error::Error) -> String {
+    let mut cause = error;
+    while let Some(next) = cause.source() {
+        cause = next;
+    }
+    first_line(&cause.to_string()).to_string()
+}
+
+fn is_hash(text: &str, digits: usize) -> bool {
+    text.len() == digits && text.bytes().all(|b| b.is_ascii_hexdigit())
+}
+
+/// Whether a name is one of [`PATTERNS`], of which each has at most one star.
+fn wanted(name: &str) -> bool {
+    let fits = |pattern: &str| match pattern.split_once('*') {
+        Some((head, tail)) => name.len() >= head.len() + tail.len() && name.starts_with(head) && name.ends_with(tail),
+        None => name == pattern,
+    };
+    is_plain_file_name(name) && PATTERNS.iter().any(|p| fits(p))
+}
+
+struct Hub<'a> {
+    id: &'a HubId,
+    /// `HF_ENDPOINT`, or the hub itself.
+    endpoint: String,
+    token: Option<String>,
+    client: reqwest::Client,
+    runtime: tokio::runtime::Runtime,
+}
+
+impl<'a> Hub<'a> {
+    fn new(id: &'a HubId) -> Result<Self> {
+        let failed = |what: String| Error::Network(format!("no request can be made: {what}"));
+        let endpoint = std::env::var("HF_ENDPOINT").ok().filter(|v| !v.trim().is_empty());
+        let endpoint = endpoint.unwrap_or_else(|| "https://huggingface.co".into());
+        let client = crate::http::client().connect_timeout(CONNECT).read_timeout(SILENCE);
+        let client = client.user_agent(concat!("lorimer/", env!("CARGO_PKG_VERSION")));
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        Ok(Self {
+            id,
+            endpoint: endpoint.trim().trim_end_matches('/').to_string(),
+            token: token(),
+            client: client.build().map_err(|e| failed(deepest(&e)))?,
+            runtime: runtime.map_err(|e| failed(e.to_string()))?,
+        })
+    }
+
+    fn failed(&self, what: impl std::fmt::Display) -> Error {
+        Error::Network(format!("cannot fetch `{}/{}` from the hub ({what})", self.id.owner, self.id.name))
+    }
+
+    /// Sends a request, a second time where the first one met what passes.
+    async fn send(&self, url: &str, range: Option<&str>) -> Result<Response> {
+        for last in [false, true] {
+            let mut request = self.client.get(url);
+            if let Some(token) = &self.token {
+                request = request.bearer_auth(token);
+            }
+            if let Some(range) = range {
+                request = request.header(RANGE, range);
+            }
+            let problem = match request.send().await {
+                Ok(answer) if answer.status().is_success() => return Ok(answer),
+                Ok(answer) => match answer.status() {
+                    s if !last && (s.is_server_error() || matches!(s.as_u16(), 408 | 429)) => None,
+                    s => Some(format!("status {s}; is the name right, and does HF_TOKEN allow it?")),
+                },
+                Err(e) if !last && (e.is_connect() || e.is_timeout()) => None,
+                Err(e) => Some(deepest(&e)),
+            };
+            if let Some(problem) = problem {
+                return Err(self.failed(problem));
+            }
+            tokio::time::sleep(Duration::from_millis(300)).await;
+        }
+        Err(self.failed("no answer"))
+    }
+
+    /// The answer's bytes, of which there may be `most`.
+    async fn bytes(&self, mut answer: Response, most: u64) -> Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        while let Some(part) = answer.chunk().await.map_err(|e| self.failed(deepest(&e)))? {
+            bytes.extend_from_slice(&part);
+            if bytes.len() as u64 > most {
+                return Err(self.failed(format!("an answer has more than {most} bytes")));
+            }
+        }
+        Ok(bytes)
+    }
+
+    /// A JSON answer, and the query of the page after it.
+    fn json(&self, path: &str) -> Result<(Value, Option<String>)> {
+        self.runtime.block_on(async {
+            let answer = self.send(&format!("{}/api/models/{path}", self.endpoint), None).await?;
+            let link = answer.headers().get(LINK).and_then(|v| v.to_str().ok()).unwrap_or_default();
+            let next = link.split(',').find(|l| l.contains("rel=\"next\""));
+            let next = next.and_then(|l| Some(l.split_once('?')?.1.split_once('>')?.0.to_string()));
+            let bytes = self.bytes(answer, MAX_JSON_BYTES).await?;
+            let value = serde_json::from_slice(&bytes);
+            Ok((value.map_err(|e| self.failed(format!("an answer is not JSON: {e}")))?, next))
+        })
+    }
+
+    /// The commit that the revision stands for.
+    fn commit(&self) -> Result<String> {
+        let HubId { owner, name, revision } = self.id;
+        let (info, _) = self.json(&format!("{owner}/{name}/revision/{revision}"))?;
+        let sha = info["sha"].as_str().filter(|sha| is_hash(sha, 40));
+        sha.map(str::to_lowercase).ok_or_else(|| self.failed("the answer names no commit"))
+    }
+
+    /// The files that are fetched of a commit.
+    fn files(&self, commit: &str) -> Result<Vec<RemoteFile>> {
+        let path = format!("{}/{}/tree/{commit}", self.id.owner, self.id.name);
+        let (mut files, mut query) = (Vec::new(), None);
+        for _ in 0..PAGES {
+            let page = query.as_ref().map_or_else(|| path.clone(), |query| format!("{path}?{query}"));
+            let (entries, next) = self.json(&page)?;
+            let entries = entries.as_array().ok_or_else(|| self.failed("the listing is not a list"))?;
+            for entry in entries.iter().filter(|e| e["type"] == "file") {
+                let name = entry["path"].as_str().unwrap_or_default();
+                if !wanted(name) {
+                    continue;
+                }
+                let large = !entry["lfs"].is_null();
+                let hash = if large { &entry["lfs"]["oid"] } else { &entry["oid"] };
+                let hash = hash.as_str().filter(|hash| is_hash(hash, if large { 64 } else { 40 }));
+                let (Some(hash), Some(size)) = (hash, entry["size"].as_u64()) else {
+                    return Err(self.failed(format!("the listing gives no hash and size of `{name}`")));
+                };
+                files.push(RemoteFile { name: name.to_string(), size, hash: hash.to_lowercase(), large });
+            }
+            match next {
+                None => return Ok(files),
+                some => query = some,
+            }
+        }
+        Err(self.failed(format!("the listing has more than {PAGES} pages")))
+    }
+
+    /// Some bytes of a file: those from `from` up to `to`.
+    fn piece(&self, commit: &str, file: &RemoteFile, from: u64, to: u64) -> Result<Vec<u8>> {
+        let url = format!("{}/{}/{}/resolve/{commit}/{}", self.endpoint, self.id.owner, self.id.name, file.name);
+        self.runtime.block_on(async {
+            let answer = self.send(&url, Some(&format!("bytes={from}-{}", to - 1))).await?;
+            if answer.status() != StatusCode::PARTIAL_CONTENT && (from, to) != (0, file.size) {
+                return Err(self.failed(format!("it sends `{}` only whole", file.name)));
+            }
+            let piece = self.bytes(answer, to - from).await?;
+            match piece.len() as u64 == to - from {
+                true => Ok(piece),
+                false => Err(self.failed(format!("{} bytes of `{}` instead of {}", piece.len(), file.name, to - from))),
+            }
+        })
+    }
+
+    /// Puts a file among the blobs, going on where another download stopped.
+    fn blob(&self, commit: &str, file: &RemoteFile, progress: bool) -> Result<()> {
+        let blobs = self.id.folder().join("blobs");
+        let blob = blobs.join(&file.hash);
+        create_folder(&blobs)?;
+        let partial = blobs.join(format!("{}.incomplete", file.hash));
+        let mut out = loop {
+            if blob.is_file() {
+                return Ok(());
+            }
+            let out = fs::OpenOptions::new().create(true).append(true).open(&partial);
+            let out = out.map_err(Error::io("write", &partial))?;
+            // Two processes that want the same file come one after the other; what the first did is seen after the wait.
+            match out.lock() {
+                Err(e) if e.kind() != ErrorKind::Unsupported => return Err(Error::io("lock", &partial)(e)),
+                _ if !blob.is_file() && partial.is_file() => break out,
+                _ => {}
+            }
+        };
+        let mut done = out.metadata().map_err(Error::io("read", &partial))?.len();
+        if done > file.size {
+            out.set_len(0).map_err(Error::io("write", &partial))?;
+            done = 0;
+        }
+        let bar = bar(file.size, &file.name, progress && file.size > PIECE);
+        bar.set_position(done);
+        while done < file.size {
+            let end = file.size.min(done + PIECE);
+            let piece = self.piece(commit, file, done, end)?;
+            out.write_all(&piece).map_err(Error::io("write", &partial))?;
+            done = end;
+            bar.set_position(done);
+        }
+        out.sync_all().map_err(Error::io("sync", &partial))?;
+        bar.finish_and_clear();
+        if file.large {
+            check_sha256(&partial, &file.hash)?;
+        }
+        fs::rename(&partial, &blob).map_err(Error::io("rename to", &blob))
+    }
+}
+
+/// Makes a snapshot's name for a blob: a relative link, or a copy on systems where links need rights.
+fn name_blob(snapshot: &Path, file: &RemoteFile) -> Result<()> {
+    let path = snapshot.join(&file.name);
+    #[cfg(unix)]
+    let made = std::os::unix::fs::symlink(Path::new("../../blobs").join(&file.hash), &path);
+    #[cfg(not(unix))]
+    let made = match path.is_file() {
+        true => Ok(()),
+        false => fs::copy(snapshot.join("../../blobs").join(&file.hash), &path).map(|_| ()),
+    };
+    match made {
+        // A commit's file is always the same.
+        Err(e) if e.kind() != ErrorKind::AlreadyExists => Err(Error::io("create", &path)(e)),
+        _ => Ok(()),
+    }
+}
+
+/// Fetches what is missing of a model; the folder of its files.
+pub(super) fn fetch(id: &HubId, progress: bool) -> Result<PathBuf> {
+    let hub = Hub::new(id)?;
+    let commit = hub.commit()?;
+    let files = hub.files(&commit)?;
+    for file in &files {
+        hub.blob(&commit, file, progress)?;
+    }
+    let snapshot = id.folder().join("snapshots").join(&commit);
+    create_folder(&snapshot)?;
+    files.iter().try_for_each(|file| name_blob(&snapshot, file))?;
+    if id.revision != commit {
+        write_atomic(&id.folder().join("refs").join(&id.revision), commit.as_bytes())?;
+    }
+    Ok(snapshot)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_a_model_needs_is_fetched() {
+        for name in ["config.json", "model.safetensors", "model-00001-of-00002.safetensors"] {
+            assert!(wanted(name), "{name}");
+        }
+        for name in ["README.md", "model.bin", "xmodel.safetensors", "onnx/model.safetensors", "model/../x.safetensors"]
+        {
+            assert!(!wanted(name), "{name}");
+        }
+    }
+}
