@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use super::answer::{Answers, Piece};
 use super::error::{ApiError, Failure};
 use super::fields::Fields;
-use super::prompts::{Given, conversation, prompt};
+use super::prompts::{Given, conversation, prompt, tools};
 use super::request::{Adapters, ChatRequest, Common, CompletionRequest, Prompt, StreamOptions, Wanted};
 use super::shape::{Before, Kind, Place, Shape};
 use super::{App, Body};
@@ -34,7 +34,10 @@ pub async fn chat(State(app): State<Arc<App>>, Body(fields): Body<Fields>) -> Re
         .within(move || {
             let template = match template.as_ref().and_then(|a| a.template.as_ref()) {
                 Some(own) => own,
-                None => base.text.needed_template().map_err(|e| ApiError::invalid(e.to_string()))?,
+                None => {
+                    let template = base.text.template_for(tools(&own).is_some());
+                    template.map_err(|e| ApiError::invalid(e.to_string()))?
+                }
             };
             let text = conversation(template, &own)?;
             let encoded = base.text.encode(&text, request.common.add_special_tokens.unwrap_or(false));
