@@ -26,6 +26,8 @@ use serde_json::{Value, json};
 const CONTENTS: usize = 12;
 const NAMES: usize = 8;
 const PROMPTS: usize = 6;
+/// Token rows of a step.
+const BATCH_TOKENS: &str = "64";
 const CLIENTS: u64 = 16;
 const TOKENS: usize = 6;
 
@@ -52,7 +54,7 @@ impl Server {
         // Room for some of the adapters only, so that they come and go in the pool and in host memory too.
         let (pool, host) = if model.contains("tiny") { ("300KB", "200KB") } else { ("200MB", "25MB") };
         let mut child = common::lorimer(&["serve", "--model", model, "--adapters", &root, "--port", "0", "--json"])
-            .args(["-q", "--pool", pool, "--host-memory", host])
+            .args(["-q", "--pool", pool, "--host-memory", host, "--batch-tokens", BATCH_TOKENS])
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
@@ -341,7 +343,9 @@ fn a_server_survives_what_clients_do() {
     drop(base);
     let server = Server::start(&model, root);
     let mut rng = ChaCha8Rng::seed_from_u64(1);
-    let prompts = (0..PROMPTS).map(|i| (0..3 + i).map(|_| rng.random_range(3..vocabulary)).collect()).collect();
+    // From a few tokens to many times what a step takes.
+    let lengths = [1, 3, 16, 33, 150, 400];
+    let prompts = lengths.iter().map(|&n| (0..n).map(|_| rng.random_range(3..vocabulary)).collect()).collect();
     let mut soak = Soak {
         client: lorimer::model::http::client().no_proxy().timeout(Duration::from_secs(120)).build().unwrap(),
         url: server.url.clone(),
