@@ -7,7 +7,8 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Component, Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant, SystemTime};
 
 use lorimer_adapter::store::{CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE};
@@ -234,6 +235,8 @@ pub struct Store {
     inner: Mutex<Inner>,
     /// One change of names at a time. Apart from `inner`, which is never held while something is written.
     changing: Mutex<()>,
+    /// See [`Self::version`].
+    version: AtomicU64,
     /// When the registry of the root was last looked at, and what file it was.
     looked: Mutex<(Instant, Option<FileStamp>)>,
     /// Where adapters are read: apart from the threads that compute, whose parallel parts would wait for it.
@@ -264,8 +267,8 @@ impl Store {
             message: format!("the threads that read adapters cannot be started: {e}"),
         })?;
         let looked = Mutex::new((Instant::now(), FileStamp::of(&root.join(REGISTRY_FILE))));
-        let (changing, inner) = (Mutex::default(), Mutex::default());
-        let store = Self { settings, root, mirror, inner, changing, looked, loaders };
+        let (changing, inner, version) = (Mutex::default(), Mutex::default(), AtomicU64::default());
+        let store = Self { settings, root, mirror, inner, changing, version, looked, loaders };
         let (paths, registry) = match &store.mirror {
             Some(mirror) => {
                 let (names, registry) = mirror.begin(store.settings.max_names)?;
@@ -303,6 +306,11 @@ impl Store {
     }
 
     /// Takes up a registry: what it gives and takes away, and what the one before gave and it does not.
+    /// Grows with every change of names: what was found under an older number may no longer be what a name stands for.
+    pub fn version(&self) -> u64 {
+        self.version.load(Ordering::Acquire)
+    }
+
     fn adopt(&self, inner: &mut Inner, registry: Registry) {
         let before = inner.own.over(&inner.registry);
         inner.registry = registry;
@@ -310,6 +318,7 @@ impl Store {
     }
 
     fn apply(&self, inner: &mut Inner, before: &Registry) {
+        self.version.fetch_add(1, Ordering::AcqRel);
         let now = inner.own.over(&inner.registry);
         for name in before.names.keys().chain(&now.removed).filter(|name| !now.names.contains_key(*name)) {
             inner.names.remove(name);
@@ -323,6 +332,12 @@ impl Store {
 
     /// Takes up what other servers of the same adapters changed.
     fn catch_up(&self) {
+        // A change of this server's own is newer than what is read beside it.
+        let _alone = match self.changing.try_lock() {
+            Err(TryLockError::WouldBlock) => return,
+            Err(TryLockError::Poisoned(alone)) => alone.into_inner(),
+            Ok(alone) => alone,
+        };
         if let Some(mirror) = &self.mirror {
             let Some((registry, listing)) = mirror.news() else { return };
             let mut inner = self.lock();

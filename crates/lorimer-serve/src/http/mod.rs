@@ -114,7 +114,7 @@ pub struct App {
     loads: Desk,
     changes: Desk,
     /// Adapters on their way into memory, by name.
-    loading: Mutex<HashMap<String, Loading>>,
+    loading: Mutex<HashMap<(String, u64), Loading>>,
     /// Whether the object store was slow to tell the last time.
     slow: AtomicBool,
     /// Room for large bodies.
@@ -236,17 +236,19 @@ impl App {
 
     /// Reads an adapter, once for all who ask meanwhile.
     fn load(self: &Arc<Self>, name: String) -> Result<Loading, ApiError> {
+        // Who asks after a name was changed does not wait with those who asked before.
+        let key = (name.clone(), self.needed_store()?.version());
         let mut all = self.loading.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(loading) = all.get(&name) {
+        if let Some(loading) = all.get(&key) {
             return Ok(loading.clone());
         }
         if all.len() >= MAX_LOADING {
             return Err(self.loads.late());
         }
-        let (app, store, own) = (self.clone(), self.needed_store()?.clone(), name.clone());
+        let (app, store, own) = (self.clone(), self.needed_store()?.clone(), key.clone());
         let task = tokio::spawn(async move {
             let begun = Instant::now();
-            let (base, name) = (app.base.clone(), own.clone());
+            let base = app.base.clone();
             let loaded = app.loads.run(move || Ok(store.get(&base.model, &name)?)).await;
             app.slow.store(begun.elapsed() > LOOK, Ordering::Relaxed);
             app.loading.lock().unwrap_or_else(PoisonError::into_inner).remove(&own);
@@ -254,7 +256,7 @@ impl App {
         });
         let ended = |_| ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "failed", "the adapter was not loaded");
         let loading = async move { task.await.map_err(ended)? }.boxed().shared();
-        all.insert(name, loading.clone());
+        all.insert(key, loading.clone());
         Ok(loading)
     }
 }
