@@ -291,6 +291,8 @@ fn smoothed_labels_are_those_of_transformers() {
     let targets: Vec<u32> = golden.numbers("targets").into_iter().map(|t| t as u32).collect();
     let loss = lorimer::tensor::smoothed_cross_entropy(logits.as_tensor(), &targets, 0.1).unwrap().mean_all().unwrap();
     let found = loss.to_scalar::<f64>().unwrap();
+    // Its definition in f64 throughout, computed with torch.
+    assert!((found - 6.796456022168043).abs() < 1e-12, "{found}");
     assert!((found - golden.number("loss")).abs() < 1e-6, "{found} against {}", golden.number("loss"));
     let gradient = loss.backward().unwrap().remove(logits.as_tensor()).unwrap();
     let d = distance(&gradient, golden.get("gradient"));
