@@ -7,7 +7,7 @@ use std::sync::Arc;
 use candle_core::{DType, Tensor};
 use lorimer_model::{BaseModel, Projection};
 use lorimer_tensor::FrozenWeight;
-use lorimer_tensor::sparse::{exchange_entries, write_entries};
+use lorimer_tensor::ops::sparse::{exchange_entries, write_entries};
 use rayon::prelude::*;
 use serde::Serialize;
 

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::quantized::GgmlDType;
 use candle_core::quantized::gguf_file::{Content, Value};
-use lorimer_tensor::mapped::MappedFile;
+use lorimer_tensor::storage::mapped::MappedFile;
 
 use crate::config::{LlamaConfig, RopeScaling};
 use crate::error::{Error, Result, first_line};

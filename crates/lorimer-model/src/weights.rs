@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device, Tensor};
 use lorimer_tensor::FrozenWeight;
-use lorimer_tensor::mapped::MappedFile;
+use lorimer_tensor::storage::mapped::MappedFile;
 use sha2::{Digest, Sha256};
 
 use crate::config::LlamaConfig;
@@ -316,7 +316,7 @@ impl Weights {
         let (outputs, inputs) = shape;
         self.check(name, &[outputs, inputs])?;
         if dtype.packs(name) {
-            return Ok(lorimer_tensor::nf4::bytes(shape));
+            return Ok(lorimer_tensor::storage::nf4::bytes(shape));
         }
         if dtype == LoadDtype::Int8 {
             let four_bits = match &self.source {
@@ -324,7 +324,7 @@ impl Weights {
                 _ => None,
             };
             let four_bits = matches!(four_bits, Some(GgmlDType::Q4_0 | GgmlDType::Q4_1));
-            return Ok(lorimer_tensor::panels::bytes(shape, four_bits));
+            return Ok(lorimer_tensor::storage::panels::bytes(shape, four_bits));
         }
         let of = |stored: DType| outputs * inputs * dtype.of(stored).size_in_bytes();
         let stored = match &self.source {

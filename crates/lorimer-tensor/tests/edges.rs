@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Result, Tensor};
-use lorimer_tensor::project::frozen_backward_input;
+use lorimer_tensor::ops::project::frozen_backward_input;
 use lorimer_tensor::*;
 use proptest::prelude::*;
 
@@ -385,7 +385,7 @@ fn other_changes_of_no_row_and_one() -> Result<()> {
             let (first, second) = (core(2, 2)?, core(3, 3)?);
             let tape = Tape::new([&x, &first, &second]);
             let y = Ops::recorded(&tape).ring_transform(&x, &first, &second)?;
-            let t = values(&lorimer_tensor::ring::ring_matrix(&first, &second)?)?;
+            let t = values(&lorimer_tensor::ops::ring::ring_matrix(&first, &second)?)?;
             let expected = product(&values(&x)?, &transposed(&t, (6, 6)), (rows, 6, 6));
             assert_values("ring", &y, (rows, 6), &expected, 1e-4)?;
             for (g, of) in backward(tape, &y, &[&x, &first, &second])?.iter().zip([&x, &first, &second]) {

@@ -12,7 +12,7 @@ use lorimer_adapter::Attached;
 use lorimer_model::llama::EMBEDDING;
 use lorimer_model::{Adaptation, BaseModel, Batch, Llama, Point};
 use lorimer_tensor::Tape;
-use lorimer_tensor::mapped::MappedFile;
+use lorimer_tensor::storage::mapped::MappedFile;
 use serde::{Deserialize, Serialize};
 
 use crate::encode::Example;

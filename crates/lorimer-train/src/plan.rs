@@ -10,7 +10,7 @@ use lorimer_adapter::training::GaloreProjection;
 use lorimer_adapter::{Calibration, Method};
 use lorimer_model::config::LlamaConfig;
 use lorimer_model::{Batch, Llama, Site};
-use lorimer_tensor::loss::CHUNK_BYTES;
+use lorimer_tensor::ops::loss::CHUNK_BYTES;
 use serde::Serialize;
 
 use crate::encode::Example;

@@ -85,7 +85,7 @@ fn main() -> ExitCode {
     };
     let cli = Cli::parse_from(arguments);
     common::start_log(cli.global.quiet, cli.global.verbose);
-    if let Err(problem) = lorimer::tensor::cpu::check() {
+    if let Err(problem) = lorimer::tensor::kernels::cpu::check() {
         return fail(&anyhow::anyhow!(problem));
     }
     let result = match cli.verb {

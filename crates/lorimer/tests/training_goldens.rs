@@ -243,7 +243,7 @@ fn dyloras_ranks_compute_what_its_authors_code_computes() {
 /// bitsandbytes' own AdamW8bit: its code, its first step to the bit of every index, and forty steps; small parameters keep 32 bits.
 #[test]
 fn adam_in_eight_bits_is_that_of_bitsandbytes() {
-    use lorimer::tensor::blockwise::{SIGNED, UNSIGNED};
+    use lorimer::tensor::storage::blockwise::{SIGNED, UNSIGNED};
     let golden = Golden::open("adam8bit");
     for (name, code) in [("signed", &*SIGNED), ("unsigned", &*UNSIGNED)] {
         for (i, expected) in golden.numbers(name).into_iter().enumerate() {

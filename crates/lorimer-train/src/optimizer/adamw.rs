@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor, Var, WithDType};
-use lorimer_tensor::blockwise::{Code, SIGNED, UNSIGNED};
+use lorimer_tensor::storage::blockwise::{Code, SIGNED, UNSIGNED};
 use num_traits::Float;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};

@@ -12,7 +12,7 @@ use lorimer::adapter::{Adapter, StoredAdapter, methods};
 use lorimer::model::{BaseModel, Frozen, Llama};
 use lorimer::serve::{Sampling, generate};
 use lorimer::tensor::FrozenWeight;
-use lorimer::tensor::sparse::{add_product, copy_into};
+use lorimer::tensor::ops::sparse::{add_product, copy_into};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::{Map, Value, json};

@@ -1,5 +1,10 @@
 //! How a frozen weight is kept: as numbers, or in fewer bits that are expanded where a product needs them.
 
+pub mod blockwise;
+pub mod mapped;
+pub mod nf4;
+pub mod panels;
+
 use std::ops::{Deref, Range};
 use std::sync::Arc;
 
@@ -12,8 +17,8 @@ use candle_core::{CpuStorage, DType, Device, Layout, Result, Storage, Tensor};
 use half::{bf16, f16};
 use rayon::prelude::*;
 
-use crate::nf4::{self, Nf4};
-use crate::panels::{self, Panels};
+use nf4::Nf4;
+use panels::Panels;
 
 /// A frozen weight `(outputs, inputs)` in whatever storage the base uses. Cheap to clone.
 #[derive(Clone, Debug)]

@@ -1,7 +1,7 @@
 //! Element-wise work in wide registers: AVX2 where the processor has it, chosen at run time, else what the target has.
 //! Sums run in sixteen lanes, so that their order, and so the result, does not depend on the choice.
 
-use crate::raw::Real;
+use crate::kernels::slices::Real;
 
 /// Runs `f`, compiled for AVX2 where the processor has it.
 #[inline]
@@ -12,7 +12,7 @@ pub(crate) fn wide<R>(f: impl FnOnce() -> R) -> R {
         fn avx2<R>(f: impl FnOnce() -> R) -> R {
             f()
         }
-        if crate::cpu::level() >= crate::cpu::Level::Avx2 {
+        if crate::kernels::cpu::level() >= crate::kernels::cpu::Level::Avx2 {
             // SAFETY: the processor has it.
             return unsafe { avx2(f) };
         }

@@ -18,8 +18,8 @@ use candle_core::Result;
 use half::f16;
 use rayon::prelude::*;
 
-use crate::raw::Shared;
-use crate::wide::wide;
+use crate::kernels::simd::wide;
+use crate::kernels::slices::Shared;
 
 /// Inputs that share d and m, and activations that share s.
 pub(crate) const BLOCK: usize = 32;

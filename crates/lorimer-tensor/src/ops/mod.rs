@@ -1,23 +1,35 @@
 //! The operations that a model and its adapters are made of: on a [`Tape`] they are recorded, without one they build candle's graph.
 
+pub mod attention;
+pub mod bases;
+pub mod block_affine;
+mod dense;
+pub mod gated;
+pub mod loss;
+pub mod low_rank;
+pub mod norm;
+pub mod project;
+pub mod ring;
+pub mod rotary;
+pub mod segmented;
+pub mod sparse;
+
 use std::sync::Arc;
 
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Tensor, TensorId, Var};
 use rayon::prelude::*;
 
-use crate::attention::{Attention, Segment};
-use crate::dense;
-use crate::gated::SiluMul;
-use crate::loss::head_loss_and_gradient;
-use crate::low_rank::{self, Part};
-use crate::norm::RmsNorm;
-use crate::project::frozen_linear;
-use crate::raw::{Real, with_slices};
-use crate::ring;
-use crate::rotary::{Rotary, RotaryTable};
-use crate::sparse::{self, SparseIndex};
+use crate::kernels::slices::{Real, with_slices};
 use crate::storage::FrozenWeight;
 use crate::tape::{Gradients, SERIAL, Tape, add};
+use attention::{Attention, Segment};
+use gated::SiluMul;
+use loss::head_loss_and_gradient;
+use low_rank::Part;
+use norm::RmsNorm;
+use project::frozen_linear;
+use rotary::{Rotary, RotaryTable};
+use sparse::SparseIndex;
 
 /// Where gradients of an island belong, and the tensors of its graph that they are found of.
 type Leaves = Vec<(TensorId, Tensor)>;
@@ -297,7 +309,7 @@ impl<'a> Ops<'a> {
         one(self.project(x, &[Part { weight: Some(weight), low_rank: None }])?)
     }
 
-    /// T x for every row of `x` (rows, n₁ n₂), with the tensor-ring matrix T of two cores (n, n, r, r): see [`crate::ring`].
+    /// T x for every row of `x` (rows, n₁ n₂), with the tensor-ring matrix T of two cores (n, n, r, r): see [`ring`].
     pub fn ring_transform(&self, x: &Tensor, first: &Tensor, second: &Tensor) -> Result<Tensor> {
         if !self.on_cpu(x) {
             return self.fallback(&[x, first, second], |t| t[0].matmul(&ring::ring_matrix(&t[1], &t[2])?.t()?));
@@ -318,7 +330,7 @@ impl<'a> Ops<'a> {
         Ok(y)
     }
 
-    /// `x Sᵀ` with a sparse matrix of trainable entries: see [`crate::sparse`].
+    /// `x Sᵀ` with a sparse matrix of trainable entries: see [`sparse`].
     pub fn sparse(&self, x: &Tensor, values: &Tensor, index: &Arc<SparseIndex>) -> Result<Tensor> {
         if !self.on_cpu(x) || self.0.is_none() {
             return self.fallback(&[x, values], |t| t[0].matmul(&index.matrix(&t[1])?.t()?));
@@ -369,7 +381,7 @@ impl<'a> Ops<'a> {
         }
     }
 
-    /// Frozen projections of one input, each with or without a low-rank change beside it: see [`crate::low_rank`].
+    /// Frozen projections of one input, each with or without a low-rank change beside it: see [`low_rank`].
     pub fn project(&self, x: &Tensor, parts: &[Part<'_>]) -> Result<Vec<Tensor>> {
         let trainable = parts.iter().filter_map(|p| p.low_rank.as_ref()).flat_map(|l| [&l.a, &l.b]);
         let followed: Vec<&Tensor> = std::iter::once(x).chain(trainable).collect();

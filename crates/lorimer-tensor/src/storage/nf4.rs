@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use crate::blockwise::SIGNED;
+use crate::storage::blockwise::SIGNED;
 
 /// Weights in a block.
 pub const BLOCK: usize = 64;

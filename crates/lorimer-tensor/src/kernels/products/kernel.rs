@@ -11,10 +11,10 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::{Product, Right, Term};
-use crate::cpu::{Level, level};
-use crate::raw::Shared;
+use crate::kernels::cpu::{Level, level};
+use crate::kernels::simd::sum2;
+use crate::kernels::slices::Shared;
 use crate::storage::View;
-use crate::wide::sum2;
 
 /// Rows of a tile.
 const TILE: usize = 6;

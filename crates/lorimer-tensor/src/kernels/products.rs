@@ -15,7 +15,7 @@ pub(crate) mod kernel;
 
 use candle_core::Result;
 
-use crate::raw::{Real, Shared, Strides, product};
+use crate::kernels::slices::{Real, Shared, Strides, product};
 use crate::storage::View;
 
 /// Rows of a weight that are expanded at a time where the kernel does not run.

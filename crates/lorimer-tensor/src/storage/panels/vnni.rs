@@ -10,7 +10,7 @@ const TILE: usize = 12;
 
 /// Whether the processor can.
 pub(super) fn available() -> bool {
-    crate::cpu::level() >= crate::cpu::Level::Vnni
+    crate::kernels::cpu::level() >= crate::kernels::cpu::Level::Vnni
 }
 
 /// As [`super::plain`]. Rows are cut into tiles as like each other as can be.

@@ -3,8 +3,8 @@
 use candle_core::{CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use crate::raw::{Real, rows_per_task, slice, with_slices};
-use crate::wide::{sum2, wide};
+use crate::kernels::simd::{sum2, wide};
+use crate::kernels::slices::{Real, rows_per_task, slice, with_slices};
 
 /// RMS norm over the last dimension. `x` (rows, width), `weight` (width) of the same dtype → (rows, width).
 /// Both have gradients.

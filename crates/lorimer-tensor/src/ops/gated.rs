@@ -3,8 +3,8 @@
 use candle_core::{CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use crate::raw::{Real, rows_per_task, slice, with_slices};
-use crate::wide::wide;
+use crate::kernels::simd::wide;
+use crate::kernels::slices::{Real, rows_per_task, slice, with_slices};
 
 /// `silu(gate)·up`, element by element; both of one shape, f32 or f64.
 pub fn silu_mul(gate: &Tensor, up: &Tensor) -> Result<Tensor> {

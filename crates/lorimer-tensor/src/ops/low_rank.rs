@@ -8,9 +8,9 @@
 use candle_core::{Device, Result, Tensor, TensorId};
 use rayon::prelude::*;
 
-use crate::products::{Out, Product, Right, Term, run};
-use crate::project::frozen_linear;
-use crate::raw::{Real, with_slice_list};
+use crate::kernels::products::{Out, Product, Right, Term, run};
+use crate::kernels::slices::{Real, with_slice_list};
+use crate::ops::project::frozen_linear;
 use crate::storage::FrozenWeight;
 use crate::tape::{Gradients, Recipe, Tape};
 

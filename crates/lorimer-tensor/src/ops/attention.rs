@@ -5,8 +5,8 @@ use std::borrow::Cow;
 use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use crate::raw::{Real, Shared, Strides, product, product_raw, slice, with_slices};
-use crate::wide::{softmax, sum2, wide};
+use crate::kernels::simd::{softmax, sum2, wide};
+use crate::kernels::slices::{Real, Shared, Strides, product, product_raw, slice, with_slices};
 
 /// Query rows whose scores are formed at a time.
 const BLOCK: usize = 64;

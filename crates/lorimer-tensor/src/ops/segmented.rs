@@ -12,13 +12,13 @@ use std::ops::Range;
 use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
-use crate::panels;
 #[cfg(target_arch = "x86_64")]
-use crate::products::kernel;
-use crate::products::{Product, Right, Term, run};
-use crate::raw::{Shared, Strides, product, with_slices};
+use crate::kernels::products::kernel;
+use crate::kernels::products::{Product, Right, Term, run};
+use crate::kernels::simd::{sum2, wide};
+use crate::kernels::slices::{Shared, Strides, product, with_slices};
+use crate::storage::panels;
 use crate::storage::{FrozenWeight, Guard, View};
-use crate::wide::{sum2, wide};
 
 /// Rows of a task.
 const BLOCK: usize = 64;

@@ -3,10 +3,10 @@
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use crate::project::{frozen_accumulate_input, frozen_linear};
-use crate::raw::{Real, slice, with_mut_slice, with_slices};
+use crate::kernels::simd::{exp_in_place, sum2, wide};
+use crate::kernels::slices::{Real, slice, with_mut_slice, with_slices};
+use crate::ops::project::{frozen_accumulate_input, frozen_linear};
 use crate::storage::FrozenWeight;
-use crate::wide::{exp_in_place, sum2, wide};
 
 /// `−log softmax(logits)[target]` of every row: `logits` (rows, vocabulary) f32 or f64, one target a row → (rows).
 pub fn cross_entropy(logits: &Tensor, targets: &[u32]) -> Result<Tensor> {

@@ -2,8 +2,8 @@
 
 use candle_core::{Device, Result, Tensor, TensorId};
 
-use crate::products::{Product, Right, Term, run};
-use crate::raw::{Real, with_slice_list, with_slices};
+use crate::kernels::products::{Product, Right, Term, run};
+use crate::kernels::slices::{Real, with_slice_list, with_slices};
 use crate::tape::{Gradients, Recipe};
 
 /// `x Wᵀ`: `x` (rows, inputs), `weight` (outputs, inputs) of one type.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use crate::raw::{Real, rows_per_task, slice, with_slices};
+use crate::kernels::slices::{Real, rows_per_task, slice, with_slices};
 
 /// Sines and cosines of one batch's rows, shared by all its layers. Cheap to clone.
 #[derive(Clone)]

@@ -11,8 +11,8 @@ use candle_core::{CpuStorage, Device, InplaceOp1, Layout, Result, Tensor};
 use half::{bf16, f16};
 use rayon::prelude::*;
 
-use crate::products::{Out, Product, Right, Term, run};
-use crate::raw::{Real, slice, with_slice_list};
+use crate::kernels::products::{Out, Product, Right, Term, run};
+use crate::kernels::slices::{Real, slice, with_slice_list};
 
 /// Where the entries of a sparse matrix (outputs, inputs) are: row by row, columns rising.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -6,7 +6,7 @@ use candle_core::{CpuStorage, Error, InplaceOp1, Layout, Result, Storage, Tensor
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 
-use crate::products::Product;
+use crate::kernels::products::Product;
 use crate::storage::View;
 
 /// The two floating-point types that a CPU kernel computes in.
@@ -75,7 +75,7 @@ impl Real for f32 {
     }
     #[inline(always)]
     fn exp_fast(self) -> f32 {
-        crate::wide::exp_f32(self)
+        crate::kernels::simd::exp_f32(self)
     }
     fn of_view(view: View<'_>) -> Option<(&[f32], usize)> {
         match view {
@@ -85,19 +85,19 @@ impl Real for f32 {
     }
     #[cfg(target_arch = "x86_64")]
     fn run_products(products: &[Product<'_, f32>], outs: &[Shared<f32>]) -> bool {
-        let available = crate::products::kernel::available();
+        let available = crate::kernels::products::kernel::available();
         if available {
-            crate::products::kernel::run(products, outs, crate::products::kernel::has_512());
+            crate::kernels::products::kernel::run(products, outs, crate::kernels::products::kernel::has_512());
         }
         available
     }
     #[cfg(target_arch = "x86_64")]
     fn attend_one((q, d): (&[f32], usize), keys: (&[f32], &[f32], &[usize]), scale: f32, out: &mut [f32]) -> bool {
-        let fits = crate::products::kernel::has_512() && d > 0 && d.is_multiple_of(16) && q.len() == out.len();
+        let fits = crate::kernels::products::kernel::has_512() && d > 0 && d.is_multiple_of(16) && q.len() == out.len();
         if fits {
             for (q, out) in q.chunks(d * 6).zip(out.chunks_mut(d * 6)) {
                 // SAFETY: the processor can.
-                unsafe { crate::products::kernel::attend_one((q, d), keys, scale, out) };
+                unsafe { crate::kernels::products::kernel::attend_one((q, d), keys, scale, out) };
             }
         }
         fits
