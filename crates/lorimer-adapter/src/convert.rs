@@ -11,8 +11,8 @@ use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor};
 use lorimer_model::config::LlamaConfig;
 use lorimer_model::files::write_atomic_with;
-use lorimer_model::gguf::{Gguf, module_from_gguf, module_to_gguf, row_order};
 use lorimer_model::weights::SafetensorsFile;
+use lorimer_model::weights::gguf::{Gguf, module_from_gguf, module_to_gguf, row_order};
 use serde_json::{Map, Value, json};
 
 use crate::attached::PREFIX;

@@ -11,8 +11,8 @@ use lorimer_model::config::LlamaConfig;
 use lorimer_model::files::{
     MAX_JSON_BYTES, create_folder, read_bounded, read_json, text_files, write_atomic, write_atomic_with, write_json,
 };
-use lorimer_model::gguf::{module_to_gguf, row_order};
 use lorimer_model::llama::EMBEDDING;
+use lorimer_model::weights::gguf::{module_to_gguf, row_order};
 use lorimer_model::{Llama, LoadDtype, Projection, Site, TextModel, Weights};
 use serde::Serialize;
 use serde_json::Value;

@@ -7,9 +7,9 @@ use serde_json::Value;
 use crate::config::LlamaConfig;
 use crate::error::{Error, Result};
 use crate::files::{MAX_JSON_BYTES, read_json};
-use crate::gguf::Gguf;
 use crate::llama::Llama;
 use crate::text::TextModel;
+use crate::weights::gguf::Gguf;
 use crate::weights::{LoadDtype, Weights};
 
 /// How a base is opened.

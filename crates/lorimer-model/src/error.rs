@@ -28,7 +28,7 @@ pub enum Error {
     Unsupported(String),
     /// Messages or tools of a conversation that cannot be used.
     #[error(transparent)]
-    Messages(#[from] crate::messages::Refused),
+    Messages(#[from] crate::text::messages::Refused),
     /// A download that failed.
     #[error("{0}")]
     Network(String),

@@ -2,17 +2,13 @@
 
 pub mod base;
 pub mod batch;
-pub mod chat;
 pub mod config;
 pub mod error;
 pub mod files;
-pub mod gguf;
 pub mod http;
 pub mod llama;
-pub mod messages;
 pub mod pull;
 pub mod seam;
-pub mod sentencepiece;
 pub mod text;
 pub mod weights;
 

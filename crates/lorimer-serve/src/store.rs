@@ -14,8 +14,8 @@ use std::time::{Duration, Instant, SystemTime};
 use lorimer_adapter::store::{CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE};
 use lorimer_adapter::{Adapter, StoredAdapter};
 use lorimer_model::BaseModel;
-use lorimer_model::chat::ChatTemplate;
 use lorimer_model::files::check_writable;
+use lorimer_model::text::chat::ChatTemplate;
 use serde::Serialize;
 
 use crate::hosted::{Conversion, Hosted};

@@ -114,7 +114,7 @@ impl<'a> TextStream<'a> {
 
 #[cfg(test)]
 mod tests {
-    use lorimer_model::gguf::Gguf;
+    use lorimer_model::weights::gguf::Gguf;
 
     use super::*;
 

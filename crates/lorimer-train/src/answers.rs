@@ -7,7 +7,7 @@
 
 use std::ops::Range;
 
-use lorimer_model::chat::ChatTemplate;
+use lorimer_model::text::chat::ChatTemplate;
 use serde_json::{Map, Value, json};
 
 /// A rendered text and the byte ranges of answers in it.

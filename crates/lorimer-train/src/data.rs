@@ -6,7 +6,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 
 use lorimer_model::files::read_bounded;
-use lorimer_model::messages::{Refused, kind, normalise, normalise_tools};
+use lorimer_model::text::messages::{Refused, kind, normalise, normalise_tools};
 use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
@@ -79,7 +79,7 @@ impl std::str::FromStr for Format {
 pub enum Sample {
     /// A conversation for the chat template.
     Chat {
-        /// `{"role", "content"}` objects in the form of [`lorimer_model::messages`]. One with `"weight": 0` is context.
+        /// `{"role", "content"}` objects in the form of [`lorimer_model::text::messages`]. One with `"weight": 0` is context.
         messages: Vec<Value>,
         /// Tools for templates that know them.
         tools: Option<Value>,

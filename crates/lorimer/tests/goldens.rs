@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Tensor};
-use lorimer::model::chat::ChatTemplate;
 use lorimer::model::config::LlamaConfig;
+use lorimer::model::text::chat::ChatTemplate;
 use lorimer::model::weights::SafetensorsFile;
 use lorimer::prelude::*;
 use lorimer::train::calibrate::{Data, calibrate};
@@ -135,7 +135,7 @@ fn templates_speak_transformers_dialect() {
 /// SentencePiece's own tokens (tests/goldens/make_sentencepiece.py).
 #[test]
 fn sentencepiece_in_gguf_gives_sentencepieces_tokens() {
-    let file = lorimer::model::gguf::Gguf::open(&folder("sentencepiece.gguf")).unwrap();
+    let file = lorimer::model::weights::gguf::Gguf::open(&folder("sentencepiece.gguf")).unwrap();
     let text = TextModel::from_gguf(&file).unwrap();
     for case in json(&folder("sentencepiece.json")).as_array().unwrap() {
         let given = case["text"].as_str().unwrap();
@@ -507,7 +507,7 @@ fn what_ends_a_turn_survives_every_way_in() {
         let path = out.path().join("model.gguf");
         let metadata: Vec<_> = all.iter().map(|(k, v)| (*k, v)).collect();
         write(&mut std::fs::File::create(&path).unwrap(), &metadata, &[]).unwrap();
-        lorimer::model::gguf::Gguf::open(&path).unwrap()
+        lorimer::model::weights::gguf::Gguf::open(&path).unwrap()
     };
     let (eos, none) = (("tokenizer.ggml.eos_token_id", Gguf::U32(0)), Gguf::U32(u32::MAX));
     let eot = ("tokenizer.ggml.eot_token_id", Gguf::U32(3));

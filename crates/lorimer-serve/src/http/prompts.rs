@@ -1,8 +1,8 @@
 //! From what is asked to the tokens of prompts.
 
 use lorimer_model::TextModel;
-use lorimer_model::chat::ChatTemplate;
-use lorimer_model::messages::{normalise, normalise_tools};
+use lorimer_model::text::chat::ChatTemplate;
+use lorimer_model::text::messages::{normalise, normalise_tools};
 use serde_json::Value;
 
 use super::error::ApiError;

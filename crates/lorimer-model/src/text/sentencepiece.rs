@@ -17,7 +17,7 @@ use tokenizers::normalizers::{Prepend, Replace, Sequence as Normalizers};
 use tokenizers::processors::template::TemplateProcessing;
 use tokenizers::{AddedToken, Tokenizer};
 
-use crate::gguf::Gguf;
+use crate::weights::gguf::Gguf;
 
 /// What stands for a space.
 const SPACE: &str = "▁";

@@ -1,5 +1,7 @@
 //! Tensors of a base model by their Hugging Face names, out of safetensors, GGUF or memory.
 
+pub mod gguf;
+
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
@@ -12,8 +14,8 @@ use sha2::{Digest, Sha256};
 use crate::config::LlamaConfig;
 use crate::error::{Error, Result};
 use crate::files::{MAX_HEADER_BYTES, MAX_JSON_BYTES, is_plain_file_name, read_json};
-use crate::gguf::{Gguf, module_from_gguf, module_to_gguf, reorder_rows};
 use crate::llama::EMBEDDING;
+use gguf::{Gguf, module_from_gguf, module_to_gguf, reorder_rows};
 
 /// In which type a base's projections are kept in memory. Computation is in f32 whatever it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]

@@ -1,5 +1,9 @@
 //! Text in and out: tokenizer, special tokens and chat template of one model.
 
+pub mod chat;
+pub mod messages;
+pub mod sentencepiece;
+
 use std::path::Path;
 
 use candle_core::quantized::gguf_file::Value as GgufValue;
@@ -9,11 +13,10 @@ use tokenizers::decoders::DecoderWrapper;
 use tokenizers::pre_tokenizers::{byte_level::ByteLevel, digits::Digits, sequence::Sequence};
 use tokenizers::{Decoder, Tokenizer};
 
-use crate::chat::ChatTemplate;
 use crate::error::{Error, Result, first_line};
 use crate::files::{MAX_JSON_BYTES, read_bounded, read_json};
-use crate::gguf::Gguf;
-use crate::sentencepiece;
+use crate::weights::gguf::Gguf;
+use chat::ChatTemplate;
 
 /// Tokenizer, special tokens and chat template.
 pub struct TextModel {

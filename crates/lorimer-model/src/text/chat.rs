@@ -91,7 +91,7 @@ impl ChatTemplate {
         &self.source
     }
 
-    /// Renders messages (`[{"role": …, "content": …}, …]`, see [`crate::messages`]) to text. `tools` are passed on where the
+    /// Renders messages (`[{"role": …, "content": …}, …]`, see [`crate::text::messages`]) to text. `tools` are passed on where the
     /// template knows them.
     pub fn render(&self, messages: &[Value], tools: Option<&Value>, add_generation_prompt: bool) -> Result<String> {
         self.render_with(messages, tools, &Map::new(), add_generation_prompt)
