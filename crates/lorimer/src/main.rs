@@ -1,13 +1,11 @@
-//! The `lorimer` command line: one file a verb.
+//! The `lorimer` command line: one file a subcommand.
 
 use std::process::ExitCode;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Parser, Subcommand};
+use lorimer_cli::{Global, common};
 
-mod common;
-mod compare_report;
-mod flags;
-mod verbs;
+mod subcommands;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -17,64 +15,50 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 #[command(name = "lorimer", version, propagate_version = true, args_override_self = true)]
 struct Cli {
     #[command(subcommand)]
-    verb: Verb,
+    subcommand: Command,
     #[command(flatten)]
     global: Global,
 }
 
-/// Flags of every verb.
-#[derive(Args, Clone, Copy)]
-struct Global {
-    /// Print the result as one JSON object on stdout
-    #[arg(long, global = true)]
-    json: bool,
-    /// Say less on stderr
-    #[arg(long, short, global = true)]
-    quiet: bool,
-    /// Say more on stderr
-    #[arg(long, short, global = true, conflicts_with = "quiet")]
-    verbose: bool,
-}
-
 #[derive(Subcommand)]
-enum Verb {
+enum Command {
     /// Fetch a small model, fine-tune it on real text, and show what it learnt
-    Quickstart(verbs::quickstart::Quickstart),
+    Quickstart(subcommands::quickstart::Quickstart),
     /// Fetch a base model into the cache
-    Pull(verbs::pull::Pull),
+    Pull(subcommands::pull::Pull),
     /// Fine-tune an adapter
-    Train(Box<verbs::train::Train>),
+    Train(Box<subcommands::train::Train>),
     /// Predict peak memory and time of a training run, and propose settings that fit
-    Plan(Box<verbs::plan::PlanVerb>),
+    Plan(Box<subcommands::plan::PlanRun>),
     /// Measure loss, perplexity, exact matches and choice accuracy
-    Eval(verbs::eval::Eval),
+    Eval(subcommands::eval::Eval),
     /// Answer a prompt
-    Generate(verbs::generate::Generate),
+    Generate(subcommands::generate::Generate),
     /// Serve a base and its adapters over HTTP
-    Serve(Box<verbs::serve::Serve>),
+    Serve(Box<subcommands::serve::Serve>),
     /// Merge adapters into the base's weights
-    Merge(verbs::merge::Merge),
+    Merge(subcommands::merge::Merge),
     /// Convert an adapter between PEFT, llama.cpp GGUF and kohya-style files
-    Convert(verbs::convert::Convert),
+    Convert(subcommands::convert::Convert),
     /// The nearest LoRA of a full tune
-    Extract(verbs::extract::Extract),
+    Extract(subcommands::extract::Extract),
     /// Cut a LoRA to its first ranks
-    Resize(verbs::resize::Resize),
+    Resize(subcommands::resize::Resize),
     /// Change sparse adapters under one base in memory, in milliseconds
-    Switch(verbs::switch::Switch),
+    Switch(subcommands::switch::Switch),
     /// Show what is in an adapter
-    Inspect(verbs::inspect::Inspect),
+    Inspect(subcommands::inspect::Inspect),
     /// Check that an adapter fits its base, does something, and answers as it did when it was trained
-    Check(verbs::check::Check),
+    Check(subcommands::check::Check),
     /// Measure speed and memory, alone or against a peer
-    Bench(verbs::bench::Bench),
+    Bench(lorimer_bench::Bench),
     /// Compare methods on tasks: sweeps, runs, tables and plots
-    Compare(verbs::compare::Compare),
+    Compare(lorimer_bench::compare::Compare),
     /// One run of a comparison
     #[command(hide = true)]
-    CompareRun(verbs::compare_run::CompareRun),
+    CompareRun(lorimer_bench::compare::run::CompareRun),
     /// List the methods
-    Methods(verbs::methods::Methods),
+    Methods(subcommands::methods::Methods),
 }
 
 fn main() -> ExitCode {
@@ -88,25 +72,25 @@ fn main() -> ExitCode {
     if let Err(problem) = lorimer::tensor::kernels::cpu::check() {
         return fail(&anyhow::anyhow!(problem));
     }
-    let result = match cli.verb {
-        Verb::Quickstart(v) => v.run(cli.global),
-        Verb::Pull(v) => v.run(cli.global),
-        Verb::Train(v) => v.run(cli.global),
-        Verb::Plan(v) => v.run(cli.global),
-        Verb::Eval(v) => v.run(cli.global),
-        Verb::Generate(v) => v.run(cli.global),
-        Verb::Serve(v) => v.run(cli.global),
-        Verb::Merge(v) => v.run(cli.global),
-        Verb::Convert(v) => v.run(cli.global),
-        Verb::Extract(v) => v.run(cli.global),
-        Verb::Resize(v) => v.run(cli.global),
-        Verb::Switch(v) => v.run(cli.global),
-        Verb::Inspect(v) => v.run(cli.global),
-        Verb::Check(v) => v.run(cli.global),
-        Verb::Bench(v) => v.run(cli.global),
-        Verb::Compare(v) => v.run(cli.global),
-        Verb::CompareRun(v) => v.run(cli.global),
-        Verb::Methods(v) => v.run(cli.global),
+    let result = match cli.subcommand {
+        Command::Quickstart(v) => v.run(cli.global),
+        Command::Pull(v) => v.run(cli.global),
+        Command::Train(v) => v.run(cli.global),
+        Command::Plan(v) => v.run(cli.global),
+        Command::Eval(v) => v.run(cli.global),
+        Command::Generate(v) => v.run(cli.global),
+        Command::Serve(v) => v.run(cli.global),
+        Command::Merge(v) => v.run(cli.global),
+        Command::Convert(v) => v.run(cli.global),
+        Command::Extract(v) => v.run(cli.global),
+        Command::Resize(v) => v.run(cli.global),
+        Command::Switch(v) => v.run(cli.global),
+        Command::Inspect(v) => v.run(cli.global),
+        Command::Check(v) => v.run(cli.global),
+        Command::Bench(v) => v.run(cli.global),
+        Command::Compare(v) => v.run(cli.global),
+        Command::CompareRun(v) => v.run(cli.global),
+        Command::Methods(v) => v.run(cli.global),
     };
     tracing::debug!("peak memory {} bytes", common::peak_bytes().unwrap_or_default());
     match result {

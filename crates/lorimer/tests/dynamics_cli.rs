@@ -1,4 +1,4 @@
-//! Ways to train and the verbs around them, as a user sees them.
+//! Ways to train and the subcommands around them, as a user sees them.
 
 use std::path::Path;
 

@@ -1,0 +1,59 @@
+//! `lorimer inspect`
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::Args;
+use lorimer::adapter::StoredAdapter;
+use lorimer::adapter::inspect::inspect;
+
+use lorimer_cli::{Global, common};
+
+/// Show what is in an adapter: method, rank, size, and each module's norm and effective rank
+#[derive(Args)]
+pub struct Inspect {
+    /// Adapter folder
+    adapter: PathBuf,
+}
+
+impl Inspect {
+    pub fn run(self, global: Global) -> Result<ExitCode> {
+        let report = inspect(&StoredAdapter::read(&self.adapter)?)?;
+        common::print(global, &report, || {
+            let mut out = format!(
+                "{} ({}), rank {}, alpha {}\nbase        {}\nparameters  {} ({} bytes)\ncontent id  {}{}\n\n{:44} {:>5} {:>12} {:>15}\n",
+                report.method,
+                report.peft_type,
+                report.rank.map_or("-".into(), |r| r.to_string()),
+                report.alpha.map_or("-".into(), |a| a.to_string()),
+                report.base.as_deref().unwrap_or("-"),
+                common::short(report.parameters),
+                report.bytes,
+                report.content_id,
+                match report.content_matches {
+                    Some(true) => " (as lorimer.json says)",
+                    Some(false) => " (NOT what lorimer.json says: the files were changed)",
+                    None => "",
+                },
+                "module",
+                "rank",
+                "norm",
+                "effective rank",
+            );
+            for m in &report.modules {
+                let number = |v: Option<f64>| v.map_or("-".into(), |v| format!("{v:.4}"));
+                let remarks: Vec<String> = m.remarks.iter().map(|(name, v)| format!("  {name} {v:.3}")).collect();
+                out += &format!(
+                    "{:44} {:>5} {:>12} {:>15}{}\n",
+                    m.name,
+                    m.rank.map_or("-".into(), |r| r.to_string()),
+                    number(m.norm),
+                    number(m.effective_rank),
+                    remarks.concat()
+                );
+            }
+            out
+        })
+    }
+}

@@ -1,0 +1,17 @@
+//! The subcommands, one file each; `bench` and `compare` are in `lorimer-bench`.
+
+pub mod check;
+pub mod convert;
+pub mod eval;
+pub mod extract;
+pub mod generate;
+pub mod inspect;
+pub mod merge;
+pub mod methods;
+pub mod plan;
+pub mod pull;
+pub mod quickstart;
+pub mod resize;
+pub mod serve;
+pub mod switch;
+pub mod train;

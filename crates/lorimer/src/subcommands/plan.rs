@@ -1,0 +1,135 @@
+//! `lorimer plan`
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Result, bail};
+use clap::Args;
+use lorimer::train::plan::Work;
+use lorimer::train::{EncodeOptions, TrainSettings};
+use serde_json::json;
+
+use lorimer_bench::measure::sgemm_rate;
+use lorimer_cli::Global;
+use lorimer_cli::common::{self, ModelArgs};
+use lorimer_cli::flags::{AdapterArgs, Planned, StepArgs, free_memory, show_bytes};
+
+/// Share of the machine's rate in large products that a whole step reaches: measured by `lorimer bench train`.
+const EFFICIENCY: f64 = 0.65;
+
+/// Predict peak memory and time of a training run, and propose settings that fit
+#[derive(Args)]
+pub struct PlanRun {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Training rows: the plan then counts what they really need. Without them every row is full and learnt throughout
+    #[arg(long, help_heading = "Data")]
+    data: Option<PathBuf>,
+    /// Longest sequence in tokens
+    #[arg(long, default_value_t = 1024, help_heading = "Data", visible_aliases = ["length", "cutoff-len", "sequence-len", "max-seq-length"])]
+    max_length: usize,
+    #[command(flatten)]
+    adapter: AdapterArgs,
+    /// Rows in one forward and backward
+    #[arg(long, default_value_t = 8, help_heading = "Training", visible_aliases = ["per-device-train-batch-size", "micro-batch-size"])]
+    batch_size: usize,
+    /// Optimiser steps [default: one epoch of --data, else 100]
+    #[arg(long, help_heading = "Training")]
+    max_steps: Option<usize>,
+    /// Passes over the data
+    #[arg(long, default_value_t = 1.0, help_heading = "Training", visible_alias = "num-train-epochs")]
+    epochs: f64,
+    #[command(flatten)]
+    step: StepArgs,
+}
+
+impl PlanRun {
+    pub fn run(self, global: Global) -> Result<ExitCode> {
+        if self.batch_size == 0 || self.batch_size > 1 << 16 || self.max_length == 0 || self.max_length > 1 << 24 {
+            bail!("--batch-size should be 1 to 65536 and --max-length 1 to 16777216");
+        }
+        let method = self.adapter.build(None)?;
+        let (prepared, pulled) = common::prepare_base(&self.model, global)?;
+        let rows = match &self.data {
+            Some(path) => {
+                let options = EncodeOptions { max_length: self.max_length, ..Default::default() };
+                Some(common::load_data(path, &prepared.text, &options)?.0)
+            }
+            None => None,
+        };
+        let settings = |batch_size| TrainSettings {
+            batch_size,
+            max_steps: self.max_steps,
+            epochs: self.epochs,
+            step: self.step.options(false),
+            ..Default::default()
+        };
+        settings(self.batch_size).check()?;
+        let independent = method.rows_are_independent();
+        let work = |batch: usize| match &rows {
+            Some(rows) => Work::of_rows(rows, &settings(batch), independent),
+            None => Work::worst(batch, self.max_length, self.max_steps.unwrap_or(100)),
+        };
+        let planned = Planned {
+            prepared: &prepared,
+            objective: method.training().objective.is_some(),
+            method: method.as_ref(),
+            batch_size: self.batch_size,
+            work: Box::new(work),
+        };
+        let limit = self.step.memory_limit.or_else(free_memory);
+        let (plan, checkpointing) = self.step.decide(&planned, limit)?;
+        let fits = limit.map(|limit| plan.peak_bytes <= limit);
+        let proposals = match (fits, limit) {
+            (Some(false), Some(limit)) => self.step.proposals(&planned, limit)?,
+            _ => Vec::new(),
+        };
+        let rate = sgemm_rate()?;
+        let seconds = plan.flops / (rate * 1e9 * EFFICIENCY);
+        let json = json!({
+            "peak_bytes": plan.peak_bytes, "seconds": seconds, "breakdown": plan.breakdown, "flops": plan.flops,
+            "sgemm_gflops": rate, "trainable_parameters": plan.trainable_parameters, "checkpointing": checkpointing,
+            "memory_limit": limit, "fits": fits, "rows": planned_rows(&planned),
+            "proposals": proposals.iter().map(|p| json!({ "flags": p.flags, "peak_bytes": p.plan.peak_bytes })).collect::<Vec<_>>(),
+        });
+        common::print(global, &json, || {
+            let mut out = format!(
+                "{}, {} trainable parameters, at most {} token rows in a batch\n\n",
+                pulled.name,
+                common::short(plan.trainable_parameters as usize),
+                planned_rows(&planned)
+            );
+            for (name, bytes) in plan.breakdown.parts().into_iter().filter(|(_, bytes)| *bytes > 0) {
+                out += &format!("  {name:<16}{:>10}\n", show_bytes(bytes));
+            }
+            out += &format!("  {:<16}{:>10}\n", "peak", show_bytes(plan.peak_bytes));
+            if checkpointing {
+                out += "  (layers are computed again in the backward: --checkpointing)\n";
+            }
+            out += &format!("  {:<16}{:>10}\n", "time", show_seconds(seconds));
+            match (fits, limit) {
+                (Some(true), Some(limit)) => out += &format!("\nfits into {}", show_bytes(limit)),
+                (Some(false), Some(limit)) => {
+                    out += &format!("\ndoes not fit into {}; smaller:\n", show_bytes(limit));
+                    for p in &proposals {
+                        out += &format!("  {:>10}  {}\n", show_bytes(p.plan.peak_bytes), p.flags);
+                    }
+                }
+                _ => {}
+            }
+            out.trim_end().to_string()
+        })
+    }
+}
+
+fn planned_rows(planned: &Planned<'_>) -> usize {
+    (planned.work)(planned.batch_size).rows
+}
+
+fn show_seconds(seconds: f64) -> String {
+    match seconds {
+        s if s < 120.0 => format!("{s:.0} s"),
+        s if s < 7200.0 => format!("{:.0} min", s / 60.0),
+        s => format!("{:.1} h", s / 3600.0),
+    }
+}

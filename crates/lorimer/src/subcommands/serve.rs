@@ -1,0 +1,179 @@
+//! `lorimer serve`
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, bail};
+use clap::Args;
+use lorimer::serve::http::{self, App, Keys};
+use lorimer::serve::store::ChatDefaults;
+use lorimer::serve::{EngineSettings, Policy, Store, StoreSettings, Worker};
+
+use lorimer_cli::common::ModelArgs;
+use lorimer_cli::flags::{free_memory, parse_bytes};
+use lorimer_cli::{Global, common};
+
+/// Serve a base and any number of its adapters over HTTP, batched together: OpenAI's calls, vLLM's for loading adapters, metrics, a web page
+#[derive(Args)]
+pub struct Serve {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Folder of adapters, or the URL of an object store (s3://bucket/prefix, set up by AWS_… variables): each folder below it with an
+    /// adapter_config.json is served under its path
+    #[arg(long, value_name = "FOLDER|URL")]
+    adapters: Option<String>,
+    /// Folder that keeps what was fetched from an object store [default: below ~/.cache/lorimer]
+    #[arg(long, value_name = "FOLDER")]
+    adapter_cache: Option<PathBuf>,
+    /// The base's name for clients [default: as --model has it]
+    #[arg(long, value_name = "NAME", visible_alias = "served-model-name")]
+    served_name: Option<String>,
+    /// Address to listen at; other than 127.0.0.1 needs keys
+    #[arg(long, default_value = "127.0.0.1")]
+    host: String,
+    /// Port; 0 takes any that is free
+    #[arg(long, default_value_t = 8000)]
+    port: u16,
+    /// Key that clients have to bring (Authorization: Bearer)
+    #[arg(long, env = "LORIMER_API_KEY", hide_env_values = true)]
+    api_key: Option<String>,
+    /// Key for loading and dropping adapters
+    #[arg(long, env = "LORIMER_ADMIN_KEY", hide_env_values = true)]
+    admin_key: Option<String>,
+    /// Memory for keys, values and adapters at work: 600MB, 4GiB, … [default: half of what the machine has free, 4 GiB at most]
+    #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
+    pool: Option<u64>,
+    /// Memory for adapters that are read and not at work
+    #[arg(long, value_name = "SIZE", value_parser = parse_bytes, default_value = "1GiB")]
+    host_memory: u64,
+    /// Most requests in the batch
+    #[arg(long, default_value_t = 64, visible_alias = "max-num-seqs")]
+    max_running: usize,
+    /// Most token rows of a step
+    #[arg(long, default_value_t = 512, visible_alias = "max-num-batched-tokens")]
+    batch_tokens: usize,
+    /// Most requests that wait; more are refused with 503
+    #[arg(long, default_value_t = 1000)]
+    max_waiting: usize,
+    /// Largest rank that is served
+    #[arg(long, default_value_t = 512, visible_alias = "max-lora-rank")]
+    max_rank: usize,
+    /// Rank of the low-rank form of methods that have none
+    #[arg(long, default_value_t = 64)]
+    conversion_rank: usize,
+    /// Refuse requests whose first token would come later than so many seconds
+    #[arg(long, value_name = "SECONDS")]
+    first_token: Option<f64>,
+    /// Do not keep keys and values of prompts for requests that begin alike
+    #[arg(long)]
+    no_prefix_cache: bool,
+    /// Print the OpenAPI document of the server, and serve nothing
+    #[arg(long)]
+    openapi: bool,
+    /// Seconds that requests under way get when the server is told to stop
+    #[arg(long, default_value_t = 30)]
+    grace: u64,
+}
+
+/// The folder that mirrors an object store, where none is given.
+fn adapter_cache(address: &str) -> PathBuf {
+    use sha2::Digest;
+    let hash: String = sha2::Sha256::digest(address).iter().take(8).map(|b| format!("{b:02x}")).collect();
+    lorimer::model::pull::own_cache().join("adapters").join(hash)
+}
+
+impl Serve {
+    pub fn run(self, global: Global) -> Result<ExitCode> {
+        if self.openapi {
+            println!("{}", http::document());
+            return Ok(ExitCode::SUCCESS);
+        }
+        if self.max_running == 0 || self.batch_tokens == 0 {
+            bail!("--max-running and --batch-tokens should be at least 1");
+        }
+        if self.first_token.is_some_and(|s| !(s.is_finite() && s > 0.0)) {
+            bail!("--first-token should be above 0");
+        }
+        if matches!(self.model.dtype, common::DtypeFlag::Int8) && !lorimer::tensor::storage::panels::available() {
+            bail!(
+                "--dtype int8 multiplies with AVX-512 VNNI, which this processor does not have: take --dtype f32, the fastest here, or stored, bf16, f16 or nf4 for less memory"
+            );
+        }
+        let address = http::address(&self.host, self.port).map_err(|e| anyhow!(e))?;
+        let keys = Keys { api: self.api_key, admin: self.admin_key };
+        keys.check(address.ip()).map_err(|e| anyhow!(e))?;
+        let (base, pulled) = common::open_base(&self.model, global)?;
+        let base = Arc::new(base);
+        let store = match self.adapters {
+            None => None,
+            Some(place) => {
+                let address = place.contains("://").then(|| place.clone());
+                let root = match &address {
+                    Some(address) => {
+                        let own = || adapter_cache(address);
+                        self.adapter_cache.unwrap_or_else(own)
+                    }
+                    None => PathBuf::from(place),
+                };
+                let chat = ChatDefaults {
+                    bos: base.text.bos.clone().unwrap_or_default(),
+                    eos: base.text.eos.clone().unwrap_or_default(),
+                    template: base.text.template_source().map(str::to_string),
+                };
+                let settings = StoreSettings {
+                    address,
+                    host_bytes: usize::try_from(self.host_memory)?,
+                    max_rank: self.max_rank,
+                    conversion_rank: self.conversion_rank,
+                    chat: Some(chat),
+                    ..StoreSettings::new(root)
+                };
+                Some(Arc::new(Store::open(settings)?))
+            }
+        };
+        let free = free_memory().map_or(1 << 30, |free| (free / 2).min(4 << 30));
+        let settings = EngineSettings {
+            pool_bytes: usize::try_from(self.pool.unwrap_or(free))?,
+            policy: Policy {
+                max_running: self.max_running,
+                batch_tokens: self.batch_tokens,
+                max_waiting: self.max_waiting,
+                first_token: self.first_token,
+                ..Default::default()
+            },
+            prefix_cache: !self.no_prefix_cache,
+        };
+        let pool_bytes = settings.pool_bytes;
+        let name = self.served_name.unwrap_or_else(|| pulled.name.clone());
+        if store.as_ref().is_some_and(|store| store.contains(&name)) {
+            bail!("the adapter `{name}` has the base's own name; rename it, or the base with --served-model-name");
+        }
+        let worker = Worker::start(base.clone(), settings)?;
+        let count = store.as_ref().map_or(0, |store| store.list().len());
+        let app = App::new(base, name.clone(), store, worker, keys, address.ip().is_loopback());
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+        let stop = common::stop_flag();
+        let ended = runtime.block_on(async {
+            let listener = tokio::net::TcpListener::bind(address).await;
+            let listener = listener.with_context(|| format!("cannot listen at {address}; is another server there?"))?;
+            let address = listener.local_addr()?;
+            tracing::info!("{count} adapters, a pool of {:.0} MB", pool_bytes as f64 / 1e6);
+            common::print(global, &serde_json::json!({ "url": format!("http://{address}") }), || {
+                format!("{name} is served at http://{address}")
+            })?;
+            let stopped = async {
+                while !stop.load(Ordering::Relaxed) {
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                }
+            };
+            http::serve(listener, app, stopped, Duration::from_secs(self.grace)).await?;
+            Ok(ExitCode::SUCCESS)
+        });
+        // What is still read from a disk or an object store, which may never answer, is not waited for.
+        runtime.shutdown_background();
+        ended
+    }
+}

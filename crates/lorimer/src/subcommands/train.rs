@@ -1,0 +1,326 @@
+//! `lorimer train`
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Args, ValueEnum};
+use lorimer::adapter::Adapter;
+use lorimer::adapter::training::Objective;
+use lorimer::train::data::Format;
+use lorimer::train::optimizer::AdamWConfig;
+use lorimer::train::plan::Work;
+use lorimer::train::schedule::Shape;
+use lorimer::train::{EncodeOptions, Event, Outcome, Session, TooLong, TrainSettings};
+use serde_json::{Value, json};
+
+use lorimer_cli::common::ModelArgs;
+use lorimer_cli::flags::{AdapterArgs, Planned, StepArgs, file_name, show_bytes};
+use lorimer_cli::{Global, common};
+
+#[derive(Clone, Copy, ValueEnum)]
+enum ScheduleFlag {
+    /// Straight to zero
+    Linear,
+    /// Half a cosine to zero
+    Cosine,
+    /// Stays
+    Constant,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum TooLongFlag {
+    /// Cut at the end
+    Cut,
+    /// Leave the row out
+    Drop,
+}
+
+/// Fine-tune an adapter. The output is a folder that Python's PEFT loads
+#[derive(Args)]
+pub struct Train {
+    /// YAML or JSON file with these flags as keys; flags given here win
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    #[command(flatten)]
+    model: ModelArgs,
+
+    /// Training rows: .jsonl, .json, .csv or .parquet
+    #[arg(long, help_heading = "Data")]
+    data: PathBuf,
+    /// Rows to evaluate on
+    #[arg(long, help_heading = "Data")]
+    eval_data: Option<PathBuf>,
+    /// Form of the rows: messages, alpaca, sharegpt, prompt-completion, text [default: told by the keys]
+    #[arg(long, help_heading = "Data")]
+    format: Option<Format>,
+    /// Only the first rows
+    #[arg(long, help_heading = "Data")]
+    limit: Option<usize>,
+    /// Longest sequence in tokens
+    #[arg(long, default_value_t = 1024, help_heading = "Data", visible_aliases = ["cutoff-len", "sequence-len", "max-seq-length"])]
+    max_length: usize,
+    /// What happens to longer rows
+    #[arg(long, value_enum, default_value = "cut", help_heading = "Data")]
+    too_long: TooLongFlag,
+    /// Learn the prompts too, not only the answers
+    #[arg(long, help_heading = "Data")]
+    train_on_prompt: bool,
+    /// Count bad rows instead of stopping at the first
+    #[arg(long, help_heading = "Data")]
+    skip_bad_rows: bool,
+
+    #[command(flatten)]
+    adapter: AdapterArgs,
+
+    /// Highest learning rate [default: the method's own; `lorimer methods` shows it]
+    #[arg(long, help_heading = "Training", visible_alias = "learning-rate")]
+    lr: Option<f64>,
+    /// Passes over the data
+    #[arg(long, default_value_t = 1.0, help_heading = "Training", visible_alias = "num-train-epochs")]
+    epochs: f64,
+    /// Optimiser steps, in place of --epochs
+    #[arg(long, help_heading = "Training")]
+    max_steps: Option<usize>,
+    /// Rows in one forward and backward
+    #[arg(long, default_value_t = 8, help_heading = "Training", visible_aliases = ["per-device-train-batch-size", "micro-batch-size"])]
+    batch_size: usize,
+    /// Forwards and backwards in one step
+    #[arg(long, default_value_t = 1, help_heading = "Training", visible_alias = "gradient-accumulation-steps")]
+    gradient_accumulation: usize,
+    /// Steps over which the rate rises
+    #[arg(long, default_value_t = 0, help_heading = "Training")]
+    warmup_steps: usize,
+    /// The same as a share of all steps, rounded up
+    #[arg(long, default_value_t = 0.0, help_heading = "Training")]
+    warmup_ratio: f64,
+    /// Shape of the rate after that
+    #[arg(long, value_enum, default_value = "linear", help_heading = "Training", visible_alias = "lr-scheduler-type")]
+    schedule: ScheduleFlag,
+    /// Label smoothing as in transformers: so much of the loss is the mean over the vocabulary
+    #[arg(long, default_value_t = 0.0, help_heading = "Training", visible_alias = "label-smoothing-factor")]
+    label_smoothing: f64,
+    /// AdamW's decoupled weight decay; biases and norms have none
+    #[arg(long, default_value_t = 0.0, help_heading = "Training")]
+    weight_decay: f64,
+    /// LoRA+: what the rate of B is multiplied by (16 in the paper)
+    #[arg(long, value_name = "RATIO", help_heading = "Training")]
+    loraplus_lr_ratio: Option<f64>,
+    /// Further terms of the loss: ba-lora, with settings behind it (ba-lora:lambda1=1e-4,task=nlu) [default: the method's own]
+    #[arg(long, value_name = "NAME[:KEY=VALUE,…]", help_heading = "Training")]
+    objective: Option<Objective>,
+    /// Limit on the gradient's norm; 0 for none
+    #[arg(long, default_value_t = 1.0, help_heading = "Training")]
+    max_grad_norm: f64,
+    /// Seed of start, data order and dropout; the same seed gives the same bytes
+    #[arg(long, default_value_t = 0, help_heading = "Training")]
+    seed: u64,
+    /// Take rows in the file's order
+    #[arg(long, help_heading = "Training")]
+    no_shuffle: bool,
+    /// Evaluate every so many steps (always at the end)
+    #[arg(long, help_heading = "Training")]
+    eval_steps: Option<usize>,
+    /// Keep the adapter of the lowest evaluation loss, not the last
+    #[arg(long, help_heading = "Training", requires = "eval_data")]
+    keep_best: bool,
+
+    #[command(flatten)]
+    step: StepArgs,
+
+    /// Folder for adapter, log, plots and checkpoints
+    #[arg(long, short, default_value = "runs/train", help_heading = "Output", visible_alias = "output-dir")]
+    output: PathBuf,
+    /// Write a checkpoint every so many steps (always on Ctrl-C)
+    #[arg(long, help_heading = "Output")]
+    save_steps: Option<usize>,
+    /// Checkpoints kept
+    #[arg(long, default_value_t = 2, help_heading = "Output")]
+    save_limit: usize,
+    /// Go on where an interrupted run in --output stopped, to the same bytes
+    #[arg(long, help_heading = "Output", visible_alias = "resume-from-checkpoint")]
+    resume: bool,
+    /// Begin anew though --output holds a run
+    #[arg(long, help_heading = "Output", conflicts_with = "resume")]
+    overwrite: bool,
+}
+
+impl Train {
+    pub fn run(self, global: Global) -> Result<ExitCode> {
+        let own = self.step.optimizer().and_then(|optimizer| optimizer.learning_rate());
+        let lr = match self.lr.or(own) {
+            Some(lr) => lr,
+            None => self.adapter.learning_rate()?,
+        };
+        // What is wrong with the settings is told before anything is read.
+        self.adapter.build(Some(lr))?;
+        let mut settings = TrainSettings {
+            learning_rate: lr,
+            epochs: self.epochs,
+            max_steps: self.max_steps,
+            batch_size: self.batch_size,
+            gradient_accumulation: self.gradient_accumulation,
+            warmup_steps: self.warmup_steps,
+            warmup_ratio: self.warmup_ratio,
+            schedule: match self.schedule {
+                ScheduleFlag::Linear => Shape::Linear,
+                ScheduleFlag::Cosine => Shape::Cosine,
+                ScheduleFlag::Constant => Shape::Constant,
+            },
+            optimizer: self.step.optimizer(),
+            objective: self.objective,
+            loraplus_lr_ratio: self.loraplus_lr_ratio,
+            adamw: AdamWConfig { weight_decay: self.weight_decay, ..Default::default() },
+            max_grad_norm: self.max_grad_norm,
+            label_smoothing: self.label_smoothing,
+            seed: self.seed,
+            shuffle: !self.no_shuffle,
+            eval_steps: self.eval_steps,
+            keep_best: self.keep_best,
+            step: self.step.options(self.step.checkpoints()),
+        };
+        settings.check()?;
+        let (prepared, pulled) = common::prepare_base(&self.model, global)?;
+        let options = EncodeOptions {
+            format: self.format,
+            max_length: self.max_length,
+            too_long: match self.too_long {
+                TooLongFlag::Cut => TooLong::Cut,
+                TooLongFlag::Drop => TooLong::Drop,
+            },
+            train_on_prompt: self.train_on_prompt,
+            skip_bad_rows: self.skip_bad_rows,
+            limit: self.limit,
+        };
+        let (train, _) = common::load_data(&self.data, &prepared.text, &options)?;
+        let eval = match &self.eval_data {
+            Some(path) => common::load_data(path, &prepared.text, &EncodeOptions { limit: None, ..options })?.0,
+            None => Vec::new(),
+        };
+        let method = self.adapter.build(Some(settings.first_rate(train.len())))?;
+        let with = |batch_size| TrainSettings { batch_size, ..settings.clone() };
+        let independent = method.rows_are_independent();
+        let (plan, checkpointing) = self.step.check(&Planned {
+            prepared: &prepared,
+            method: method.as_ref(),
+            batch_size: settings.batch_size,
+            objective: settings.objective.is_some() || method.training().objective.is_some(),
+            work: Box::new(|batch_size| Work::of_rows(&train, &with(batch_size), independent)),
+        })?;
+        let how = if checkpointing { ", computing layers again in the backward" } else { "" };
+        tracing::info!("the run is expected to take {} of memory{how}", show_bytes(plan.peak_bytes));
+        settings.step = self.step.options(checkpointing);
+        let base = common::load_base(prepared, &pulled)?;
+        let session = Session {
+            base: &base,
+            base_name: &pulled.name,
+            train: &train,
+            eval: &eval,
+            settings,
+            output: self.output.clone(),
+            save_steps: self.save_steps,
+            save_limit: self.save_limit,
+            resume: self.resume,
+            overwrite: self.overwrite,
+            data_names: [Some(&self.data), self.eval_data.as_ref()]
+                .into_iter()
+                .flatten()
+                .filter_map(|path| file_name(path))
+                .collect(),
+            stop: &common::stop_flag(),
+        };
+        let (outcome, adapter) = session.run(method, progress(global))?;
+        if outcome.interrupted {
+            eprintln!("interrupted after step {}; the same command with --resume goes on from there", outcome.steps);
+            return Ok(ExitCode::from(130));
+        }
+        let json = result(&session, &outcome, &adapter);
+        common::print(global, &json, || {
+            let mut out = format!(
+                "adapter    {} ({} trainable parameters)\nsteps      {}, last loss {:.4}\nspeed      {:.1} examples/s, {:.0} tokens/s\n",
+                session.output.display(),
+                common::short(adapter.parameter_count()),
+                outcome.steps,
+                outcome.losses.last().unwrap_or(&f64::NAN),
+                outcome.examples as f64 / outcome.seconds,
+                outcome.tokens as f64 / outcome.seconds,
+            );
+            if let Some(e) = &outcome.evaluation {
+                out += &format!("evaluation loss {:.4}, exact match {:.1} %", e.loss, 100.0 * e.exact_match);
+                if let Some(a) = e.choice_accuracy {
+                    out += &format!(", choice accuracy {:.1} %", 100.0 * a);
+                }
+            }
+            out
+        })
+    }
+}
+
+/// The documented fields of `train --json`.
+pub fn result(session: &Session<'_>, outcome: &Outcome, adapter: &Adapter) -> Value {
+    let rate = |n: usize| if outcome.seconds > 0.0 { n as f64 / outcome.seconds } else { 0.0 };
+    json!({
+        "adapter": session.output, "steps": outcome.steps, "examples": outcome.examples, "tokens": outcome.tokens,
+        "computed_tokens": outcome.computed_tokens,
+        "supervised_tokens": outcome.supervised_tokens, "seconds": outcome.seconds,
+        "examples_per_second": rate(outcome.examples), "tokens_per_second": rate(outcome.tokens),
+        "peak_bytes": common::peak_bytes(), "trainable_parameters": adapter.parameter_count(),
+        "loss": outcome.losses.last(), "losses": outcome.losses, "best": outcome.best, "evaluation": outcome.evaluation,
+    })
+}
+
+/// Shows a run: a bar on a terminal, else a line now and then.
+pub fn progress(global: Global) -> impl FnMut(Event<'_>) {
+    let template = "{bar:24} {pos}/{len} steps  loss {msg}  {eta} left";
+    let bar = common::bar(0, template, global);
+    let (mut clock, mut tokens, mut total) = (std::time::Instant::now(), 0usize, 0usize);
+    move |event| match event {
+        Event::Calibrating { done, total } => {
+            bar.set_length(total as u64);
+            bar.set_message("looking at the data");
+            bar.set_position(done as u64);
+            if bar.is_hidden() && done == total {
+                tracing::info!("looked at the data: {total} of {total}");
+            }
+        }
+        Event::Preparing { done, total } => {
+            bar.set_length(total as u64);
+            bar.set_message("computing the frozen layers once");
+            bar.set_position(done as u64);
+        }
+        Event::Begin { step, total: all } => {
+            total = all;
+            clock = std::time::Instant::now();
+            if step > 0 {
+                tracing::info!("resuming after step {step} of {all}");
+            }
+            bar.set_length(all as u64);
+            bar.set_position(step as u64);
+            bar.reset_eta();
+        }
+        Event::Step { record, tokens: n } => {
+            tokens += n;
+            let rate = tokens as f64 / clock.elapsed().as_secs_f64().max(1e-9);
+            bar.set_message(format!("{:.4}  {rate:.0} tokens/s", record.loss.unwrap_or_default()));
+            bar.set_position(record.step as u64);
+            if bar.is_hidden() && (record.step % (total / 20).max(1) == 0 || record.step == total) {
+                tracing::info!(
+                    "step {}/{total}: loss {:.4}, {rate:.0} tokens/s",
+                    record.step,
+                    record.loss.unwrap_or_default()
+                );
+            }
+        }
+        Event::Evaluated { step, evaluation } => {
+            let accuracy =
+                evaluation.choice_accuracy.map_or(String::new(), |a| format!(", choice accuracy {:.1} %", 100.0 * a));
+            bar.suspend(|| {
+                tracing::info!(
+                    "evaluation after step {step}: loss {:.4}, exact match {:.1} %{accuracy}",
+                    evaluation.loss,
+                    100.0 * evaluation.exact_match
+                );
+            });
+        }
+    }
+}
