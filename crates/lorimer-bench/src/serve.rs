@@ -17,7 +17,7 @@ use lorimer_adapter::store::{CONFIG_FILE, WEIGHTS_FILE, safetensors_bytes};
 use lorimer_model::Llama;
 use lorimer_model::config::LlamaConfig;
 use lorimer_model::files::{create_folder, write_json};
-use lorimer_serve::workload::{Arrival, Workload};
+use lorimer_serve::engine::workload::{Arrival, Workload};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::{Map, Value, json};

@@ -6,9 +6,9 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
-use lorimer_serve::batching::{Asked, Batching};
-use lorimer_serve::pool::{BLOCK, Geometry, Pages};
-use lorimer_serve::scheduler::{Policy, Refusal, Tenant};
+use lorimer_serve::engine::batching::{Asked, Batching};
+use lorimer_serve::engine::pool::{BLOCK, Geometry, Pages};
+use lorimer_serve::engine::scheduler::{Policy, Refusal, Tenant};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 

@@ -8,7 +8,7 @@ use lorimer::adapter::store::{CONFIG_FILE, WEIGHTS_FILE};
 use lorimer::model::weights::LoadDtype;
 use lorimer::prelude::*;
 use lorimer::serve::Hosted;
-use lorimer::serve::store::{Code, Put, REGISTRY_FILE, Store, StoreError, StoreSettings};
+use lorimer::serve::adapters::store::{Code, Put, REGISTRY_FILE, Store, StoreError, StoreSettings};
 use rand::{Rng, SeedableRng};
 
 #[path = "common/tiny.rs"]
@@ -157,15 +157,17 @@ fn two_servers_over_one_folder_keep_each_others_names() {
     stores[0].put(&model, "s1-3", Path::new("b"), &Put::Upsert).unwrap();
     stores[0].remove("s1-4").unwrap();
     stores[0].remove("b").unwrap();
-    std::thread::sleep(lorimer::serve::mirror::FRESH + std::time::Duration::from_millis(100));
+    std::thread::sleep(lorimer::serve::adapters::mirror::FRESH + std::time::Duration::from_millis(100));
     assert_eq!(stores[1].list().len(), 20);
     let b = stores[0].get(&model, "s1-3").unwrap();
     assert_eq!(stores[1].get(&model, "s1-3").unwrap().content_id, b.content_id);
     assert_eq!(code(stores[1].get(&model, "s1-4")), Code::AdapterNotFound);
     assert_eq!(code(stores[1].get(&model, "b")), Code::AdapterNotFound);
     // Another server holds the names for a second.
-    let lock =
-        std::fs::File::options().write(true).open(root.path().join(lorimer::serve::registry::LOCK_FILE)).unwrap();
+    let lock = std::fs::File::options()
+        .write(true)
+        .open(root.path().join(lorimer::serve::adapters::registry::LOCK_FILE))
+        .unwrap();
     lock.lock().unwrap();
     std::thread::scope(|scope| {
         let writing = scope.spawn(|| stores[0].put(&model, "late", Path::new("a"), &Put::Create).map(|_| ()));

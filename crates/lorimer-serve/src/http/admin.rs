@@ -11,9 +11,9 @@ use utoipa::ToSchema;
 
 use super::error::{ApiError, Failure};
 use super::{App, Body, done};
-use crate::hosted::Hosted;
-use crate::replay::replay;
-use crate::store::{Put, Store};
+use crate::adapters::hosted::Hosted;
+use crate::adapters::replay::replay;
+use crate::adapters::store::{Put, Store};
 
 /// |Δ log p| of golden prompts above which the log says so.
 const GOLDEN_TOLERANCE: f64 = 0.05;

@@ -6,10 +6,10 @@ use lorimer_model::Base;
 use tokio::sync::mpsc;
 
 use super::error::{ApiError, failed, refused, stopping, too_slow};
+use crate::engine::worker::{Heard, Ticket, Worker};
 use crate::engine::{Request, Token};
-use crate::generate::FinishReason;
-use crate::stream::{TextOptions, TextStream, context};
-use crate::worker::{Heard, Ticket, Worker};
+use crate::generation::generate::FinishReason;
+use crate::generation::stream::{TextOptions, TextStream, context};
 
 /// Pieces that wait for a slow client before its answer waits too.
 const PIECES: usize = 64;

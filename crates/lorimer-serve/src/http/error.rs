@@ -7,10 +7,10 @@ use serde::Serialize;
 use serde_json::json;
 use utoipa::ToSchema;
 
+use crate::adapters::store::{Code, StoreError};
 use crate::engine::Failure as Cause;
-use crate::scheduler::Refusal;
-use crate::store::{Code, StoreError};
-use crate::worker::Declined;
+use crate::engine::scheduler::Refusal;
+use crate::engine::worker::Declined;
 
 /// What clients read of an error.
 #[derive(Serialize, ToSchema)]

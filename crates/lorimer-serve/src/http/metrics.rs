@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use super::App;
 use crate::engine::EngineState;
-use crate::worker::Histogram;
+use crate::engine::worker::Histogram;
 
 /// One family of the exposition format.
 fn family(out: &mut String, name: &str, kind: &str, help: &str, samples: &[(String, f64)]) {

@@ -45,9 +45,9 @@ use self::desk::{Desk, Readers};
 use self::error::ApiError;
 use self::fields::Fields;
 use self::timed::Timed;
-use crate::hosted::Hosted;
-use crate::store::Store;
-use crate::worker::Worker;
+use crate::adapters::hosted::Hosted;
+use crate::adapters::store::Store;
+use crate::engine::worker::Worker;
 
 /// Largest head of a request.
 const MAX_HEAD: usize = 32 << 10;
@@ -553,9 +553,9 @@ mod tests {
     use tokio::net::TcpStream;
 
     use super::*;
+    use crate::engine::worker::Heard;
     use crate::engine::{EngineSettings, Request as Asked};
-    use crate::sampling::Sampling;
-    use crate::worker::Heard;
+    use crate::generation::sampling::Sampling;
 
     fn runtime() -> tokio::runtime::Runtime {
         tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap()

@@ -17,7 +17,7 @@ use super::prompts::{Given, conversation, prompt, tools};
 use super::request::{Adapters, ChatRequest, Common, CompletionRequest, Prompt, StreamOptions, Wanted};
 use super::shape::{Before, Kind, Place, Shape};
 use super::{App, Body};
-use crate::generate::FinishReason;
+use crate::generation::generate::FinishReason;
 
 /// `POST /v1/chat/completions`.
 #[utoipa::path(post, path = "/v1/chat/completions", tag = "inference", request_body = ChatRequest, responses((status = 200, description = "OpenAI's `chat.completion`, or server-sent `chat.completion.chunk` events", body = Object), (status = "4XX", description = "Refused", body = Failure), (status = 503, description = "Overloaded or stopping; `Retry-After` says for how long", body = Failure)))]

@@ -9,11 +9,11 @@ use utoipa::ToSchema;
 use super::error::ApiError;
 use super::fields::{Field, Fields, Texts, unknown, wrong};
 use super::{App, client};
+use crate::adapters::hosted::Hosted;
 use crate::engine::Request;
-use crate::hosted::Hosted;
-use crate::sampling::Sampling;
-use crate::scheduler::Tenant;
-use crate::stream::TextOptions;
+use crate::engine::scheduler::Tenant;
+use crate::generation::sampling::Sampling;
+use crate::generation::stream::TextOptions;
 
 /// Most choices of one request.
 pub const MAX_CHOICES: usize = 16;

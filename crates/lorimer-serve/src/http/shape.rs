@@ -9,7 +9,7 @@ use super::App;
 use super::answer::Piece;
 use super::request::Common;
 use crate::engine::Token;
-use crate::generate::FinishReason;
+use crate::generation::generate::FinishReason;
 
 /// How one of the two calls writes its answers.
 #[derive(Clone, Copy, PartialEq, Eq)]

@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
 use clap::Args;
+use lorimer::serve::adapters::store::ChatDefaults;
 use lorimer::serve::http::{self, App, Keys};
-use lorimer::serve::store::ChatDefaults;
 use lorimer::serve::{EngineSettings, Policy, Store, StoreSettings, Worker};
 
 use lorimer_cli::common::ModelArgs;

@@ -7,10 +7,10 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use crate::pool::{BLOCK, Geometry, Pages};
-use crate::prefix::{NodeId, PrefixCache};
-use crate::residents::Residents;
-use crate::scheduler::{Job, Policy, Refusal, Scheduler, Tenant};
+use crate::engine::pool::{BLOCK, Geometry, Pages};
+use crate::engine::prefix::{NodeId, PrefixCache};
+use crate::engine::residents::Residents;
+use crate::engine::scheduler::{Job, Policy, Refusal, Scheduler, Tenant};
 
 /// What is asked for.
 #[derive(Clone, Debug, Default)]

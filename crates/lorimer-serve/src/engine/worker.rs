@@ -10,10 +10,10 @@ use lorimer_model::Base;
 use serde::Serialize;
 use tokio::sync::{mpsc as channel, oneshot};
 
+use crate::engine::scheduler::Refusal;
 use crate::engine::{AtWork, Engine, EngineSettings, EngineState, Event, Failure, Request, Token};
 use crate::error::Result;
-use crate::generate::FinishReason;
-use crate::scheduler::Refusal;
+use crate::generation::generate::FinishReason;
 
 /// How often figures are brought up to date.
 const FIGURES: Duration = Duration::from_millis(200);

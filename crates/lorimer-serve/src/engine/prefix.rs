@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 
-use crate::pool::{BLOCK, Pages};
+use crate::engine::pool::{BLOCK, Pages};
 
 /// A block in the tree, or a root.
 pub type NodeId = u64;

@@ -9,8 +9,8 @@ use lorimer_tensor::{
     Addition, Group, Ops, Paged, Segment, Segmented, Tape, attention_in_pool, project_segmented, store_rows,
 };
 
-use crate::hosted::Hosted;
-use crate::pool::{BLOCK, Geometry};
+use crate::adapters::hosted::Hosted;
+use crate::engine::pool::{BLOCK, Geometry};
 
 /// Distance between the first keys of two sequences in the segments that the model hands on; longer than any sequence.
 const APART: usize = 1 << 32;

@@ -3,8 +3,8 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use crate::pool::Pages;
-use crate::residency::Residency;
+use crate::engine::pool::Pages;
+use crate::engine::residency::Residency;
 
 /// Adapters in the pool by content.
 #[derive(Default)]

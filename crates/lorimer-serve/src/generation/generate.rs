@@ -6,8 +6,8 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 
-use crate::sampling::Sampling;
-use crate::stream::{TextOptions, TextStream};
+use crate::generation::sampling::Sampling;
+use crate::generation::stream::{TextOptions, TextStream};
 
 /// Prompt tokens that go through the model at a time.
 const PREFILL: usize = 512;

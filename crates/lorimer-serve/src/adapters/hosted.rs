@@ -9,8 +9,8 @@ use lorimer_model::text::chat::ChatTemplate;
 use lorimer_model::{BaseModel, Projection, Site};
 use rayon::prelude::*;
 
+use crate::engine::pool::Geometry;
 use crate::error::{Error, Result};
-use crate::pool::Geometry;
 
 /// Where the factors of one projection lie in the adapter's numbers.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -5,10 +5,10 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::batching::{Asked, Batching};
-use crate::pool::{Geometry, Pages};
-use crate::scheduler::Policy;
-use crate::workload::Workload;
+use crate::engine::batching::{Asked, Batching};
+use crate::engine::pool::{Geometry, Pages};
+use crate::engine::scheduler::Policy;
+use crate::engine::workload::Workload;
 
 /// How long a step takes on a machine, in seconds: `step + row · rows + adapter · adapters + load · pages of adapters loaded`.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]

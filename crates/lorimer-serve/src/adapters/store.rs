@@ -18,11 +18,11 @@ use lorimer_model::files::check_writable;
 use lorimer_model::text::chat::ChatTemplate;
 use serde::Serialize;
 
-use crate::hosted::{Conversion, Hosted};
-use crate::mirror::{FRESH, Mirror};
-pub use crate::registry::REGISTRY_FILE;
-use crate::registry::{self, Registry, Written};
-use crate::residency::Residency;
+use crate::adapters::hosted::{Conversion, Hosted};
+use crate::adapters::mirror::{FRESH, Mirror};
+pub use crate::adapters::registry::REGISTRY_FILE;
+use crate::adapters::registry::{self, Registry, Written};
+use crate::engine::residency::Residency;
 
 /// Longest name.
 pub const MAX_NAME: usize = 200;

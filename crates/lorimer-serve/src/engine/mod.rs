@@ -3,6 +3,17 @@
 //! A step takes what the scheduler planned through the model in one forward, whatever adapters the rows belong to, and draws a token for
 //! every request whose last row is there. The same requests with the same seeds get the same tokens, alone or among others.
 
+pub mod batched;
+pub mod batching;
+pub mod pool;
+pub mod prefix;
+pub mod residency;
+pub mod residents;
+pub mod scheduler;
+pub mod simulate;
+pub mod worker;
+pub mod workload;
+
 use std::collections::{HashMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -14,14 +25,14 @@ use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 use serde::Serialize;
 
-use crate::batched::{Batched, Rows, Used};
-use crate::batching::{Asked, Batching};
+use crate::adapters::hosted::Hosted;
 use crate::error::{Error, Result};
-use crate::generate::FinishReason;
-use crate::hosted::Hosted;
-use crate::pool::{BLOCK, Geometry, Numbers, Pages, pool};
-use crate::sampling::Sampling;
-use crate::scheduler::{Policy, Refusal, Tenant};
+use crate::generation::generate::FinishReason;
+use crate::generation::sampling::Sampling;
+use batched::{Batched, Rows, Used};
+use batching::{Asked, Batching};
+use pool::{BLOCK, Geometry, Numbers, Pages, pool};
+use scheduler::{Policy, Refusal, Tenant};
 
 /// Tokens that an answer is expected to have where no number is asked for.
 const EXPECTED: usize = 256;
@@ -636,7 +647,7 @@ mod tests {
     use lorimer_model::{Base, OpenOptions};
 
     use super::*;
-    use crate::batching::FAULT;
+    use super::batching::FAULT;
 
     /// Where the account of requests and pages fails with one of them, that one is found and told, and the others get the tokens that they
     /// would have got, each once.

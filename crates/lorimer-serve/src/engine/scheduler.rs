@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::pool::Geometry;
+use crate::engine::pool::Geometry;
 
 /// How a scheduler decides.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -3,10 +3,10 @@
 use lorimer_adapter::Golden;
 use lorimer_model::Llama;
 
-use crate::batched::{Batched, Rows, Used};
+use crate::adapters::hosted::Hosted;
+use crate::engine::batched::{Batched, Rows, Used};
+use crate::engine::pool::{Geometry, pool};
 use crate::error::{Error, Result};
-use crate::hosted::Hosted;
-use crate::pool::{Geometry, pool};
 
 /// Most tokens that are computed for one adapter.
 const MOST: usize = 512;

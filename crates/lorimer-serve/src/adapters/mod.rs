@@ -1,0 +1,7 @@
+//! The adapters that a server has: their names and files, where those come from, and each as the engine serves it.
+
+pub mod hosted;
+pub mod mirror;
+pub mod registry;
+pub mod replay;
+pub mod store;

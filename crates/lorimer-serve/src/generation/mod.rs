@@ -1,0 +1,5 @@
+//! One answer at a time: how a token is drawn, and how tokens become text as they come.
+
+pub mod generate;
+pub mod sampling;
+pub mod stream;
