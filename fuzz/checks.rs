@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 
 use axum::body::{Body, to_bytes};
 use axum::http::{Method, Request, Uri, header};
-use lorimer::adapter::{self, inspect, methods, targets};
+use lorimer::adapter::file::inspect;
+use lorimer::adapter::{self, methods, targets};
 use lorimer::model::config::LlamaConfig;
 use lorimer::model::text::chat::{ChatTemplate, MAX_TEXT};
 use lorimer::model::weights::gguf::Gguf;
@@ -97,7 +98,7 @@ pub fn gguf(bytes: &[u8]) {
         let json = serde_json::from_slice(&std::fs::read(&path).expect("a file")).expect("JSON");
         LlamaConfig::from_json(&json, &path).expect("a configuration")
     });
-    if let Err(error) = adapter::convert::read_gguf(&path, config) {
+    if let Err(error) = adapter::file::convert::read_gguf(&path, config) {
         sentence(&error.to_string());
     }
 }

@@ -9,9 +9,9 @@ use rayon::prelude::*;
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
-use crate::frozen::FrozenParts;
+use crate::file::frozen::FrozenParts;
+use crate::file::store::StoredAdapter;
 use crate::method::{Bias, Change, Delta, Findings, LowRank, Method, ModuleTensors, Source, Step};
-use crate::store::StoredAdapter;
 use crate::targets::Matcher;
 
 /// What PEFT puts before every module path.

@@ -6,7 +6,7 @@ use std::time::Instant;
 use anyhow::{Result, bail};
 use candle_core::{DType, Device, Tensor};
 use clap::Args;
-use lorimer_adapter::switch::{Entries, Switcher};
+use lorimer_adapter::algebra::switch::{Entries, Switcher};
 use lorimer_adapter::{Adapter, methods};
 use lorimer_model::{BaseModel, Llama};
 use lorimer_tensor::FrozenWeight;

@@ -203,7 +203,7 @@ pub fn attached(adapters: &[(Adapter, f64)]) -> Result<Attached<'_>> {
 
 /// Reads and encodes a data file and says what became of its rows.
 pub fn load_data(path: &Path, text: &TextModel, options: &EncodeOptions) -> Result<(Vec<Example>, DataReport)> {
-    let (examples, report) = lorimer_train::encode::load(path, text, options)?;
+    let (examples, report) = lorimer_train::data::encode::load(path, text, options)?;
     let mut notes = Vec::new();
     for (count, what) in
         [(report.skipped, "bad rows skipped"), (report.cut, "cut to the length limit"), (report.dropped, "dropped")]

@@ -7,10 +7,10 @@ use clap::{Args, ValueEnum};
 use lorimer_adapter::Method;
 use lorimer_adapter::methods::{self, Entry};
 use lorimer_model::{Llama, LoadDtype, Prepared};
-use lorimer_train::frozen::FrozenCache;
-use lorimer_train::optimizer::OptimizerKind;
-use lorimer_train::plan::{Plan, Request, Work, plan};
-use lorimer_train::step::StepOptions;
+use lorimer_train::run::frozen::FrozenCache;
+use lorimer_train::run::plan::{Plan, Request, Work, plan};
+use lorimer_train::run::step::StepOptions;
+use lorimer_train::ways::optimizer::OptimizerKind;
 use serde_json::{Map, Value, json};
 
 /// What is trained.

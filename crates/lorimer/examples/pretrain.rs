@@ -13,9 +13,9 @@ use lorimer::model::config::LlamaConfig;
 use lorimer::model::weights::{LoadDtype, Weights};
 use lorimer::prelude::*;
 use lorimer::tensor::Gradients;
-use lorimer::train::optimizer::{self, AdamWConfig, Treatment, clip};
-use lorimer::train::schedule::{Schedule, Shape};
-use lorimer::train::step::{StepOptions, accumulate_gradients};
+use lorimer::train::run::schedule::{Schedule, Shape};
+use lorimer::train::run::step::{StepOptions, accumulate_gradients};
+use lorimer::train::ways::optimizer::{self, AdamWConfig, Treatment, clip};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::json;
@@ -138,7 +138,7 @@ fn run(
     let (mut sum, mut count) = (0.0, 0);
     for rows in held.chunks(BATCH) {
         let rows: Vec<&Example> = rows.iter().collect();
-        let (loss, n, _) = lorimer::train::step::batch_loss(&model, &attached, &rows)?;
+        let (loss, n, _) = lorimer::train::run::step::batch_loss(&model, &attached, &rows)?;
         sum += loss.to_dtype(DType::F64)?.to_scalar::<f64>()?;
         count += n;
     }

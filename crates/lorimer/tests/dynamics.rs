@@ -3,20 +3,20 @@
 use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor, Var};
+use lorimer::adapter::algebra::resize::resize;
+use lorimer::adapter::algebra::switch::{Entries, Switcher};
 use lorimer::adapter::method::SampledRank;
-use lorimer::adapter::resize::resize;
-use lorimer::adapter::switch::{Entries, Switcher};
 use lorimer::adapter::training::{BaLora, BaLoraTask, Galore, GaloreProjection, LoraPro, OptimizerKind, Update};
 use lorimer::model::weights::LoadDtype;
 use lorimer::prelude::*;
 use lorimer::tensor::Gradients;
-use lorimer::train::objective::{Moment, Objective, Regularisers};
-use lorimer::train::optimizer::{
+use lorimer::train::run::schedule::Shape;
+use lorimer::train::run::step::{Extras, StepOptions, accumulate, accumulate_gradients, batch_loss};
+use lorimer::train::run::trainer::{Run, TrainSettings};
+use lorimer::train::ways::objective::{Moment, Objective, Regularisers};
+use lorimer::train::ways::optimizer::{
     AdamW, AdamWConfig, GaloreOptimizer, LoraProOptimizer, Optimizer, Pair, Treatment, lora_pro,
 };
-use lorimer::train::schedule::Shape;
-use lorimer::train::step::{Extras, StepOptions, accumulate, accumulate_gradients, batch_loss};
-use lorimer::train::trainer::{Run, TrainSettings};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -435,7 +435,7 @@ fn every_supervised_position_is_regularised() {
     let rows = [row(1), row(3)];
     let rows: Vec<&Example> = rows.iter().collect();
     let positions: usize = rows.iter().map(|e| e.targets().count()).sum();
-    assert!(positions > lorimer::train::objective::BLOCK_ROWS);
+    assert!(positions > lorimer::train::ways::objective::BLOCK_ROWS);
     let adapter = attach(&model, "lora", r#"{"r": 3}"#);
     move_all(&adapter);
     let attached = Attached::one(&adapter);
@@ -453,7 +453,7 @@ fn every_supervised_position_is_regularised() {
         let places = Tensor::from_vec(places, positions, &Device::Cpu).unwrap();
         model.logits(&hidden.index_select(&places, 0).unwrap(), on).unwrap()
     };
-    let expected = lorimer::train::objective::divergence(&whole(&Frozen), &whole(&attached)).unwrap();
+    let expected = lorimer::train::ways::objective::divergence(&whole(&Frozen), &whole(&attached)).unwrap();
     let gradients = expected.backward().unwrap();
     let expected = expected.to_scalar::<f64>().unwrap();
     assert!((found.further - expected).abs() < 1e-9 * expected, "{} against {expected}", found.further);
@@ -487,7 +487,7 @@ fn plant(model: &Llama, planted: &[String], rng: &mut ChaCha8Rng) -> Adapter {
         for _ in 0..30 {
             let middle = 0.5 * (low + high);
             put(path, middle);
-            let moved = lorimer::train::objective::divergence(&base, &logits(&Attached::one(&teacher))).unwrap();
+            let moved = lorimer::train::ways::objective::divergence(&base, &logits(&Attached::one(&teacher))).unwrap();
             if moved.to_scalar::<f64>().unwrap() < 0.3 { low = middle } else { high = middle }
         }
         put(path, 0.0);
@@ -559,7 +559,8 @@ fn the_search_finds_planted_projections() {
         let rows: Vec<&Example> = rows.iter().collect();
         let choose = |search: &DifforaConfig| -> Vec<String> {
             let method = methods::build("diffora", serde_json::json!({ "r": 4 }).as_object().unwrap()).unwrap();
-            let look = || lorimer::train::search::search(&model, method.targeting(), search, &rows, |_, _| {}).unwrap();
+            let look =
+                || lorimer::train::ways::search::search(&model, method.targeting(), search, &rows, |_, _| {}).unwrap();
             let findings = look();
             if seed == 0 {
                 let again = look();
@@ -593,7 +594,7 @@ fn the_search_finds_planted_projections() {
 fn a_gradient_that_is_no_number_is_told_as_divergence() {
     for bad in [f32::NAN, f32::INFINITY] {
         let mut gradients = [Some(Tensor::new(&[1.0, bad], &Device::Cpu).unwrap())];
-        let told = lorimer::train::optimizer::clip(&mut gradients, 1.0);
+        let told = lorimer::train::ways::optimizer::clip(&mut gradients, 1.0);
         assert!(matches!(told, Err(lorimer::train::Error::Diverged(_))), "{told:?}");
     }
 }

@@ -8,8 +8,8 @@ use lorimer::model::text::chat::ChatTemplate;
 use lorimer::model::weights::SafetensorsFile;
 use lorimer::prelude::*;
 use lorimer::train::calibrate::{Data, calibrate};
-use lorimer::train::optimizer::{AdamW, AdamWConfig, Optimizer};
-use lorimer::train::step::batch_loss;
+use lorimer::train::run::step::batch_loss;
+use lorimer::train::ways::optimizer::{AdamW, AdamWConfig, Optimizer};
 use serde_json::Value;
 
 fn folder(name: &str) -> PathBuf {
@@ -230,7 +230,7 @@ fn ten_steps_and_the_merge_equal_peft() {
         let out = tempfile::tempdir().unwrap();
         let stored = adapter.to_stored(&base_of(&case)).unwrap();
         let merged = out.path().join("merged");
-        lorimer::adapter::merge::merge_to_folder(
+        lorimer::adapter::algebra::merge::merge_to_folder(
             &folder(&base_of(&case)),
             &[(stored, 1.0)],
             &merged,
@@ -251,7 +251,7 @@ fn ten_steps_and_the_merge_equal_peft() {
 fn merged(base: &str, adapters: &[(StoredAdapter, f64)]) -> lorimer::adapter::Result<Llama> {
     let out = tempfile::tempdir().unwrap();
     let folder = out.path().join("merged");
-    lorimer::adapter::merge::merge_to_folder(&self::folder(base), adapters, &folder, LoadDtype::F32, |_| {})?;
+    lorimer::adapter::algebra::merge::merge_to_folder(&self::folder(base), adapters, &folder, LoadDtype::F32, |_| {})?;
     let (config, weights) = lorimer::model::base::open_weights(&folder, LoadDtype::F32).unwrap();
     Ok(Llama::load(config, &weights).unwrap())
 }
@@ -298,13 +298,13 @@ fn changes_are_added_to_whole_weights() {
     for case in ["head", "head_moved_dora"] {
         let model = tiny("tiny-llama");
         let (adapter, golden) = adapter(&model, case);
-        let (lora, _) = lorimer::adapter::export::to_lora(&model, &adapter, Some(64), "tiny-llama").unwrap();
+        let (lora, _) = lorimer::adapter::file::export::to_lora(&model, &adapter, Some(64), "tiny-llama").unwrap();
         let again = Adapter::load_whole(&model, &lora).unwrap();
         let d = distance(&logits(&model, &Attached::one(&again), &golden.tokens()), &golden.get("logits"));
         assert!(d < 2e-4, "{case} as a LoRA: {d:e}");
         // `inspect` counts the head's own weight with the head.
         let stored = StoredAdapter::read(&folder(&format!("adapters/{case}"))).unwrap();
-        let report = lorimer::adapter::inspect::inspect(&stored).unwrap();
+        let report = lorimer::adapter::file::inspect::inspect(&stored).unwrap();
         assert!(report.modules.iter().all(|m| !m.name.contains("base_layer")), "{case}");
     }
 }
@@ -443,8 +443,8 @@ fn every_key_of_pefts_configurations_is_known() {
 /// Ten steps of LoRA+ as PEFT groups parameters: B and vectors at the higher rate.
 #[test]
 fn ten_steps_of_lora_plus_equal_peft() {
-    use lorimer::train::schedule::Shape;
-    use lorimer::train::trainer::{Run, TrainSettings};
+    use lorimer::train::run::schedule::Shape;
+    use lorimer::train::run::trainer::{Run, TrainSettings};
     let model = tiny("tiny-llama3");
     let adapter = Adapter::load_whole(&model, &StoredAdapter::read(&folder("loraplus")).unwrap()).unwrap();
     let golden = Golden::open("loraplus");
@@ -571,7 +571,8 @@ fn the_tokenizer_follows_a_merge_whole() {
         std::fs::write(base.join(name), "x").unwrap();
     }
     let adapter = StoredAdapter::read(&folder("adapters/lora")).unwrap();
-    lorimer::adapter::merge::merge_to_folder(&base, &[(adapter, 1.0)], &merged, LoadDtype::F32, |_| {}).unwrap();
+    lorimer::adapter::algebra::merge::merge_to_folder(&base, &[(adapter, 1.0)], &merged, LoadDtype::F32, |_| {})
+        .unwrap();
     for name in files.into_iter().chain(["tokenizer.json", "tokenizer_config.json"]) {
         assert_eq!(std::fs::read(merged.join(name)).ok(), std::fs::read(base.join(name)).ok(), "{name}");
     }
@@ -694,20 +695,22 @@ fn converted_adapters_come_back_the_same() {
         let golden = Golden::open(&format!("adapters/{case}"));
         let out = tempfile::tempdir().unwrap();
         let (gguf, kohya) = (out.path().join("a.gguf"), out.path().join("a.safetensors"));
-        lorimer::adapter::convert::write_gguf(&stored, &config, &gguf).unwrap();
-        lorimer::adapter::convert::write_kohya(&stored, &kohya).unwrap();
+        lorimer::adapter::file::convert::write_gguf(&stored, &config, &gguf).unwrap();
+        lorimer::adapter::file::convert::write_kohya(&stored, &kohya).unwrap();
         for modules in [
-            lorimer::adapter::convert::read_gguf(&gguf, &config).unwrap(),
-            lorimer::adapter::convert::read_kohya(&kohya).unwrap(),
+            lorimer::adapter::file::convert::read_gguf(&gguf, &config).unwrap(),
+            lorimer::adapter::file::convert::read_kohya(&kohya).unwrap(),
         ] {
-            let again = lorimer::adapter::convert::to_peft(modules, "tiny-llama").unwrap();
+            let again = lorimer::adapter::file::convert::to_peft(modules, "tiny-llama").unwrap();
             let adapter = Adapter::load_whole(&model, &again).unwrap();
             let d = distance(&logits(&model, &Attached::one(&adapter), &golden.tokens()), &golden.get("logits"));
             assert!(d < 2e-4, "{case}: {d:e}");
         }
     }
     let dora = StoredAdapter::read(&folder("adapters/dora")).unwrap();
-    assert!(lorimer::adapter::convert::write_kohya(&dora, Path::new("x")).unwrap_err().to_string().contains("merge"));
+    assert!(
+        lorimer::adapter::file::convert::write_kohya(&dora, Path::new("x")).unwrap_err().to_string().contains("merge")
+    );
 }
 
 /// Rows that pyarrow wrote are the rows of the JSONL file.
@@ -766,7 +769,7 @@ fn the_real_model_equals_transformers_and_peft() {
     let out = tempfile::tempdir().unwrap();
     let merged = out.path().join("merged.gguf");
     let adapters = [(StoredAdapter::read(&at).unwrap(), 8.0)];
-    let report = lorimer::adapter::merge::merge_to_gguf(&pulled.path, &adapters, &merged, |_| {}).unwrap();
+    let report = lorimer::adapter::algebra::merge::merge_to_gguf(&pulled.path, &adapters, &merged, |_| {}).unwrap();
     assert!(report.error > 0.0 && report.error < 0.1, "{}", report.error);
     assert_eq!(open(&merged, LoadDtype::Stored).model.bytes(), kept.model.bytes());
     let requantised = logits_of(&open(&merged, LoadDtype::F32));
@@ -779,7 +782,7 @@ fn the_real_model_equals_transformers_and_peft() {
 #[test]
 fn twenty_steps_equal_galore_torch() {
     use lorimer::adapter::training::{Galore, GaloreProjection};
-    use lorimer::train::optimizer::GaloreOptimizer;
+    use lorimer::train::ways::optimizer::GaloreOptimizer;
     let file = SafetensorsFile::open(&folder("galore.safetensors")).unwrap();
     let get = |name: &str| file.load(name).unwrap().unwrap();
     let (x, target) = (get("x"), get("target"));
@@ -934,7 +937,8 @@ fn difforas_search_equals_torchs() {
         ("none", of(5, 2, 3, 1e-2, 2e-2, Gate::Sigmoid, Sharing::None)),
     ] {
         let method = methods::build("diffora", &serde_json::Map::new()).unwrap();
-        let found = lorimer::train::search::search(&model, method.targeting(), &settings, &rows, |_, _| {}).unwrap();
+        let found =
+            lorimer::train::ways::search::search(&model, method.targeting(), &settings, &rows, |_, _| {}).unwrap();
         let expected = get(name).to_vec2::<f32>().unwrap();
         let kinds = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
         for (path, found) in &found {

@@ -215,7 +215,7 @@ fn gguf_files() {
     let stored = lorimer::prelude::StoredAdapter::read(&common::goldens("adapters/lora")).unwrap();
     let json = serde_json::from_slice(&std::fs::read(common::goldens("tiny-llama/config.json")).unwrap()).unwrap();
     let config = lorimer::model::config::LlamaConfig::from_json(&json, "config.json".as_ref()).unwrap();
-    lorimer::adapter::convert::write_gguf(&stored, &config, &path).unwrap();
+    lorimer::adapter::file::convert::write_gguf(&stored, &config, &path).unwrap();
     let adapter = std::fs::read(&path).unwrap();
     let seeds = [whole, adapter, std::fs::read(common::goldens("sentencepiece.gguf")).unwrap()];
     try_all(&seeds, &[], 1500, checks::gguf);

@@ -3,15 +3,15 @@
 use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Result, Tensor};
-use lorimer::adapter::export::to_lora;
+use lorimer::adapter::file::export::to_lora;
 use lorimer::model::Site;
 use lorimer::model::weights::LoadDtype;
 use lorimer::prelude::*;
 use lorimer::tensor::Gradients;
 use lorimer::train::calibrate::gradients;
-use lorimer::train::frozen::{FrozenCache, FrozenLower};
-use lorimer::train::optimizer::{self, AdamWConfig};
-use lorimer::train::step::{StepOptions, accumulate_gradients, batch_loss};
+use lorimer::train::run::frozen::{FrozenCache, FrozenLower};
+use lorimer::train::run::step::{StepOptions, accumulate_gradients, batch_loss};
+use lorimer::train::ways::optimizer::{self, AdamWConfig};
 use rand::SeedableRng;
 use serde_json::Value;
 

@@ -6,7 +6,7 @@ use lorimer::model::{Projection, Site};
 use lorimer::prelude::*;
 use lorimer::tensor::FrozenWeight;
 use lorimer::tensor::linalg::{qr, svd};
-use lorimer::train::optimizer::{AdamW, AdamWConfig, Optimizer};
+use lorimer::train::ways::optimizer::{AdamW, AdamWConfig, Optimizer};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use candle_core::DType;
-use lorimer::adapter::store::{CONFIG_FILE, WEIGHTS_FILE};
+use lorimer::adapter::file::store::{CONFIG_FILE, WEIGHTS_FILE};
 use lorimer::model::weights::LoadDtype;
 use lorimer::prelude::*;
 use lorimer::serve::Hosted;

@@ -11,11 +11,11 @@ use lorimer::model::{Projection, Site};
 use lorimer::prelude::*;
 use lorimer::tensor::FrozenWeight;
 use lorimer::train::calibrate::{Data, calibrate};
-use lorimer::train::control;
-use lorimer::train::objective::{self, Moment};
-use lorimer::train::optimizer::{AdamW, AdamWConfig, LoraProOptimizer, Optimizer, Pair};
-use lorimer::train::schedule::{Schedule, Shape};
-use lorimer::train::step::batch_loss;
+use lorimer::train::run::schedule::{Schedule, Shape};
+use lorimer::train::run::step::batch_loss;
+use lorimer::train::ways::control;
+use lorimer::train::ways::objective::{self, Moment};
+use lorimer::train::ways::optimizer::{AdamW, AdamWConfig, LoraProOptimizer, Optimizer, Pair};
 
 fn folder(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/goldens").join(name)

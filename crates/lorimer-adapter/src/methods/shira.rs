@@ -41,11 +41,11 @@ use serde_json::{Map, Value};
 
 use super::{Entry, Served};
 use crate::error::{Error, Result};
+use crate::file::store::StoredAdapter;
 use crate::method::{
     Calibration, Delta, Findings, Found, Method, NotMergeable, PeftKeys, Source, Step, configure, from_peft_json,
     peft_json, site_seed,
 };
-use crate::store::StoredAdapter;
 use crate::targets::Targeting;
 
 /// The registry's line.

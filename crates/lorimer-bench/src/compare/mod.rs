@@ -14,6 +14,7 @@ use lorimer_model::files::{create_folder, read_json, write_atomic, write_json};
 
 pub mod report;
 pub mod run;
+pub mod scatter;
 pub mod spec;
 
 use lorimer_cli::{Global, common};

@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use crate::compare::scatter::{Point, scatter};
 use anyhow::{Result, anyhow};
-use lorimer_train::scatter::{Point, scatter};
 use serde::Serialize;
 use serde_json::{Value, json};
 

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use anyhow::{Result, bail};
 use clap::Args;
-use lorimer_adapter::store::WEIGHTS_FILE;
+use lorimer_adapter::file::store::WEIGHTS_FILE;
 use lorimer_adapter::{Attached, methods};
 use lorimer_model::files::{read_json, write_json};
 use lorimer_model::{Adaptation, Frozen};

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use candle_core::{DType, Tensor};
-use lorimer_adapter::export::low_rank_of;
+use lorimer_adapter::file::export::low_rank_of;
 use lorimer_adapter::{Adapter, Change, Golden, LowRank, Step};
 use lorimer_model::text::chat::ChatTemplate;
 use lorimer_model::{BaseModel, Projection, Site};

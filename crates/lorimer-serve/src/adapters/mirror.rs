@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use futures_util::{StreamExt, TryStreamExt};
-use lorimer_adapter::store::{CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE};
+use lorimer_adapter::file::store::{CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE};
 use lorimer_model::files::{check_writable, create_folder, write_atomic, write_json};
 use object_store::aws::AmazonS3Builder;
 use object_store::path::Path as Key;

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant, SystemTime};
 
-use lorimer_adapter::store::{CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE};
+use lorimer_adapter::file::store::{CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE};
 use lorimer_adapter::{Adapter, StoredAdapter};
 use lorimer_model::BaseModel;
 use lorimer_model::files::check_writable;

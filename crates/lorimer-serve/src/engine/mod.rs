@@ -646,8 +646,8 @@ mod tests {
 
     use lorimer_model::{Base, OpenOptions};
 
-    use super::*;
     use super::batching::FAULT;
+    use super::*;
 
     /// Where the account of requests and pages fails with one of them, that one is found and told, and the others get the tokens that they
     /// would have got, each once.

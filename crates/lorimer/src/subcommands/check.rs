@@ -7,7 +7,7 @@ use anyhow::Result;
 use clap::Args;
 use lorimer::adapter::{Adapter, StoredAdapter};
 use lorimer::model::BaseModel;
-use lorimer::train::session::replay;
+use lorimer::train::run::session::replay;
 use serde_json::json;
 
 use lorimer_cli::common::ModelArgs;

@@ -5,8 +5,8 @@ use std::process::ExitCode;
 
 use anyhow::{Result, bail};
 use clap::{Args, ValueEnum};
-use lorimer::adapter::convert;
-use lorimer::adapter::export::to_lora;
+use lorimer::adapter::file::convert;
+use lorimer::adapter::file::export::to_lora;
 use lorimer::adapter::methods::shira::{Form, reform};
 use lorimer::adapter::{Adapter, Manifest, StoredAdapter};
 use lorimer::model::Base;

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use anyhow::{Result, anyhow, bail};
 use clap::Args;
-use lorimer::adapter::resize::{largest_rank, resize};
+use lorimer::adapter::algebra::resize::{largest_rank, resize};
 use lorimer::adapter::{Adapter, Attached, StoredAdapter};
 use lorimer::model::Base;
 use lorimer::train::data::Format;

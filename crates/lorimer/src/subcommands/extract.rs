@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use anyhow::{Result, bail};
 use candle_core::Tensor;
 use clap::Args;
-use lorimer::adapter::store::CONFIG_FILE;
+use lorimer::adapter::file::store::CONFIG_FILE;
 use lorimer::adapter::{Adapter, StoredAdapter, methods};
 use lorimer::model::BaseModel;
 use serde_json::Map;

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::Args;
 use lorimer::adapter::StoredAdapter;
-use lorimer::adapter::inspect::inspect;
+use lorimer::adapter::file::inspect::inspect;
 
 use lorimer_cli::{Global, common};
 

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::Args;
 use lorimer::adapter::StoredAdapter;
-use lorimer::adapter::merge::{merge_to_folder, merge_to_gguf};
+use lorimer::adapter::algebra::merge::{merge_to_folder, merge_to_gguf};
 use lorimer::model::pull::{PullOptions, pull};
 
 use lorimer_cli::common::{DtypeFlag, parse_adapter};

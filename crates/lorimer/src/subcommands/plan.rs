@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::{Result, bail};
 use clap::Args;
-use lorimer::train::plan::Work;
+use lorimer::train::run::plan::Work;
 use lorimer::train::{EncodeOptions, TrainSettings};
 use serde_json::json;
 

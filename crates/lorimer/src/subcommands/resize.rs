@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::{Result, bail};
 use clap::Args;
-use lorimer::adapter::resize::resize;
+use lorimer::adapter::algebra::resize::resize;
 use lorimer::adapter::{Manifest, StoredAdapter};
 use serde_json::json;
 

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::{Result, bail};
 use clap::Args;
-use lorimer::adapter::switch::{Entries, Switcher};
+use lorimer::adapter::algebra::switch::{Entries, Switcher};
 use lorimer::adapter::{Adapter, StoredAdapter};
 use lorimer::model::{Frozen, Llama};
 use lorimer::serve::{Sampling, generate};

@@ -8,9 +8,9 @@ use clap::{Args, ValueEnum};
 use lorimer::adapter::Adapter;
 use lorimer::adapter::training::Objective;
 use lorimer::train::data::Format;
-use lorimer::train::optimizer::AdamWConfig;
-use lorimer::train::plan::Work;
-use lorimer::train::schedule::Shape;
+use lorimer::train::run::plan::Work;
+use lorimer::train::run::schedule::Shape;
+use lorimer::train::ways::optimizer::AdamWConfig;
 use lorimer::train::{EncodeOptions, Event, Outcome, Session, TooLong, TrainSettings};
 use serde_json::{Value, json};
 

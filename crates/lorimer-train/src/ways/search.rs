@@ -13,10 +13,10 @@ use lorimer_model::{Llama, Projection, Site};
 use lorimer_tensor::Gradients;
 use serde_json::{Map, Value};
 
-use crate::encode::Example;
+use crate::data::encode::Example;
 use crate::error::{Error, Result};
-use crate::optimizer::{AdamW, AdamWConfig, Optimizer};
-use crate::step::{StepOptions, accumulate_gradients};
+use crate::run::step::{StepOptions, accumulate_gradients};
+use crate::ways::optimizer::{AdamW, AdamWConfig, Optimizer};
 
 /// The gated, shared adapters of a search.
 struct Searched {

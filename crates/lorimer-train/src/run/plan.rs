@@ -13,12 +13,12 @@ use lorimer_model::{Batch, Llama, Site};
 use lorimer_tensor::ops::loss::CHUNK_BYTES;
 use serde::Serialize;
 
-use crate::encode::Example;
+use crate::data::encode::Example;
 use crate::error::Result;
-use crate::frozen::FrozenCache;
-use crate::objective::BLOCK_ROWS;
-use crate::optimizer::OptimizerKind;
-use crate::trainer::TrainSettings;
+use crate::run::frozen::FrozenCache;
+use crate::run::trainer::TrainSettings;
+use crate::ways::objective::BLOCK_ROWS;
+use crate::ways::optimizer::OptimizerKind;
 
 /// Micro-batches that are looked at; longer runs are scaled up from these.
 const LOOKED_AT: usize = 2048;

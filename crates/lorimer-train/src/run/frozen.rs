@@ -15,7 +15,7 @@ use lorimer_tensor::Tape;
 use lorimer_tensor::storage::mapped::MappedFile;
 use serde::{Deserialize, Serialize};
 
-use crate::encode::Example;
+use crate::data::encode::Example;
 use crate::error::Result;
 
 /// Where the output of frozen lower layers is kept.

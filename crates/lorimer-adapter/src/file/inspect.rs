@@ -6,7 +6,7 @@ use lorimer_tensor::linalg::product_singular_values;
 use serde::Serialize;
 
 use crate::error::Result;
-use crate::store::StoredAdapter;
+use crate::file::store::StoredAdapter;
 
 /// One adapted module.
 #[derive(Clone, Debug, Serialize)]

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use candle_core::{DType, Device, Result as TensorResult, Tensor, TensorId, Var};
-use lorimer_adapter::store::safetensors_bytes;
+use lorimer_adapter::file::store::safetensors_bytes;
 use lorimer_adapter::targets::Matcher;
 use lorimer_adapter::{Calibration, Findings, Method};
 use lorimer_model::weights::{SafetensorsFile, hex};
@@ -24,9 +24,9 @@ use lorimer_tensor::{Gradients, Ops, Tape};
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
-use crate::encode::Example;
+use crate::data::encode::Example;
 use crate::error::{Error, Result};
-use crate::search::search;
+use crate::ways::search::search;
 
 /// Version of what is cached.
 const CACHE_VERSION: u32 = 1;
@@ -458,7 +458,7 @@ pub fn calibrate(
             let key = serde_json::to_string(&key).map_err(|e| Error::Settings(e.to_string()))?;
             let mut hash = Sha256::new();
             hash.update(key);
-            hash.update(crate::session::rows_hash(&looked_at));
+            hash.update(crate::run::session::rows_hash(&looked_at));
             Some(folder.join(format!("{}.safetensors", hex(&hash.finalize()))))
         }
         None => None,

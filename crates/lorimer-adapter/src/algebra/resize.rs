@@ -7,7 +7,7 @@ use serde_json::{Map, Value, json};
 
 use crate::attached::PREFIX;
 use crate::error::{Error, Result};
-use crate::store::StoredAdapter;
+use crate::file::store::StoredAdapter;
 
 /// Rank of every module with A and B.
 fn ranks(stored: &StoredAdapter) -> Result<BTreeMap<String, usize>> {

@@ -3,8 +3,8 @@
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 
-use lorimer_adapter::card::card;
-use lorimer_adapter::store::CONFIG_FILE;
+use lorimer_adapter::file::card::card;
+use lorimer_adapter::file::store::CONFIG_FILE;
 use lorimer_adapter::{Adapter, Attached, BaseIdentity, Findings, Golden, Manifest, Method, StoredAdapter};
 use lorimer_model::pull::own_cache;
 use lorimer_model::weights::hex;
@@ -16,11 +16,11 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use crate::calibrate::{Data, calibrate};
-use crate::checkpoint::Checkpoint;
-use crate::encode::Example;
+use crate::data::encode::Example;
 use crate::error::{Error, Result};
-use crate::evaluate::{find_choices, log_probabilities};
-use crate::trainer::{Event, Outcome, Run, TrainSettings};
+use crate::run::checkpoint::Checkpoint;
+use crate::run::evaluate::{find_choices, log_probabilities};
+use crate::run::trainer::{Event, Outcome, Run, TrainSettings};
 
 /// Golden prompts recorded with an adapter, and the longest that is taken.
 const GOLDENS: usize = 4;

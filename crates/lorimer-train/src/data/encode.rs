@@ -5,7 +5,7 @@ use std::path::Path;
 use lorimer_model::TextModel;
 use serde::Serialize;
 
-use crate::answers::{Conversation, Part};
+use crate::data::answers::{Conversation, Part};
 use crate::data::{Format, Row, Sample, detect, read_rows, sample};
 use crate::error::{Error, Result};
 

@@ -17,8 +17,8 @@ use serde_json::{Map, Value, json};
 
 use crate::attached::PREFIX;
 use crate::error::{Error, Result};
+use crate::file::store::{StoredAdapter, safetensors_bytes};
 use crate::method::LowRank;
-use crate::store::{StoredAdapter, safetensors_bytes};
 
 /// The low-rank change of every module; an error names the first module that has more than that.
 pub fn low_ranks(stored: &StoredAdapter) -> Result<BTreeMap<String, LowRank>> {

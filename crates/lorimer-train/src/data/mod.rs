@@ -1,5 +1,8 @@
 //! Training data: five shapes of rows in four kinds of files.
 
+mod answers;
+pub mod encode;
+
 use std::fmt;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};

@@ -11,10 +11,10 @@ use serde::Serialize;
 use serde_json::json;
 
 use crate::attached::{Adapter, PREFIX};
-use crate::convert::to_peft;
 use crate::error::{Error, Result};
+use crate::file::convert::to_peft;
+use crate::file::store::StoredAdapter;
 use crate::method::{Change, Delta, LowRank, Step};
-use crate::store::StoredAdapter;
 
 /// Rank of the approximation where none is given.
 const DEFAULT_RANK: usize = 64;

@@ -11,7 +11,7 @@ use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
-use crate::frozen::FrozenParts;
+use crate::file::frozen::FrozenParts;
 
 /// Largest `adapter_config.json` and `lorimer.json`.
 const MAX_CONFIG_BYTES: u64 = 4 << 20;

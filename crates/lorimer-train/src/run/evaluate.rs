@@ -5,7 +5,7 @@ use lorimer_model::{Adaptation, Batch, Inference, Llama, TextModel};
 use lorimer_tensor::cross_entropy;
 use serde::Serialize;
 
-use crate::encode::Example;
+use crate::data::encode::Example;
 use crate::error::Result;
 
 /// Token rows that go through the model at a time.

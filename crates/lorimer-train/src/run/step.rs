@@ -9,10 +9,10 @@ use lorimer_model::{Adaptation, Batch, Frozen, Inference, Llama, Point};
 use lorimer_tensor::{Gradients, Ops, Tape};
 use serde::{Deserialize, Serialize};
 
-use crate::encode::Example;
+use crate::data::encode::Example;
 use crate::error::Result;
-use crate::frozen::{FrozenCache, FrozenLower};
-use crate::objective::{BLOCK_ROWS, Moment, Objective};
+use crate::run::frozen::{FrozenCache, FrozenLower};
+use crate::ways::objective::{BLOCK_ROWS, Moment, Objective};
 
 /// How the fast form goes about it. None of these changes the result beyond rounding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
+use crate::file::store::raw_bytes;
 use crate::method::Delta;
-use crate::store::raw_bytes;
 
 /// How far a sketch may be from the recorded one, relative to the norm of the tensor.
 const TOLERANCE: f64 = 1e-3;

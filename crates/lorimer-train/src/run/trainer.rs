@@ -15,17 +15,17 @@ use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
-use crate::checkpoint::{Checkpoint, State};
-use crate::control::{self, Control};
-use crate::encode::Example;
+use crate::data::encode::Example;
 use crate::error::{Error, Result};
-use crate::evaluate::{Evaluation, evaluate};
-use crate::frozen::FrozenLower;
-use crate::log::{Log, Record, plot};
-use crate::objective::{self, Moment};
-use crate::optimizer::{self, AdamWConfig, Optimizer, OptimizerKind, Treatment};
-use crate::schedule::{Schedule, Shape};
-use crate::step::{Extras, StepOptions, accumulate};
+use crate::run::checkpoint::{Checkpoint, State};
+use crate::run::evaluate::{Evaluation, evaluate};
+use crate::run::frozen::FrozenLower;
+use crate::run::log::{Log, Record, plot};
+use crate::run::schedule::{Schedule, Shape};
+use crate::run::step::{Extras, StepOptions, accumulate};
+use crate::ways::control::{self, Control};
+use crate::ways::objective::{self, Moment};
+use crate::ways::optimizer::{self, AdamWConfig, Optimizer, OptimizerKind, Treatment};
 
 /// Settings that stand at zero are not written, so that what an earlier version began can be resumed.
 fn is_zero(value: &f64) -> bool {

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use candle_core::Tensor;
-use lorimer_adapter::store::safetensors_bytes;
+use lorimer_adapter::file::store::safetensors_bytes;
 use lorimer_model::files::{
     MAX_JSON_BYTES, read_bounded, read_json, remove_folder, remove_leftovers, write_atomic, write_folder_atomic,
     write_json,
@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
-use crate::log::Record;
+use crate::run::log::Record;
 
 /// What a run needs to go on as if it had never stopped. Data order and dropout follow from seed and step.
 #[derive(Clone, Debug, Default)]

@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use crate::store::StoredAdapter;
+use crate::file::store::StoredAdapter;
 
 /// `README.md` with the front matter that the hub reads.
 pub fn card(adapter: &StoredAdapter, folder: &str, metrics: &[(String, String)]) -> String {

@@ -19,9 +19,9 @@ use serde_json::Value;
 
 use crate::attached::{Accounting, BASE_WEIGHT, PREFIX, equal, refuse_embedding, refuse_sum, replaced_by};
 use crate::error::{Error, Result};
-use crate::frozen::FrozenParts;
+use crate::file::frozen::FrozenParts;
+use crate::file::store::{StoredAdapter, raw_bytes, safetensors_dtype};
 use crate::method::{Delta, Method, ModuleTensors, Source};
-use crate::store::{StoredAdapter, raw_bytes, safetensors_dtype};
 use crate::targets::Matcher;
 
 /// What a merge gave.

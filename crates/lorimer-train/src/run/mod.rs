@@ -1,0 +1,11 @@
+//! A run: from settings to an adapter folder, step by step, with what it leaves behind and what it takes.
+
+pub mod checkpoint;
+pub mod evaluate;
+pub mod frozen;
+pub mod log;
+pub mod plan;
+pub mod schedule;
+pub mod session;
+pub mod step;
+pub mod trainer;
