@@ -11,7 +11,7 @@ use serde_json::{Map, Value};
 use crate::error::{Error, Result};
 use crate::file::frozen::FrozenParts;
 use crate::file::store::StoredAdapter;
-use crate::method::{Bias, Change, Delta, Findings, LowRank, Method, ModuleTensors, Source, Step};
+use crate::method::{Bias, CalibrationStats, Change, Delta, LowRank, Method, ModuleTensors, ParameterSource, Step};
 use crate::targets::Matcher;
 
 /// What PEFT puts before every module path.
@@ -93,17 +93,17 @@ fn base_parameter(model: &dyn BaseModel, path: &str) -> Result<Option<Tensor>> {
 impl Adapter {
     /// A new adapter on every targeted projection. The same seed gives the same bytes.
     pub fn attach(model: &dyn BaseModel, method: Box<dyn Method>, seed: u64) -> Result<Self> {
-        Self::attach_calibrated(model, method, &Findings::new(), seed)
+        Self::attach_calibrated(model, method, &CalibrationStats::new(), seed)
     }
 
     /// [`Self::attach`] with what calibration found out, for methods that ask for it.
     pub fn attach_calibrated(
         model: &dyn BaseModel,
         mut method: Box<dyn Method>,
-        findings: &Findings,
+        stats: &CalibrationStats,
         seed: u64,
     ) -> Result<Self> {
-        settle(method.as_mut(), model, findings)?;
+        resolve(method.as_mut(), model, stats)?;
         method.targeting().check()?;
         let projections = model.projections();
         let matcher = Matcher::new(method.targeting(), projections.iter().map(|(site, _)| *site))?;
@@ -131,7 +131,7 @@ impl Adapter {
         }
         let dtype = model.dtype();
         let attach = |(site, base): &&(&Site, &Projection)| -> Result<(String, Box<dyn Delta>)> {
-            let mut source = Source::start(site, dtype, seed, findings);
+            let mut source = ParameterSource::start(site, dtype, seed, stats);
             Ok((site.path.clone(), method.attach(site, base, &mut source)?))
         };
         let deltas = targeted.par_iter().map(attach).collect::<Result<BTreeMap<_, _>>>()?;
@@ -221,7 +221,7 @@ impl Adapter {
                 None => accounting.refused.push(key.clone()),
             }
         }
-        settle(method.as_mut(), model, &Findings::new())?;
+        resolve(method.as_mut(), model, &CalibrationStats::new())?;
         let mut deltas: BTreeMap<String, Box<dyn Delta>> = BTreeMap::new();
         let mut work: Vec<_> = projections
             .iter()
@@ -236,7 +236,7 @@ impl Adapter {
             }
             let replaced = parameters.get(&site.weight_path()).map(|own| replaced_by(own.as_tensor(), base));
             let own = replaced.as_ref().unwrap_or(base);
-            let mut source = Source::file(site, dtype, tensors);
+            let mut source = ParameterSource::file(site, dtype, tensors);
             if replaced.is_some() {
                 source = source.with_weight();
             }
@@ -428,11 +428,11 @@ impl Adapter {
 }
 
 /// Tells a method which projections it targets.
-fn settle(method: &mut dyn Method, model: &dyn BaseModel, findings: &Findings) -> Result<()> {
+fn resolve(method: &mut dyn Method, model: &dyn BaseModel, stats: &CalibrationStats) -> Result<()> {
     let projections = model.projections();
     let matcher = Matcher::new(method.targeting(), projections.iter().map(|(site, _)| *site))?;
     let targeted: Vec<&Site> = projections.iter().map(|(site, _)| *site).filter(|site| matcher.targets(site)).collect();
-    method.settle(&targeted, findings)
+    method.resolve(&targeted, stats)
 }
 
 fn detached(t: &Tensor) -> TensorResult<Tensor> {
@@ -543,7 +543,7 @@ impl Attached<'_> {
             return Ok(y);
         }
         let plain = match own {
-            Some(weight) => ops.island(&[x], &[weight], |t| t[0].matmul(&weight.t()?))?,
+            Some(weight) => ops.subgraph(&[x], &[weight], |t| t[0].matmul(&weight.t()?))?,
             None => ops.linear(x, &base.weight)?,
         };
         let mut y = plain.clone();
@@ -553,7 +553,7 @@ impl Attached<'_> {
                 true => ops.linear(x, &base.weight)?,
                 false => plain.clone(),
             };
-            let change = ops.island(&[x, &from], &parameters(delta), |t| {
+            let change = ops.subgraph(&[x, &from], &parameters(delta), |t| {
                 let change = delta.forward(adapter.own(site, base), &t[0], &t[1], &self.step)?;
                 if weight == 1.0 { Ok(change) } else { change * weight }
             })?;
@@ -567,11 +567,11 @@ impl Attached<'_> {
     fn form(&self, delta: &dyn Delta, base: &Projection, x: &Tensor) -> TensorResult<Option<Change>> {
         let mut scaling = None;
         let rows = x.dim(0)?;
-        let found = self.ops().island_all(&[], &parameters(delta), |_| {
+        let found = self.ops().subgraph_all(&[], &parameters(delta), |_| {
             Ok(match delta.change(base, rows, &self.step)? {
                 None => vec![],
                 Some(Change::Weight(weight)) => vec![weight],
-                Some(Change::Thin(low)) => {
+                Some(Change::LowRank(low)) => {
                     scaling = Some(low.scaling);
                     vec![low.a, low.b]
                 }
@@ -579,7 +579,7 @@ impl Attached<'_> {
         })?;
         let mut found = found.into_iter();
         Ok(match (found.next(), found.next(), scaling) {
-            (Some(a), Some(b), Some(scaling)) => Some(Change::Thin(LowRank { a, b, scaling })),
+            (Some(a), Some(b), Some(scaling)) => Some(Change::LowRank(LowRank { a, b, scaling })),
             (Some(weight), None, _) => Some(Change::Weight(weight)),
             _ => None,
         })
@@ -593,7 +593,7 @@ impl Attached<'_> {
         }
         for (_, delta, weight) in self.here(site) {
             let change =
-                ops.island_all(&[], &parameters(delta), |_| Ok(delta.bias_change(base)?.into_iter().collect()))?;
+                ops.subgraph_all(&[], &parameters(delta), |_| Ok(delta.bias_change(base)?.into_iter().collect()))?;
             if let Some(change) = change.first() {
                 y = ops.add_bias(&y, &if weight == 1.0 { change.clone() } else { (change * weight)? })?;
             }
@@ -630,7 +630,7 @@ impl Adaptation for Attached<'_> {
             let low_rank = match self.here(site).collect::<Vec<_>>()[..] {
                 [] => None,
                 [(_, delta, 1.0)] => match self.form(delta, base, x)? {
-                    Some(Change::Thin(LowRank { a, b, scaling })) => Some(LowRankTerm {
+                    Some(Change::LowRank(LowRank { a, b, scaling })) => Some(LowRankTerm {
                         gradient_scale: delta.gradient_scale()?,
                         mask: delta.mask(x, &self.step)?,
                         ..LowRankTerm::new(a, b, scaling)

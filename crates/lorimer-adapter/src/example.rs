@@ -6,7 +6,7 @@ use lorimer_tensor::FrozenWeight;
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
-use crate::method::{Findings, Source, Step};
+use crate::method::{CalibrationStats, ParameterSource, Step};
 
 /// The output of one projection `weight` (outputs rows of inputs numbers) for one input, with a new adapter of `method` some of whose
 /// parameters have been set (by key, row-major). The merged weight has to give the same.
@@ -25,9 +25,9 @@ fn run(method: &str, settings: &str, weight: &[&[f64]], parameters: &[(&str, &[f
     let weight = Tensor::from_vec(weight.concat(), shape, &Device::Cpu)?;
     let base = Projection { weight: FrozenWeight::Dense(weight), bias: None };
     let site = Site::new("projection", shape);
-    let findings = Findings::new();
-    method.settle(&[&site], &findings)?;
-    let delta = method.attach(&site, &base, &mut Source::start(&site, DType::F64, 0, &findings))?;
+    let stats = CalibrationStats::new();
+    method.resolve(&[&site], &stats)?;
+    let delta = method.attach(&site, &base, &mut ParameterSource::start(&site, DType::F64, 0, &stats))?;
     for (key, values) in parameters {
         let (_, var) = delta.trainable().into_iter().find(|(k, _)| k == key).ok_or_else(|| wrong(key))?;
         var.set(&Tensor::from_slice(values, var.shape(), &Device::Cpu)?)?;

@@ -59,7 +59,7 @@ pub enum Bias {
 #[derive(Debug, Clone)]
 pub struct NotMergeable(pub String);
 
-/// A product of two thin matrices: ΔW = scaling · B A.
+/// A product of two low-rank factors: ΔW = scaling · B A.
 #[derive(Clone, Debug)]
 pub struct LowRank {
     /// (rank, inputs).
@@ -73,7 +73,7 @@ pub struct LowRank {
 /// A changed projection in a form that is computed together with the frozen one.
 pub enum Change {
     /// ΔW = scaling · b a.
-    Thin(LowRank),
+    LowRank(LowRank),
     /// The whole weight W' (outputs, inputs).
     Weight(Tensor),
 }
@@ -89,11 +89,11 @@ pub trait Delta: Send + Sync {
     fn change(&self, _base: &Projection, _rows: usize, _step: &Step) -> TensorResult<Option<Change>> {
         Ok(None)
     }
-    /// What multiplies the input of the change only, (rows, inputs), where the change is [`Change::Thin`]: dropout.
+    /// What multiplies the input of the change only, (rows, inputs), where the change is [`Change::LowRank`]: dropout.
     fn mask(&self, _x: &Tensor, _step: &Step) -> TensorResult<Option<Tensor>> {
         Ok(None)
     }
-    /// What multiplies the gradient that reaches the change's output (outputs), where the change is [`Change::Thin`]; the forward knows
+    /// What multiplies the gradient that reaches the change's output (outputs), where the change is [`Change::LowRank`]; the forward knows
     /// nothing of it.
     fn gradient_scale(&self) -> TensorResult<Option<Tensor>> {
         Ok(None)
@@ -102,8 +102,8 @@ pub trait Delta: Send + Sync {
     /// bias, which an adapter may have replaced.
     fn forward(&self, base: &Projection, x: &Tensor, y: &Tensor, step: &Step) -> TensorResult<Tensor> {
         match self.change(base, x.dim(0)?, step)? {
-            // The scaling goes onto the thin matrix, where it costs next to nothing.
-            Some(Change::Thin(LowRank { a, b, scaling })) => {
+            // The scaling goes onto the low-rank factor, where it costs next to nothing.
+            Some(Change::LowRank(LowRank { a, b, scaling })) => {
                 let x = self.mask(x, step)?.map_or_else(|| Ok(x.clone()), |mask| x * mask)?;
                 let change = (x.matmul(&a.t()?)? * scaling)?.matmul(&b.t()?)?;
                 match self.gradient_scale()? {
@@ -133,7 +133,7 @@ pub trait Delta: Send + Sync {
     /// The plain weight (outputs, inputs) that gives the same output, in f32 (f64 for f64 adapters).
     fn merged(&self, base: &Projection) -> TensorResult<Result<Tensor, NotMergeable>> {
         let merged = match self.change(base, 0, &Step::default())? {
-            Some(Change::Thin(low)) => {
+            Some(Change::LowRank(low)) => {
                 let change = (low.b.matmul(&low.a)? * low.scaling)?;
                 (base.dense(change.dtype())? + change)?
             }
@@ -206,10 +206,10 @@ impl ModuleTensors {
 }
 
 /// What calibration found out about a module, by name.
-pub type Found = BTreeMap<String, Tensor>;
+pub type ModuleStats = BTreeMap<String, Tensor>;
 
 /// What calibration found out, by module.
-pub type Findings = BTreeMap<String, Found>;
+pub type CalibrationStats = BTreeMap<String, ModuleStats>;
 
 /// What a method wants to know of the training data before it is attached.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -221,14 +221,15 @@ pub enum Calibration {
     Inputs {
         /// Cosine between a direction and what it was a batch ago from which on it holds still.
         threshold: f64,
-        /// Only positions whose own token is learnt.
-        learnt_only: bool,
+        /// Only positions whose own token is supervised.
+        #[serde(rename = "learnt_only")]
+        supervised_only: bool,
         /// Rows of data at a time.
         batch_size: usize,
         /// Batches after which what there is will do.
         max_batches: usize,
     },
-    /// The sum of every targeted weight's gradient over this many rows of data, handed to [`Method::digest`].
+    /// The sum of every targeted weight's gradient over this many rows of data, handed to [`Method::reduce_gradients`].
     Gradients {
         /// Rows of data.
         samples: usize,
@@ -243,7 +244,7 @@ pub enum Calibration {
 }
 
 /// Where an adapter on one projection comes from: a start, or a file.
-pub struct Source<'a> {
+pub struct ParameterSource<'a> {
     site: &'a Site,
     dtype: DType,
     from: From<'a>,
@@ -251,15 +252,15 @@ pub struct Source<'a> {
 }
 
 enum From<'a> {
-    Start(Box<ChaCha8Rng>, Option<&'a Found>),
+    Start(Box<ChaCha8Rng>, Option<&'a ModuleStats>),
     File(&'a mut ModuleTensors),
 }
 
-impl<'a> Source<'a> {
+impl<'a> ParameterSource<'a> {
     /// A new adapter whose random values follow from `seed` and the site.
-    pub fn start(site: &'a Site, dtype: DType, seed: u64, findings: &'a Findings) -> Self {
+    pub fn start(site: &'a Site, dtype: DType, seed: u64, stats: &'a CalibrationStats) -> Self {
         let rng = Box::new(ChaCha8Rng::seed_from_u64(site_seed(seed, &site.path)));
-        Self { site, dtype, from: From::Start(rng, findings.get(&site.path)), with_weight: false }
+        Self { site, dtype, from: From::Start(rng, stats.get(&site.path)), with_weight: false }
     }
 
     /// What a file holds for the site.
@@ -381,8 +382,8 @@ pub trait Method: Send + Sync {
     fn learning_rate(&self) -> Option<f64> {
         None
     }
-    /// What it made of its findings, for `lorimer.json`.
-    fn findings(&self) -> Value {
+    /// What it made of its calibration, for `lorimer.json`.
+    fn calibration_report(&self) -> Value {
         Value::Null
     }
     /// Last words on the configuration of a file, when the tensors of its modules are known.
@@ -401,15 +402,15 @@ pub trait Method: Send + Sync {
         Ok(Vec::new())
     }
     /// With [`Calibration::Gradients`]: what to keep of the summed gradient (outputs, inputs) of a frozen weight.
-    fn digest(&self, _site: &Site, _base: &Projection, _gradient: &Tensor) -> Result<Found> {
-        Ok(Found::new())
+    fn reduce_gradients(&self, _site: &Site, _base: &Projection, _gradient: &Tensor) -> Result<ModuleStats> {
+        Ok(ModuleStats::new())
     }
     /// Told once, before anything is attached or loaded, which projections are targeted and what calibration found (nothing
     /// where a file is loaded).
-    fn settle(&mut self, _targeted: &[&Site], _findings: &Findings) -> Result<()> {
+    fn resolve(&mut self, _targeted: &[&Site], _stats: &CalibrationStats) -> Result<()> {
         Ok(())
     }
-    /// A tensor of a file that belongs to no module; whether it is of use. Before [`Self::settle`].
+    /// A tensor of a file that belongs to no module; whether it is of use. Before [`Self::resolve`].
     fn take_shared(&mut self, _name: &str, _tensor: &Tensor) -> bool {
         false
     }
@@ -418,7 +419,7 @@ pub trait Method: Send + Sync {
         Ok(Vec::new())
     }
     /// The adapter on one projection, new or out of a file.
-    fn attach(&self, site: &Site, base: &Projection, source: &mut Source<'_>) -> Result<Box<dyn Delta>>;
+    fn attach(&self, site: &Site, base: &Projection, source: &mut ParameterSource<'_>) -> Result<Box<dyn Delta>>;
     /// Number of trainable parameters on a projection: the formula of the method's header.
     fn parameters(&self, site: &Site) -> Result<usize>;
     /// Whether, in training, the output of a row depends on that row alone: see [`Delta::rows_are_independent`].
@@ -431,11 +432,11 @@ pub trait Method: Send + Sync {
     }
     /// Floats that training keeps for each row of a projection's input until the backward, beside the input itself: for the
     /// plan of a run. The default is what [`Delta::forward`] keeps as a graph of some operations.
-    fn kept(&self, site: &Site) -> usize {
+    fn activations_per_row(&self, site: &Site) -> usize {
         2 * site.inputs + 5 * site.outputs
     }
     /// Floats that training keeps of a projection however many rows there are, beside the trainable parameters.
-    fn held(&self, _site: &Site) -> usize {
+    fn activations_fixed(&self, _site: &Site) -> usize {
         0
     }
     /// Figures of a module in a file that only this method has, for `inspect`.

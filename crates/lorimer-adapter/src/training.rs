@@ -1,4 +1,4 @@
-//! How an adapter is trained, where that is more than AdamW on the loss of its task: settings of optimisers, controls and objectives.
+//! How an adapter is trained, where that is more than AdamW on the loss of its task: settings of optimisers, callbacks and objectives.
 //! A method brings them by [`crate::Method::training`]; their mathematics is in `lorimer-train`. On the command line a part is its name with
 //! settings behind it: `galore:rank=64,scale=0.25`.
 
@@ -16,7 +16,8 @@ pub struct Training {
     /// From gradients to steps; None: AdamW.
     pub optimizer: Option<OptimizerKind>,
     /// What acts between the parts of a step.
-    pub control: Option<Control>,
+    #[serde(rename = "control")]
+    pub callback: Option<Callback>,
     /// What is minimised beside the loss of the task.
     pub objective: Option<Objective>,
 }
@@ -108,7 +109,7 @@ impl Default for LoraPro {
 /// What acts between the parts of a step.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Control {
+pub enum Callback {
     /// A rank drawn for each step (DyLoRA).
     RankSampling(RankSampling),
     /// Soft threshold on gates after each step (SoRA).

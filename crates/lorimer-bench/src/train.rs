@@ -188,7 +188,7 @@ impl BenchTrain {
             let vocabulary = base.config.vocab_size as u32;
             let row = |_| Example {
                 tokens: (0..256).map(|_| rng.random_range(3.min(vocabulary - 1)..vocabulary)).collect(),
-                learnt: vec![true; 256],
+                supervised: vec![true; 256],
                 answer: None,
             };
             return Ok(((0..4 * self.steps).map(row).collect(), 4));
@@ -235,10 +235,10 @@ impl BenchTrain {
         for (step, batch) in rows.chunks(size).enumerate() {
             let clock = Instant::now();
             let batch: Vec<&Example> = batch.iter().collect();
-            let learnt: usize = batch.iter().map(|e| e.targets().count()).sum();
+            let targets: usize = batch.iter().map(|e| e.targets().count()).sum();
             let mut sums = Gradients::default();
             let on = attached.at(Step::training(step as u64));
-            let scale = 1.0 / learnt.max(1) as f64;
+            let scale = 1.0 / targets.max(1) as f64;
             let (found, mut gradients) = match self.reference {
                 true => reference_step(&base.model, &on, &parameters, &batch, scale)?,
                 false => {
@@ -305,7 +305,7 @@ fn reference_step(
     let sum = f64::from(sum.to_scalar::<f32>()?);
     let backward_seconds = clock.elapsed().as_secs_f64();
     Ok((
-        StepLoss { sum, further: 0.0, supervised, tokens, computed: tokens, forward_seconds, backward_seconds },
+        StepLoss { sum, auxiliary: 0.0, supervised, tokens, computed: tokens, forward_seconds, backward_seconds },
         gradients,
     ))
 }

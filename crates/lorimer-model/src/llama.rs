@@ -213,7 +213,7 @@ impl Llama {
             candle_core::bail!("token {bad} is outside the vocabulary of {}", self.config.vocab_size);
         }
         match adaptation.parameter(EMBEDDING) {
-            Some(table) => adaptation.ops().island(&[], &[table], |_| {
+            Some(table) => adaptation.ops().subgraph(&[], &[table], |_| {
                 table.index_select(&Tensor::from_slice(tokens, tokens.len(), table.device())?, 0)
             }),
             None => self.embedding.rows(tokens, self.dtype),

@@ -84,7 +84,7 @@ impl Run {
             kept += usize::from(held == 0 && pages.users(page) == 1);
         }
         assert_eq!(free, pages.free());
-        assert_eq!(kept, self.batching.cached_pages() + self.batching.residents().figures().pages(), "seed {seed}");
+        assert_eq!(kept, self.batching.cached_pages() + self.batching.adapters().figures().pages(), "seed {seed}");
     }
 }
 

@@ -3,7 +3,7 @@
 //! candle's own graph starts every gradient as zeros, adds to it in passes of their own on one thread, and keeps
 //! every intermediate until the end. A [`Tape`] records only the operations that lead from a trainable tensor to the
 //! loss, lets products accumulate straight into gradients, and frees what an operation kept as soon as its backward has run.
-//! Whatever has no operation here is recorded as an *island* ([`crate::Ops::island`]): any function of candle tensors.
+//! Whatever has no operation here is recorded as a *subgraph* ([`crate::Ops::subgraph`]): any function of candle tensors.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -24,14 +24,14 @@ struct Node {
 }
 
 /// Computes a tensor again.
-pub(crate) type Recipe = Arc<dyn Fn() -> Result<Tensor> + Send + Sync>;
+pub(crate) type Recompute = Arc<dyn Fn() -> Result<Tensor> + Send + Sync>;
 
 #[derive(Default)]
 struct Record {
     nodes: Vec<Node>,
     tracked: HashSet<TensorId>,
     /// How outputs of element-wise operations come about, for nodes that would rather compute than keep them.
-    recipes: HashMap<TensorId, Recipe>,
+    recomputes: HashMap<TensorId, Recompute>,
 }
 
 /// The operations of one forward, in order.
@@ -164,14 +164,14 @@ impl Tape {
     }
 
     /// How to have a tensor again: by computing it if that is cheap, else by keeping it.
-    pub(crate) fn recipe(&self, t: &Tensor) -> Recipe {
+    pub(crate) fn recompute(&self, t: &Tensor) -> Recompute {
         let kept = t.clone();
-        self.lock().recipes.get(&t.id()).cloned().unwrap_or_else(|| Arc::new(move || Ok(kept.clone())))
+        self.lock().recomputes.get(&t.id()).cloned().unwrap_or_else(|| Arc::new(move || Ok(kept.clone())))
     }
 
     /// Says how a tensor comes about.
-    pub(crate) fn keep_recipe(&self, t: &Tensor, recipe: Recipe) {
-        self.lock().recipes.insert(t.id(), recipe);
+    pub(crate) fn keep_recompute(&self, t: &Tensor, recompute: Recompute) {
+        self.lock().recomputes.insert(t.id(), recompute);
     }
 
     fn lock(&self) -> MutexGuard<'_, Record> {
@@ -205,8 +205,8 @@ impl Tape {
     pub fn backward(self, output: &Tensor, gradient: Tensor, gradients: &mut Gradients) -> Result<()> {
         gradients.add(output.id(), gradient)?;
         let record = self.0.into_inner().unwrap_or_else(PoisonError::into_inner);
-        // Whoever needs a recipe holds it; the others are not to keep their inputs alive.
-        drop(record.recipes);
+        // Whoever computes a tensor again holds what it takes; the others are not to keep their inputs alive.
+        drop(record.recomputes);
         for node in record.nodes.into_iter().rev() {
             let found = |id| gradients.0.remove(id).map(|slot| slot.gradient);
             let found: Vec<Option<Tensor>> = node.outputs.iter().map(found).collect();

@@ -15,7 +15,7 @@ use lorimer::prelude::*;
 use lorimer::tensor::Gradients;
 use lorimer::train::run::schedule::{Schedule, Shape};
 use lorimer::train::run::step::{StepOptions, accumulate_gradients};
-use lorimer::train::ways::optimizer::{self, AdamWConfig, Treatment, clip};
+use lorimer::train::ways::optimizer::{self, AdamWConfig, ParamGroup, clip};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::json;
@@ -78,7 +78,7 @@ fn text(files: &[&str]) -> Result<Vec<Example>> {
     }
     let rows = bytes.chunks_exact(LENGTH);
     Ok(rows
-        .map(|row| Example { tokens: row.to_vec(), learnt: (0..LENGTH).map(|i| i > 0).collect(), answer: None })
+        .map(|row| Example { tokens: row.to_vec(), supervised: (0..LENGTH).map(|i| i > 0).collect(), answer: None })
         .collect())
 }
 
@@ -108,7 +108,7 @@ fn run(
     let mut optimizer = optimizer::build(&kind, AdamWConfig::default(), &adapter)?;
     let whole = |name: &str| adapter.parameters().contains_key(name);
     let how = |name: &str| {
-        Ok(Treatment {
+        Ok(ParamGroup {
             projected: !whole(name),
             // What is trained whole goes at one rate whatever the projections do.
             rate: if whole(name) { 2e-3 / rate } else { 1.0 },

@@ -144,7 +144,7 @@ fn killed_runs_with_every_saving_on_resume_to_the_same_bytes() {
     resumes_exactly(&format!("--max-steps 240 --save-steps 7 --resume {savings}"));
 }
 
-/// Optimisers with state of their own, and controls that follow from seed and step.
+/// Optimisers with state of their own, and callbacks that follow from seed and step.
 #[test]
 fn killed_runs_of_other_dynamics_resume_to_the_same_bytes() {
     for method in [

@@ -11,11 +11,11 @@ use lorimer::model::weights::LoadDtype;
 use lorimer::prelude::*;
 use lorimer::tensor::Gradients;
 use lorimer::train::run::schedule::Shape;
-use lorimer::train::run::step::{Extras, StepOptions, accumulate, accumulate_gradients, batch_loss};
+use lorimer::train::run::step::{StepInputs, StepOptions, accumulate, accumulate_gradients, batch_loss};
 use lorimer::train::run::trainer::{Run, TrainSettings};
 use lorimer::train::ways::objective::{Moment, Objective, Regularisers};
 use lorimer::train::ways::optimizer::{
-    AdamW, AdamWConfig, GaloreOptimizer, LoraProOptimizer, Optimizer, Pair, Treatment, lora_pro,
+    AdamW, AdamWConfig, GaloreOptimizer, LoraProOptimizer, Optimizer, Pair, ParamGroup, lora_pro,
 };
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -50,7 +50,7 @@ fn step(model: &Llama, adapter: &Adapter, optimizer: &mut dyn Optimizer, rate: f
     let how = |name: &str| {
         let (path, key) = name.rsplit_once('.').unwrap();
         let scale = adapter.delta(path).and_then(|d| d.step_scale(key).unwrap());
-        Ok(Treatment { row_scale: scale.map(|t| t.to_vec1::<f64>().unwrap()), ..Default::default() })
+        Ok(ParamGroup { row_scale: scale.map(|t| t.to_vec1::<f64>().unwrap()), ..Default::default() })
     };
     optimizer.step_with(&parameters, &gradients, &how, rate).unwrap();
     loss
@@ -189,7 +189,7 @@ fn galore_layer_by_layer_limits_by_the_last_norm() {
             let factor = (limit / (which(&norms) + 1e-6)).min(1.0);
             let limited: Vec<_> = all.iter().map(|g| Some((g * factor).unwrap())).collect();
             let how = |name: &str| {
-                Ok(Treatment { projected: !adapter.parameters().contains_key(name), ..Default::default() })
+                Ok(ParamGroup { projected: !adapter.parameters().contains_key(name), ..Default::default() })
             };
             optimizer.step_with(&parameters, &limited, &how, 1e-2).unwrap();
         }
@@ -323,7 +323,7 @@ fn untouched_rows_are_not_stepped() {
     let g = Tensor::ones((3, 2), DType::F64, &Device::Cpu).unwrap();
     let mut rows = vec![vec![1.0, 1.0]; 3];
     for (i, range) in [0..3, 0..1, 0..2, 2..3].into_iter().enumerate() {
-        let how = |_: &str| Ok(Treatment { rows: Some(range.clone()), ..Default::default() });
+        let how = |_: &str| Ok(ParamGroup { rows: Some(range.clone()), ..Default::default() });
         optimizer.step_with(&[("x".into(), &var)], &[Some(g.clone())], &how, 0.1).unwrap();
         let now = var.to_vec2::<f64>().unwrap();
         for row in 0..3 {
@@ -374,12 +374,13 @@ fn the_regularised_loss_has_its_gradient() {
     let supervised: usize = rows.iter().map(|e| e.targets().count()).sum();
     let run = |adapter: &Adapter, objective: Option<&dyn Objective>, checkpointing: bool| {
         let (parameters, mut sums) = (adapter.trainable(), Gradients::default());
-        let extras = Extras { objective: objective.map(|o| (o, 0.7, Moment::new(3, 4, 2.0))), ..Default::default() };
+        let inputs =
+            StepInputs { objective: objective.map(|o| (o, 0.7, Moment::new(3, 4, 2.0))), ..Default::default() };
         let options = StepOptions { checkpointing, ..Default::default() };
         let attached = Attached::one(adapter);
-        let found = accumulate(&model, &attached, &parameters, &rows, 0.1, options, extras, &mut sums).unwrap();
+        let found = accumulate(&model, &attached, &parameters, &rows, 0.1, options, inputs, &mut sums).unwrap();
         let all: Vec<Tensor> = parameters.iter().map(|(_, v)| sums.remove(v.as_tensor()).unwrap()).collect();
-        (found.sum * 0.1 + found.further * 0.7, found.further, all)
+        (found.sum * 0.1 + found.auxiliary * 0.7, found.auxiliary, all)
     };
     for (version, task) in [(1, BaLoraTask::Nlg), (1, BaLoraTask::Nlu), (2, BaLoraTask::Nlg)] {
         let adapter = attach(&model, "ba-lora", r#"{"r": 3}"#);
@@ -429,7 +430,7 @@ fn every_supervised_position_is_regularised() {
     let model = model();
     let row = |seed: u32| Example {
         tokens: (0..700).map(|i| (i * 7 + i * i * seed) % 40).collect(),
-        learnt: (0..700).map(|i| i > 3).collect(),
+        supervised: (0..700).map(|i| i > 3).collect(),
         answer: None,
     };
     let rows = [row(1), row(3)];
@@ -441,10 +442,10 @@ fn every_supervised_position_is_regularised() {
     let attached = Attached::one(&adapter);
     let objective = Regularisers(BaLora { lambda1: 1.0, lambda2: 0.0, lambda3: 0.0, ..Default::default() });
     let parameters = adapter.trainable();
-    let extras = Extras { objective: Some((&objective, 1.0, Moment::new(0, 1, 1.0))), ..Default::default() };
+    let inputs = StepInputs { objective: Some((&objective, 1.0, Moment::new(0, 1, 1.0))), ..Default::default() };
     let options = StepOptions::default();
     let mut sums = Gradients::default();
-    let found = accumulate(&model, &attached, &parameters, &rows, 1e-9, options, extras, &mut sums).unwrap();
+    let found = accumulate(&model, &attached, &parameters, &rows, 1e-9, options, inputs, &mut sums).unwrap();
     let whole = |on: &dyn Adaptation| {
         let batch = Batch::pack(rows.iter().map(|e| e.tokens.as_slice()));
         let hidden = model.hidden(&batch, on).unwrap();
@@ -456,7 +457,7 @@ fn every_supervised_position_is_regularised() {
     let expected = lorimer::train::ways::objective::divergence(&whole(&Frozen), &whole(&attached)).unwrap();
     let gradients = expected.backward().unwrap();
     let expected = expected.to_scalar::<f64>().unwrap();
-    assert!((found.further - expected).abs() < 1e-9 * expected, "{} against {expected}", found.further);
+    assert!((found.auxiliary - expected).abs() < 1e-9 * expected, "{} against {expected}", found.auxiliary);
     for (name, var) in &parameters {
         let (found, expected) = (sums.remove(var.as_tensor()).unwrap(), gradients.get(var.as_tensor()).unwrap());
         // The loss of the task is in it too, a thousand millionth of it.
@@ -521,8 +522,8 @@ fn written(model: &Llama, teacher: &Adapter, rng: &mut ChaCha8Rng) -> Vec<Exampl
             row.push(next.unwrap_or(0) as u32);
         }
     }
-    let learnt = |row: &Vec<u32>| (0..row.len()).map(|i| i > 0).collect();
-    written.into_iter().map(|tokens| Example { learnt: learnt(&tokens), tokens, answer: None }).collect()
+    let supervised = |row: &Vec<u32>| (0..row.len()).map(|i| i > 0).collect();
+    written.into_iter().map(|tokens| Example { supervised: supervised(&tokens), tokens, answer: None }).collect()
 }
 
 /// A teacher is the base with low-rank changes in two projections of each layer, any of the seven; the search sees rows that the teacher wrote,
@@ -561,14 +562,14 @@ fn the_search_finds_planted_projections() {
             let method = methods::build("diffora", serde_json::json!({ "r": 4 }).as_object().unwrap()).unwrap();
             let look =
                 || lorimer::train::ways::search::search(&model, method.targeting(), search, &rows, |_, _| {}).unwrap();
-            let findings = look();
+            let stats = look();
             if seed == 0 {
                 let again = look();
-                for (path, found) in &findings {
+                for (path, found) in &stats {
                     assert_eq!(distance(&found["gamma"], &again[path]["gamma"]), 0.0);
                 }
             }
-            let adapter = Adapter::attach_calibrated(&model, method, &findings, 1).unwrap();
+            let adapter = Adapter::attach_calibrated(&model, method, &stats, 1).unwrap();
             let chosen: Vec<String> = adapter.deltas().map(|(path, _)| path.to_string()).collect();
             // ⌈7/2⌉ of each layer.
             assert_eq!(chosen.len(), 8);

@@ -228,7 +228,7 @@ fn decay_spares_norms_and_smoothing_changes_the_loss() {
 fn eight_bit_moments_leave_embeddings_out() {
     let f = Fixture::new();
     let base = Base::open(Path::new(&f.model), &OpenOptions::default()).unwrap();
-    let row = Example { tokens: (1..20).collect(), learnt: vec![true; 19], answer: None };
+    let row = Example { tokens: (1..20).collect(), supervised: vec![true; 19], answer: None };
     let given = serde_json::json!({ "r": 2, "modules_to_save": ["embed_tokens", "lm_head"] });
     let output = Path::new(&f.path("eight")).to_path_buf();
     let session = Session {

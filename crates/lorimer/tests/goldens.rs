@@ -179,7 +179,7 @@ fn adapter(model: &Llama, case: &str) -> (Adapter, Golden) {
 }
 
 fn rows(golden: &Golden) -> Vec<Example> {
-    let row = |tokens: Vec<u32>| Example { learnt: vec![true; tokens.len()], tokens, answer: None };
+    let row = |tokens: Vec<u32>| Example { supervised: vec![true; tokens.len()], tokens, answer: None };
     golden.tokens().into_iter().map(row).collect()
 }
 
@@ -659,14 +659,14 @@ fn evas_start_equals_pefts() {
     let model = tiny("tiny-llama");
     let stored = StoredAdapter::read(&folder("adapters/eva")).unwrap();
     let golden = Golden::open("adapters/eva");
-    let learnt = |tokens: &[u32]| (0..tokens.len()).map(|i| i >= 9).collect();
+    let supervised = |tokens: &[u32]| (0..tokens.len()).map(|i| i >= 9).collect();
     let rows: Vec<Example> =
-        golden.tokens().into_iter().map(|t| Example { learnt: learnt(&t), tokens: t, answer: None }).collect();
+        golden.tokens().into_iter().map(|t| Example { supervised: supervised(&t), tokens: t, answer: None }).collect();
     let settings = serde_json::json!({ "r": 3, "lora_alpha": 6, "tau": 0.9, "batch_size": 6 });
     let method = methods::build("eva", settings.as_object().unwrap()).unwrap();
     let data = Data { rows: rows.iter().collect(), base: String::new(), cache: None };
-    let findings = calibrate(&model, method.as_ref(), &data, |_, _| {}).unwrap();
-    let adapter = Adapter::attach_calibrated(&model, method, &findings, 0).unwrap();
+    let stats = calibrate(&model, method.as_ref(), &data, |_, _| {}).unwrap();
+    let adapter = Adapter::attach_calibrated(&model, method, &stats, 0).unwrap();
     let ours = adapter.to_stored("tiny-llama").unwrap();
     assert_eq!(ours.tensors.keys().collect::<Vec<_>>(), stored.tensors.keys().collect::<Vec<_>>());
     for (key, expected) in stored.tensors.iter().filter(|(k, _)| k.contains("lora_A")) {
@@ -817,7 +817,7 @@ fn twenty_steps_equal_galore_torch() {
 /// output, merged weight and the gradient of every trained parameter.
 #[test]
 fn projections_equal_the_authors_code() {
-    use lorimer::adapter::method::{Findings, Source};
+    use lorimer::adapter::method::{CalibrationStats, ParameterSource};
     use lorimer::model::{Projection, Site};
     use lorimer::tensor::FrozenWeight;
     let file = SafetensorsFile::open(&folder("projections.safetensors")).unwrap();
@@ -831,9 +831,9 @@ fn projections_equal_the_authors_code() {
         let base = Projection { weight: FrozenWeight::Dense(w), bias: find("b") };
         let settings = case["settings"].as_object().unwrap();
         let mut method = methods::build(case["method"].as_str().unwrap(), settings).unwrap();
-        let findings = Findings::new();
-        method.settle(&[&site], &findings).unwrap();
-        let delta = method.attach(&site, &base, &mut Source::start(&site, DType::F64, 0, &findings)).unwrap();
+        let stats = CalibrationStats::new();
+        method.resolve(&[&site], &stats).unwrap();
+        let delta = method.attach(&site, &base, &mut ParameterSource::start(&site, DType::F64, 0, &stats)).unwrap();
         let near = |what: &str, a: &Tensor, b: &Tensor| {
             let (d, size) = (distance(a, b), distance(b, &b.zeros_like().unwrap()));
             assert!(d < 1e-9 * (1.0 + size), "{name}: {what} differs by {d:e}");
@@ -918,9 +918,9 @@ fn difforas_search_equals_torchs() {
     let file = SafetensorsFile::open(&folder("diffora.safetensors")).unwrap();
     let get = |name: &str| file.load(name).unwrap().unwrap();
     let tokens = get("tokens").to_dtype(DType::U32).unwrap().to_vec2::<u32>().unwrap();
-    let learnt = |tokens: &[u32]| (0..tokens.len()).map(|i| i > 0).collect();
+    let supervised = |tokens: &[u32]| (0..tokens.len()).map(|i| i > 0).collect();
     let rows: Vec<Example> =
-        tokens.into_iter().map(|t| Example { learnt: learnt(&t), tokens: t, answer: None }).collect();
+        tokens.into_iter().map(|t| Example { supervised: supervised(&t), tokens: t, answer: None }).collect();
     let rows: Vec<&Example> = rows.iter().collect();
     let of = |search_steps, search_r, search_batch_size, search_lr, gamma_lr, gate, sharing| DifforaConfig {
         search_steps,

@@ -140,11 +140,11 @@ fn calibration_finds_the_frozen_weights_gradients() {
     let (rows, mut found) = (examples(), BTreeMap::new());
     let rows: Vec<&Example> = rows.iter().collect();
     let method = methods::build("lora-sb", serde_json::from_str::<Value>(r#"{"r": 4}"#).unwrap().as_object().unwrap());
-    let hear = |layer: Vec<(&Site, Tensor)>| {
+    let on_layer = |layer: Vec<(&Site, Tensor)>| {
         found.extend(layer.into_iter().map(|(site, t)| (site.path.clone(), t)));
         Ok(())
     };
-    gradients(&model, method.unwrap().as_ref(), &rows, (2, false), hear, |_, _| {}).unwrap();
+    gradients(&model, method.unwrap().as_ref(), &rows, (2, false), on_layer, |_, _| {}).unwrap();
     let all = r#"{"target_modules": ["lm_head"], "modules_to_save":
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}"#;
     let whole = attach(&model, "lora", all);
@@ -167,11 +167,11 @@ fn lora_sb_catches_the_first_step() {
     // The rows in the order of the test's calibration: as they are.
     let rows: Vec<&Example> = rows.iter().collect();
     let mut first = BTreeMap::new();
-    let hear = |layer: Vec<(&Site, Tensor)>| {
+    let on_layer = |layer: Vec<(&Site, Tensor)>| {
         first.extend(layer.into_iter().map(|(site, t)| (site.path.clone(), t)));
         Ok(())
     };
-    gradients(&model, adapter.method.as_ref(), &rows, (8, false), hear, |_, _| {}).unwrap();
+    gradients(&model, adapter.method.as_ref(), &rows, (8, false), on_layer, |_, _| {}).unwrap();
     for (site, base, delta) in adapter.sites(&model) {
         let values = first[&site.path].flatten_all().unwrap().to_vec1::<f64>().unwrap();
         let step = methods::lora_sb::first_step(&values, 0.5);
@@ -266,7 +266,7 @@ fn law_5_the_fast_gradients_equal_the_plain_ones() {
         // Rows that begin alike, one that begins another, one twice.
         let longer = Example {
             tokens: [&rows[0].tokens[..], &[7, 8, 9]].concat(),
-            learnt: [&rows[0].learnt[..], &[true; 3]].concat(),
+            supervised: [&rows[0].supervised[..], &[true; 3]].concat(),
             answer: None,
         };
         rows.push(longer);

@@ -1,7 +1,7 @@
 //! What papers say of their methods and what can be shown by construction.
 
 use candle_core::{DType, Device, Tensor};
-use lorimer::adapter::method::{Findings, Source};
+use lorimer::adapter::method::{CalibrationStats, ParameterSource};
 use lorimer::model::{Projection, Site};
 use lorimer::prelude::*;
 use lorimer::tensor::FrozenWeight;
@@ -43,8 +43,8 @@ fn errors(w: &Tensor, target: &Tensor, ring: usize, seed: u64) -> (f64, f64) {
     let site = Site::new("p", (outputs, inputs));
     let settings = serde_json::json!({ "r": 1, "ring": ring });
     let method = methods::build("tlora", settings.as_object().unwrap()).unwrap();
-    let findings = Findings::new();
-    let delta = method.attach(&site, &base, &mut Source::start(&site, DType::F64, seed, &findings)).unwrap();
+    let stats = CalibrationStats::new();
+    let delta = method.attach(&site, &base, &mut ParameterSource::start(&site, DType::F64, seed, &stats)).unwrap();
     let parameters: Vec<(String, &candle_core::Var)> =
         delta.trainable().into_iter().map(|(name, var)| (name.to_string(), var)).collect();
     let count: usize = parameters.iter().map(|(_, v)| v.elem_count()).sum();

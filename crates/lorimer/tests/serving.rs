@@ -168,7 +168,7 @@ fn answer(model: &Llama, adaptation: &dyn Adaptation, prompt: &[u32], n: usize, 
 }
 
 /// Hundreds of requests over many adapters through a pool that holds only some of them: everyone gets what he would get alone, whatever
-/// has to be put back or thrown out meanwhile; at the end the account of the pool is exact.
+/// has to be preempted or thrown out meanwhile; at the end the account of the pool is exact.
 #[test]
 fn an_engine_answers_as_if_each_were_alone() {
     let model = model();
@@ -310,9 +310,9 @@ fn prompts_of_any_length_in_steps_of_few_rows() {
     }
 }
 
-/// A request that was put back half-way goes on where it was.
+/// A request that was preempted half-way goes on where it was.
 #[test]
-fn a_request_that_was_put_back_loses_nothing() {
+fn a_request_that_was_preempted_loses_nothing() {
     let model = model();
     let geometry = Geometry::of(&model.config);
     let policy = Policy { batch_tokens: 2, ..Default::default() };
@@ -346,7 +346,7 @@ fn a_request_that_was_put_back_loses_nothing() {
             together.entry(id).or_default().push(token);
         }
     }
-    assert!(engine.state().put_back > 0, "{:?}", engine.state());
+    assert!(engine.state().preempted > 0, "{:?}", engine.state());
     for (id, (n, max_tokens)) in lengths.into_iter().enumerate() {
         let settings = EngineSettings { pool_bytes: 1 << 20, ..Default::default() };
         let mut engine = Engine::new(&model, settings).unwrap();

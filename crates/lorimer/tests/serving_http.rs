@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use common::{Fixture, error, json as verb, lorimer};
+use common::{Fixture, error, json as run, lorimer};
 
 /// A running server.
 struct Server {
@@ -141,8 +141,8 @@ fn events(body: &str) -> Vec<Value> {
 fn adapters(f: &Fixture) -> String {
     let root = f.path("adapters");
     let (one, two) = (format!("{root}/yes-no"), format!("{root}/tenant/bone"));
-    verb(&f.train(&one, &["--max-steps", "60"]));
-    verb(&f.train(&two, &["--max-steps", "20", "--method", "bone", "--rank", "4"]));
+    run(&f.train(&one, &["--max-steps", "60"]));
+    run(&f.train(&two, &["--max-steps", "20", "--method", "bone", "--rank", "4"]));
     root
 }
 
@@ -163,7 +163,7 @@ fn answers_are_those_of_the_command_line_however_the_adapter_is_named() {
         if !adapter.is_empty() {
             all.extend(["--adapter", &folder]);
         }
-        verb(&all)["text"].as_str().unwrap().to_string()
+        run(&all)["text"].as_str().unwrap().to_string()
     };
     let yes = expected("yes-no");
     assert_eq!(yes, "yes");
@@ -182,7 +182,7 @@ fn answers_are_those_of_the_command_line_however_the_adapter_is_named() {
     assert_eq!(server.answer(json!({})), expected(""));
     assert_eq!(server.answer(json!({ "model": "tenant/bone" })), expected("tenant/bone"));
     let sum = format!("{root}/yes-no=0.5");
-    let half = verb(&["generate", "--model", &f.model, "--prompt", "up 3", "--max-tokens", "8", "--adapter", &sum]);
+    let half = run(&["generate", "--model", &f.model, "--prompt", "up 3", "--max-tokens", "8", "--adapter", &sum]);
     assert_eq!(server.answer(json!({ "lora": [{ "id": "yes-no", "scale": 0.5 }] })), half["text"].as_str().unwrap());
     let two = json!({ "lora": [{ "id": "yes-no", "scale": 0.7 }, { "id": "tenant/bone", "scale": 0.3 }] });
     assert_eq!(server.chat(two).status, 200);
@@ -1013,7 +1013,7 @@ fn tokens_in_log_probabilities_are_bytes_and_stand_among_the_likeliest() {
 fn a_name_does_not_stand_for_the_base_and_an_adapter() {
     let f = Fixture::new();
     let root = f.path("adapters");
-    verb(&f.train(&format!("{root}/base"), &["--max-steps", "60"]));
+    run(&f.train(&format!("{root}/base"), &["--max-steps", "60"]));
     let server = Server::start(&f, &root, &[]);
     let own = server.get("/v1/models").json()["data"][0]["id"].as_str().unwrap().to_string();
     let refused = server.chat(json!({ "model": "base" }));

@@ -4,16 +4,16 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Tensor, Var};
-use lorimer::adapter::method::{Findings, SampledRank, Source};
+use lorimer::adapter::method::{CalibrationStats, ParameterSource, SampledRank};
 use lorimer::adapter::methods::sora::{Rise, SoraConfig};
-use lorimer::adapter::training::{Control, LoraPro, OptimizerKind, SoftThreshold, Update};
+use lorimer::adapter::training::{Callback, LoraPro, OptimizerKind, SoftThreshold, Update};
 use lorimer::model::{Projection, Site};
 use lorimer::prelude::*;
 use lorimer::tensor::FrozenWeight;
 use lorimer::train::calibrate::{Data, calibrate};
 use lorimer::train::run::schedule::{Schedule, Shape};
 use lorimer::train::run::step::batch_loss;
-use lorimer::train::ways::control;
+use lorimer::train::ways::callback;
 use lorimer::train::ways::objective::{self, Moment};
 use lorimer::train::ways::optimizer::{AdamW, AdamWConfig, LoraProOptimizer, Optimizer, Pair};
 
@@ -60,7 +60,7 @@ fn lora_sb_starts_and_steps_as_its_authors_code_does() {
     let tokens: Vec<Vec<u32>> = golden.get("tokens").to_dtype(DType::U32).unwrap().to_vec2().unwrap();
     let rows: Vec<Example> = tokens
         .into_iter()
-        .map(|tokens| Example { learnt: (0..tokens.len()).map(|i| i >= prompt).collect(), tokens, answer: None })
+        .map(|tokens| Example { supervised: (0..tokens.len()).map(|i| i >= prompt).collect(), tokens, answer: None })
         .collect();
     let rows: Vec<&Example> = rows.iter().collect();
     let settings = TrainSettings {
@@ -74,8 +74,8 @@ fn lora_sb_starts_and_steps_as_its_authors_code_does() {
     let given = serde_json::json!({ "r": 6, "samples": 6, "init_lr": eta, "target_modules": ["q_proj", "v_proj", "down_proj"] });
     let method = methods::build("lora-sb", given.as_object().unwrap()).unwrap();
     let data = Data { rows: rows.clone(), base: String::new(), cache: None };
-    let findings = calibrate(&model, method.as_ref(), &data, |_, _| {}).unwrap();
-    let adapter = Adapter::attach_calibrated(&model, method, &findings, 0).unwrap();
+    let stats = calibrate(&model, method.as_ref(), &data, |_, _| {}).unwrap();
+    let adapter = Adapter::attach_calibrated(&model, method, &stats, 0).unwrap();
     let mut compared = 0;
     for (site, base, delta) in adapter.sites(&model) {
         let plain = base.dense(DType::F32).unwrap();
@@ -120,15 +120,15 @@ fn soras_gates_go_the_way_of_its_authors_code() {
             penalty: 10.0,
             random_keep: None,
         };
-        let control = control::build(Some(&Control::SoftThreshold(settings)), (0, steps, peak), &parameters);
+        let callback = callback::build(Some(&Callback::SoftThreshold(settings)), (0, steps, peak), &parameters);
         let mut optimizer = AdamW::new(AdamWConfig::default(), false);
         for step in 0..steps {
             let slope = |i: usize| golden.get(&format!("slope.{i}")).get(step).unwrap();
             let gradient =
-                |(i, (name, var)): (usize, &(String, &Var))| Some(control.gradient(name, var, slope(i)).unwrap());
+                |(i, (name, var)): (usize, &(String, &Var))| Some(callback.gradient(name, var, slope(i)).unwrap());
             let gradients: Vec<_> = parameters.iter().enumerate().map(gradient).collect();
             optimizer.step(&parameters, &gradients, schedule.rate(step)).unwrap();
-            control.after(step, schedule.rate(step) / peak, &parameters).unwrap();
+            callback.after(step, schedule.rate(step) / peak, &parameters).unwrap();
             let now = Tensor::cat(&gates.iter().map(Var::as_tensor).collect::<Vec<_>>(), 0).unwrap();
             let d = distance(&now, &golden.get(&format!("{name}.path")).get(step).unwrap());
             assert!(d < 1e-6, "{name}: step {step} differs by {d:e}");
@@ -214,8 +214,8 @@ fn dyloras_ranks_compute_what_its_authors_code_computes() {
     let site = Site::new("p", (outputs, inputs));
     let settings = serde_json::json!({ "r": r, "lora_alpha": golden.number("alpha") });
     let method = methods::build("dylora", settings.as_object().unwrap()).unwrap();
-    let findings = Findings::new();
-    let delta = method.attach(&site, &base, &mut Source::start(&site, DType::F64, 0, &findings)).unwrap();
+    let stats = CalibrationStats::new();
+    let delta = method.attach(&site, &base, &mut ParameterSource::start(&site, DType::F64, 0, &stats)).unwrap();
     for (key, var) in delta.trainable() {
         // B is kept as its transpose.
         var.set(&if key == "lora_A" { a.clone() } else { b.t().unwrap().contiguous().unwrap() }).unwrap();

@@ -21,7 +21,7 @@ use crate::attached::{Accounting, BASE_WEIGHT, PREFIX, equal, refuse_embedding, 
 use crate::error::{Error, Result};
 use crate::file::frozen::FrozenParts;
 use crate::file::store::{StoredAdapter, raw_bytes, safetensors_dtype};
-use crate::method::{Delta, Method, ModuleTensors, Source};
+use crate::method::{Delta, Method, ModuleTensors, ParameterSource};
 use crate::targets::Matcher;
 
 /// What a merge gave.
@@ -117,7 +117,7 @@ impl<'a> Plan<'a> {
             let sites = Llama::sites(config);
             let matcher = Matcher::new(method.targeting(), &sites)?;
             let targeted: Vec<&Site> = sites.iter().filter(|site| matcher.targets(site)).collect();
-            method.settle(&targeted, &Default::default())?;
+            method.resolve(&targeted, &Default::default())?;
             let mut account = Accounting { used: stored.tensors.keys().cloned().collect(), ..Default::default() };
             for site in &sites {
                 match (modules.get(&site.path), matcher.targets(site)) {
@@ -161,7 +161,7 @@ impl<'a> Plan<'a> {
     fn delta(&self, part: &Part, site: &Site, projection: &Projection, own: bool) -> Result<Option<Box<dyn Delta>>> {
         let Some(tensors) = part.modules.get(&site.path) else { return Ok(None) };
         let mut tensors = ModuleTensors { tensors: tensors.clone() };
-        let mut source = Source::file(site, DType::F32, &mut tensors);
+        let mut source = ParameterSource::file(site, DType::F32, &mut tensors);
         if own {
             source = source.with_weight();
         }

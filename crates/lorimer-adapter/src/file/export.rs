@@ -1,4 +1,4 @@
-//! Any adapter as a plain LoRA that every tool loads: exactly where its change is a product of thin matrices, else the best
+//! Any adapter as a plain LoRA that every tool loads: exactly where its change is a product of low-rank factors, else the best
 //! approximation of a rank, with the error told.
 
 use std::collections::BTreeMap;
@@ -39,11 +39,11 @@ fn squares(t: &Tensor) -> TensorResult<f64> {
 /// One module's LoRA, whether it is exact, ‖ΔW‖² and the squared error.
 pub type One = (LowRank, bool, f64, f64);
 
-/// The change of one projection as a product of thin matrices: its own, where it is one and `rank` allows it, else the best of rank
+/// The change of one projection as a product of low-rank factors: its own, where it is one and `rank` allows it, else the best of rank
 /// `rank` (64 where none is given).
 pub fn low_rank_of(site: &Site, base: &Projection, delta: &dyn Delta, rank: Option<usize>) -> Result<One> {
     let side = site.inputs.min(site.outputs);
-    if let Some(Change::Thin(low)) = delta.change(base, 0, &Step::default())? {
+    if let Some(Change::LowRank(low)) = delta.change(base, 0, &Step::default())? {
         let own = low.a.dim(0)?;
         if rank.map_or(own < side, |rank| own <= rank) {
             let (a, b) = (low.a.detach(), low.b.detach());

@@ -41,7 +41,7 @@ use super::slices::Slices;
 use super::{Entry, Served};
 use crate::error::{Error, Result};
 use crate::method::{
-    Bias, Change, Delta, LowRank, Method, PeftKeys, Source, Step, configure, from_peft_json, peft_json,
+    Bias, Change, Delta, LowRank, Method, ParameterSource, PeftKeys, Step, configure, from_peft_json, peft_json,
 };
 use crate::targets::Targeting;
 
@@ -224,7 +224,7 @@ impl Method for Bone {
         peft_json(&self.config.peft_type, &self.config)
     }
 
-    fn attach(&self, site: &Site, _base: &Projection, source: &mut Source<'_>) -> Result<Box<dyn Delta>> {
+    fn attach(&self, site: &Site, _base: &Projection, source: &mut ParameterSource<'_>) -> Result<Box<dyn Delta>> {
         let (shape, dtype, r) = (self.shape(site)?, source.dtype(), self.config.r);
         let random = self.config.init_weights == json!(false);
         let block = source.trainable(self.key(), &shape, |rng| match random {
@@ -251,7 +251,7 @@ impl Method for Bone {
         (self.variant == Variant::Bat).then_some("bat multiplies the weight by its block, so changes do not add up")
     }
 
-    fn kept(&self, site: &Site) -> usize {
+    fn activations_per_row(&self, site: &Site) -> usize {
         match self.variant {
             Variant::Bat => 0,
             _ if self.config.miss_dropout > 0.0 => self.config.r + site.inputs,
@@ -259,7 +259,7 @@ impl Method for Bone {
         }
     }
 
-    fn held(&self, site: &Site) -> usize {
+    fn activations_fixed(&self, site: &Site) -> usize {
         if self.variant == Variant::Bat { site.inputs * site.outputs } else { self.config.r * site.outputs }
     }
 }
@@ -278,7 +278,7 @@ impl Delta for Row {
     fn change(&self, _base: &Projection, _rows: usize, _step: &Step) -> TensorResult<Option<Change>> {
         let b = self.block.t()?;
         let b = if self.repeats == 1 { b.contiguous()? } else { b.repeat((self.repeats, 1))? };
-        Ok(Some(Change::Thin(LowRank { a: self.fold.clone(), b, scaling: 1.0 })))
+        Ok(Some(Change::LowRank(LowRank { a: self.fold.clone(), b, scaling: 1.0 })))
     }
 
     fn mask(&self, x: &Tensor, step: &Step) -> TensorResult<Option<Tensor>> {
@@ -317,7 +317,7 @@ mod tests {
     use lorimer_tensor::FrozenWeight;
 
     use super::*;
-    use crate::method::Findings;
+    use crate::method::CalibrationStats;
 
     /// W' − b solved with (I + b) gives W back (card's unmerge).
     #[test]
@@ -328,8 +328,8 @@ mod tests {
         let settings = json!({ "r": 4, "variant": "bat" });
         let method = crate::methods::build("bone", settings.as_object().unwrap())?;
         let site = Site::new("p", (8, 12));
-        let findings = Findings::new();
-        let delta = method.attach(&site, &base, &mut Source::start(&site, DType::F64, 0, &findings))?;
+        let stats = CalibrationStats::new();
+        let delta = method.attach(&site, &base, &mut ParameterSource::start(&site, DType::F64, 0, &stats))?;
         let b = (kaiming((8, 4), DType::F64, &mut rng)? * 0.3)?.reshape((2, 4, 4))?;
         delta.trainable()[0].1.set(&b)?;
         let merged = delta.merged(&base)?.unwrap();

@@ -33,7 +33,7 @@ use serde_json::{Map, Value, json};
 use super::lora::{FLAGS, Lora, LoraConfig, lora_file};
 use super::{Entry, Served};
 use crate::error::{Error, Result};
-use crate::method::{Bias, Calibration, Delta, Findings, Method, Source, configure, split_off};
+use crate::method::{Bias, Calibration, CalibrationStats, Delta, Method, ParameterSource, configure, split_off};
 use crate::targets::{Names, Targeting};
 
 /// The registry's line.
@@ -201,17 +201,17 @@ impl Method for Diffora {
         Calibration::Search(self.own.clone())
     }
 
-    fn findings(&self) -> Value {
+    fn calibration_report(&self) -> Value {
         json!({ "gamma": self.gammas })
     }
 
-    fn settle(&mut self, targeted: &[&Site], findings: &Findings) -> Result<()> {
-        if findings.is_empty() {
+    fn resolve(&mut self, targeted: &[&Site], stats: &CalibrationStats) -> Result<()> {
+        if stats.is_empty() {
             return Ok(());
         }
         let mut layers: BTreeMap<Option<usize>, Vec<(&Site, f64)>> = BTreeMap::new();
         for site in targeted {
-            let gamma = findings.get(&site.path).and_then(|f| f.get("gamma"));
+            let gamma = stats.get(&site.path).and_then(|f| f.get("gamma"));
             let gamma =
                 gamma.ok_or_else(|| Error::Config(format!("the search found nothing about `{}`", site.path)))?;
             let gamma = gamma.to_dtype(DType::F64)?.flatten_all()?.get(0)?.to_scalar::<f64>()?;
@@ -233,7 +233,7 @@ impl Method for Diffora {
         Ok(())
     }
 
-    fn attach(&self, site: &Site, base: &Projection, source: &mut Source<'_>) -> Result<Box<dyn Delta>> {
+    fn attach(&self, site: &Site, base: &Projection, source: &mut ParameterSource<'_>) -> Result<Box<dyn Delta>> {
         self.lora.attach(site, base, source)
     }
 
@@ -245,7 +245,7 @@ impl Method for Diffora {
         self.lora.rows_are_independent()
     }
 
-    fn kept(&self, site: &Site) -> usize {
-        self.lora.kept(site)
+    fn activations_per_row(&self, site: &Site) -> usize {
+        self.lora.activations_per_row(site)
     }
 }

@@ -25,7 +25,7 @@ use serde_json::Value;
 use super::lora::{Lora, LoraConfig, LoraDelta, is_lora};
 use super::{Entry, Served};
 use crate::error::Result;
-use crate::method::{Delta, LowRank, Method, NotMergeable, Source, Step};
+use crate::method::{Delta, LowRank, Method, NotMergeable, ParameterSource, Step};
 
 /// The registry's line.
 pub const ENTRY: Entry = Entry {
@@ -64,7 +64,12 @@ pub(super) struct DoraDelta {
 }
 
 impl DoraDelta {
-    pub(super) fn new(low_rank: LoraDelta, base: &Projection, site: &Site, source: &mut Source<'_>) -> Result<Self> {
+    pub(super) fn new(
+        low_rank: LoraDelta,
+        base: &Projection,
+        site: &Site,
+        source: &mut ParameterSource<'_>,
+    ) -> Result<Self> {
         let dtype = low_rank.a.dtype();
         let exact = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
         let squares = base.dense(exact)?.to_dtype(DType::F64)?.sqr()?.sum(1)?;
@@ -112,7 +117,7 @@ impl Delta for DoraDelta {
         let (a, b) = (self.low_rank.a.as_tensor().clone(), self.low_rank.b.as_tensor().clone());
         let low_rank = Some(LowRankTerm::new(a, b, self.low_rank.scaling));
         let moved = ops.project(x, &[Part { weight: Some(&base.weight), low_rank }])?;
-        let ratio = ops.island_all(&[], &[self.magnitude.as_tensor()], |_| Ok(vec![self.ratio(base)?]))?;
+        let ratio = ops.subgraph_all(&[], &[self.magnitude.as_tensor()], |_| Ok(vec![self.ratio(base)?]))?;
         ops.scale_columns(&moved[0], &ratio[0]).map(Some)
     }
 

@@ -35,9 +35,9 @@ use super::lora::{FLAGS, Lora, LoraConfig, lora_file};
 use super::lora_start::Start;
 use super::{Entry, Served};
 use crate::error::{Error, Result};
-use crate::method::{Bias, Change, Delta, LowRank, Method, Source, Step, configure, split_off};
+use crate::method::{Bias, Change, Delta, LowRank, Method, ParameterSource, Step, configure, split_off};
 use crate::targets::Targeting;
-use crate::training::{Control, RankSampling, Training};
+use crate::training::{Callback, RankSampling, Training};
 
 /// The registry's line.
 pub const ENTRY: Entry = Entry {
@@ -173,10 +173,10 @@ impl Method for Dylora {
     }
 
     fn training(&self) -> Training {
-        Training { control: Some(Control::RankSampling(self.sampling.clone())), ..Default::default() }
+        Training { callback: Some(Callback::RankSampling(self.sampling.clone())), ..Default::default() }
     }
 
-    fn attach(&self, site: &Site, base: &Projection, source: &mut Source<'_>) -> Result<Box<dyn Delta>> {
+    fn attach(&self, site: &Site, base: &Projection, source: &mut ParameterSource<'_>) -> Result<Box<dyn Delta>> {
         let (config, dtype) = (&self.lora.config, source.dtype());
         let start = Start::parse(&config.init_lora_weights)?;
         let a = source.trainable("lora_A.weight", &[config.r, site.inputs], |rng| {
@@ -197,8 +197,8 @@ impl Method for Dylora {
         self.lora.rows_are_independent()
     }
 
-    fn kept(&self, site: &Site) -> usize {
-        self.lora.kept(site)
+    fn activations_per_row(&self, site: &Site) -> usize {
+        self.lora.activations_per_row(site)
     }
 }
 
@@ -236,7 +236,7 @@ impl Delta for DyloraDelta {
             }
         };
         let (a, b) = (cut(&self.a)?, cut(&self.b)?.t()?.contiguous()?);
-        Ok(Some(Change::Thin(LowRank { a, b, scaling: self.scaling(rank, all) })))
+        Ok(Some(Change::LowRank(LowRank { a, b, scaling: self.scaling(rank, all) })))
     }
 
     fn mask(&self, x: &Tensor, step: &Step) -> TensorResult<Option<Tensor>> {

@@ -29,7 +29,7 @@ use serde_json::{Map, Value, json};
 use super::lora::{FLAGS, Lora, LoraConfig, lora_file};
 use super::{Entry, Served};
 use crate::error::{Error, Result};
-use crate::method::{Calibration, Findings, Source, split_off};
+use crate::method::{Calibration, CalibrationStats, ParameterSource, split_off};
 use crate::targets::Names;
 
 /// The registry's line.
@@ -132,7 +132,7 @@ impl EvaConfig {
     pub(super) fn calibration(&self) -> Calibration {
         Calibration::Inputs {
             threshold: self.tau,
-            learnt_only: self.use_label_mask,
+            supervised_only: self.use_label_mask,
             batch_size: self.batch_size,
             max_batches: self.max_batches,
         }
@@ -144,11 +144,11 @@ impl EvaConfig {
     }
 
     /// Gives the ranks out.
-    pub(super) fn settle(&self, config: &mut LoraConfig, targeted: &[&Site], findings: &Findings) -> Result<()> {
+    pub(super) fn resolve(&self, config: &mut LoraConfig, targeted: &[&Site], stats: &CalibrationStats) -> Result<()> {
         let mut shares = Vec::new();
         let mut budget = 0;
         for site in targeted {
-            let found = findings.get(&site.path).and_then(|f| f.get("explained"));
+            let found = stats.get(&site.path).and_then(|f| f.get("explained"));
             let found =
                 found.ok_or_else(|| Error::Config(format!("`{}` has not been calibrated for eva", site.path)))?;
             shares.push(found.to_dtype(DType::F64)?.to_vec1::<f64>()?);
@@ -180,7 +180,7 @@ impl EvaConfig {
     }
 
     /// A (rank, inputs).
-    pub(super) fn start(&self, source: &Source<'_>, rank: usize) -> Result<Tensor> {
+    pub(super) fn start(&self, source: &ParameterSource<'_>, rank: usize) -> Result<Tensor> {
         let a = source.found("components")?;
         if a.dim(0)? < rank {
             return Err(Error::Config(format!("the data gave {} directions where {rank} are needed", a.dim(0)?)));

@@ -25,7 +25,9 @@ use serde_json::{Map, Value};
 
 use super::{Entry, Served};
 use crate::error::Result;
-use crate::method::{Bias, Change, Delta, Method, PeftKeys, Source, Step, configure, from_peft_json, peft_json};
+use crate::method::{
+    Bias, Change, Delta, Method, ParameterSource, PeftKeys, Step, configure, from_peft_json, peft_json,
+};
 use crate::targets::Targeting;
 use crate::training::Training;
 
@@ -92,7 +94,7 @@ impl Method for Full {
         self.training.clone()
     }
 
-    fn attach(&self, site: &Site, base: &Projection, source: &mut Source<'_>) -> Result<Box<dyn Delta>> {
+    fn attach(&self, site: &Site, base: &Projection, source: &mut ParameterSource<'_>) -> Result<Box<dyn Delta>> {
         let dtype = source.dtype();
         let weight =
             source.trainable("full_weight", &[site.outputs, site.inputs], |_| Ok(base.dense(dtype)?.copy()?))?;
@@ -103,7 +105,7 @@ impl Method for Full {
         Ok(site.inputs * site.outputs)
     }
 
-    fn kept(&self, _site: &Site) -> usize {
+    fn activations_per_row(&self, _site: &Site) -> usize {
         0
     }
 }

@@ -39,7 +39,9 @@ use serde_json::{Map, Value};
 use super::random::kaiming;
 use super::{Entry, Served};
 use crate::error::{Error, Result};
-use crate::method::{Change, Delta, LowRank, Method, PeftKeys, Source, Step, configure, from_peft_json, peft_json};
+use crate::method::{
+    Change, Delta, LowRank, Method, ParameterSource, PeftKeys, Step, configure, from_peft_json, peft_json,
+};
 use crate::targets::{Names, Targeting};
 
 /// The registry's line.
@@ -142,7 +144,7 @@ impl Method for Hydra {
         peft_json("HYDRA", &self.config)
     }
 
-    fn attach(&self, site: &Site, _base: &Projection, source: &mut Source<'_>) -> Result<Box<dyn Delta>> {
+    fn attach(&self, site: &Site, _base: &Projection, source: &mut ParameterSource<'_>) -> Result<Box<dyn Delta>> {
         let dtype = source.dtype();
         let mut branch = |keys: (&'static str, &'static str), rank: usize, width: usize| -> Result<Option<Branch>> {
             if rank == 0 {
@@ -168,12 +170,12 @@ impl Method for Hydra {
         Some("its sequential branch works on the projection's output, which another adapter would change")
     }
 
-    fn kept(&self, _site: &Site) -> usize {
+    fn activations_per_row(&self, _site: &Site) -> usize {
         let (p, s) = self.config.ranks();
         p + s
     }
 
-    fn held(&self, site: &Site) -> usize {
+    fn activations_fixed(&self, site: &Site) -> usize {
         let (p, s) = self.config.ranks();
         (p + 2 * s) * site.inputs + (p + s) * site.outputs
     }
@@ -228,7 +230,7 @@ impl Delta for HydraDelta {
             a.push(frozen_left(&branch.a, &base.weight)?);
             b.push(branch.b.as_tensor().clone());
         }
-        Ok(Some(Change::Thin(LowRank { a: Tensor::cat(&a, 0)?, b: Tensor::cat(&b, 1)?, scaling: self.s })))
+        Ok(Some(Change::LowRank(LowRank { a: Tensor::cat(&a, 0)?, b: Tensor::cat(&b, 1)?, scaling: self.s })))
     }
 
     fn bias_change(&self, base: &Projection) -> TensorResult<Option<Tensor>> {
@@ -251,7 +253,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::method::{Findings, largest};
+    use crate::method::{CalibrationStats, largest};
 
     /// Unmerging solves with I + s B_s A_s; the condition that `inspect` shows is that matrix's.
     #[test]
@@ -262,8 +264,8 @@ mod tests {
         let settings = json!({ "r": 4, "s": 0.5 });
         let method = crate::methods::build("hydra", settings.as_object().unwrap())?;
         let site = Site::new("p", (6, 5));
-        let findings = Findings::new();
-        let delta = method.attach(&site, &base, &mut Source::start(&site, DType::F64, 0, &findings))?;
+        let stats = CalibrationStats::new();
+        let delta = method.attach(&site, &base, &mut ParameterSource::start(&site, DType::F64, 0, &stats))?;
         let mut tensors = BTreeMap::new();
         for (key, var) in delta.trainable() {
             var.set(&kaiming(var.dims2()?, DType::F64, &mut rng)?)?;

@@ -42,7 +42,7 @@ use super::random::{normal, uniform};
 use super::{Entry, Served};
 use crate::error::{Error, Result};
 use crate::method::{
-    Change, Delta, LowRank, Method, PeftKeys, Source, Step, configure, from_peft_json, peft_json, site_seed,
+    Change, Delta, LowRank, Method, ParameterSource, PeftKeys, Step, configure, from_peft_json, peft_json, site_seed,
 };
 use crate::targets::Targeting;
 
@@ -182,7 +182,7 @@ impl Method for Loldu {
         peft_json("LOLDU", &self.config)
     }
 
-    fn attach(&self, site: &Site, base: &Projection, source: &mut Source<'_>) -> Result<Box<dyn Delta>> {
+    fn attach(&self, site: &Site, base: &Projection, source: &mut ParameterSource<'_>) -> Result<Box<dyn Delta>> {
         let c = &self.config;
         let r = c.r;
         check_rank(r, site)?;
@@ -233,11 +233,11 @@ impl Method for Loldu {
         Ok(self.config.r + usize::from(self.config.train_sigma))
     }
 
-    fn kept(&self, _site: &Site) -> usize {
+    fn activations_per_row(&self, _site: &Site) -> usize {
         self.config.r
     }
 
-    fn held(&self, site: &Site) -> usize {
+    fn activations_fixed(&self, site: &Site) -> usize {
         self.config.r * (site.inputs + 3 * site.outputs)
     }
 }
@@ -271,7 +271,7 @@ impl Delta for LolduDelta {
         };
         let moved = (self.z.as_tensor().broadcast_mul(sigma)? - &self.origin)?;
         let b = self.b.broadcast_mul(&moved)?;
-        Ok(Some(Change::Thin(LowRank { a: self.a.clone(), b, scaling: 1.0 })))
+        Ok(Some(Change::LowRank(LowRank { a: self.a.clone(), b, scaling: 1.0 })))
     }
 
     fn trainable(&self) -> Vec<(&'static str, &Var)> {

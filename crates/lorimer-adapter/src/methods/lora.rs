@@ -36,7 +36,8 @@ use super::lora_start::Start;
 use super::{Entry, Served, dora};
 use crate::error::{Error, Result};
 use crate::method::{
-    Bias, Calibration, Change, Delta, Findings, LowRank, Method, PeftKeys, Source, Step, configure, from_peft_json,
+    Bias, Calibration, CalibrationStats, Change, Delta, LowRank, Method, ParameterSource, PeftKeys, Step, configure,
+    from_peft_json,
 };
 use crate::targets::{Targeting, pattern_value};
 use crate::training::Training;
@@ -363,14 +364,14 @@ impl Method for Lora {
         Ok(eva::allocate(&explained.iter().map(|(_, shares)| *shares).collect::<Vec<_>>(), budget))
     }
 
-    fn settle(&mut self, targeted: &[&Site], findings: &Findings) -> Result<()> {
+    fn resolve(&mut self, targeted: &[&Site], stats: &CalibrationStats) -> Result<()> {
         match self.eva() {
-            Some(eva) if !findings.is_empty() => eva.settle(&mut self.config, targeted, findings),
+            Some(eva) if !stats.is_empty() => eva.resolve(&mut self.config, targeted, stats),
             _ => Ok(()),
         }
     }
 
-    fn attach(&self, site: &Site, base: &Projection, source: &mut Source<'_>) -> Result<Box<dyn Delta>> {
+    fn attach(&self, site: &Site, base: &Projection, source: &mut ParameterSource<'_>) -> Result<Box<dyn Delta>> {
         let (rank, dtype) = (self.config.rank(&site.path)?, source.dtype());
         let start = Start::parse(&self.config.init_lora_weights)?;
         let shapes = ([rank, site.inputs], [site.outputs, rank]);
@@ -423,7 +424,7 @@ impl Method for Lora {
         self.config.lora_dropout == 0.0
     }
 
-    fn kept(&self, site: &Site) -> usize {
+    fn activations_per_row(&self, site: &Site) -> usize {
         let rank = self.config.rank(&site.path).unwrap_or_default();
         let moved = Start::parse(&self.config.init_lora_weights).is_ok_and(Start::moves_base);
         match (self.config.use_dora, moved) {
@@ -467,7 +468,7 @@ pub(super) struct LoraDelta {
 impl LoraDelta {
     /// scaling · (x Aᵀ) Bᵀ, less the same of A₀ and B₀.
     pub(super) fn product(&self, x: &Tensor) -> TensorResult<Tensor> {
-        // The scaling goes onto the thin matrix, where it costs next to nothing.
+        // The scaling goes onto the low-rank factor, where it costs next to nothing.
         let part = |a: &Tensor, b: &Tensor| (x.matmul(&a.t()?)? * self.scaling)?.matmul(&b.t()?);
         match &self.origin {
             Some((a, b)) => part(&self.a, &self.b)? - part(a, b)?,
@@ -491,7 +492,7 @@ impl Delta for LoraDelta {
         if let Some((a0, b0)) = &self.origin {
             (a, b) = (Tensor::cat(&[&a, a0], 0)?, Tensor::cat(&[&b, &b0.neg()?], 1)?);
         }
-        Ok(Some(Change::Thin(LowRank { a, b, scaling: self.scaling })))
+        Ok(Some(Change::LowRank(LowRank { a, b, scaling: self.scaling })))
     }
 
     fn mask(&self, x: &Tensor, step: &Step) -> TensorResult<Option<Tensor>> {

@@ -32,7 +32,9 @@ use serde_json::{Map, Value};
 use super::lora_xs::{SmallDelta, check_rank};
 use super::{Entry, Served};
 use crate::error::{Error, Result};
-use crate::method::{Calibration, Delta, Found, Method, PeftKeys, Source, configure, from_peft_json, peft_json};
+use crate::method::{
+    Calibration, Delta, Method, ModuleStats, ParameterSource, PeftKeys, configure, from_peft_json, peft_json,
+};
 use crate::targets::Targeting;
 
 /// The registry's line.
@@ -116,7 +118,7 @@ impl Method for LoraSb {
         Calibration::Gradients { samples: self.config.samples, batch_size: 8, absolute: false }
     }
 
-    fn digest(&self, site: &Site, _base: &Projection, gradient: &Tensor) -> Result<Found> {
+    fn reduce_gradients(&self, site: &Site, _base: &Projection, gradient: &Tensor) -> Result<ModuleStats> {
         check_rank(self.config.r, site)?;
         let values = gradient.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
         let step = Tensor::from_vec(first_step(&values, self.config.init_lr), gradient.shape(), gradient.device())?;
@@ -128,7 +130,7 @@ impl Method for LoraSb {
             .collect())
     }
 
-    fn attach(&self, site: &Site, _base: &Projection, source: &mut Source<'_>) -> Result<Box<dyn Delta>> {
+    fn attach(&self, site: &Site, _base: &Projection, source: &mut ParameterSource<'_>) -> Result<Box<dyn Delta>> {
         let r = self.config.r;
         check_rank(r, site)?;
         let (a_shape, b_shape) = ([r, site.inputs], [site.outputs, r]);
@@ -156,11 +158,11 @@ impl Method for LoraSb {
         Ok(self.config.r * self.config.r)
     }
 
-    fn kept(&self, _site: &Site) -> usize {
+    fn activations_per_row(&self, _site: &Site) -> usize {
         self.config.r
     }
 
-    fn held(&self, site: &Site) -> usize {
+    fn activations_fixed(&self, site: &Site) -> usize {
         self.config.r * (site.inputs + 3 * site.outputs)
     }
 }

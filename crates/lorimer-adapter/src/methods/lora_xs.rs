@@ -37,7 +37,9 @@ use serde_json::{Map, Value};
 use super::random::normal;
 use super::{Entry, Served};
 use crate::error::{Error, Result};
-use crate::method::{Change, Delta, LowRank, Method, PeftKeys, Source, Step, configure, from_peft_json, peft_json};
+use crate::method::{
+    Change, Delta, LowRank, Method, ParameterSource, PeftKeys, Step, configure, from_peft_json, peft_json,
+};
 use crate::targets::Targeting;
 
 /// The registry's line.
@@ -196,7 +198,7 @@ impl Method for LoraXs {
         peft_json("LORA_XS", &self.config)
     }
 
-    fn attach(&self, site: &Site, base: &Projection, source: &mut Source<'_>) -> Result<Box<dyn Delta>> {
+    fn attach(&self, site: &Site, base: &Projection, source: &mut ParameterSource<'_>) -> Result<Box<dyn Delta>> {
         let c = &self.config;
         let r = c.r;
         check_rank(r, site)?;
@@ -223,11 +225,11 @@ impl Method for LoraXs {
         Ok(self.config.r * self.config.r)
     }
 
-    fn kept(&self, _site: &Site) -> usize {
+    fn activations_per_row(&self, _site: &Site) -> usize {
         self.config.r
     }
 
-    fn held(&self, site: &Site) -> usize {
+    fn activations_fixed(&self, site: &Site) -> usize {
         self.config.r * (site.inputs + 3 * site.outputs)
     }
 }
@@ -248,7 +250,7 @@ pub(super) struct SmallDelta {
 impl Delta for SmallDelta {
     fn change(&self, _base: &Projection, _rows: usize, _step: &Step) -> TensorResult<Option<Change>> {
         let b = self.b.matmul(&self.r)?;
-        Ok(Some(Change::Thin(LowRank { a: self.a.clone(), b, scaling: self.scaling })))
+        Ok(Some(Change::LowRank(LowRank { a: self.a.clone(), b, scaling: self.scaling })))
     }
 
     fn trainable(&self) -> Vec<(&'static str, &Var)> {

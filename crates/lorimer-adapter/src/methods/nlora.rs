@@ -44,7 +44,7 @@ use super::random::kaiming;
 use super::{Entry, Served};
 use crate::error::{Error, Result};
 use crate::method::{
-    Change, Delta, LowRank, Method, PeftKeys, Source, Step, configure, from_peft_json, peft_json, site_seed,
+    Change, Delta, LowRank, Method, ParameterSource, PeftKeys, Step, configure, from_peft_json, peft_json, site_seed,
 };
 use crate::targets::Targeting;
 
@@ -244,7 +244,7 @@ impl Method for Nlora {
         }
     }
 
-    fn attach(&self, site: &Site, base: &Projection, source: &mut Source<'_>) -> Result<Box<dyn Delta>> {
+    fn attach(&self, site: &Site, base: &Projection, source: &mut ParameterSource<'_>) -> Result<Box<dyn Delta>> {
         let (c, r, dtype) = (&self.config, self.config.r, source.dtype());
         check_rank(r, site)?;
         let shapes = [[r, site.inputs], [r, r], [site.outputs, r]];
@@ -291,11 +291,11 @@ impl Method for Nlora {
         })
     }
 
-    fn kept(&self, _site: &Site) -> usize {
+    fn activations_per_row(&self, _site: &Site) -> usize {
         if self.config.variant == Variant::Nlora { 2 * self.config.r } else { self.config.r }
     }
 
-    fn held(&self, site: &Site) -> usize {
+    fn activations_fixed(&self, site: &Site) -> usize {
         let sides = site.inputs + site.outputs;
         match self.config.variant {
             Variant::Slora => self.config.r * 2 * site.outputs,
@@ -334,7 +334,7 @@ impl Delta for NloraDelta {
             // B N₀ and B N would each round, their difference of one product does not.
             (Outer::Frozen(a, b), Some((_, n0, _))) => (a.clone(), b.matmul(&(self.n.as_tensor() - n0)?)?),
         };
-        Ok(Some(Change::Thin(LowRank { a: low.0, b: low.1, scaling: self.scaling })))
+        Ok(Some(Change::LowRank(LowRank { a: low.0, b: low.1, scaling: self.scaling })))
     }
 
     fn trainable(&self) -> Vec<(&'static str, &Var)> {
@@ -359,14 +359,14 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::method::{Findings, largest};
+    use crate::method::{CalibrationStats, largest};
 
     fn attach(settings: Value, w: &Tensor) -> Result<Box<dyn Delta>> {
         let base = Projection { weight: FrozenWeight::Dense(w.clone()), bias: None };
         let method = crate::methods::build("nlora", settings.as_object().unwrap())?;
         let site = Site::new("p", w.dims2()?);
-        let findings = Findings::new();
-        method.attach(&site, &base, &mut Source::start(&site, DType::F64, 0, &findings))
+        let stats = CalibrationStats::new();
+        method.attach(&site, &base, &mut ParameterSource::start(&site, DType::F64, 0, &stats))
     }
 
     /// Where W has rank r, B N A = W (Nyström's identity), whichever rows and columns are taken.

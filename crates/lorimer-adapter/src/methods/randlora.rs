@@ -40,7 +40,8 @@ use super::slices::Slices;
 use super::{Entry, Served};
 use crate::error::{Error, Result};
 use crate::method::{
-    Bias, Change, Delta, Findings, LowRank, Method, PeftKeys, Source, Step, configure, from_peft_json, peft_json,
+    Bias, CalibrationStats, Change, Delta, LowRank, Method, ParameterSource, PeftKeys, Step, configure, from_peft_json,
+    peft_json,
 };
 use crate::targets::Targeting;
 
@@ -266,7 +267,7 @@ impl Method for RandLora {
         true
     }
 
-    fn settle(&mut self, targeted: &[&Site], _findings: &Findings) -> Result<()> {
+    fn resolve(&mut self, targeted: &[&Site], _stats: &CalibrationStats) -> Result<()> {
         // As in PEFT: the larger of all outputs and of all inputs, and then the smaller of the two.
         let outputs = targeted.iter().map(|s| s.outputs).max().unwrap_or(0);
         let inputs = targeted.iter().map(|s| s.inputs).max().unwrap_or(0);
@@ -299,7 +300,7 @@ impl Method for RandLora {
         ])
     }
 
-    fn attach(&self, site: &Site, _base: &Projection, source: &mut Source<'_>) -> Result<Box<dyn Delta>> {
+    fn attach(&self, site: &Site, _base: &Projection, source: &mut ParameterSource<'_>) -> Result<Box<dyn Delta>> {
         let (small, large, n) = self.sizes(site);
         let (r, dtype) = (self.config.r, source.dtype());
         let bases = self.bases.as_ref().ok_or_else(|| Error::Config("randlora targets nothing".into()))?;
@@ -349,12 +350,12 @@ impl Method for RandLora {
         self.config.randlora_dropout == 0.0
     }
 
-    fn kept(&self, site: &Site) -> usize {
+    fn activations_per_row(&self, site: &Site) -> usize {
         let (small, _, _) = self.sizes(site);
         small + if self.config.randlora_dropout > 0.0 { site.inputs } else { 0 }
     }
 
-    fn held(&self, site: &Site) -> usize {
+    fn activations_fixed(&self, site: &Site) -> usize {
         let (small, _, n) = self.sizes(site);
         2 * self.config.r * n * small
     }
@@ -391,7 +392,7 @@ impl Delta for RandLoraDelta {
         let thin = rows * depth * (3 * small + 2 * large);
         let whole = 2 * large * small * depth + rows * large * small;
         if thin <= whole || self.dropout_is_on() {
-            return Ok(Some(Change::Thin(low)));
+            return Ok(Some(Change::LowRank(low)));
         }
         let change = (low.b.matmul(&low.a)? * low.scaling)?;
         Ok(Some(Change::Weight((base.dense(change.dtype())? + change)?)))
@@ -443,9 +444,9 @@ mod tests {
         for shape in [(9, 6), (6, 9), (7, 7)] {
             let base = Projection { weight: FrozenWeight::Dense(normal(shape, &mut rng)?), bias: None };
             let mut method = crate::methods::build("randlora", json!({ "r": 2 }).as_object().unwrap())?;
-            let (site, findings) = (Site::new("p", shape), Findings::new());
-            method.settle(&[&site], &findings)?;
-            let delta = method.attach(&site, &base, &mut Source::start(&site, DType::F64, 0, &findings))?;
+            let (site, stats) = (Site::new("p", shape), CalibrationStats::new());
+            method.resolve(&[&site], &stats)?;
+            let delta = method.attach(&site, &base, &mut ParameterSource::start(&site, DType::F64, 0, &stats))?;
             for (_, var) in delta.trainable() {
                 var.set(&normal(var.dims2()?, &mut rng)?)?;
             }

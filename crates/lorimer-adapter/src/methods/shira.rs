@@ -43,8 +43,8 @@ use super::{Entry, Served};
 use crate::error::{Error, Result};
 use crate::file::store::StoredAdapter;
 use crate::method::{
-    Calibration, Delta, Findings, Found, Method, NotMergeable, PeftKeys, Source, Step, configure, from_peft_json,
-    peft_json, site_seed,
+    Calibration, CalibrationStats, Delta, Method, ModuleStats, NotMergeable, ParameterSource, PeftKeys, Step,
+    configure, from_peft_json, peft_json, site_seed,
 };
 use crate::targets::Targeting;
 
@@ -204,7 +204,13 @@ impl ShiraConfig {
     }
 
     /// The entries' positions, rising.
-    fn mask(&self, site: &Site, base: &Projection, source: &Source<'_>, rng: &mut ChaCha8Rng) -> Result<Vec<u32>> {
+    fn mask(
+        &self,
+        site: &Site,
+        base: &Projection,
+        source: &ParameterSource<'_>,
+        rng: &mut ChaCha8Rng,
+    ) -> Result<Vec<u32>> {
         let (k, all) = (self.count(site)?, site.inputs * site.outputs);
         let mut rng = match self.random_seed {
             Some(seed) => ChaCha8Rng::seed_from_u64(site_seed(seed, &site.path)),
@@ -435,7 +441,7 @@ impl Shira {
     }
 
     /// Positions out of a file.
-    fn positions(&self, site: &Site, source: &mut Source<'_>, k: usize) -> Result<Vec<u32>> {
+    fn positions(&self, site: &Site, source: &mut ParameterSource<'_>, k: usize) -> Result<Vec<u32>> {
         let wrong = |what: &str| {
             Error::Mismatch(format!("tensor `{}.{what}` does not hold positions of its weight", site.path))
         };
@@ -494,7 +500,7 @@ impl Method for Shira {
         config
     }
 
-    fn settle(&mut self, targeted: &[&Site], _findings: &Findings) -> Result<()> {
+    fn resolve(&mut self, targeted: &[&Site], _stats: &CalibrationStats) -> Result<()> {
         if self.config.density.is_some() && self.config.form == Form::Peft {
             self.fit = self.fit(targeted)?;
         }
@@ -512,7 +518,7 @@ impl Method for Shira {
         }
     }
 
-    fn digest(&self, site: &Site, base: &Projection, gradient: &Tensor) -> Result<Found> {
+    fn reduce_gradients(&self, site: &Site, base: &Projection, gradient: &Tensor) -> Result<ModuleStats> {
         let score = match self.config.mask_type {
             Mask::Snip => (base.dense(gradient.dtype())?.abs()? * gradient)?,
             _ => gradient.clone(),
@@ -520,10 +526,10 @@ impl Method for Shira {
         let mut positions = largest(&score, self.config.count(site)?)?;
         positions.sort_unstable();
         let k = positions.len();
-        Ok(Found::from([("positions".to_string(), Tensor::from_vec(positions, k, &Device::Cpu)?)]))
+        Ok(ModuleStats::from([("positions".to_string(), Tensor::from_vec(positions, k, &Device::Cpu)?)]))
     }
 
-    fn attach(&self, site: &Site, base: &Projection, source: &mut Source<'_>) -> Result<Box<dyn Delta>> {
+    fn attach(&self, site: &Site, base: &Projection, source: &mut ParameterSource<'_>) -> Result<Box<dyn Delta>> {
         let (k, dtype) = (self.config.count(site)?, source.dtype());
         let shape = (site.outputs, site.inputs);
         let (positions, values) = if source.is_file() {
@@ -561,12 +567,12 @@ impl Method for Shira {
         self.config.count(site)
     }
 
-    fn kept(&self, _site: &Site) -> usize {
+    fn activations_per_row(&self, _site: &Site) -> usize {
         0
     }
 
     /// Positions by row and by column.
-    fn held(&self, site: &Site) -> usize {
+    fn activations_fixed(&self, site: &Site) -> usize {
         3 * self.config.count(site).unwrap_or(0)
     }
 }

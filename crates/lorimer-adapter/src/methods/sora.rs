@@ -48,9 +48,9 @@ use super::lora_start::Start;
 use super::random::normal;
 use super::{Entry, Served};
 use crate::error::{Error, Result};
-use crate::method::{Bias, Change, Delta, LowRank, Method, Source, Step, configure, split_off};
+use crate::method::{Bias, Change, Delta, LowRank, Method, ParameterSource, Step, configure, split_off};
 use crate::targets::Targeting;
-use crate::training::{Control, SoftThreshold, Training, Update};
+use crate::training::{Callback, SoftThreshold, Training, Update};
 
 /// The registry's line.
 pub const ENTRY: Entry = Entry {
@@ -247,7 +247,7 @@ impl Method for Sora {
     }
 
     fn training(&self) -> Training {
-        let control = SoftThreshold {
+        let callback = SoftThreshold {
             stages: self.own.thresholds(),
             of_rate: self.own.xi.is_none(),
             lr_scaled: self.own.threshold == Threshold::LrScaled,
@@ -256,7 +256,7 @@ impl Method for Sora {
             penalty: self.own.penalty,
             random_keep: self.own.random_keep,
         };
-        Training { control: Some(Control::SoftThreshold(control)), ..Default::default() }
+        Training { callback: Some(Callback::SoftThreshold(callback)), ..Default::default() }
     }
 
     /// The ranks that are left, with α so that its ratio to the rank stays.
@@ -281,7 +281,7 @@ impl Method for Sora {
         config.insert("alpha_pattern".into(), Value::Object(alphas));
     }
 
-    fn attach(&self, site: &Site, base: &Projection, source: &mut Source<'_>) -> Result<Box<dyn Delta>> {
+    fn attach(&self, site: &Site, base: &Projection, source: &mut ParameterSource<'_>) -> Result<Box<dyn Delta>> {
         let (config, dtype) = (&self.lora.config, source.dtype());
         let start = Start::parse(&config.init_lora_weights)?;
         let (mut b, mut gate) = (None, Tensor::ones(config.r, dtype, &Device::Cpu)?);
@@ -308,8 +308,8 @@ impl Method for Sora {
         self.lora.rows_are_independent()
     }
 
-    fn kept(&self, site: &Site) -> usize {
-        self.lora.kept(site)
+    fn activations_per_row(&self, site: &Site) -> usize {
+        self.lora.activations_per_row(site)
     }
 }
 
@@ -325,7 +325,7 @@ struct SoraDelta {
 impl Delta for SoraDelta {
     fn change(&self, _base: &Projection, _rows: usize, _step: &Step) -> TensorResult<Option<Change>> {
         let a = self.a.broadcast_mul(&self.gate.unsqueeze(1)?)?;
-        Ok(Some(Change::Thin(LowRank { a, b: self.b.as_tensor().clone(), scaling: self.scaling })))
+        Ok(Some(Change::LowRank(LowRank { a, b: self.b.as_tensor().clone(), scaling: self.scaling })))
     }
 
     fn mask(&self, x: &Tensor, step: &Step) -> TensorResult<Option<Tensor>> {

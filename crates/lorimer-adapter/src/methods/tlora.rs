@@ -39,7 +39,9 @@ use serde_json::{Map, Value};
 use super::random::{kaiming, normal};
 use super::{Entry, Served};
 use crate::error::{Error, Result};
-use crate::method::{Delta, Method, NotMergeable, PeftKeys, Source, Step, configure, from_peft_json, peft_json};
+use crate::method::{
+    Delta, Method, NotMergeable, ParameterSource, PeftKeys, Step, configure, from_peft_json, peft_json,
+};
 use crate::targets::Targeting;
 
 /// The registry's line.
@@ -204,7 +206,7 @@ impl Method for Tlora {
         peft_json("TLORA", &self.config)
     }
 
-    fn attach(&self, site: &Site, _base: &Projection, source: &mut Source<'_>) -> Result<Box<dyn Delta>> {
+    fn attach(&self, site: &Site, _base: &Projection, source: &mut ParameterSource<'_>) -> Result<Box<dyn Delta>> {
         let (c, dtype) = (&self.config, source.dtype());
         let sides = factorise(self.width(site), c.factors);
         let mut cores = Vec::new();
@@ -263,7 +265,7 @@ impl Method for Tlora {
             })
     }
 
-    fn kept(&self, site: &Site) -> usize {
+    fn activations_per_row(&self, site: &Site) -> usize {
         let width = self.width(site);
         let sides = factorise(width, self.config.factors);
         if sides.len() == 2 && sides[0] * sides[1] == width {
@@ -306,7 +308,7 @@ fn chain(cores: &[Tensor]) -> TensorResult<Tensor> {
 }
 
 impl ResidualPart {
-    /// Thin factors (k, inputs) and (outputs, k) of R.
+    /// Low-rank factors (k, inputs) and (outputs, k) of R.
     fn factors(&self) -> TensorResult<(Tensor, Tensor)> {
         match self {
             Self::Lora(a, b) => Ok((a.as_tensor().clone(), b.as_tensor().clone())),
@@ -397,7 +399,7 @@ impl Delta for TloraDelta {
             Side::Output => ops.ring_transform(&ops.linear(x, &base.weight)?, first, second)?,
         };
         let parameters: Vec<&Tensor> = self.trainable().into_iter().map(|(_, v)| v.as_tensor()).collect();
-        let factors = ops.island_all(&[], &parameters, |_| {
+        let factors = ops.subgraph_all(&[], &parameters, |_| {
             let (a, b) = self.residual.factors()?;
             Ok(vec![a, b])
         })?;
@@ -434,7 +436,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::method::{Findings, largest};
+    use crate::method::{CalibrationStats, largest};
 
     #[test]
     fn factors_are_near_each_other_or_padded() {
@@ -454,11 +456,11 @@ mod tests {
             let base =
                 Projection { weight: FrozenWeight::Dense(kaiming((5, width), DType::F64, &mut rng)?), bias: None };
             let site = Site::new("p", (5, width));
-            let findings = Findings::new();
+            let stats = CalibrationStats::new();
             let settings = json!({ "factors": factors, "ring": 3 });
             let config = settings.as_object().unwrap();
             let tlora = Tlora { config: configure("tlora", config)? };
-            let mut source = Source::start(&site, DType::F64, 0, &findings);
+            let mut source = ParameterSource::start(&site, DType::F64, 0, &stats);
             let attached = tlora.attach(&site, &base, &mut source)?;
             let vars: Vec<Var> = attached.trainable().into_iter().map(|(_, v)| v.clone()).collect();
             let cores = vars[..factors].to_vec();

@@ -32,7 +32,8 @@ use super::slices::Slices;
 use super::{Entry, Served};
 use crate::error::{Error, Result};
 use crate::method::{
-    Bias, Change, Delta, Findings, LowRank, Method, PeftKeys, Source, Step, configure, from_peft_json, peft_json,
+    Bias, CalibrationStats, Change, Delta, LowRank, Method, ParameterSource, PeftKeys, Step, configure, from_peft_json,
+    peft_json,
 };
 use crate::targets::Targeting;
 
@@ -150,7 +151,7 @@ impl Method for Vera {
         true
     }
 
-    fn settle(&mut self, targeted: &[&Site], _findings: &Findings) -> Result<()> {
+    fn resolve(&mut self, targeted: &[&Site], _stats: &CalibrationStats) -> Result<()> {
         let r = self.config.r;
         let inputs = targeted.iter().map(|s| s.inputs).max().unwrap_or(0);
         let outputs = targeted.iter().map(|s| s.outputs).max().unwrap_or(0);
@@ -180,7 +181,7 @@ impl Method for Vera {
         Ok(vec![("base_model.vera_A".into(), a.clone()), ("base_model.vera_B".into(), b.clone())])
     }
 
-    fn attach(&self, site: &Site, _base: &Projection, source: &mut Source<'_>) -> Result<Box<dyn Delta>> {
+    fn attach(&self, site: &Site, _base: &Projection, source: &mut ParameterSource<'_>) -> Result<Box<dyn Delta>> {
         let (r, dtype) = (self.config.r, source.dtype());
         let (a, b) = self.shared.as_ref().ok_or_else(|| Error::Config("vera targets nothing".into()))?;
         if site.inputs > a.dim(1)? || site.outputs > b.dim(0)? {
@@ -210,11 +211,11 @@ impl Method for Vera {
         self.config.vera_dropout == 0.0
     }
 
-    fn kept(&self, site: &Site) -> usize {
+    fn activations_per_row(&self, site: &Site) -> usize {
         self.config.r + if self.config.vera_dropout > 0.0 { site.inputs } else { 0 }
     }
 
-    fn held(&self, site: &Site) -> usize {
+    fn activations_fixed(&self, site: &Site) -> usize {
         self.config.r * site.outputs
     }
 }
@@ -237,7 +238,7 @@ impl Delta for VeraDelta {
     fn change(&self, _base: &Projection, _rows: usize, _step: &Step) -> TensorResult<Option<Change>> {
         // Both diagonals on B, so that A stays as it is and needs no gradient.
         let b = scaled_bases(&self.b, &self.lambda_b.unsqueeze(1)?, &self.lambda_d.unsqueeze(0)?)?;
-        Ok(Some(Change::Thin(LowRank { a: self.a.clone(), b, scaling: 1.0 })))
+        Ok(Some(Change::LowRank(LowRank { a: self.a.clone(), b, scaling: 1.0 })))
     }
 
     fn mask(&self, x: &Tensor, step: &Step) -> TensorResult<Option<Tensor>> {

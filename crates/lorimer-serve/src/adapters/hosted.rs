@@ -95,8 +95,8 @@ fn served(adapter: &Adapter, site: &Site, base: &Projection, rank: Option<usize>
     }
     // What is low-rank as it is stays as it is, whatever its rank; one that is as wide as the matrix becomes the matrix.
     let own = match delta.change(base, 0, &Step::default())? {
-        Some(Change::Thin(low)) if low.a.dim(0)? < site.inputs.min(site.outputs) => true,
-        Some(Change::Thin(low)) => {
+        Some(Change::LowRank(low)) if low.a.dim(0)? < site.inputs.min(site.outputs) => true,
+        Some(Change::LowRank(low)) => {
             let whole = (low.b.matmul(&low.a)? * low.scaling)?;
             let identity = |n: usize| Tensor::eye(n, whole.dtype(), whole.device());
             let (a, b) = match site.outputs <= site.inputs {

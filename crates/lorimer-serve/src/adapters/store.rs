@@ -22,7 +22,7 @@ use crate::adapters::hosted::{Conversion, Hosted};
 use crate::adapters::mirror::{FRESH, Mirror};
 pub use crate::adapters::registry::REGISTRY_FILE;
 use crate::adapters::registry::{self, Registry, Written};
-use crate::engine::residency::Residency;
+use crate::engine::adapter_account::AdapterAccount;
 
 /// Longest name.
 pub const MAX_NAME: usize = 200;
@@ -204,7 +204,7 @@ struct Inner {
     not_kept: Option<String>,
     /// In host memory, by content.
     hosted: HashMap<Arc<str>, Arc<Hosted>>,
-    account: Residency,
+    account: AdapterAccount,
     /// One load of a name at a time.
     loading: HashMap<String, Arc<Mutex<()>>>,
 }

@@ -1,15 +1,15 @@
 //! Requests, the pages they hold, and what is computed next: all of the engine but the computation, so that the engine, the simulator and
 //! the tests of progress drive the same code.
 //!
-//! Every request that is let in ends. Of those that run, the first is never put back; what the prefix cache keeps is, block by block, what
+//! Every request that is let in ends. Of those that run, the first is never preempted; what the prefix cache keeps is, block by block, what
 //! some running request holds too or what can be given up; so the first always gets the pages that it was let in for.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use crate::engine::adapter_cache::AdapterCache;
 use crate::engine::pool::{BLOCK, Geometry, Pages};
 use crate::engine::prefix::{NodeId, PrefixCache};
-use crate::engine::residents::Residents;
 use crate::engine::scheduler::{Job, Policy, Refusal, Scheduler, Tenant};
 
 /// What is asked for.
@@ -79,8 +79,8 @@ pub struct Counted {
     pub cached_tokens: u64,
     /// Tokens generated.
     pub generated_tokens: u64,
-    /// Requests that were put back because the pool was full after all.
-    pub put_back: u64,
+    /// Requests that were preempted because the pool was full after all.
+    pub preempted: u64,
 }
 
 fn job(id: u64, asked: &Asked, arrived: f64) -> Job {
@@ -104,7 +104,7 @@ pub struct Batching {
     geometry: Geometry,
     pages: Pages,
     prefix: Option<PrefixCache>,
-    residents: Residents,
+    adapters: AdapterCache,
     scheduler: Scheduler,
     sequences: HashMap<u64, Sequence>,
     counted: Counted,
@@ -118,7 +118,7 @@ impl Batching {
             scheduler: Scheduler::new(policy, geometry, pages.count()),
             pages,
             prefix: prefix_cache.then(PrefixCache::default),
-            residents: Residents::default(),
+            adapters: AdapterCache::default(),
             sequences: HashMap::new(),
             counted: Counted::default(),
         }
@@ -184,7 +184,7 @@ impl Batching {
 
     /// Where an adapter is in the pool, if it is there.
     pub fn adapter(&self, content: &str) -> Option<&[u32]> {
-        self.residents.get(content)
+        self.adapters.get(content)
     }
 
     /// The scheduler's figures.
@@ -193,8 +193,8 @@ impl Batching {
     }
 
     /// Adapters in the pool.
-    pub fn residents(&self) -> &Residents {
-        &self.residents
+    pub fn adapters(&self) -> &AdapterCache {
+        &self.adapters
     }
 
     /// The account of the pages.
@@ -249,7 +249,7 @@ impl Batching {
             self.lease(*id, &mut step);
         }
         for (id, rows) in plan.work {
-            // It may have been put back to make room for another.
+            // It may have been preempted to make room for another.
             let Some(s) = self.sequences.get(&id).filter(|s| s.runs) else { continue };
             let blocks = (s.computed + rows).div_ceil(BLOCK);
             let wanted = blocks.saturating_sub(s.blocks.len()) * self.geometry.layers;
@@ -271,18 +271,18 @@ impl Batching {
                 }
             }
         }
-        // Making room for a later one may have put an earlier one back.
+        // Making room for a later one may have preempted an earlier one.
         step.work.retain(|(id, _)| self.sequences.get(id).is_some_and(|s| s.runs));
         step.work.sort_by_cached_key(|(id, _)| (self.sequences.get(id).map(|s| s.content.clone()), *id));
         step
     }
 
-    /// Sees to a request's adapters in the pool, as long as it runs: making room for one may put it back.
+    /// Sees to a request's adapters in the pool, as long as it runs: making room for one may preempt it.
     fn lease(&mut self, id: u64, step: &mut Step) {
         loop {
             let Some(s) = self.sequences.get_mut(&id).filter(|s| s.runs) else { return };
             let Some((content, count)) = s.adapters.get(s.leased).cloned() else { return };
-            if self.residents.account().lease(&content) {
+            if self.adapters.account().lease(&content) {
                 s.leased += 1;
                 continue;
             }
@@ -290,7 +290,7 @@ impl Batching {
             if !self.make_room(count, id) {
                 return;
             }
-            let Some(loaded) = self.residents.load(&content, count, &mut self.pages) else { return };
+            let Some(loaded) = self.adapters.load(&content, count, &mut self.pages) else { return };
             step.loads.push((content, loaded.to_vec()));
         }
     }
@@ -299,13 +299,13 @@ impl Batching {
     /// Whether there are so many, and `id` still runs.
     fn make_room(&mut self, wanted: usize, id: u64) -> bool {
         loop {
-            if self.residents.make_room(&mut self.pages, wanted)
+            if self.adapters.make_room(&mut self.pages, wanted)
                 || self.prefix.as_mut().is_some_and(|prefix| prefix.make_room(&mut self.pages, wanted))
             {
                 return true;
             }
-            let Some(last) = self.scheduler.put_back_last() else { return false };
-            self.counted.put_back += 1;
+            let Some(last) = self.scheduler.preempt_last() else { return false };
+            self.counted.preempted += 1;
             if let Some(mut sequence) = self.sequences.remove(&last) {
                 self.vacate(&mut sequence);
                 self.sequences.insert(last, sequence);
@@ -322,7 +322,7 @@ impl Batching {
         (sequence.computed, sequence.shared, sequence.node) = (0, 0, None);
         sequence.runs = false;
         for (content, _) in &sequence.adapters[..std::mem::take(&mut sequence.leased)] {
-            self.residents.account().unlease(content);
+            self.adapters.account().unlease(content);
         }
     }
 

@@ -3,12 +3,12 @@
 //! A step takes what the scheduler planned through the model in one forward, whatever adapters the rows belong to, and draws a token for
 //! every request whose last row is there. The same requests with the same seeds get the same tokens, alone or among others.
 
+pub mod adapter_account;
+pub mod adapter_cache;
 pub mod batched;
 pub mod batching;
 pub mod pool;
 pub mod prefix;
-pub mod residency;
-pub mod residents;
 pub mod scheduler;
 pub mod simulate;
 pub mod worker;
@@ -128,7 +128,7 @@ fn caught<T>(f: impl FnOnce() -> T) -> std::result::Result<T, String> {
 }
 
 /// What is kept of a request beside its tokens and pages.
-struct Under {
+struct InFlight {
     /// Its prompt is with the tokens.
     request: Request,
     arrived: f64,
@@ -136,7 +136,7 @@ struct Under {
     limit: usize,
     expected: usize,
     /// Tokens of the prompt whose log-probabilities have been told.
-    told: usize,
+    reported: usize,
     /// Tokens that were given out, and the state of the random numbers after them.
     answer: Vec<u32>,
     rng: ChaCha8Rng,
@@ -180,8 +180,9 @@ pub struct EngineState {
     pub cached_tokens: u64,
     /// Tokens generated.
     pub generated_tokens: u64,
-    /// Requests that were put back because the pool was full after all.
-    pub put_back: u64,
+    /// Requests that were preempted because the pool was full after all.
+    #[serde(rename = "put_back")]
+    pub preempted: u64,
 }
 
 /// Requests, pool and adapters of one model.
@@ -191,7 +192,7 @@ pub struct Engine<'m> {
     numbers: Numbers,
     settings: EngineSettings,
     batching: Batching,
-    under: HashMap<u64, Under>,
+    in_flight: HashMap<u64, InFlight>,
     next: u64,
     events: Vec<Event>,
     /// After a failure: prompts of requests that are still to be taken in again, one a step.
@@ -215,7 +216,7 @@ impl<'m> Engine<'m> {
             numbers,
             settings,
             batching,
-            under: HashMap::new(),
+            in_flight: HashMap::new(),
             next: 0,
             events: Vec::new(),
             again: VecDeque::new(),
@@ -237,11 +238,11 @@ impl<'m> Engine<'m> {
         let rng = ChaCha8Rng::seed_from_u64(request.seed);
         let (limit, expected) = self.length_of(&request);
         let prompt = std::mem::take(&mut request.prompt);
-        let under = Under { request, arrived: now, limit, expected, told: 0, answer: Vec::new(), rng };
-        let asked = self.asked(&under, prompt);
+        let in_flight = InFlight { request, arrived: now, limit, expected, reported: 0, answer: Vec::new(), rng };
+        let asked = self.asked(&in_flight, prompt);
         match caught(|| self.batching.submit(id, asked, now)) {
             Ok(Ok(())) => {
-                self.under.insert(id, under);
+                self.in_flight.insert(id, in_flight);
                 Ok(Ok(id))
             }
             Ok(Err(refusal)) => Ok(Err(refusal)),
@@ -254,20 +255,20 @@ impl<'m> Engine<'m> {
     }
 
     /// A request as it is scheduled: what it has of its answer is computed like a prompt.
-    fn asked(&self, under: &Under, mut prompt: Vec<u32>) -> Asked {
-        let request = &under.request;
+    fn asked(&self, in_flight: &InFlight, mut prompt: Vec<u32>) -> Asked {
+        let request = &in_flight.request;
         let content: Vec<String> =
             request.adapters.iter().map(|(a, weight)| format!("{}*{}", a.content_id, weight.to_bits())).collect();
         let pages = |(a, _): &(Arc<Hosted>, f32)| (a.content_id.as_str().into(), a.pages(self.geometry));
-        let whole = request.of_prompt && under.told < prompt.len();
-        prompt.extend_from_slice(&under.answer);
-        let max_tokens = under.limit.saturating_sub(under.answer.len());
+        let whole = request.of_prompt && in_flight.reported < prompt.len();
+        prompt.extend_from_slice(&in_flight.answer);
+        let max_tokens = in_flight.limit.saturating_sub(in_flight.answer.len());
         Asked {
             prompt,
             whole,
-            answered: under.answer.len(),
+            answered: in_flight.answer.len(),
             max_tokens,
-            expected: Some(under.expected.min(max_tokens)),
+            expected: Some(in_flight.expected.min(max_tokens)),
             adapters: request.adapters.iter().map(pages).collect(),
             content: content.join("+"),
             tenant: request.tenant.clone(),
@@ -317,7 +318,7 @@ impl<'m> Engine<'m> {
 
     /// Takes a request out: its client has gone.
     pub fn cancel(&mut self, id: u64) {
-        self.under.remove(&id);
+        self.in_flight.remove(&id);
         self.again.retain(|(other, _)| *other != id);
         if let Err(problem) = caught(|| _ = self.batching.remove(id)) {
             self.rebuild(&problem);
@@ -326,14 +327,15 @@ impl<'m> Engine<'m> {
 
     /// Whether nothing waits or runs, and nothing is to be told.
     pub fn is_idle(&self) -> bool {
-        self.under.is_empty() && self.events.is_empty()
+        self.in_flight.is_empty() && self.events.is_empty()
     }
 
     /// Names of the adapters at work.
     pub fn at_work(&self) -> AtWork {
         const MOST: usize = 256;
         let names = |runs: bool| {
-            let with = self.under.iter().filter(|(id, _)| self.batching.sequence(**id).is_some_and(|s| s.runs == runs));
+            let with =
+                self.in_flight.iter().filter(|(id, _)| self.batching.sequence(**id).is_some_and(|s| s.runs == runs));
             let unique: std::collections::BTreeSet<&String> = with.flat_map(|(_, u)| &u.request.names).collect();
             unique.into_iter().take(MOST).cloned().collect()
         };
@@ -348,7 +350,7 @@ impl<'m> Engine<'m> {
     /// Figures of now.
     pub fn state(&mut self) -> EngineState {
         let counted = self.batching.counted();
-        let adapters = self.batching.residents().figures();
+        let adapters = self.batching.adapters().figures();
         let (adapter_pages, count, loads, evictions) =
             (adapters.pages(), adapters.len(), adapters.loads, adapters.evictions);
         let adapter_pages_at_work = adapters.leased_pages();
@@ -366,7 +368,7 @@ impl<'m> Engine<'m> {
             prompt_tokens: counted.prompt_tokens,
             cached_tokens: counted.cached_tokens,
             generated_tokens: counted.generated_tokens,
-            put_back: counted.put_back,
+            preempted: counted.preempted,
         }
     }
 
@@ -383,7 +385,7 @@ impl<'m> Engine<'m> {
     pub fn step(&mut self, now: f64) -> Vec<Event> {
         self.at = None;
         if let Err(problem) = caught(|| self.try_step(now)) {
-            if let Some(id) = self.at.filter(|id| self.under.remove(id).is_some()) {
+            if let Some(id) = self.at.filter(|id| self.in_flight.remove(id).is_some()) {
                 self.events.push(Event::Failed(id, Failure::Defect(problem.clone())));
             }
             self.rebuild(&problem);
@@ -395,13 +397,13 @@ impl<'m> Engine<'m> {
         self.take_one_again();
         let step = self.batching.step(now);
         for (content, pages) in step.loads {
-            let mut adapters = self.under.values().flat_map(|u| &u.request.adapters);
+            let mut adapters = self.in_flight.values().flat_map(|u| &u.request.adapters);
             if let Some((hosted, _)) = adapters.find(|(a, _)| *a.content_id == *content) {
                 self.numbers.write(&pages, &hosted.numbers);
             }
         }
         for (id, refusal) in step.refused {
-            self.under.remove(&id);
+            self.in_flight.remove(&id);
             self.events.push(Event::Refused(id, refusal));
         }
         for id in step.failed {
@@ -414,7 +416,7 @@ impl<'m> Engine<'m> {
     }
 
     fn fail(&mut self, id: u64, failure: Failure) {
-        self.under.remove(&id);
+        self.in_flight.remove(&id);
         self.batching.remove(id);
         self.events.push(Event::Failed(id, failure));
     }
@@ -426,7 +428,7 @@ impl<'m> Engine<'m> {
         let new = Batching::new(self.settings.policy.clone(), self.geometry, pages, self.settings.prefix_cache);
         let mut prompts = std::mem::replace(&mut self.batching, new).into_prompts();
         prompts.extend(self.again.drain(..));
-        prompts.retain(|(id, _)| self.under.contains_key(id));
+        prompts.retain(|(id, _)| self.in_flight.contains_key(id));
         prompts.sort_unstable_by_key(|(id, _)| *id);
         self.again = prompts.into();
     }
@@ -434,8 +436,8 @@ impl<'m> Engine<'m> {
     /// Takes in the next of the requests that are to go on after a failure, once those before it have had a step.
     fn take_one_again(&mut self) {
         let Some((id, prompt)) = self.again.pop_front() else { return };
-        let Some(under) = self.under.get(&id) else { return };
-        let (asked, arrived) = (self.asked(under, prompt), under.arrived);
+        let Some(in_flight) = self.in_flight.get(&id) else { return };
+        let (asked, arrived) = (self.asked(in_flight, prompt), in_flight.arrived);
         self.at = Some(id);
         self.batching.restore(id, asked, arrived);
     }
@@ -451,7 +453,7 @@ impl<'m> Engine<'m> {
                 let width = (logits.len() / needs.len().max(1)).max(1);
                 let rows = needs.into_iter().zip(logits.chunks(width));
                 let rows: Vec<Row<'_>> = rows.map(|((id, next), logits)| Row { id, next, logits }).collect();
-                self.tell(work, &rows);
+                self.report(work, &rows);
                 return self.draw(&rows);
             }
             Ok(Err(error)) => error.to_string(),
@@ -471,10 +473,10 @@ impl<'m> Engine<'m> {
     /// Computes the rows of some requests together: the logits that are needed, one row after the other, and for each its request and the
     /// place of the token that comes after it.
     fn forward(&mut self, work: &[(u64, usize)]) -> Result<(Needs, Vec<f32>)> {
-        let Self { under, batching, numbers, geometry, model, .. } = self;
+        let Self { in_flight, batching, numbers, geometry, model, .. } = self;
         let (mut rows, mut tokens, mut needed, mut needs) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for &(id, count) in work {
-            let Some((s, u)) = batching.sequence(id).zip(under.get(&id)) else { continue };
+            let Some((s, u)) = batching.sequence(id).zip(in_flight.get(&id)) else { continue };
             let used = u.request.adapters.iter().filter_map(|(hosted, weight)| {
                 Some(Used { hosted, pages: batching.adapter(&hosted.content_id)?, weight: *weight })
             });
@@ -484,8 +486,8 @@ impl<'m> Engine<'m> {
             }
             rows.push(Rows { count, position: s.computed, blocks: &s.blocks, adapters });
             for next in s.computed + 1..=s.computed + count {
-                let told = u.request.of_prompt && (u.told.max(1)..s.prompt).contains(&next);
-                if told || next == s.tokens.len() {
+                let reported = u.request.of_prompt && (u.reported.max(1)..s.prompt).contains(&next);
+                if reported || next == s.tokens.len() {
                     needed.push((tokens.len() + next - 1 - s.computed) as u32);
                     needs.push((id, next));
                 }
@@ -500,34 +502,34 @@ impl<'m> Engine<'m> {
     }
 
     /// Tells the log-probabilities of prompts, each token's from the row before it, and ends requests that ask for no more.
-    fn tell(&mut self, work: &[(u64, usize)], rows: &[Row<'_>]) {
+    fn report(&mut self, work: &[(u64, usize)], rows: &[Row<'_>]) {
         for &(id, _) in work {
             self.at = Some(id);
-            let Some((u, s)) = self.under.get_mut(&id).zip(self.batching.sequence(id)) else { continue };
-            let mut told = Vec::new();
-            if u.request.of_prompt && u.told < s.prompt {
+            let Some((u, s)) = self.in_flight.get_mut(&id).zip(self.batching.sequence(id)) else { continue };
+            let mut reported = Vec::new();
+            if u.request.of_prompt && u.reported < s.prompt {
                 let own: Vec<&Row<'_>> = rows.iter().filter(|row| row.id == id && row.next < s.prompt).collect();
                 if let Some(failure) = own.iter().find_map(|row| finite(u, row.logits).err()) {
                     self.fail(id, failure);
                     continue;
                 }
-                if u.told == 0 {
-                    told.push(Token { token: s.tokens[0], log_probability: None, top: Vec::new() });
+                if u.reported == 0 {
+                    reported.push(Token { token: s.tokens[0], log_probability: None, top: Vec::new() });
                 }
                 let n = u.request.log_probabilities.unwrap_or(0);
                 let token = |row: &&Row<'_>| {
                     let (own, top) = log_probabilities(row.logits, s.tokens[row.next], n);
                     Token { token: s.tokens[row.next], log_probability: Some(own), top }
                 };
-                told.par_extend(own.par_iter().map(token));
-                u.told += told.len();
+                reported.par_extend(own.par_iter().map(token));
+                u.reported += reported.len();
             }
             let over = u.limit == 0 && s.computed >= s.prompt;
-            if over || !told.is_empty() {
-                self.events.push(Event::Prompt(id, told, over.then_some(FinishReason::Length)));
+            if over || !reported.is_empty() {
+                self.events.push(Event::Prompt(id, reported, over.then_some(FinishReason::Length)));
             }
             if over {
-                self.under.remove(&id);
+                self.in_flight.remove(&id);
                 self.batching.remove(id);
             }
         }
@@ -535,11 +537,11 @@ impl<'m> Engine<'m> {
 
     /// Draws the next token of requests whose last row is there.
     fn draw(&mut self, rows: &[Row<'_>]) {
-        let (under, batching) = (&self.under, &self.batching);
+        let (in_flight, batching) = (&self.in_flight, &self.batching);
         let last = |row: &&Row<'_>| batching.sequence(row.id).is_some_and(|s| row.next == s.tokens.len());
         let rows: Vec<&Row<'_>> = rows.iter().filter(last).collect();
         let one = |&&Row { id, logits, .. }: &&Row<'_>| {
-            let (u, s) = under.get(&id).zip(batching.sequence(id))?;
+            let (u, s) = in_flight.get(&id).zip(batching.sequence(id))?;
             Some((
                 id,
                 caught(|| next_token(u, s.tokens.split_at(s.prompt), logits))
@@ -556,7 +558,7 @@ impl<'m> Engine<'m> {
                 }
             };
             self.at = Some(id);
-            let Some(u) = self.under.get_mut(&id) else { continue };
+            let Some(u) = self.in_flight.get_mut(&id) else { continue };
             // What is told is what goes on from, whatever fails after this.
             u.rng = rng;
             u.answer.push(token.token);
@@ -568,7 +570,7 @@ impl<'m> Engine<'m> {
             let next = token.token;
             self.events.push(Event::Token(id, token, reason));
             if reason.is_some() {
-                self.under.remove(&id);
+                self.in_flight.remove(&id);
             }
             self.batching.push(id, next);
             if reason.is_some() {
@@ -589,11 +591,11 @@ struct Row<'a> {
 }
 
 /// Refuses logits that are no numbers, and says with which adapters.
-fn finite(under: &Under, logits: &[f32]) -> std::result::Result<(), Failure> {
+fn finite(in_flight: &InFlight, logits: &[f32]) -> std::result::Result<(), Failure> {
     if logits.iter().all(|l| l.is_finite()) {
         return Ok(());
     }
-    let request = &under.request;
+    let request = &in_flight.request;
     let with: Vec<String> = request
         .adapters
         .iter()
@@ -608,16 +610,16 @@ fn finite(under: &Under, logits: &[f32]) -> std::result::Result<(), Failure> {
 
 /// The next token of a request after its prompt and answer, and the random numbers' state after it.
 fn next_token(
-    under: &Under,
+    in_flight: &InFlight,
     history: (&[u32], &[u32]),
     logits: &[f32],
 ) -> std::result::Result<(Token, ChaCha8Rng), Failure> {
-    let request = &under.request;
-    finite(under, logits)?;
-    let mut rng = under.rng.clone();
+    let request = &in_flight.request;
+    finite(in_flight, logits)?;
+    let mut rng = in_flight.rng.clone();
     let token = request.sampling.draw(logits, history, &mut rng);
-    let told = request.log_probabilities.map(|n| log_probabilities(logits, token, n));
-    let (log_probability, top) = told.map_or((None, Vec::new()), |(own, top)| (Some(own), top));
+    let reported = request.log_probabilities.map(|n| log_probabilities(logits, token, n));
+    let (log_probability, top) = reported.map_or((None, Vec::new()), |(own, top)| (Some(own), top));
     Ok((Token { token, log_probability, top }, rng))
 }
 

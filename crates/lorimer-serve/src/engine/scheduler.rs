@@ -69,12 +69,12 @@ pub struct Job {
     pub tenant: Tenant,
     /// Its adapters, each by its content and the pages it takes.
     pub adapters: Vec<(Arc<str>, usize)>,
-    /// Tokens of the prompt (of a request that was put back: those generated too).
+    /// Tokens of the prompt (of a request that was preempted: those generated too).
     pub prompt: usize,
     /// Most tokens that are still to be generated.
     pub max_output: usize,
     /// How many are counted on when it is let in, at most `max_output`. Where more come and the pool is full, the request that came last is
-    /// put back.
+    /// preempted.
     pub expected: usize,
     /// When it came, in seconds.
     pub arrived: f64,
@@ -336,7 +336,7 @@ impl Scheduler {
 
     /// Puts the running request that came last back into the queue, its generated tokens part of the prompt, because the pool is full after
     /// all. None if only one runs.
-    pub fn put_back_last(&mut self) -> Option<u64> {
+    pub fn preempt_last(&mut self) -> Option<u64> {
         if self.running.len() < 2 {
             return None;
         }

@@ -49,8 +49,9 @@ pub struct Outcome {
     pub satisfaction: f64,
     /// Adapters copied into the pool.
     pub loads: u64,
-    /// Requests that were put back because the pool was full after all.
-    pub put_back: u64,
+    /// Requests that were preempted because the pool was full after all.
+    #[serde(rename = "put_back")]
+    pub preempted: u64,
     /// Largest share of the pool that requests and their adapters took.
     pub fullest: f64,
     /// Simulated seconds.
@@ -61,7 +62,7 @@ pub struct Outcome {
 pub const OBJECTIVE: f64 = 6.0;
 
 /// One request under way.
-struct Under {
+struct InFlight {
     adapter: Arc<str>,
     arrived: f64,
     generated: usize,
@@ -81,12 +82,12 @@ pub fn simulate(
     let pages = machine.pool_bytes / geometry.page_bytes().max(1);
     let pages = u32::try_from(pages).map_err(|_| format!("a pool of {pages} pages is too large"))?;
     let mut batching = Batching::new(policy, geometry, Pages::new(pages), false);
-    let mut under: HashMap<u64, Under> = HashMap::new();
+    let mut in_flight: HashMap<u64, InFlight> = HashMap::new();
     let mut outcome = Outcome { requests: arrivals.len(), ..Default::default() };
     let names: Vec<Arc<str>> = (0..workload.adapters).map(|i| i.to_string().into()).collect();
     let (mut now, mut next, mut tokens) = (0.0, 0, 0);
-    while next < arrivals.len() || !under.is_empty() {
-        if under.is_empty() && next < arrivals.len() {
+    while next < arrivals.len() || !in_flight.is_empty() {
+        if in_flight.is_empty() && next < arrivals.len() {
             now = f64::max(now, arrivals[next].at);
         }
         while let Some(a) = arrivals.get(next).filter(|a| a.at <= now) {
@@ -101,8 +102,8 @@ pub fn simulate(
             };
             match batching.submit(next as u64, asked, a.at) {
                 Ok(()) => {
-                    let new = Under { adapter, arrived: a.at, generated: 0, output: a.output, first: None };
-                    under.insert(next as u64, new);
+                    let new = InFlight { adapter, arrived: a.at, generated: 0, output: a.output, first: None };
+                    in_flight.insert(next as u64, new);
                 }
                 Err(_) => outcome.refused += 1,
             }
@@ -110,7 +111,7 @@ pub fn simulate(
         }
         let step = batching.step(now);
         for (id, _) in &step.refused {
-            under.remove(id);
+            in_flight.remove(id);
             outcome.refused += 1;
         }
         if !step.failed.is_empty() {
@@ -126,14 +127,14 @@ pub fn simulate(
             continue;
         }
         // Those with the same adapter are next to each other.
-        let mut adapters: Vec<_> = step.work.iter().filter_map(|(id, _)| Some(&under.get(id)?.adapter)).collect();
+        let mut adapters: Vec<_> = step.work.iter().filter_map(|(id, _)| Some(&in_flight.get(id)?.adapter)).collect();
         adapters.dedup();
         let copied: usize = step.loads.iter().map(|(_, pages)| pages.len()).sum();
         let distinct = adapters.len() as f64;
         now += machine.step + machine.row * rows as f64 + machine.adapter * distinct + machine.load * copied as f64;
         for (id, n) in step.work {
             batching.advance(id, n);
-            let Some(u) = under.get_mut(&id) else { continue };
+            let Some(u) = in_flight.get_mut(&id) else { continue };
             if batching.sequence(id).is_none_or(|s| s.computed < s.tokens.len()) {
                 continue;
             }
@@ -151,7 +152,7 @@ pub fn simulate(
                 outcome.answered += 1;
                 outcome.latency += now - u.arrived;
                 batching.remove(id);
-                under.remove(&id);
+                in_flight.remove(&id);
             }
         }
     }
@@ -163,8 +164,8 @@ pub fn simulate(
     outcome.seconds = now;
     outcome.requests_per_second = outcome.answered as f64 / now.max(1e-9);
     outcome.tokens_per_second = tokens as f64 / now.max(1e-9);
-    outcome.loads = batching.residents().figures().loads;
-    outcome.put_back = batching.counted().put_back;
+    outcome.loads = batching.adapters().figures().loads;
+    outcome.preempted = batching.counted().preempted;
     Ok(outcome)
 }
 
@@ -225,7 +226,7 @@ mod tests {
             assert_eq!(outcome.answered + outcome.refused, outcome.requests, "{outcome:?}");
             assert!(outcome.fullest <= 1.0 && outcome.fullest > 0.5, "{outcome:?}");
             // The test of admission holds but for slow prefills.
-            assert!(outcome.put_back * 20 <= outcome.requests as u64, "{outcome:?}");
+            assert!(outcome.preempted * 20 <= outcome.requests as u64, "{outcome:?}");
         }
     }
 

@@ -25,7 +25,7 @@ const QUEUE: usize = 256;
 
 /// What a request hears.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Heard {
+pub enum StreamItem {
     /// Tokens of the prompt; with the reason if they are all that there is.
     Prompt(Vec<Token>, Option<FinishReason>),
     /// A token; with the reason if it is the last.
@@ -50,7 +50,12 @@ pub enum Declined {
 }
 
 enum Command {
-    Submit(Box<Request>, oneshot::Sender<std::result::Result<u64, Declined>>, channel::Sender<Heard>, Arc<AtomicBool>),
+    Submit(
+        Box<Request>,
+        oneshot::Sender<std::result::Result<u64, Declined>>,
+        channel::Sender<StreamItem>,
+        Arc<AtomicBool>,
+    ),
     Cancel(u64),
 }
 
@@ -137,7 +142,7 @@ pub struct Ticket {
     id: u64,
     /// Whether it has all that it wants.
     answered: Arc<AtomicBool>,
-    heard: channel::Receiver<Heard>,
+    receiver: channel::Receiver<StreamItem>,
     commands: mpsc::Sender<Command>,
     over: bool,
 }
@@ -149,10 +154,10 @@ impl Ticket {
     }
 
     /// What comes next; None after the last token, a refusal or a failure.
-    pub async fn next(&mut self) -> Option<Heard> {
-        let heard = self.heard.recv().await;
-        self.over |= !matches!(heard, Some(Heard::Token(_, None) | Heard::Prompt(_, None)));
-        heard
+    pub async fn next(&mut self) -> Option<StreamItem> {
+        let item = self.receiver.recv().await;
+        self.over |= !matches!(item, Some(StreamItem::Token(_, None) | StreamItem::Prompt(_, None)));
+        item
     }
 
     /// Ends the request because its answer is whole, as after a stop text, which the engine does not know.
@@ -179,7 +184,7 @@ impl Worker {
         let most_adapters = policy.max_adapters.unwrap_or(usize::MAX).min(policy.max_running);
         let worker = Self { commands, figures: Arc::default(), stopping: Arc::default(), most_adapters };
         let (figures, stopping) = (worker.figures.clone(), worker.stopping.clone());
-        let run = move || Loop { base: &base, settings, inbox, figures, stopping, under: Default::default() }.run();
+        let run = move || Loop { base: &base, settings, inbox, figures, stopping, in_flight: Default::default() }.run();
         let thread = std::thread::Builder::new().name("engine".into()).spawn(run);
         thread.map_err(|e| crate::Error::Pool(format!("the engine's thread cannot be started: {e}")))?;
         Ok(worker)
@@ -191,12 +196,12 @@ impl Worker {
             return Err(Declined::Stopping);
         }
         let (reply, answer) = oneshot::channel();
-        let (hear, heard) = channel::channel(QUEUE);
+        let (sender, receiver) = channel::channel(QUEUE);
         let answered = Arc::<AtomicBool>::default();
-        let sent = self.commands.send(Command::Submit(Box::new(request), reply, hear, answered.clone()));
+        let sent = self.commands.send(Command::Submit(Box::new(request), reply, sender, answered.clone()));
         sent.map_err(|_| Declined::Stopping)?;
         let id = answer.await.map_err(|_| Declined::Stopping)??;
-        Ok(Ticket { id, answered, heard, commands: self.commands.clone(), over: false })
+        Ok(Ticket { id, answered, receiver, commands: self.commands.clone(), over: false })
     }
 
     /// Most adapters that can be at work at a time: there are no slots, so that is a bound on requests.
@@ -221,15 +226,15 @@ impl Worker {
 }
 
 /// One request's listener.
-struct Under {
-    hear: channel::Sender<Heard>,
+struct InFlight {
+    sender: channel::Sender<StreamItem>,
     /// Set when the client has all that it wants.
     answered: Arc<AtomicBool>,
     arrived: f64,
     last: Option<f64>,
 }
 
-impl Under {
+impl InFlight {
     /// Counts a request whose client no longer listens.
     fn count_gone(&self, now: f64, figures: &mut Figures) {
         if self.answered.load(Ordering::Relaxed) {
@@ -247,7 +252,7 @@ struct Loop<'a> {
     inbox: mpsc::Receiver<Command>,
     figures: Arc<Mutex<Figures>>,
     stopping: Arc<AtomicBool>,
-    under: std::collections::HashMap<u64, Under>,
+    in_flight: std::collections::HashMap<u64, InFlight>,
 }
 
 impl Loop<'_> {
@@ -264,12 +269,14 @@ impl Loop<'_> {
             restarts += 1;
             tracing::error!(
                 "the engine failed and was made anew; the {} requests under way are lost",
-                self.under.len()
+                self.in_flight.len()
             );
             let mut lost = 0;
-            for (_, under) in self.under.drain() {
+            for (_, in_flight) in self.in_flight.drain() {
                 lost += 1;
-                let _ = under.hear.try_send(Heard::Failed(Failure::Defect("the engine failed; ask again".into())));
+                let _ = in_flight
+                    .sender
+                    .try_send(StreamItem::Failed(Failure::Defect("the engine failed; ask again".into())));
             }
             self.change(|f| (f.restarts, f.failed) = (restarts, f.failed + lost));
         }
@@ -281,7 +288,7 @@ impl Loop<'_> {
 
     /// Serves until nobody can hand in requests any more.
     fn serve(&mut self, engine: &mut Engine<'_>, clock: Instant) {
-        let mut told = Instant::now();
+        let mut reported = Instant::now();
         let mut waiting_only = false;
         loop {
             loop {
@@ -303,8 +310,8 @@ impl Loop<'_> {
                     Err(RecvTimeoutError::Disconnected) => break,
                 }
             }
-            if told.elapsed() >= FIGURES {
-                told = Instant::now();
+            if reported.elapsed() >= FIGURES {
+                reported = Instant::now();
                 let (state, adapters) = (engine.state(), engine.at_work());
                 self.change(|f| (f.engine, f.adapters) = (state, adapters));
             }
@@ -315,7 +322,7 @@ impl Loop<'_> {
             let now = clock.elapsed().as_secs_f64();
             waiting_only = events.is_empty() && engine.running() == 0;
             for event in events {
-                self.tell(engine, event, now);
+                self.report(engine, event, now);
             }
         }
     }
@@ -323,12 +330,12 @@ impl Loop<'_> {
     fn handle(&mut self, engine: &mut Engine<'_>, command: Command, now: f64) {
         match command {
             Command::Cancel(id) => {
-                if let Some(under) = self.under.remove(&id) {
+                if let Some(in_flight) = self.in_flight.remove(&id) {
                     engine.cancel(id);
-                    self.change(|f| under.count_gone(now, f));
+                    self.change(|f| in_flight.count_gone(now, f));
                 }
             }
-            Command::Submit(request, reply, hear, answered) => {
+            Command::Submit(request, reply, sender, answered) => {
                 let stopping = self.stopping.load(Ordering::Relaxed);
                 let taken = match (!stopping).then(|| engine.submit(*request, now)) {
                     None => Err(Declined::Stopping),
@@ -341,9 +348,11 @@ impl Loop<'_> {
                 };
                 let id = taken.as_ref().ok().copied();
                 // Who asked may be gone already.
-                let heard = reply.send(taken).is_ok();
+                let waits = reply.send(taken).is_ok();
                 match id {
-                    Some(id) if heard => _ = self.under.insert(id, Under { hear, answered, arrived: now, last: None }),
+                    Some(id) if waits => {
+                        _ = self.in_flight.insert(id, InFlight { sender, answered, arrived: now, last: None })
+                    }
                     Some(id) => engine.cancel(id),
                     None => {}
                 }
@@ -351,51 +360,51 @@ impl Loop<'_> {
         }
     }
 
-    fn tell(&mut self, engine: &mut Engine<'_>, event: Event, now: f64) {
-        let (id, heard) = match event {
-            Event::Prompt(id, tokens, reason) => (id, Heard::Prompt(tokens, reason)),
-            Event::Token(id, token, reason) => (id, Heard::Token(token, reason)),
-            Event::Refused(id, refusal) => (id, Heard::Refused(refusal, engine.retry_after(now))),
+    fn report(&mut self, engine: &mut Engine<'_>, event: Event, now: f64) {
+        let (id, item) = match event {
+            Event::Prompt(id, tokens, reason) => (id, StreamItem::Prompt(tokens, reason)),
+            Event::Token(id, token, reason) => (id, StreamItem::Token(token, reason)),
+            Event::Refused(id, refusal) => (id, StreamItem::Refused(refusal, engine.retry_after(now))),
             Event::Failed(id, problem) => {
                 tracing::error!("request {id} failed: {problem}");
-                (id, Heard::Failed(problem))
+                (id, StreamItem::Failed(problem))
             }
         };
-        let Some(under) = self.under.get_mut(&id) else { return };
-        let over = !matches!(heard, Heard::Token(_, None) | Heard::Prompt(_, None));
+        let Some(in_flight) = self.in_flight.get_mut(&id) else { return };
+        let over = !matches!(item, StreamItem::Token(_, None) | StreamItem::Prompt(_, None));
         let mut figures = self.figures.lock().unwrap_or_else(PoisonError::into_inner);
-        match &heard {
-            Heard::Token(_, reason) => {
-                match under.last {
+        match &item {
+            StreamItem::Token(_, reason) => {
+                match in_flight.last {
                     Some(last) => figures.between_tokens.observe(now - last),
-                    None => figures.first_token.observe(now - under.arrived),
+                    None => figures.first_token.observe(now - in_flight.arrived),
                 }
-                under.last = Some(now);
+                in_flight.last = Some(now);
                 if reason.is_some() {
                     figures.answered += 1;
-                    figures.whole.observe(now - under.arrived);
+                    figures.whole.observe(now - in_flight.arrived);
                 }
             }
-            Heard::Prompt(_, reason) => {
+            StreamItem::Prompt(_, reason) => {
                 if reason.is_some() {
                     figures.answered += 1;
-                    figures.whole.observe(now - under.arrived);
+                    figures.whole.observe(now - in_flight.arrived);
                 }
             }
-            Heard::Refused(..) => figures.refused += 1,
-            Heard::TooSlow => {}
-            Heard::Failed(_) => figures.failed += 1,
+            StreamItem::Refused(..) => figures.refused += 1,
+            StreamItem::TooSlow => {}
+            StreamItem::Failed(_) => figures.failed += 1,
         }
         // One place is left for the last word.
-        let behind = !over && under.hear.capacity() <= 1;
-        let heard = if behind { Heard::TooSlow } else { heard };
-        let gone = under.hear.try_send(heard).is_err() || behind;
+        let behind = !over && in_flight.sender.capacity() <= 1;
+        let item = if behind { StreamItem::TooSlow } else { item };
+        let gone = in_flight.sender.try_send(item).is_err() || behind;
         if gone && !over {
-            under.count_gone(now, &mut figures);
+            in_flight.count_gone(now, &mut figures);
         }
         drop(figures);
         if over || gone {
-            self.under.remove(&id);
+            self.in_flight.remove(&id);
         }
         if gone && !over {
             engine.cancel(id);

@@ -73,7 +73,7 @@ async fn give(app: &Arc<App>, name: &str, path: PathBuf, how: Put) -> Result<Arc
 }
 
 /// What is told of an adapter that was given a name; its golden prompts are replayed for it.
-async fn told(app: &Arc<App>, hosted: Arc<Hosted>) -> Result<Value, ApiError> {
+async fn report(app: &Arc<App>, hosted: Arc<Hosted>) -> Result<Value, ApiError> {
     let (store, base) = (app.needed_store()?.clone(), app.base.clone());
     app.changes
         .within(move || {
@@ -122,8 +122,8 @@ fn changed(store: &Store, message: String, more: Value) -> Json<Value> {
 pub async fn load(State(app): State<Arc<App>>, Body(load): Body<Load>) -> Result<Json<Value>, ApiError> {
     let how = if load.load_inplace { Put::Upsert } else { Put::Create };
     let hosted = give(&app, &load.lora_name, load.lora_path, how).await?;
-    let told = told(&app, hosted).await?;
-    Ok(changed(app.needed_store()?, format!("LoRA adapter `{}` added", load.lora_name), told))
+    let report = report(&app, hosted).await?;
+    Ok(changed(app.needed_store()?, format!("LoRA adapter `{}` added", load.lora_name), report))
 }
 
 /// Takes a name away.
@@ -156,8 +156,8 @@ pub async fn put(
     };
     let hosted = give(&app, &name, put.path, how).await?;
     let message = format!("`{name}` is {}", hosted.content_id);
-    let told = told(&app, hosted).await?;
-    Ok(changed(app.needed_store()?, message, told))
+    let report = report(&app, hosted).await?;
+    Ok(changed(app.needed_store()?, message, report))
 }
 
 /// `DELETE /v1/adapters/{name}`.

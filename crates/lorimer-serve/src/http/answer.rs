@@ -6,7 +6,7 @@ use lorimer_model::Base;
 use tokio::sync::mpsc;
 
 use super::error::{ApiError, failed, refused, stopping, too_slow};
-use crate::engine::worker::{Heard, Ticket, Worker};
+use crate::engine::worker::{StreamItem, Ticket, Worker};
 use crate::engine::{Request, Token};
 use crate::generation::generate::FinishReason;
 use crate::generation::stream::{TextOptions, TextStream, context};
@@ -81,25 +81,25 @@ async fn follow(
     let mut piece = Piece { index, ..Default::default() };
     loop {
         // A client that goes away while no text comes is noticed too.
-        let heard = tokio::select! {
-            heard = ticket.next() => heard,
+        let item = tokio::select! {
+            item = ticket.next() => item,
             () = sender.closed() => return,
         };
-        let (token, reason) = match heard {
-            Some(Heard::Prompt(tokens, reason)) => {
+        let (token, reason) = match item {
+            Some(StreamItem::Prompt(tokens, reason)) => {
                 piece.prompt.extend(tokens);
                 (None, reason)
             }
-            Some(Heard::Token(token, reason)) => (Some(token), reason),
-            Some(Heard::Refused(refusal, retry_after)) => {
+            Some(StreamItem::Token(token, reason)) => (Some(token), reason),
+            Some(StreamItem::Refused(refusal, retry_after)) => {
                 let _ = sender.send(Err(refused(refusal, retry_after))).await;
                 return;
             }
-            Some(Heard::Failed(failure)) => {
+            Some(StreamItem::Failed(failure)) => {
                 let _ = sender.send(Err(failed(ticket.id(), &failure))).await;
                 return;
             }
-            Some(Heard::TooSlow) => {
+            Some(StreamItem::TooSlow) => {
                 let _ = sender.send(Err(too_slow())).await;
                 return;
             }

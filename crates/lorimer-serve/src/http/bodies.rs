@@ -12,8 +12,8 @@ use futures_util::StreamExt;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::App;
-use super::desk::LARGE;
 use super::error::ApiError;
+use super::work_queue::LARGE;
 
 /// Largest body of a request.
 pub const MAX_BODY: usize = 8 << 20;

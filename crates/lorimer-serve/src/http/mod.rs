@@ -3,7 +3,6 @@
 mod admin;
 mod answer;
 mod bodies;
-mod desk;
 pub mod error;
 mod fields;
 mod metrics;
@@ -12,6 +11,7 @@ mod prompts;
 mod request;
 mod shape;
 mod timed;
+mod work_queue;
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
@@ -41,10 +41,10 @@ use utoipa::OpenApi;
 use utoipa::openapi::security::{Http, HttpAuthScheme, SecurityRequirement, SecurityScheme};
 
 use self::bodies::{MAX_BODY, SMALL_BODY};
-use self::desk::{Desk, Readers};
 use self::error::ApiError;
 use self::fields::Fields;
 use self::timed::Timed;
+use self::work_queue::{Readers, WorkQueue};
 use crate::adapters::hosted::Hosted;
 use crate::adapters::store::Store;
 use crate::engine::worker::Worker;
@@ -111,8 +111,8 @@ pub struct App {
     started: u64,
     random: AtomicU64,
     text: Readers,
-    loads: Desk,
-    changes: Desk,
+    loads: WorkQueue,
+    changes: WorkQueue,
     /// Adapters on their way into memory, by name.
     loading: Mutex<HashMap<(String, u64), Loading>>,
     /// Whether the object store was slow to tell the last time.
@@ -138,7 +138,7 @@ impl App {
     ) -> Arc<Self> {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let longest = base.model.config.max_positions.saturating_mul(base.text.longest_token().max(TOKEN_BYTES));
-        let desk = |(at_once, seconds), what| Desk::new(at_once, Duration::from_secs(seconds), what);
+        let queue = |(at_once, seconds), what| WorkQueue::new(at_once, Duration::from_secs(seconds), what);
         Arc::new(Self {
             base,
             name,
@@ -149,8 +149,8 @@ impl App {
             started: now.as_secs(),
             random: AtomicU64::new(now.as_nanos() as u64 ^ (u64::from(std::process::id()) << 32)),
             text: Readers::new(TEXT.0, Duration::from_secs(TEXT.1), "reading the request"),
-            loads: desk(LOADS, "loading the adapter"),
-            changes: desk(CHANGES, "the change"),
+            loads: queue(LOADS, "loading the adapter"),
+            changes: queue(CHANGES, "the change"),
             loading: Mutex::default(),
             slow: AtomicBool::new(false),
             bodies: bodies::room(),
@@ -553,7 +553,7 @@ mod tests {
     use tokio::net::TcpStream;
 
     use super::*;
-    use crate::engine::worker::Heard;
+    use crate::engine::worker::StreamItem;
     use crate::engine::{EngineSettings, Request as Asked};
     use crate::generation::sampling::Sampling;
 
@@ -610,11 +610,11 @@ mod tests {
                 assert!(begun.elapsed() < Duration::from_secs(60), "{:?}", app.worker.figures());
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
-            let mut heard = Vec::new();
+            let mut items = Vec::new();
             while let Some(one) = ticket.next().await {
-                heard.push(one);
+                items.push(one);
             }
-            assert!(heard.len() < 500 && heard.last() == Some(&Heard::TooSlow), "{}", heard.len());
+            assert!(items.len() < 500 && items.last() == Some(&StreamItem::TooSlow), "{}", items.len());
         });
     }
 }

@@ -27,7 +27,7 @@ pub async fn chat(State(app): State<Arc<App>>, Body(fields): Body<Fields>) -> Re
     app.fits("messages", texts.map(length).sum())?;
     let adapters = app.adapters(request.common.adapters(&app)?).await?;
     let template = adapters.0.iter().find_map(|(a, _)| a.template.is_some().then(|| a.clone()));
-    let (base, common, told) = (app.base.clone(), request.common.clone(), request.told());
+    let (base, common, log_probabilities) = (app.base.clone(), request.common.clone(), request.log_probabilities());
     let (n, own) = (common.n.unwrap_or(1), request.own);
     let prompt = app
         .text
@@ -46,7 +46,7 @@ pub async fn chat(State(app): State<Arc<App>>, Body(fields): Body<Fields>) -> Re
             Ok(ids)
         })
         .await?;
-    let wanted = Wanted { told, of_prompt: false, ranked: false, each: n };
+    let wanted = Wanted { log_probabilities, of_prompt: false, ranked: false, each: n };
     respond(&app, Kind::Chat, &common, vec![(prompt, Before::default())], adapters, wanted).await
 }
 
@@ -84,7 +84,8 @@ pub async fn completions(State(app): State<Arc<App>>, Body(fields): Body<Fields>
         })
         .await?;
     let each = own.best_of.unwrap_or(n);
-    let wanted = Wanted { told: own.logprobs, of_prompt: echo && own.logprobs.is_some(), ranked: each > n, each };
+    let wanted =
+        Wanted { log_probabilities: own.logprobs, of_prompt: echo && own.logprobs.is_some(), ranked: each > n, each };
     respond(&app, Kind::Completion, &common, prompts, adapters, wanted).await
 }
 
@@ -101,7 +102,7 @@ async fn respond(
     let (ids, before): (Vec<_>, Vec<_>) = prompts.into_iter().unzip();
     let requests = common.requests(app, ids, &adapters, wanted)?;
     let choices = requests.len();
-    let shape = Shape::new(app, kind, common, prompt_tokens, wanted.told.is_some());
+    let shape = Shape::new(app, kind, common, prompt_tokens, wanted.log_probabilities.is_some());
     let mut answers = Answers::start(&app.worker, &app.base, requests, common.text()).await?;
     if common.stream == Some(true) {
         // Refusals are known with the first piece, and then still have a status of their own.

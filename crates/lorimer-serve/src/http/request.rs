@@ -395,7 +395,7 @@ impl ChatRequest {
     }
 
     /// How many likely tokens to tell with each; None for no log-probabilities.
-    pub fn told(&self) -> Option<usize> {
+    pub fn log_probabilities(&self) -> Option<usize> {
         (self.own.logprobs == Some(true)).then(|| self.own.top_logprobs.unwrap_or(0))
     }
 }
@@ -443,7 +443,7 @@ pub type Adapters = (Vec<(Arc<Hosted>, f32)>, Vec<String>);
 #[derive(Clone, Copy, Debug)]
 pub struct Wanted {
     /// How many likely tokens to tell with each; None for no log-probabilities.
-    pub told: Option<usize>,
+    pub log_probabilities: Option<usize>,
     /// Whether of the prompt's tokens too.
     pub of_prompt: bool,
     /// Whether answers are ranked by the log-probabilities of their tokens.
@@ -626,7 +626,7 @@ impl Common {
                     seed: seed.wrapping_add(i as u64),
                     stop: stop.clone(),
                     of_prompt: wanted.of_prompt,
-                    log_probabilities: wanted.told.or(wanted.ranked.then_some(0)),
+                    log_probabilities: wanted.log_probabilities.or(wanted.ranked.then_some(0)),
                     tenant: tenant.clone(),
                     names: adapters.1.clone(),
                 });

@@ -142,13 +142,14 @@ impl Shape {
         }
         match self.kind {
             Kind::Chat => {
-                let told = |id: u32, p: Option<f32>| {
+                let describe = |id: u32, p: Option<f32>| {
                     let (text, bytes) = self.token(app, id);
                     json!({ "token": text, "logprob": p, "bytes": bytes })
                 };
                 let one = |t: &Token| {
-                    let mut entry = told(t.token, t.log_probability);
-                    entry["top_logprobs"] = Self::top(t, true).into_iter().map(|(id, p)| told(id, Some(p))).collect();
+                    let mut entry = describe(t.token, t.log_probability);
+                    entry["top_logprobs"] =
+                        Self::top(t, true).into_iter().map(|(id, p)| describe(id, Some(p))).collect();
                     entry
                 };
                 json!({ "content": tokens.iter().map(one).collect::<Vec<_>>() })
@@ -187,8 +188,8 @@ impl Shape {
     /// A choice, or a piece of one, with `text` before the piece's.
     fn choice(&self, app: &App, piece: &Piece, before: &Before, place: &mut Place, first: bool) -> Map<String, Value> {
         // What is told of a prompt comes whole, with the first piece.
-        let told = piece.prompt.len().min(before.offsets.len());
-        let offsets = self.offsets(app, &piece.tokens, &before.offsets[..told], place);
+        let of_prompt = piece.prompt.len().min(before.offsets.len());
+        let offsets = self.offsets(app, &piece.tokens, &before.offsets[..of_prompt], place);
         let tokens = [&piece.prompt[..], &piece.tokens].concat();
         let mut choice = Map::new();
         choice.insert("index".into(), piece.index.into());

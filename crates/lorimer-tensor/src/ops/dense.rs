@@ -4,7 +4,7 @@ use candle_core::{Device, Result, Tensor, TensorId};
 
 use crate::kernels::products::{Product, Right, Term, run};
 use crate::kernels::slices::{Real, with_slice_list, with_slices};
-use crate::tape::{Gradients, Recipe};
+use crate::tape::{Gradients, Recompute};
 
 /// `x Wᵀ`: `x` (rows, inputs), `weight` (outputs, inputs) of one type.
 pub(crate) fn forward<T: Real>(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
@@ -22,7 +22,7 @@ pub(crate) fn forward<T: Real>(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
 /// Adds dx and dW, of which the wanted ones have an id.
 pub(crate) fn backward<T: Real>(
     g: &Tensor,
-    x: (Option<TensorId>, Option<&Recipe>),
+    x: (Option<TensorId>, Option<&Recompute>),
     weight: (Option<TensorId>, &Tensor),
     gradients: &mut Gradients,
 ) -> Result<()> {

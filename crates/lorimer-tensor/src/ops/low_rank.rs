@@ -1,4 +1,4 @@
-//! Frozen projections of one input, with a trainable product of thin matrices beside them, as one operation.
+//! Frozen projections of one input, with a trainable product of low-rank factors beside them, as one operation.
 //!
 //! y = x Wᵀ + s·(x' Aᵀ) Bᵀ with `x` (rows, inputs), `W` (outputs, inputs), `A` (rank, inputs), `B` (outputs, rank)
 //! (Hu et al. 2021, arXiv:2106.09685, equation 3), where x' is x, or x under a dropout mask. Its backward: dU = s·g B,
@@ -12,7 +12,7 @@ use crate::kernels::products::{Out, Product, Right, Term, run};
 use crate::kernels::slices::{Real, with_slice_list};
 use crate::ops::project::frozen_linear;
 use crate::storage::FrozenWeight;
-use crate::tape::{Gradients, Recipe, Tape};
+use crate::tape::{Gradients, Recompute, Tape};
 
 /// A change of rank r beside a frozen weight. Of the two factors, those get a gradient that the tape follows.
 #[derive(Clone)]
@@ -127,7 +127,7 @@ pub(crate) struct Input {
     /// (rows, inputs).
     pub shape: (usize, usize),
     /// Its numbers, where a change needs them.
-    pub values: Option<Recipe>,
+    pub values: Option<Recompute>,
 }
 
 /// `a ∘ b`, on all threads.
@@ -394,7 +394,7 @@ mod tests {
             for (y, reference) in outputs.iter().zip(&reference) {
                 assert_close(y, reference, 100.0 * tolerance)?;
             }
-            let total = ops.island(&outputs.iter().collect::<Vec<_>>(), &[], objective)?;
+            let total = ops.subgraph(&outputs.iter().collect::<Vec<_>>(), &[], objective)?;
             let mut found = Gradients::default();
             tape.backward(&total, Tensor::ones((), dtype, &Device::Cpu)?, &mut found)?;
             for variable in variables {

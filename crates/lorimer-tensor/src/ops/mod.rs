@@ -31,7 +31,7 @@ use project::frozen_linear;
 use rotary::{Rotary, RotaryTable};
 use sparse::SparseIndex;
 
-/// Where gradients of an island belong, and the tensors of its graph that they are found of.
+/// Where gradients of a subgraph belong, and the tensors of its graph that they are found of.
 type Leaves = Vec<(TensorId, Tensor)>;
 
 /// The inputs as leaves of a graph of its own where the tape follows them, and the leaves with the parameters.
@@ -76,11 +76,11 @@ impl<'a> Ops<'a> {
             let (wants_a, wants_b) = (tape.tracks(a), tape.tracks(b));
             let ids = (a.id(), b.id());
             let (a, b, op) = (a.contiguous()?, b.contiguous()?, Arc::new(op));
-            let recipe = {
+            let recompute = {
                 let (a, b, op) = (a.clone(), b.clone(), op.clone());
                 move || a.apply_op2_no_bwd(&b, op.as_ref())
             };
-            tape.keep_recipe(&y, Arc::new(recipe));
+            tape.keep_recompute(&y, Arc::new(recompute));
             let (a_id, b_id) = ids;
             tape.record(&y, move |g, gradients| {
                 // Neither of the operations looks at its output, which is not kept for them.
@@ -97,19 +97,19 @@ impl<'a> Ops<'a> {
         Ok(y)
     }
 
-    /// A function of candle tensors, recorded whole: its own graph is made in the forward and walked in the backward.
+    /// A subgraph recorded by autograd: any function of candle tensors, recorded whole. Its own graph is made in the forward and walked in the backward.
     /// `parameters` are the trainable tensors that `f` uses besides its inputs.
-    pub fn island(
+    pub fn subgraph(
         &self,
         inputs: &[&Tensor],
         parameters: &[&Tensor],
         f: impl FnOnce(&[Tensor]) -> Result<Tensor>,
     ) -> Result<Tensor> {
-        one(self.island_all(inputs, parameters, |t| Ok(vec![f(t)?]))?)
+        one(self.subgraph_all(inputs, parameters, |t| Ok(vec![f(t)?]))?)
     }
 
-    /// [`Self::island`] with several outputs. An output that is a parameter as it is, or depends on none, is passed on.
-    pub fn island_all(
+    /// [`Self::subgraph`] with several outputs. An output that is a parameter as it is, or depends on none, is passed on.
+    pub fn subgraph_all(
         &self,
         inputs: &[&Tensor],
         parameters: &[&Tensor],
@@ -155,7 +155,7 @@ impl<'a> Ops<'a> {
         Ok(outputs)
     }
 
-    /// [`Self::island`] of a scalar whose gradients are found at once, so that its graph is gone when this returns; the backward
+    /// [`Self::subgraph`] of a scalar whose gradients are found at once, so that its graph is gone when this returns; the backward
     /// only multiplies them. For a part of a large sum.
     pub fn settled(
         &self,
@@ -164,7 +164,7 @@ impl<'a> Ops<'a> {
         f: impl FnOnce(&[Tensor]) -> Result<Tensor>,
     ) -> Result<Tensor> {
         let both: Vec<&Tensor> = inputs.iter().chain(parameters).copied().collect();
-        let Some(tape) = self.tape(&both) else { return self.island(inputs, parameters, f) };
+        let Some(tape) = self.tape(&both) else { return self.subgraph(inputs, parameters, f) };
         let (given, leaves) = leaves(tape, inputs, parameters)?;
         let graph = f(&given)?;
         let value = graph.detach();
@@ -317,7 +317,7 @@ impl<'a> Ops<'a> {
         let y = ring::apply(x, first, second)?;
         if let Some(tape) = self.tape(&[x, first, second]) {
             let ids = [x, first, second].map(|t| tape.tracks(t).then(|| t.id()));
-            let (values, first, second) = (tape.recipe(x), first.clone(), second.clone());
+            let (values, first, second) = (tape.recompute(x), first.clone(), second.clone());
             tape.record(&y, move |g, gradients| {
                 for (id, gradient) in ids.into_iter().zip(ring::gradients(g, &values()?, &first, &second)?) {
                     if let Some(id) = id {
@@ -339,9 +339,10 @@ impl<'a> Ops<'a> {
             let y = sparse::forward::<T>(x, values, index)?;
             if let Some(tape) = tape {
                 let id = |t: &Tensor| tape.tracks(t).then(|| t.id());
-                let (ids, recipe, values, index) = ((id(x), id(values)), tape.recipe(x), values.clone(), index.clone());
+                let (ids, recompute, values, index) =
+                    ((id(x), id(values)), tape.recompute(x), values.clone(), index.clone());
                 tape.record(&y, move |g, gradients| {
-                    let (dx, dv) = sparse::backward::<T>(g, &recipe()?, &values, &index, ids.0.is_some())?;
+                    let (dx, dv) = sparse::backward::<T>(g, &recompute()?, &values, &index, ids.0.is_some())?;
                     if let (Some(id), Some(dx)) = (ids.0, dx) {
                         gradients.add(id, dx)?;
                     }
@@ -367,7 +368,7 @@ impl<'a> Ops<'a> {
             if let Some(tape) = tape {
                 let id = |t: &Tensor| tape.tracks(t).then(|| t.id());
                 let (x_id, w_id, weight) = (id(x), id(weight), weight.clone());
-                let values = w_id.map(|_| tape.recipe(x));
+                let values = w_id.map(|_| tape.recompute(x));
                 tape.record(&y, move |g, gradients| {
                     dense::backward::<T>(g, (x_id, values.as_ref()), (w_id, &weight), gradients)
                 });
@@ -402,7 +403,7 @@ impl<'a> Ops<'a> {
                 id: tape.tracks(x).then(|| x.id()),
                 shape: x.dims2()?,
                 // Without an A to be trained, a projection's backward does without its input.
-                values: parts.iter().any(low_rank::Kept::needs_input).then(|| tape.recipe(x)),
+                values: parts.iter().any(low_rank::Kept::needs_input).then(|| tape.recompute(x)),
             };
             tape.record_all(&outputs, move |found, gradients| {
                 low_rank::backward::<T>(found, &input, &parts, &thin, gradients)
@@ -432,9 +433,9 @@ impl<'a> Ops<'a> {
         self.0.is_some() && x.device().is_cpu()
     }
 
-    /// Without a tape, `f` in candle's graph; with one, an island.
+    /// Without a tape, `f` in candle's graph; with one, a subgraph.
     fn fallback(&self, inputs: &[&Tensor], f: impl FnOnce(&[Tensor]) -> Result<Tensor>) -> Result<Tensor> {
-        self.island(inputs, &[], f)
+        self.subgraph(inputs, &[], f)
     }
 }
 
@@ -458,7 +459,7 @@ fn scale_columns<T: Real>(tape: Option<&Tape>, x: &Tensor, scale: &Tensor) -> Re
     let y = scaled::<T>(x, scale)?;
     if let Some(tape) = tape {
         let (x_id, s_id) = (tape.tracks(x).then(|| x.id()), tape.tracks(scale).then(|| scale.id()));
-        let (values, scale) = (tape.recipe(x), scale.clone());
+        let (values, scale) = (tape.recompute(x), scale.clone());
         tape.record(&y, move |g, gradients| {
             if let Some(id) = s_id {
                 let n = scale.elem_count().max(1);
@@ -540,7 +541,7 @@ mod tests {
         let ops = Ops::recorded(&tape);
         let y = f(ops, x)?;
         let seed = random(y.shape().clone(), 77, DType::F64)?;
-        let total = ops.island(&[&y], &[], |t| (&t[0] * &seed)?.sum_all())?;
+        let total = ops.subgraph(&[&y], &[], |t| (&t[0] * &seed)?.sum_all())?;
         let mut gradients = Gradients::default();
         tape.backward(&total, Tensor::ones((), DType::F64, &Device::Cpu)?, &mut gradients)?;
         let gradient = gradients.remove(x).ok_or_else(|| candle_core::Error::Msg("no gradient".into()))?;

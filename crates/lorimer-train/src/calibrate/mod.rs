@@ -16,7 +16,7 @@ use std::sync::{Mutex, PoisonError};
 use candle_core::{DType, Device, Result as TensorResult, Tensor, TensorId, Var};
 use lorimer_adapter::file::store::safetensors_bytes;
 use lorimer_adapter::targets::Matcher;
-use lorimer_adapter::{Calibration, Findings, Method};
+use lorimer_adapter::{Calibration, CalibrationStats, Method};
 use lorimer_model::weights::{SafetensorsFile, hex};
 use lorimer_model::{Adaptation, BaseModel, Batch, Frozen, Inference, Llama, Projection, Site};
 use lorimer_tensor::linalg::truncated_svd;
@@ -148,11 +148,11 @@ fn targeted<'a>(model: &'a Llama, method: &dyn Method) -> Result<Vec<(&'a Site, 
     Ok(projections.into_iter().filter(|(site, _)| matcher.targets(site)).collect())
 }
 
-/// Hears every projection's input.
+/// Records every projection's input.
 struct InputRecorder<'a> {
     /// Rows of the batch that count; None for all.
     rows: Option<Tensor>,
-    hear: &'a (dyn Fn(&Site, TensorId, &Tensor) -> TensorResult<()> + Sync),
+    record: &'a (dyn Fn(&Site, TensorId, &Tensor) -> TensorResult<()> + Sync),
 }
 
 impl Adaptation for InputRecorder<'_> {
@@ -161,21 +161,21 @@ impl Adaptation for InputRecorder<'_> {
             Some(rows) => x.index_select(rows, 0)?,
             None => x.clone(),
         };
-        (self.hear)(site, x.id(), &counted.detach())?;
+        (self.record)(site, x.id(), &counted.detach())?;
         base.forward(x)
     }
 }
 
 /// The principal directions of the targeted projections' inputs: for each site `components` (k, inputs), `singular` (k) and `explained`
-/// (k). `rows` are taken in order, over and over if need be. `tell` hears of batches, how many projections hold still, and of how many.
+/// (k). `rows` are taken in order, over and over if need be. `progress` hears of batches, how many projections hold still, and of how many.
 pub fn inputs(
     model: &Llama,
     method: &dyn Method,
     rows: &[&Example],
-    mut tell: impl FnMut(usize, usize),
-) -> Result<Findings> {
-    let Calibration::Inputs { threshold, learnt_only, batch_size, max_batches } = method.calibration() else {
-        return Ok(Findings::new());
+    mut progress: impl FnMut(usize, usize),
+) -> Result<CalibrationStats> {
+    let Calibration::Inputs { threshold, supervised_only, batch_size, max_batches } = method.calibration() else {
+        return Ok(CalibrationStats::new());
     };
     if rows.is_empty() {
         return Err(Error::Settings("there is no data to calibrate on".into()));
@@ -192,28 +192,28 @@ pub fn inputs(
     for step in 0..max_batches {
         let chunk: Vec<&Example> = (0..batch_size).map(|i| rows[(step * batch_size + i) % rows.len()]).collect();
         let tokens = chunk.iter().map(|e| e.tokens.as_slice());
-        let batch = if learnt_only { Batch::share(tokens) } else { Batch::pack(tokens) };
+        let batch = if supervised_only { Batch::share(tokens) } else { Batch::pack(tokens) };
         let counted: Vec<u32> = chunk
             .iter()
             .zip(&batch.rows)
-            .flat_map(|(e, at)| e.learnt.iter().zip(at).filter(|(learnt, _)| **learnt).map(|(_, row)| *row))
+            .flat_map(|(e, at)| e.supervised.iter().zip(at).filter(|(supervised, _)| **supervised).map(|(_, row)| *row))
             .collect();
-        if learnt_only && counted.is_empty() {
+        if supervised_only && counted.is_empty() {
             continue;
         }
         let count = counted.len();
-        let counted = if learnt_only { Some(Tensor::from_vec(counted, count, &Device::Cpu)?) } else { None };
+        let counted = if supervised_only { Some(Tensor::from_vec(counted, count, &Device::Cpu)?) } else { None };
         if learners.is_empty() {
-            let heard: Mutex<Vec<(TensorId, usize)>> = Mutex::default();
-            let hear = |site: &Site, id: TensorId, _: &Tensor| {
+            let recorded: Mutex<Vec<(TensorId, usize)>> = Mutex::default();
+            let record = |site: &Site, id: TensorId, _: &Tensor| {
                 if let Some(&i) = place.get(site.path.as_str()) {
-                    heard.lock().unwrap_or_else(PoisonError::into_inner).push((id, i));
+                    recorded.lock().unwrap_or_else(PoisonError::into_inner).push((id, i));
                 }
                 Ok(())
             };
-            forward(model, &batch, &InputRecorder { rows: None, hear: &hear })?;
+            forward(model, &batch, &InputRecorder { rows: None, record: &record })?;
             let mut first: HashMap<TensorId, usize> = HashMap::new();
-            for (id, i) in heard.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            for (id, i) in recorded.into_inner().unwrap_or_else(PoisonError::into_inner) {
                 leader[i] = *first.entry(id).or_insert(i);
             }
             for i in 0..sites.len() {
@@ -226,26 +226,26 @@ pub fn inputs(
             still[i] = learners[i].holds_still(needed[i], threshold);
         }
         let done = (0..sites.len()).filter(|&i| still[leader[i]]).count();
-        tell(step, done);
+        progress(step, done);
         if done == sites.len() {
             break;
         }
-        let heard: Mutex<Vec<(usize, Tensor)>> = Mutex::default();
-        let hear = |site: &Site, _: TensorId, x: &Tensor| {
+        let recorded: Mutex<Vec<(usize, Tensor)>> = Mutex::default();
+        let record = |site: &Site, _: TensorId, x: &Tensor| {
             match place.get(site.path.as_str()) {
                 Some(&i) if leader[i] == i && !still[i] => {
-                    heard.lock().unwrap_or_else(PoisonError::into_inner).push((i, x.clone()));
+                    recorded.lock().unwrap_or_else(PoisonError::into_inner).push((i, x.clone()));
                 }
                 _ => {}
             }
             Ok(())
         };
-        forward(model, &batch, &InputRecorder { rows: counted, hear: &hear })?;
+        forward(model, &batch, &InputRecorder { rows: counted, record: &record })?;
         looked_at = step + 1;
-        let mut heard: HashMap<usize, Tensor> =
-            heard.into_inner().unwrap_or_else(PoisonError::into_inner).into_iter().collect();
+        let mut recorded: HashMap<usize, Tensor> =
+            recorded.into_inner().unwrap_or_else(PoisonError::into_inner).into_iter().collect();
         let mut work: Vec<(&mut IncrementalPca, Tensor)> =
-            learners.iter_mut().enumerate().filter_map(|(i, pca)| Some((pca, heard.remove(&i)?))).collect();
+            learners.iter_mut().enumerate().filter_map(|(i, pca)| Some((pca, recorded.remove(&i)?))).collect();
         work.par_iter_mut().try_for_each(|(pca, x)| pca.add(x))?;
         if (0..sites.len()).all(|i| learners[leader[i]].components().is_some()) {
             let shares: Vec<Vec<f64>> = (0..sites.len()).map(|i| learners[leader[i]].explained()).collect();
@@ -271,7 +271,7 @@ pub fn inputs(
         .enumerate()
         .filter(|(i, _)| leader[*i] == *i)
         .try_for_each(|(_, pca)| if pca.components().is_none() { pca.finish() } else { Ok(()) })?;
-    let mut findings = Findings::new();
+    let mut stats = CalibrationStats::new();
     for (i, site) in sites.iter().enumerate() {
         let pca = &learners[leader[i]];
         let Some((components, values)) = pca.components() else { continue };
@@ -282,9 +282,9 @@ pub fn inputs(
             ("singular", Tensor::from_slice(values, k, &Device::Cpu)?),
             ("explained", Tensor::from_vec(explained, k, &Device::Cpu)?),
         ];
-        findings.insert(site.path.clone(), found.into_iter().map(|(name, t)| (name.to_string(), t)).collect());
+        stats.insert(site.path.clone(), found.into_iter().map(|(name, t)| (name.to_string(), t)).collect());
     }
-    Ok(findings)
+    Ok(stats)
 }
 
 fn forward(model: &Llama, batch: &Batch, recorder: &InputRecorder<'_>) -> Result<()> {
@@ -317,14 +317,14 @@ impl Adaptation for GradientRecorder<'_> {
     }
 }
 
-/// The gradient of the mean loss of `rows` in every targeted frozen weight, handed to `hear` layer by layer, last layer first. `tell` hears of layers done, and of how many.
+/// The gradient of the mean loss of `rows` in every targeted frozen weight, handed to `on_layer` layer by layer, last layer first. `progress` hears of layers done, and of how many.
 pub fn gradients(
     model: &Llama,
     method: &dyn Method,
     rows: &[&Example],
     (batch_size, absolute): (usize, bool),
-    mut hear: impl FnMut(Vec<(&Site, Tensor)>) -> Result<()>,
-    mut tell: impl FnMut(usize, usize),
+    mut on_layer: impl FnMut(Vec<(&Site, Tensor)>) -> Result<()>,
+    mut progress: impl FnMut(usize, usize),
 ) -> Result<()> {
     let sites = targeted(model, method)?;
     let lowest = sites.iter().filter_map(|(s, _)| s.layer).min().unwrap_or(model.layer_count());
@@ -368,7 +368,7 @@ pub fn gradients(
                 let g = sums.remove(&site.path).or_else(|| found.remove(weight));
                 Ok((*site, g.map_or_else(|| weight.zeros_like(), Ok)?))
             });
-            hear(of.collect::<TensorResult<_>>()?)
+            on_layer(of.collect::<TensorResult<_>>()?)
         };
     let mut parts = Vec::new();
     let (head, mut found, mut sums) = (variables(None)?, Gradients::default(), Sums::new());
@@ -403,7 +403,7 @@ pub fn gradients(
         parts.push(Part { layout, hidden, gradient });
     }
     deliver(None, &head, found, sums)?;
-    tell(1, steps);
+    progress(1, steps);
     for layer in (lowest..model.layer_count()).rev() {
         let (weights, mut found, mut sums) = (variables(Some(layer))?, Gradients::default(), Sums::new());
         for part in &mut parts {
@@ -419,7 +419,7 @@ pub fn gradients(
             }
         }
         deliver(Some(layer), &weights, found, sums)?;
-        tell(model.layer_count() - layer + 1, steps);
+        progress(model.layer_count() - layer + 1, steps);
     }
     Ok(())
 }
@@ -434,16 +434,16 @@ pub struct Data<'a> {
     pub cache: Option<PathBuf>,
 }
 
-/// Does what the method asks for, or takes it from the cache. `tell` hears how much of how much is done.
+/// Does what the method asks for, or takes it from the cache. `progress` hears how much of how much is done.
 pub fn calibrate(
     model: &Llama,
     method: &dyn Method,
     data: &Data<'_>,
-    mut tell: impl FnMut(usize, usize),
-) -> Result<Findings> {
+    mut progress: impl FnMut(usize, usize),
+) -> Result<CalibrationStats> {
     let calibration = method.calibration();
     if calibration == Calibration::Nothing {
-        return Ok(Findings::new());
+        return Ok(CalibrationStats::new());
     }
     if data.rows.is_empty() {
         return Err(Error::Settings("there is no data to calibrate on".into()));
@@ -466,41 +466,41 @@ pub fn calibrate(
     if let Some(found) = path.as_deref().and_then(read) {
         return Ok(found);
     }
-    let findings = match calibration {
+    let stats = match calibration {
         Calibration::Gradients { batch_size, absolute, .. } => {
-            let mut findings = Findings::new();
+            let mut stats = CalibrationStats::new();
             let bases: HashMap<&str, &Projection> =
                 model.projections().into_iter().map(|(site, base)| (site.path.as_str(), base)).collect();
-            let digest = |layer: Vec<(&Site, Tensor)>| {
+            let reduce = |layer: Vec<(&Site, Tensor)>| {
                 let one = |(site, gradient): &(&Site, Tensor)| {
-                    Ok((site.path.clone(), method.digest(site, bases[site.path.as_str()], gradient)?))
+                    Ok((site.path.clone(), method.reduce_gradients(site, bases[site.path.as_str()], gradient)?))
                 };
-                findings.extend(layer.par_iter().map(one).collect::<Result<Vec<_>>>()?);
+                stats.extend(layer.par_iter().map(one).collect::<Result<Vec<_>>>()?);
                 Ok(())
             };
-            gradients(model, method, &looked_at, (batch_size, absolute), digest, tell)?;
-            findings
+            gradients(model, method, &looked_at, (batch_size, absolute), reduce, progress)?;
+            stats
         }
-        Calibration::Search(settings) => search(model, method.targeting(), &settings, &looked_at, tell)?,
+        Calibration::Search(settings) => search(model, method.targeting(), &settings, &looked_at, progress)?,
         _ => {
             let all = targeted(model, method)?.len();
-            inputs(model, method, &looked_at, |_, done| tell(done, all))?
+            inputs(model, method, &looked_at, |_, done| progress(done, all))?
         }
     };
     if let Some(path) = &path {
         // A cache that cannot be written costs time only.
-        if let Err(error) = write(path, &findings) {
+        if let Err(error) = write(path, &stats) {
             tracing::warn!("the calibration is not kept: {error}");
         }
     }
-    Ok(findings)
+    Ok(stats)
 }
 
 /// Between a site and a name in the cache's keys.
 const BETWEEN: char = '|';
 
-fn write(path: &Path, findings: &Findings) -> Result<()> {
-    let tensors: BTreeMap<String, Tensor> = findings
+fn write(path: &Path, stats: &CalibrationStats) -> Result<()> {
+    let tensors: BTreeMap<String, Tensor> = stats
         .iter()
         .flat_map(|(site, found)| found.iter().map(move |(name, t)| (format!("{site}{BETWEEN}{name}"), t.clone())))
         .collect();
@@ -529,17 +529,17 @@ fn forget_oldest(folder: &Path) {
 }
 
 /// A result out of the cache; one that cannot be read is as none.
-fn read(path: &Path) -> Option<Findings> {
+fn read(path: &Path) -> Option<CalibrationStats> {
     if !path.is_file() {
         return None;
     }
     let file = SafetensorsFile::open(path).ok()?;
-    let mut findings = Findings::new();
+    let mut stats = CalibrationStats::new();
     for key in file.names() {
         let (site, name) = key.rsplit_once(BETWEEN)?;
-        findings.entry(site.to_string()).or_default().insert(name.to_string(), file.load(&key).ok()??);
+        stats.entry(site.to_string()).or_default().insert(name.to_string(), file.load(&key).ok()??);
     }
-    Some(findings)
+    Some(stats)
 }
 
 #[cfg(test)]

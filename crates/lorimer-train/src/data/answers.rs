@@ -47,13 +47,13 @@ fn common(a: &str, b: &str) -> usize {
 }
 
 impl Conversation<'_> {
-    /// The assistant's messages that are learnt, or those that are not.
+    /// The assistant's messages that are supervised, or those that are not.
     fn assistants(&self, context: bool) -> Vec<usize> {
         let of_kind = |&i: &usize| is_assistant(&self.messages[i]) && is_context(&self.messages[i]) == context;
         (0..self.messages.len()).filter(of_kind).collect()
     }
 
-    /// Text of the last answer that is learnt.
+    /// Text of the last answer that is supervised.
     pub fn last_answer(&self) -> Option<String> {
         let last = self.assistants(false).pop()?;
         self.messages[last].get("content")?.as_str().map(|s| s.trim().to_string())
@@ -63,9 +63,9 @@ impl Conversation<'_> {
         self.template.render_with(messages, self.tools, self.variables, prompt).map_err(|e| e.to_string())
     }
 
-    /// The learnt answers. One part; or one for each answer, where the template writes an earlier answer differently once
+    /// The supervised answers. One part; or one for each answer, where the template writes an earlier answer differently once
     /// later messages follow (as templates do that drop earlier reasoning), each as the model gives it when it is asked.
-    pub fn learnt(&self) -> Result<Vec<Part>, String> {
+    pub fn supervised(&self) -> Result<Vec<Part>, String> {
         let answers = self.assistants(false);
         if answers.is_empty() {
             return Err(match self.assistants(true).is_empty() {
@@ -201,7 +201,7 @@ mod tests {
 
     fn places(template: &str, messages: &[Value]) -> Result<Vec<Part>, String> {
         let template = ChatTemplate::new(template, "<s>", "</s>").unwrap();
-        Conversation { template: &template, messages, tools: None, variables: &Map::new() }.learnt()
+        Conversation { template: &template, messages, tools: None, variables: &Map::new() }.supervised()
     }
 
     /// transformers' assistant masks (tests/goldens/make_answers.py), with the template's tags and without them.
@@ -230,18 +230,18 @@ mod tests {
         assert!(wrong.is_empty(), "{} of them\n{}", wrong.len(), wrong.join("\n"));
     }
 
-    /// A template that drops the reasoning of earlier answers: each is learnt as it was given.
+    /// A template that drops the reasoning of earlier answers: each is supervised as it was given.
     #[test]
-    fn answers_that_change_later_are_learnt_as_they_were_given() {
+    fn answers_that_change_later_are_supervised_as_they_were_given() {
         let template = "{% for m in messages %}{% if m.role == 'assistant' %}A:{% if loop.last %}{{ m.content }}{% else %}\
                         {{ m.content.split('</think>')[-1] }}{% endif %}.{% else %}U:{{ m.content }}.{% endif %}{% endfor %}\
                         {% if add_generation_prompt %}A:{% endif %}";
         let [u, a] = ["user", "assistant"].map(|role| move |content: &str| json!({ "role": role, "content": content }));
         let messages = [u("p"), a("x</think>one"), u("q"), a("y</think>two")];
         let parts = places(template, &messages).unwrap();
-        let learnt: Vec<_> = parts.iter().map(|p| (p.text.as_str(), &p.text[p.answers[0].clone()])).collect();
+        let supervised: Vec<_> = parts.iter().map(|p| (p.text.as_str(), &p.text[p.answers[0].clone()])).collect();
         assert_eq!(
-            learnt,
+            supervised,
             [("U:p.A:x</think>one.", "x</think>one."), ("U:p.A:one.U:q.A:y</think>two.", "y</think>two.")]
         );
     }
@@ -258,9 +258,9 @@ mod tests {
                         {{ m.content }}{% for c in m.tool_calls or [] %}({{ c.function | tojson }}){% endfor %}</>{% endfor %}\
                         {% if add_generation_prompt %}<assistant>{% endif %}";
         let parts = places(template, &messages).unwrap();
-        let learnt: Vec<&str> = parts[0].answers.iter().map(|a| &parts[0].text[a.clone()]).collect();
+        let supervised: Vec<&str> = parts[0].answers.iter().map(|a| &parts[0].text[a.clone()]).collect();
         assert_eq!(
-            (parts.len(), learnt),
+            (parts.len(), supervised),
             (1, vec![r#"[hm]hello({"name": "tide", "arguments": {"port": "Brest"}})</>"#, "4.1 m</>"])
         );
     }
@@ -278,8 +278,8 @@ mod tests {
         ];
         for template in [plain, only] {
             let parts = places(template, &messages).unwrap();
-            let learnt: Vec<&str> = parts[0].answers.iter().map(|a| &parts[0].text[a.clone()]).collect();
-            assert_eq!((parts.len(), learnt), (1, vec!["two</>"]), "{template}");
+            let supervised: Vec<&str> = parts[0].answers.iter().map(|a| &parts[0].text[a.clone()]).collect();
+            assert_eq!((parts.len(), supervised), (1, vec!["two</>"]), "{template}");
         }
         assert!(places(tagged, &messages).unwrap_err().contains("which are which cannot be told"));
         assert!(places(plain, &messages[..2]).unwrap_err().contains("only assistant messages of weight 0"));

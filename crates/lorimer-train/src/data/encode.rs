@@ -1,4 +1,4 @@
-//! Rows to tokens, with the tokens that are learnt marked.
+//! Rows to tokens, with the tokens that are supervised marked.
 
 use std::path::Path;
 
@@ -14,16 +14,16 @@ use crate::error::{Error, Result};
 pub struct Example {
     /// Token ids.
     pub tokens: Vec<u32>,
-    /// Whether each token is learnt, that is predicted from those before it.
-    pub learnt: Vec<bool>,
+    /// Whether each token is supervised, that is predicted from those before it.
+    pub supervised: Vec<bool>,
     /// Text of the last answer, for choice accuracy.
     pub answer: Option<String>,
 }
 
 impl Example {
-    /// Indices of learnt tokens (never 0: the first token follows nothing).
+    /// Indices of supervised tokens (never 0: the first token follows nothing).
     pub fn targets(&self) -> impl Iterator<Item = usize> + '_ {
-        (1..self.tokens.len()).filter(|&i| self.learnt[i])
+        (1..self.tokens.len()).filter(|&i| self.supervised[i])
     }
 
     /// The tokens that a step has to compute. What comes after the last predicting row is seen by nobody, and is left out where
@@ -33,11 +33,11 @@ impl Example {
         &self.tokens[..end]
     }
 
-    /// Learnt tokens of the last answer up to its end-of-turn token (all of them if it has none).
+    /// Supervised tokens of the last answer up to its end-of-turn token (all of them if it has none).
     pub fn last_answer(&self, eos: &[u32]) -> std::ops::Range<usize> {
         let Some(last) = self.targets().last() else { return 0..0 };
         let mut start = last;
-        while start > 1 && self.learnt[start - 1] {
+        while start > 1 && self.supervised[start - 1] {
             start -= 1;
         }
         let end = (start..=last).find(|&i| eos.contains(&self.tokens[i])).unwrap_or(last);
@@ -103,7 +103,7 @@ pub struct DataReport {
     pub dropped: usize,
     /// Tokens in all examples.
     pub tokens: usize,
-    /// Learnt tokens in all examples.
+    /// Supervised tokens in all examples.
     pub supervised_tokens: usize,
 }
 
@@ -142,7 +142,7 @@ pub fn load(path: &Path, text: &TextModel, options: &EncodeOptions) -> Result<(V
                     continue;
                 }
                 example.tokens.truncate(options.max_length);
-                example.learnt.truncate(options.max_length);
+                example.supervised.truncate(options.max_length);
                 report.cut += 1;
             }
             if example.targets().next().is_none() {
@@ -175,40 +175,40 @@ fn encode_row(row: &Row, format: Format, text: &TextModel, train_on_prompt: bool
 /// Tokens of one sample. A conversation gives one example; or one for each answer, where the template writes an earlier
 /// answer differently once later messages follow (as templates do that drop earlier reasoning).
 ///
-/// A token that lies over the boundary between what is given and what is learnt is learnt, since it has a part of the answer.
+/// A token that lies over the boundary between what is given and what is supervised is supervised, since it has a part of the answer.
 pub fn encode(sample: &Sample, text: &TextModel, train_on_prompt: bool) -> Result<Vec<Example>, String> {
     let say = |e: lorimer_model::Error| e.to_string();
     match sample {
         Sample::Text(content) => {
             let mut ids = text.encode(content, true).map_err(say)?.ids;
             end_sequence(&mut ids, text);
-            Ok(vec![Example { learnt: vec![true; ids.len()], tokens: ids, answer: None }])
+            Ok(vec![Example { supervised: vec![true; ids.len()], tokens: ids, answer: None }])
         }
         Sample::Completion { prompt, completion } => {
             let whole = text.encode(&format!("{prompt}{completion}"), true).map_err(say)?;
-            let mut learnt: Vec<bool> =
+            let mut supervised: Vec<bool> =
                 whole.spans.iter().map(|&(_, end)| train_on_prompt || end > prompt.len()).collect();
             // Tokens after the text's last are the tokenizer's own end of a sequence; they cover no text.
             let added = whole.spans.iter().rev().take_while(|(start, end)| start == end).count();
-            let first = learnt.len() - added;
-            learnt[first..].fill(true);
+            let first = supervised.len() - added;
+            supervised[first..].fill(true);
             let mut ids = whole.ids;
             end_sequence(&mut ids, text);
-            learnt.resize(ids.len(), true);
-            Ok(vec![Example { tokens: ids, learnt, answer: Some(completion.trim().to_string()) }])
+            supervised.resize(ids.len(), true);
+            Ok(vec![Example { tokens: ids, supervised, answer: Some(completion.trim().to_string()) }])
         }
         Sample::Chat { messages, tools, variables } => {
             let template = text.template_for(tools.is_some()).map_err(say)?;
             let conversation = Conversation { template, messages, tools: tools.as_ref(), variables };
             let answer = conversation.last_answer();
-            let parts = if train_on_prompt { vec![conversation.context()?] } else { conversation.learnt()? };
+            let parts = if train_on_prompt { vec![conversation.context()?] } else { conversation.supervised()? };
             let example = |part: Part| {
                 let encoded = text.encode(&part.text, false).map_err(say)?;
                 let inside =
                     |&(start, end): &(usize, usize)| part.answers.iter().any(|a| end > a.start && start < a.end);
-                // The ranges are what is learnt, or what is not where everything else is.
-                let learnt = encoded.spans.iter().map(|span| inside(span) != train_on_prompt).collect();
-                Ok(Example { tokens: encoded.ids, learnt, answer: answer.clone() })
+                // The ranges are what is supervised, or what is not where everything else is.
+                let supervised = encoded.spans.iter().map(|span| inside(span) != train_on_prompt).collect();
+                Ok(Example { tokens: encoded.ids, supervised, answer: answer.clone() })
             };
             parts.into_iter().map(example).collect()
         }
@@ -261,32 +261,32 @@ mod tests {
         TextModel::from_folder(folder.path()).unwrap()
     }
 
-    fn learnt(sample: &Sample, text: &TextModel) -> Vec<String> {
+    fn supervised(sample: &Sample, text: &TextModel) -> Vec<String> {
         let examples = encode(sample, text, false).unwrap();
         let example = &examples[0];
         (0..example.tokens.len())
-            .filter(|&i| example.learnt[i])
+            .filter(|&i| example.supervised[i])
             .map(|i| text.decode(&example.tokens[i..=i], true).unwrap())
             .collect()
     }
 
     #[test]
-    fn a_token_over_the_boundary_is_learnt() {
+    fn a_token_over_the_boundary_is_supervised() {
         let text = text(false, "");
         for (prompt, completion) in [("a: ", "yes"), ("a:", " yes")] {
             let sample = Sample::Completion { prompt: prompt.into(), completion: completion.into() };
-            assert_eq!(learnt(&sample, &text), [" y", "e", "s", "</s>"], "{prompt:?}");
+            assert_eq!(supervised(&sample, &text), [" y", "e", "s", "</s>"], "{prompt:?}");
         }
     }
 
     #[test]
-    fn the_end_is_learnt_once_whoever_adds_it() {
+    fn the_end_is_supervised_once_whoever_adds_it() {
         for ends in [false, true] {
             let text = text(ends, "");
             let sample = Sample::Completion { prompt: "a:".into(), completion: "yes".into() };
-            assert_eq!(learnt(&sample, &text), ["y", "e", "s", "</s>"], "{ends}");
+            assert_eq!(supervised(&sample, &text), ["y", "e", "s", "</s>"], "{ends}");
             let sample = Sample::Text("yes".into());
-            let all = learnt(&sample, &text);
+            let all = supervised(&sample, &text);
             assert_eq!(
                 (all.iter().filter(|t| *t == "</s>").count(), all.last().map(String::as_str)),
                 (1, Some("</s>"))
@@ -318,10 +318,10 @@ mod tests {
             .into();
         let variables = json!({ "short": false }).as_object().unwrap().clone();
         let chat = Sample::Chat { messages, tools: None, variables };
-        assert_eq!(learnt(&chat, &text), ["y", "e", "s", "</s>"]);
+        assert_eq!(supervised(&chat, &text), ["y", "e", "s", "</s>"]);
         let whole = encode(&chat, &text, true).unwrap();
         let masked: String = (0..whole[0].tokens.len())
-            .filter(|&i| !whole[0].learnt[i])
+            .filter(|&i| !whole[0].supervised[i])
             .map(|i| text.decode(&whole[0].tokens[i..=i], true).unwrap())
             .collect();
         assert_eq!(masked, "es</s>", "everything else of the prompt is learnt");

@@ -91,12 +91,12 @@ pub enum Sample {
     },
     /// Plain text to begin with and plain text to learn.
     Completion {
-        /// Not learnt.
+        /// Not supervised.
         prompt: String,
-        /// Learnt.
+        /// Supervised.
         completion: String,
     },
-    /// Plain text, all learnt.
+    /// Plain text, all supervised.
     Text(String),
 }
 

@@ -18,9 +18,9 @@ const MAX_CHOICES: usize = 16;
 pub struct Evaluation {
     /// Rows evaluated.
     pub examples: usize,
-    /// Learnt tokens in them.
+    /// Supervised tokens in them.
     pub supervised_tokens: usize,
-    /// Sum of −log p over learnt tokens, divided by their number.
+    /// Sum of −log p over supervised tokens, divided by their number.
     pub loss: f64,
     /// e to the loss.
     pub perplexity: f64,
@@ -160,7 +160,7 @@ pub fn log_probabilities(
     first: usize,
 ) -> Result<Vec<f32>> {
     let wanted = (first.max(1)..tokens.len()).map(|i| (i - 1, tokens[i])).collect();
-    let example = Example { tokens: Vec::new(), learnt: Vec::new(), answer: None };
+    let example = Example { tokens: Vec::new(), supervised: Vec::new(), answer: None };
     let item = Item { tokens: tokens.to_vec(), example: &example, wanted };
     Ok(score(model, adaptation, &[item])?.into_iter().flatten().map(|s| s.0 as f32).collect())
 }

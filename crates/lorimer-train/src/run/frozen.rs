@@ -80,7 +80,7 @@ pub fn cache_bytes(model: &Llama, rows: &[Example]) -> u64 {
 }
 
 impl FrozenLower {
-    /// Computes the hidden states of all rows, `size` rows at a time; `None` where nothing is to be kept. `tell` hears of rows
+    /// Computes the hidden states of all rows, `size` rows at a time; `None` where nothing is to be kept. `progress` hears of rows
     /// that are done.
     pub fn build(
         model: &Llama,
@@ -89,7 +89,7 @@ impl FrozenLower {
         size: usize,
         cache: FrozenCache,
         folder: &Path,
-        mut tell: impl FnMut(usize),
+        mut progress: impl FnMut(usize),
     ) -> Result<Option<Self>> {
         let layers = frozen_layers(model, attached);
         let cache = cache.resolved(cache_bytes(model, rows));
@@ -119,7 +119,7 @@ impl FrozenLower {
                     Some(file) => row.iter().try_for_each(|v| file.write_all(&v.to_le_bytes())).map_err(problem)?,
                 }
             }
-            tell((i * size + rows.len()).min(starts.len() - 1));
+            progress((i * size + rows.len()).min(starts.len() - 1));
         }
         let store = match file {
             None => Store::Memory(memory),

@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 pub struct Record {
     /// Steps taken when it was written.
     pub step: usize,
-    /// Mean −log p over the step's learnt tokens.
+    /// Mean −log p over the step's supervised tokens.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub loss: Option<f64>,
     /// The objective's further term (BA-LoRA's regularisers).

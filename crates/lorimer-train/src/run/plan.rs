@@ -28,7 +28,7 @@ const LOOKED_AT: usize = 2048;
 pub struct Work {
     /// Token rows that the largest micro-batch computes, prefixes shared.
     pub rows: usize,
-    /// Rows of it that predict a learnt token.
+    /// Rows of it that predict a supervised token.
     pub predicting: usize,
     /// Token rows of the whole run.
     pub total_rows: f64,
@@ -75,7 +75,7 @@ impl Work {
         work
     }
 
-    /// Without data: `batch` rows of `length` tokens that share nothing, all learnt, for `steps` micro-batches.
+    /// Without data: `batch` rows of `length` tokens that share nothing, all supervised, for `steps` micro-batches.
     pub fn worst(batch: usize, length: usize, steps: usize) -> Self {
         let rows = batch.saturating_mul(length);
         let total = rows as f64 * steps as f64;
@@ -215,7 +215,7 @@ pub fn plan(request: &Request<'_>) -> Result<Plan> {
             parameters += own;
             stepped += own;
             state += state_bytes(&request.optimizer, site, own);
-            held += request.method.held(site) as u64;
+            held += request.method.activations_fixed(site) as u64;
         }
         if matcher.saves(&site.path) {
             parameters += (site.inputs * site.outputs) as u64;
@@ -236,7 +236,8 @@ pub fn plan(request: &Request<'_>) -> Result<Plan> {
     let (q, kv) = ((c.heads * c.head_dim) as u64, (c.kv_heads * c.head_dim) as u64);
     let in_layer = |i: usize| sites.iter().filter(move |s| s.layer == Some(i));
     let kept = |i: usize| -> u64 {
-        let changes: u64 = in_layer(i).filter(|s| adapted(s)).map(|s| request.method.kept(s) as u64).sum();
+        let changes: u64 =
+            in_layer(i).filter(|s| adapted(s)).map(|s| request.method.activations_per_row(s) as u64).sum();
         2 * h + 2 * q + 2 * kv + c.heads as u64 + 2 * f + changes
     };
     let first = match embedding {

@@ -5,7 +5,7 @@ use std::sync::atomic::AtomicBool;
 
 use lorimer_adapter::file::card::card;
 use lorimer_adapter::file::store::CONFIG_FILE;
-use lorimer_adapter::{Adapter, Attached, BaseIdentity, Findings, Golden, Manifest, Method, StoredAdapter};
+use lorimer_adapter::{Adapter, Attached, BaseIdentity, CalibrationStats, Golden, Manifest, Method, StoredAdapter};
 use lorimer_model::pull::own_cache;
 use lorimer_model::weights::hex;
 use lorimer_model::{Base, BaseModel};
@@ -59,7 +59,7 @@ pub(crate) fn rows_hash(examples: &[&Example]) -> String {
     let mut hash = Sha256::new();
     for e in examples {
         e.tokens.iter().for_each(|t| hash.update(t.to_le_bytes()));
-        hash.update(e.learnt.iter().map(|&l| u8::from(l)).collect::<Vec<_>>());
+        hash.update(e.supervised.iter().map(|&l| u8::from(l)).collect::<Vec<_>>());
         hash.update(b"|");
     }
     hex(&hash.finalize())
@@ -68,7 +68,7 @@ pub(crate) fn rows_hash(examples: &[&Example]) -> String {
 impl Session<'_> {
     /// Trains and writes the adapter. The output folder then holds the adapter, the log, the plots and the card; or, if
     /// interrupted, a checkpoint to resume from. The adapter itself is returned too.
-    pub fn run(&self, method: Box<dyn Method>, mut tell: impl FnMut(Event<'_>)) -> Result<(Outcome, Adapter)> {
+    pub fn run(&self, method: Box<dyn Method>, mut progress: impl FnMut(Event<'_>)) -> Result<(Outcome, Adapter)> {
         self.settings.check()?;
         let begun = self.output.join(CONFIG_FILE).exists() || Checkpoint::any(&self.output)?;
         if begun && !self.resume && !self.overwrite {
@@ -83,9 +83,9 @@ impl Session<'_> {
         let longest = self.train.iter().chain(self.eval).map(|e| e.tokens.len()).max().unwrap_or(0);
         self.base.model.check_length(longest)?;
         let config = method.config();
-        let findings = self.calibrate(method.as_ref(), &mut tell)?;
-        let adapter = Adapter::attach_calibrated(&self.base.model, method, &findings, self.settings.seed)?;
-        drop(findings);
+        let stats = self.calibrate(method.as_ref(), &mut progress)?;
+        let adapter = Adapter::attach_calibrated(&self.base.model, method, &stats, self.settings.seed)?;
+        drop(stats);
         let hash = |rows: &[Example]| rows_hash(&rows.iter().collect::<Vec<_>>());
         let choices = find_choices(self.eval);
         // Computing layers again changes no bit, so a run may go on with or without it.
@@ -111,7 +111,7 @@ impl Session<'_> {
             resume: self.resume,
             stop: self.stop,
         };
-        let outcome = run.train(&mut tell)?;
+        let outcome = run.train(&mut progress)?;
         if !outcome.interrupted {
             self.write(&adapter, &outcome, &config)?;
             Checkpoint::clear(&self.output)?;
@@ -120,13 +120,13 @@ impl Session<'_> {
     }
 
     /// What the method wants to know of the data, looked at in an order of its own that follows from the seed.
-    fn calibrate(&self, method: &dyn Method, tell: &mut impl FnMut(Event<'_>)) -> Result<Findings> {
+    fn calibrate(&self, method: &dyn Method, progress: &mut impl FnMut(Event<'_>)) -> Result<CalibrationStats> {
         let mut rows: Vec<&Example> = self.train.iter().collect();
         let seed = lorimer_adapter::method::site_seed(self.settings.seed, "calibration");
         rows.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));
         let base = format!("{} {}", self.base.fingerprint, self.storage().unwrap_or_default());
         let data = Data { rows, base, cache: Some(own_cache().join("calibration")) };
-        calibrate(&self.base.model, method, &data, |done, total| tell(Event::Calibrating { done, total }))
+        calibrate(&self.base.model, method, &data, |done, total| progress(Event::Calibrating { done, total }))
     }
 
     /// How the base's projections are kept in memory: `f32`, `nf4`, `Q4_1`.
@@ -161,9 +161,9 @@ impl Session<'_> {
             golden,
             frozen: adapter.frozen_parts()?,
         });
-        let findings = adapter.method.findings();
-        if let Some(manifest) = stored.manifest.as_mut().filter(|_| !findings.is_null()) {
-            manifest.training["findings"] = findings;
+        let stats = adapter.method.calibration_report();
+        if let Some(manifest) = stored.manifest.as_mut().filter(|_| !stats.is_null()) {
+            manifest.training["findings"] = stats;
         }
         let mut metrics =
             vec![("last training loss".to_string(), format!("{:.4}", outcome.losses.last().unwrap_or(&f64::NAN)))];

@@ -35,11 +35,11 @@ impl Default for StepOptions {
 /// What one forward and backward found.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct StepLoss {
-    /// Σ −log p over learnt tokens.
+    /// Σ −log p over supervised tokens.
     pub sum: f64,
-    /// The objective's further term, where there is one.
-    pub further: f64,
-    /// Learnt tokens.
+    /// The objective's auxiliary loss, where there is one.
+    pub auxiliary: f64,
+    /// Supervised tokens.
     pub supervised: usize,
     /// Tokens of the rows.
     pub tokens: usize,
@@ -51,13 +51,13 @@ pub struct StepLoss {
     pub backward_seconds: f64,
 }
 
-/// Rows of a batch that predict a learnt token, with the token.
+/// Rows of a batch that predict a supervised token, with the token.
 fn targets(batch: &Batch, rows: &[&Example]) -> (Vec<u32>, Vec<u32>) {
     let pairs = rows.iter().zip(&batch.rows);
     pairs.flat_map(|(e, at)| e.targets().map(|i| (at[i - 1], e.tokens[i]))).unzip()
 }
 
-/// Σ −log p over learnt tokens of the rows, their number and the number of all tokens, in candle's own graph: nothing is
+/// Σ −log p over supervised tokens of the rows, their number and the number of all tokens, in candle's own graph: nothing is
 /// shared, nothing computed in parts. The oracle of [`accumulate_gradients`].
 pub fn batch_loss(model: &Llama, attached: &Attached<'_>, rows: &[&Example]) -> Result<(Tensor, usize, usize)> {
     let batch = Batch::pack(rows.iter().map(|e| e.tokens.as_slice()));
@@ -73,10 +73,10 @@ pub type LayerDone<'a> = &'a mut (dyn FnMut(&mut Gradients) -> Result<()> + Send
 
 /// What a step may have beside the loss of the task.
 #[derive(Default)]
-pub struct Extras<'a> {
+pub struct StepInputs<'a> {
     /// The frozen lower layers' output, and the rows' places in the training set.
     pub lower: Option<(&'a FrozenLower, &'a [usize])>,
-    /// A further term of the loss, as a mean over the micro-batch's supervised positions, and what it is multiplied by.
+    /// An auxiliary loss, as a mean over the micro-batch's supervised positions, and what it is multiplied by.
     pub objective: Option<(&'a dyn Objective, f64, Moment)>,
     /// Label smoothing: the share of the loss that is the mean over the vocabulary.
     pub smoothing: f64,
@@ -84,7 +84,7 @@ pub struct Extras<'a> {
     pub layer_done: Option<LayerDone<'a>>,
 }
 
-/// Adds the gradients of `scale` · Σ −log p over learnt tokens of the rows to `gradients`. With `lower`, the output of the
+/// Adds the gradients of `scale` · Σ −log p over supervised tokens of the rows to `gradients`. With `lower`, the output of the
 /// frozen lower layers is taken from there, by the rows' places in the training set.
 #[allow(clippy::too_many_arguments)]
 pub fn accumulate_gradients(
@@ -97,8 +97,8 @@ pub fn accumulate_gradients(
     lower: Option<(&FrozenLower, &[usize])>,
     gradients: &mut Gradients,
 ) -> Result<StepLoss> {
-    let extras = Extras { lower, ..Default::default() };
-    accumulate(model, attached, parameters, rows, scale, options, extras, gradients)
+    let inputs = StepInputs { lower, ..Default::default() };
+    accumulate(model, attached, parameters, rows, scale, options, inputs, gradients)
 }
 
 /// [`accumulate_gradients`] with more.
@@ -110,7 +110,7 @@ pub fn accumulate(
     rows: &[&Example],
     scale: f64,
     options: StepOptions,
-    extras: Extras<'_>,
+    inputs: StepInputs<'_>,
     gradients: &mut Gradients,
 ) -> Result<StepLoss> {
     let independent = attached.rows_are_independent();
@@ -142,11 +142,11 @@ pub fn accumulate(
         false => (None, predicting),
     };
     let layout = model.layout(&batch.positions, &batch.segments, needed.as_deref());
-    let start = match extras.lower {
+    let start = match inputs.lower {
         Some((lower, places)) => Some((lower.layers(), lower.assemble(places, &batch)?)),
         None => None,
     };
-    let (objective, smoothing) = (extras.objective, extras.smoothing);
+    let (objective, smoothing) = (inputs.objective, inputs.smoothing);
     let mut pass = Pass {
         model,
         attached,
@@ -161,13 +161,13 @@ pub fn accumulate(
         objective: None,
     };
     if let Some((objective, weight, at)) = objective {
-        pass.objective = Some(Further { objective, weight, at, base: pass.base_hidden()? });
+        pass.objective = Some(AuxiliaryLoss { objective, weight, at, base: pass.base_hidden()? });
     }
     let clock = Instant::now();
     let forward;
     // In the pool itself: each parallel part then starts without waking a sleeping thread to carry it there.
-    let layer_done = extras.layer_done;
-    ((loss.sum, loss.further), forward) = rayon::scope(|_| match options.checkpointing || layer_done.is_some() {
+    let layer_done = inputs.layer_done;
+    ((loss.sum, loss.auxiliary), forward) = rayon::scope(|_| match options.checkpointing || layer_done.is_some() {
         false => pass.whole(gradients),
         true => pass.layer_by_layer(gradients, layer_done),
     })?;
@@ -188,11 +188,11 @@ struct Pass<'a> {
     targets: Vec<u32>,
     scale: f64,
     smoothing: f64,
-    objective: Option<Further<'a>>,
+    objective: Option<AuxiliaryLoss<'a>>,
 }
 
-/// A further term of the loss.
-struct Further<'a> {
+/// An auxiliary loss.
+struct AuxiliaryLoss<'a> {
     objective: &'a dyn Objective,
     weight: f64,
     at: Moment,
@@ -224,42 +224,47 @@ impl Pass<'_> {
         Ok(self.model.finish(&h, &on)?.detach())
     }
 
-    /// The further term over all supervised positions: the mean of its values for blocks of them, each of which is done with before the next one's
+    /// The auxiliary loss over all supervised positions: the mean of its values for blocks of them, each of which is done with before the next one's
     /// logits are made.
-    fn further(&self, further: &Further<'_>, hidden: &Tensor, on: &Attached<'_>) -> candle_core::Result<Tensor> {
+    fn auxiliary(
+        &self,
+        auxiliary: &AuxiliaryLoss<'_>,
+        hidden: &Tensor,
+        on: &Attached<'_>,
+    ) -> candle_core::Result<Tensor> {
         let parameters: Vec<&Tensor> = self.parameters.iter().map(|(_, v)| v.as_tensor()).collect();
         let frozen = Inference(&Frozen);
         let mut sum: Option<Tensor> = None;
         for block in self.place.chunks(BLOCK_ROWS) {
             let share = block.len() as f64 / self.place.len() as f64;
             let rows = on.ops().rows(hidden, block)?;
-            let base = self.model.logits(&Ops::plain().rows(&further.base, block)?, &frozen)?.detach();
+            let base = self.model.logits(&Ops::plain().rows(&auxiliary.base, block)?, &frozen)?.detach();
             let value = on.ops().settled(&[&rows], &parameters, |t| {
-                further.objective.value(&self.model.logits(&t[0], self.attached)?, &base, &further.at)? * share
+                auxiliary.objective.value(&self.model.logits(&t[0], self.attached)?, &base, &auxiliary.at)? * share
             })?;
             sum = Some(match sum {
-                Some(sum) => on.ops().island(&[&sum, &value], &[], |t| &t[0] + &t[1])?,
+                Some(sum) => on.ops().subgraph(&[&sum, &value], &[], |t| &t[0] + &t[1])?,
                 None => value,
             });
         }
         sum.ok_or_else(|| candle_core::Error::Msg("no position is supervised".into()))
     }
 
-    /// From the last layer's output to the loss: the task's, the further term, and what is differentiated.
+    /// From the last layer's output to the loss: the task's, the auxiliary loss, and what is differentiated.
     fn loss(&self, h: &Tensor, on: &Attached<'_>) -> candle_core::Result<(Tensor, Option<Tensor>, Tensor)> {
         let hidden = self.model.finish(h, on)?;
         let predicting = on.ops().rows(&hidden, &self.place)?;
         let task = self.model.smoothed_loss(&predicting, &self.targets, self.smoothing, on)?;
-        let Some(further) = &self.objective else { return Ok((task.clone(), None, task)) };
-        let value = self.further(further, &hidden, on)?;
-        // The sum is multiplied by the scale, the further term by its weight.
-        let all = on.ops().island(&[&task, &value], &[], |t| &t[0] + (&t[1] * (further.weight / self.scale))?)?;
+        let Some(auxiliary) = &self.objective else { return Ok((task.clone(), None, task)) };
+        let value = self.auxiliary(auxiliary, &hidden, on)?;
+        // The sum is multiplied by the scale, the auxiliary loss by its weight.
+        let all = on.ops().subgraph(&[&task, &value], &[], |t| &t[0] + (&t[1] * (auxiliary.weight / self.scale))?)?;
         Ok((task, Some(value), all))
     }
 
-    fn numbers(task: &Tensor, further: Option<Tensor>) -> candle_core::Result<(f64, f64)> {
+    fn numbers(task: &Tensor, auxiliary: Option<Tensor>) -> candle_core::Result<(f64, f64)> {
         let number = |t: &Tensor| t.to_dtype(DType::F64)?.to_scalar::<f64>();
-        Ok((number(task)?, further.as_ref().map_or(Ok(0.0), number)?))
+        Ok((number(task)?, auxiliary.as_ref().map_or(Ok(0.0), number)?))
     }
 
     fn seed(&self, loss: &Tensor) -> candle_core::Result<Tensor> {
@@ -274,12 +279,12 @@ impl Pass<'_> {
         for i in first..self.model.layer_count() {
             h = self.model.layer(i, &h, &self.layout, &on, None)?;
         }
-        let (task, further, loss) = self.loss(&h, &on)?;
+        let (task, auxiliary, loss) = self.loss(&h, &on)?;
         drop(h);
         let forward = Instant::now();
         let seed = self.seed(&loss)?;
         tape.backward(&loss, seed, gradients)?;
-        Ok((Self::numbers(&task, further)?, forward))
+        Ok((Self::numbers(&task, auxiliary)?, forward))
     }
 
     /// As [`Self::whole`], with each layer computed again in the backward.
@@ -299,7 +304,7 @@ impl Pass<'_> {
         let tape = self.tape();
         let Some(last) = inputs.pop() else { return Ok(((0.0, 0.0), Instant::now())) };
         tape.track(&last);
-        let (task, further, loss) = self.loss(&last, &self.attached.recorded(&tape))?;
+        let (task, auxiliary, loss) = self.loss(&last, &self.attached.recorded(&tape))?;
         let forward = Instant::now();
         let seed = self.seed(&loss)?;
         tape.backward(&loss, seed, gradients)?;
@@ -327,6 +332,6 @@ impl Pass<'_> {
                 tape.backward(&output, g, gradients)?;
             }
         }
-        Ok((Self::numbers(&task, further)?, forward))
+        Ok((Self::numbers(&task, auxiliary)?, forward))
     }
 }

@@ -22,10 +22,10 @@ use crate::run::evaluate::{Evaluation, evaluate};
 use crate::run::frozen::FrozenLower;
 use crate::run::log::{Log, Record, plot};
 use crate::run::schedule::{Schedule, Shape};
-use crate::run::step::{Extras, StepOptions, accumulate};
-use crate::ways::control::{self, Control};
+use crate::run::step::{StepInputs, StepOptions, accumulate};
+use crate::ways::callback::{self, Callback};
 use crate::ways::objective::{self, Moment};
-use crate::ways::optimizer::{self, AdamWConfig, Optimizer, OptimizerKind, Treatment};
+use crate::ways::optimizer::{self, AdamWConfig, Optimizer, OptimizerKind, ParamGroup};
 
 /// Settings that stand at zero are not written, so that what an earlier version began can be resumed.
 fn is_zero(value: &f64) -> bool {
@@ -277,7 +277,7 @@ pub struct Outcome {
     pub tokens: usize,
     /// Token rows computed in this process; less than the tokens where prefixes were shared.
     pub computed_tokens: usize,
-    /// Learnt tokens seen in this process.
+    /// Supervised tokens seen in this process.
     pub supervised_tokens: usize,
     /// Seconds of this process's training steps (evaluation and saving apart).
     pub seconds: f64,
@@ -322,7 +322,7 @@ fn difference(a: &serde_json::Value, b: &serde_json::Value) -> Option<String> {
 
 impl Run<'_> {
     /// Runs to the end, to an interruption or to an error. The adapter then holds the result.
-    pub fn train(&self, mut tell: impl FnMut(Event<'_>)) -> Result<Outcome> {
+    pub fn train(&self, mut progress: impl FnMut(Event<'_>)) -> Result<Outcome> {
         self.settings.check()?;
         let parameters = self.adapter.trainable();
         let total = self.settings.total_steps(self.train.len());
@@ -332,8 +332,8 @@ impl Run<'_> {
         let own = self.adapter.method.training();
         let kind = s.optimizer.clone().or(own.optimizer).unwrap_or_default();
         let mut optimizer = optimizer::build(&kind, s.adamw, self.adapter)?;
-        let control = control::build(own.control.as_ref(), (s.seed, total, s.learning_rate), &parameters);
-        self.check_parts(&kind, own.control.as_ref())?;
+        let callback = callback::build(own.callback.as_ref(), (s.seed, total, s.learning_rate), &parameters);
+        self.check_parts(&kind, own.callback.as_ref())?;
         let objective = s.objective.as_ref().or(own.objective.as_ref()).map(objective::build);
         let per_layer = matches!(&kind, OptimizerKind::Galore(g) if g.per_layer);
         let vectors: std::collections::BTreeSet<&str> =
@@ -371,12 +371,12 @@ impl Run<'_> {
         let lower = match s.repeats(self.train.len()) {
             true => {
                 let (cache, all) = (s.step.frozen_cache, self.train.len());
-                let tell = |done| tell(Event::Preparing { done, total: all });
-                FrozenLower::build(self.model, &attached, self.train, s.batch_size, cache, self.folder, tell)?
+                let progress = |done| progress(Event::Preparing { done, total: all });
+                FrozenLower::build(self.model, &attached, self.train, s.batch_size, cache, self.folder, progress)?
             }
             false => None,
         };
-        tell(Event::Begin { step: state.step, total });
+        progress(Event::Begin { step: state.step, total });
         let mut order = None;
         while state.step < total {
             let clock = Instant::now();
@@ -385,10 +385,10 @@ impl Run<'_> {
             let rows_of_data: usize = micro.iter().map(Vec::len).sum();
             let moment = Moment::new(state.step, total, supervised as f64 / rows_of_data.max(1) as f64);
             let mut sums = Gradients::default();
-            let (mut loss, mut further, mut tokens) = (0.0, 0.0, 0);
+            let (mut loss, mut auxiliary, mut tokens) = (0.0, 0.0, 0);
             let rate = schedule.rate(state.step);
-            let rank = control.rank(state.step);
-            let how = |name: &str| self.treatment(control.as_ref(), state.step, name, vectors.contains(name));
+            let rank = callback.rank(state.step);
+            let how = |name: &str| self.param_group(callback.as_ref(), state.step, name, vectors.contains(name));
             // Stepping layer by layer, nobody knows the whole gradient's norm yet; the last step's has to do.
             let last_norm = state.history.iter().rev().find_map(|r| r.gradient_norm).unwrap_or(0.0);
             let mut layers = 0.0;
@@ -408,15 +408,15 @@ impl Run<'_> {
                     optimizer::shrink(&mut gradients, last_norm, s.max_grad_norm)?;
                     optimizer.step_with(&some, &gradients, &how, rate)
                 };
-                let extras = Extras {
+                let inputs = StepInputs {
                     lower: lower.as_ref().map(|lower| (lower, places.as_slice())),
                     objective: objective.as_deref().map(|o| (o, own as f64 * scale, moment)),
                     smoothing: s.label_smoothing,
                     layer_done: if per_layer { Some(&mut layer_done) } else { None },
                 };
-                let found = accumulate(self.model, &on, &parameters, &rows, scale, s.step, extras, &mut sums)?;
+                let found = accumulate(self.model, &on, &parameters, &rows, scale, s.step, inputs, &mut sums)?;
                 loss += found.sum * scale;
-                further += found.further * own as f64 * scale;
+                auxiliary += found.auxiliary * own as f64 * scale;
                 tokens += found.tokens;
                 outcome.examples += rows.len();
                 outcome.computed_tokens += found.computed;
@@ -430,13 +430,13 @@ impl Run<'_> {
             let mut gradients = Vec::new();
             for (name, var) in &parameters {
                 let g = sums.remove(var.as_tensor());
-                gradients.push(g.map(|g| control.gradient(name, var, g)).transpose()?);
+                gradients.push(g.map(|g| callback.gradient(name, var, g)).transpose()?);
             }
             let norm = optimizer::check_norm((layers + optimizer::squares(&gradients)?).sqrt())?;
             optimizer::shrink(&mut gradients, if per_layer { last_norm } else { norm }, s.max_grad_norm)?;
             optimizer.step_with(&parameters, &gradients, &how, rate)?;
-            control.after(state.step, rate / s.learning_rate, &parameters)?;
-            let stage = control.stage_ended(state.step);
+            callback.after(state.step, rate / s.learning_rate, &parameters)?;
+            let stage = callback.stage_ended(state.step);
             state.step += 1;
             outcome.tokens += tokens;
             outcome.supervised_tokens += supervised;
@@ -444,15 +444,15 @@ impl Run<'_> {
             let record = Record {
                 step: state.step,
                 loss: Some(loss),
-                regularizer: objective.is_some().then_some(further),
-                open_gates: control::open_gates(&parameters)?.map(|(open, all)| open as f64 / all as f64),
+                regularizer: objective.is_some().then_some(auxiliary),
+                open_gates: callback::open_gates(&parameters)?.map(|(open, all)| open as f64 / all as f64),
                 rank: rank.map(|r| r.rank),
                 learning_rate: Some(rate),
                 gradient_norm: Some(norm),
                 ..Default::default()
             };
             log.write(&record)?;
-            tell(Event::Step { record: &record, tokens });
+            progress(Event::Step { record: &record, tokens });
             state.history.push(record);
             if let Some(stage) = stage {
                 let folder = self.folder.join("stages").join(stage.to_string());
@@ -470,7 +470,7 @@ impl Run<'_> {
                     ..Default::default()
                 };
                 log.write(&record)?;
-                tell(Event::Evaluated { step: state.step, evaluation: &evaluation });
+                progress(Event::Evaluated { step: state.step, evaluation: &evaluation });
                 if state.best.is_none_or(|(_, loss)| evaluation.loss < loss) {
                     state.best = Some((state.step, evaluation.loss));
                     if s.keep_best {
@@ -500,14 +500,14 @@ impl Run<'_> {
     }
 
     /// Refuses parts that do not go together.
-    fn check_parts(&self, kind: &OptimizerKind, control: Option<&training::Control>) -> Result<()> {
+    fn check_parts(&self, kind: &OptimizerKind, callback: Option<&training::Callback>) -> Result<()> {
         let (s, method) = (self.settings, self.adapter.method.name());
         let fail = |text: String| Err(Error::Settings(text));
         if s.loraplus_lr_ratio.is_some() && !self.adapter.trainable().iter().any(|(name, _)| name.ends_with(".lora_B"))
         {
             return fail(format!("--loraplus-lr-ratio is for methods that train LoRA's B, and `{method}` does not"));
         }
-        let apart = matches!(control, Some(training::Control::RankSampling(_)))
+        let apart = matches!(callback, Some(training::Callback::RankSampling(_)))
             || self
                 .adapter
                 .deltas()
@@ -529,7 +529,7 @@ impl Run<'_> {
     }
 
     /// How a parameter is stepped.
-    fn treatment(&self, control: &dyn Control, step: usize, name: &str, vector: bool) -> Result<Treatment> {
+    fn param_group(&self, callback: &dyn Callback, step: usize, name: &str, vector: bool) -> Result<ParamGroup> {
         let of = name.rsplit_once('.').and_then(|(path, key)| Some((self.adapter.delta(path)?, key)));
         let scale = match of {
             Some((delta, key)) => delta.step_scale(key)?,
@@ -539,10 +539,10 @@ impl Run<'_> {
         // As the reference groups them: B, and every vector (biases, magnitudes, norms), but not SoRA's gates.
         let faster = name.ends_with(".lora_B") || (vector && !name.ends_with(".gate"));
         let plus = self.settings.loraplus_lr_ratio.filter(|_| faster).unwrap_or(1.0);
-        Ok(Treatment {
-            rate: control.rate(name) * plus,
-            decay: control.decays(name) && optimizer::decays(name),
-            rows: control.rows(step, name),
+        Ok(ParamGroup {
+            rate: callback.rate(name) * plus,
+            decay: callback.decays(name) && optimizer::decays(name),
+            rows: callback.rows(step, name),
             row_scale,
             projected: !self.adapter.parameters().contains_key(name),
             // As in bitsandbytes under transformers.

@@ -1,6 +1,6 @@
 //! Ways to train: the mathematics of what a method's `Training` names.
 
-pub mod control;
+pub mod callback;
 pub mod objective;
 pub mod optimizer;
 pub mod search;

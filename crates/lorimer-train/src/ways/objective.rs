@@ -26,7 +26,7 @@ impl Moment {
     }
 }
 
-/// A further term of the loss.
+/// An auxiliary loss.
 pub trait Objective: Send + Sync {
     /// The term for logits (n, c) of the adapted model at supervised positions and those of the frozen base there, such that blocks of positions can be
     /// averaged by their length; a scalar in candle's graph.

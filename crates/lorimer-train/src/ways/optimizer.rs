@@ -19,7 +19,7 @@ pub use lora_pro::{LoraProOptimizer, Pair};
 
 /// How one parameter is stepped.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Treatment {
+pub struct ParamGroup {
     /// Multiplies the learning rate.
     pub rate: f64,
     /// Whether weight decay acts.
@@ -34,7 +34,7 @@ pub struct Treatment {
     pub eight_bit: bool,
 }
 
-impl Default for Treatment {
+impl Default for ParamGroup {
     fn default() -> Self {
         Self { rate: 1.0, decay: true, rows: None, row_scale: None, projected: true, eight_bit: true }
     }
@@ -54,12 +54,12 @@ pub trait Optimizer: Send {
         &mut self,
         parameters: &[(String, &Var)],
         gradients: &[Option<Tensor>],
-        how: &dyn Fn(&str) -> Result<Treatment>,
+        how: &dyn Fn(&str) -> Result<ParamGroup>,
         rate: f64,
     ) -> Result<()>;
     /// [`Self::step_with`], all parameters alike.
     fn step(&mut self, parameters: &[(String, &Var)], gradients: &[Option<Tensor>], rate: f64) -> Result<()> {
-        self.step_with(parameters, gradients, &|_| Ok(Treatment::default()), rate)
+        self.step_with(parameters, gradients, &|_| Ok(ParamGroup::default()), rate)
     }
     /// State tensors by name.
     fn state(&self) -> Result<Vec<(String, Tensor)>>;

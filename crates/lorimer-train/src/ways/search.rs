@@ -8,7 +8,7 @@ use lorimer_adapter::method::{LowRank, site_seed};
 use lorimer_adapter::methods::diffora::{DifforaConfig, Gate, Sharing};
 use lorimer_adapter::methods::mt19937::TorchGenerator;
 use lorimer_adapter::targets::Targeting;
-use lorimer_adapter::{Adapter, Attached, Change, Delta, Findings, Method, Step};
+use lorimer_adapter::{Adapter, Attached, CalibrationStats, Change, Delta, Method, Step};
 use lorimer_model::{Llama, Projection, Site};
 use lorimer_tensor::Gradients;
 use serde_json::{Map, Value};
@@ -57,7 +57,7 @@ impl Method for Searched {
         Map::new()
     }
 
-    fn settle(&mut self, targeted: &[&Site], _findings: &Findings) -> lorimer_adapter::Result<()> {
+    fn resolve(&mut self, targeted: &[&Site], _stats: &CalibrationStats) -> lorimer_adapter::Result<()> {
         let mut layers: BTreeMap<Option<usize>, Vec<String>> = BTreeMap::new();
         for site in targeted {
             layers.entry(site.layer).or_default().push(site.path.clone());
@@ -82,7 +82,7 @@ impl Method for Searched {
         &self,
         site: &Site,
         _base: &Projection,
-        _source: &mut lorimer_adapter::method::Source<'_>,
+        _source: &mut lorimer_adapter::method::ParameterSource<'_>,
     ) -> lorimer_adapter::Result<Box<dyn Delta>> {
         let missing = || lorimer_adapter::Error::Config(format!("`{}` is not part of the search", site.path));
         let (a, b) = self.factors.get(&self.key(site)).ok_or_else(missing)?;
@@ -126,7 +126,7 @@ impl Delta for Gated {
     fn change(&self, _base: &Projection, _rows: usize, _step: &Step) -> TensorResult<Option<Change>> {
         let b = self.b.broadcast_mul(&self.factor()?)?;
         // α = 2r, as LoRA's default.
-        Ok(Some(Change::Thin(LowRank { a: self.a.as_tensor().clone(), b, scaling: 2.0 })))
+        Ok(Some(Change::LowRank(LowRank { a: self.a.as_tensor().clone(), b, scaling: 2.0 })))
     }
 
     fn trainable(&self) -> Vec<(&'static str, &Var)> {
@@ -140,8 +140,8 @@ pub fn search(
     targeting: &Targeting,
     settings: &DifforaConfig,
     rows: &[&Example],
-    mut tell: impl FnMut(usize, usize),
-) -> Result<Findings> {
+    mut progress: impl FnMut(usize, usize),
+) -> Result<CalibrationStats> {
     let halves = [0, 1].map(|half| rows.iter().copied().skip(half).step_by(2).collect::<Vec<_>>());
     if halves.iter().any(|h| h.iter().all(|e| e.targets().next().is_none())) {
         return Err(Error::Settings(
@@ -180,16 +180,16 @@ pub fn search(
             let gradients: Vec<_> = parameters.iter().map(|(_, var)| sums.remove(var.as_tensor())).collect();
             optimizers[side].step(parameters, &gradients, rate)?;
         }
-        tell(step + 1, settings.search_steps);
+        progress(step + 1, settings.search_steps);
     }
-    let mut findings = Findings::new();
+    let mut stats = CalibrationStats::new();
     // A layer's numbers stand in the order of its projections.
     let mut places: BTreeMap<Option<usize>, usize> = BTreeMap::new();
     for (site, _, delta) in adapter.sites(model) {
         let place = places.entry(site.layer).or_default();
         let Some((_, gamma)) = delta.trainable().into_iter().find(|(key, _)| *key == "gamma") else { continue };
-        findings.entry(site.path.clone()).or_default().insert("gamma".into(), gamma.detach().narrow(0, *place, 1)?);
+        stats.entry(site.path.clone()).or_default().insert("gamma".into(), gamma.detach().narrow(0, *place, 1)?);
         *place += 1;
     }
-    Ok(findings)
+    Ok(stats)
 }

@@ -80,7 +80,7 @@ fn made(dtype: DType, load: LoadDtype, (hidden, intermediate): (usize, usize), a
 pub fn examples() -> Vec<Example> {
     let row = |tokens: &[u32]| Example {
         tokens: tokens.to_vec(),
-        learnt: tokens.iter().map(|t| *t > 5).collect(),
+        supervised: tokens.iter().map(|t| *t > 5).collect(),
         answer: None,
     };
     vec![row(&[1, 7, 9, 3, 11, 12]), row(&[2, 30, 8]), row(&[4, 5, 39, 21, 7])]
@@ -101,8 +101,8 @@ pub fn attach(model: &Llama, name: &str, settings: &str) -> Adapter {
     let method = methods::build(name, &settings).unwrap();
     let rows = examples();
     let data = Data { rows: rows.iter().collect(), base: String::new(), cache: None };
-    let findings = calibrate(model, method.as_ref(), &data, |_, _| {}).unwrap();
-    Adapter::attach_calibrated(model, method, &findings, 3).unwrap()
+    let stats = calibrate(model, method.as_ref(), &data, |_, _| {}).unwrap();
+    Adapter::attach_calibrated(model, method, &stats, 3).unwrap()
 }
 
 /// Moves every trainable parameter, so that the adapter does something.

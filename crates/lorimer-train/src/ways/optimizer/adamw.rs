@@ -8,7 +8,7 @@ use num_traits::Float;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use super::{Optimizer, Treatment};
+use super::{Optimizer, ParamGroup};
 use crate::error::{Error, Result};
 
 /// AdamW's constants.
@@ -137,7 +137,7 @@ impl AdamW {
     }
 
     /// What `p` becomes.
-    fn update(&mut self, name: &str, p: &Tensor, g: &Tensor, how: &Treatment, rate: f64) -> Result<Tensor> {
+    fn update(&mut self, name: &str, p: &Tensor, g: &Tensor, how: &ParamGroup, rate: f64) -> Result<Tensor> {
         let in_blocks = self.eight_bit && how.eight_bit && p.elem_count() >= LEAST && p.dtype() == DType::F32;
         if in_blocks && (how.rows.is_some() || how.row_scale.is_some()) {
             return Err(Error::Settings(
@@ -176,7 +176,7 @@ impl AdamW {
 
     /// m̂ / (√v̂ + ε) of a gradient, which takes part in the moments of `name`.
     pub(super) fn direction(&mut self, name: &str, g: &Tensor) -> Result<Tensor> {
-        let how = Treatment { decay: false, ..Default::default() };
+        let how = ParamGroup { decay: false, ..Default::default() };
         self.update(name, &g.zeros_like()?, g, &how, -1.0)
     }
 
@@ -186,7 +186,7 @@ impl AdamW {
         g: &Tensor,
         (m, v): (&Tensor, &Tensor),
         steps: &mut Steps,
-        how: &Treatment,
+        how: &ParamGroup,
         rate: f64,
     ) -> Result<(Tensor, Kept)> {
         let shape = p.shape().clone();
@@ -261,7 +261,7 @@ impl Optimizer for AdamW {
         &mut self,
         parameters: &[(String, &Var)],
         gradients: &[Option<Tensor>],
-        how: &dyn Fn(&str) -> Result<Treatment>,
+        how: &dyn Fn(&str) -> Result<ParamGroup>,
         rate: f64,
     ) -> Result<()> {
         for ((name, var), gradient) in parameters.iter().zip(gradients) {

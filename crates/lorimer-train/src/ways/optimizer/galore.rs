@@ -11,7 +11,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 
-use super::{AdamW, AdamWConfig, Optimizer, Treatment};
+use super::{AdamW, AdamWConfig, Optimizer, ParamGroup};
 use crate::error::Result;
 
 /// Rounds of subspace iteration.
@@ -127,7 +127,7 @@ impl Optimizer for GaloreOptimizer {
         &mut self,
         parameters: &[(String, &Var)],
         gradients: &[Option<Tensor>],
-        how: &dyn Fn(&str) -> Result<Treatment>,
+        how: &dyn Fn(&str) -> Result<ParamGroup>,
         rate: f64,
     ) -> Result<()> {
         let is_projected =

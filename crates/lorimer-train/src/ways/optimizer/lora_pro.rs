@@ -7,7 +7,7 @@ use lorimer_adapter::training::LoraPro;
 use lorimer_tensor::linalg::eigh;
 use rayon::prelude::*;
 
-use super::{AdamW, AdamWConfig, Optimizer, Treatment};
+use super::{AdamW, AdamWConfig, Optimizer, ParamGroup};
 use crate::error::Result;
 
 /// A module with factors A and B, named `module.lora_A` and `module.lora_B`.
@@ -105,7 +105,7 @@ impl Optimizer for LoraProOptimizer {
         &mut self,
         parameters: &[(String, &Var)],
         gradients: &[Option<Tensor>],
-        how: &dyn Fn(&str) -> Result<Treatment>,
+        how: &dyn Fn(&str) -> Result<ParamGroup>,
         rate: f64,
     ) -> Result<()> {
         let place: HashMap<&str, usize> = parameters.iter().enumerate().map(|(i, (n, _))| (n.as_str(), i)).collect();

@@ -16,7 +16,7 @@ struct Entry {
 /// Adapters by content. Which give way follows Greedy-Dual-Size-Frequency (Cherkasova 1998): worth = L + uses / pages, L being the worth of
 /// the last that had to go, so that what was much used long ago is not kept for ever.
 #[derive(Default)]
-pub struct Residency {
+pub struct AdapterAccount {
     all: HashMap<Arc<str>, Entry>,
     pages: usize,
     level: f64,
@@ -26,7 +26,7 @@ pub struct Residency {
     pub evictions: u64,
 }
 
-impl Residency {
+impl AdapterAccount {
     /// Leases an adapter to a request, if it is there. Whether it is.
     pub fn lease(&mut self, content: &str) -> bool {
         let level = self.level;
@@ -102,7 +102,7 @@ mod tests {
 
     #[test]
     fn what_is_used_often_stays_unless_that_was_long_ago() {
-        let mut all = Residency::default();
+        let mut all = AdapterAccount::default();
         for name in ["often", "once", "large"] {
             all.insert(name.into(), if name == "large" { 10 } else { 1 });
         }
@@ -129,7 +129,7 @@ mod tests {
         /// Leased adapters stay, and the pages are those of what is there.
         #[test]
         fn leased_adapters_never_go(acts in prop::collection::vec((0u8..4, 0usize..8), 0..200)) {
-            let mut all = Residency::default();
+            let mut all = AdapterAccount::default();
             let mut there: HashMap<String, (usize, usize)> = HashMap::new();
             for (act, n) in acts {
                 let name = n.to_string();

@@ -1,26 +1,26 @@
-//! Adapters in the pool: the account of [`Residency`], and where each lies.
+//! The cache of adapters in the pool: their account ([`AdapterAccount`]), and where each lies.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use crate::engine::adapter_account::AdapterAccount;
 use crate::engine::pool::Pages;
-use crate::engine::residency::Residency;
 
 /// Adapters in the pool by content.
 #[derive(Default)]
-pub struct Residents {
-    account: Residency,
+pub struct AdapterCache {
+    account: AdapterAccount,
     all: HashMap<Arc<str>, Vec<u32>>,
 }
 
-impl Residents {
+impl AdapterCache {
     /// Who uses which.
-    pub fn account(&mut self) -> &mut Residency {
+    pub fn account(&mut self) -> &mut AdapterAccount {
         &mut self.account
     }
 
     /// How many there are, and how many came and went.
-    pub fn figures(&self) -> &Residency {
+    pub fn figures(&self) -> &AdapterAccount {
         &self.account
     }
 

@@ -9,7 +9,7 @@ use tokio::sync::Semaphore;
 use super::error::ApiError;
 
 /// A kind of work.
-pub struct Desk {
+pub struct WorkQueue {
     permits: Arc<Semaphore>,
     /// How long one that asks waits, for its turn and for the work.
     patience: Duration,
@@ -17,7 +17,7 @@ pub struct Desk {
     what: &'static str,
 }
 
-impl Desk {
+impl WorkQueue {
     /// Work of which `at_once` is done at a time.
     pub fn new(at_once: usize, patience: Duration, what: &'static str) -> Self {
         Self { permits: Arc::new(Semaphore::new(at_once)), patience, what }
@@ -67,14 +67,14 @@ tokio::task_local! {
 
 /// Work on requests, of which those with large bodies wait for each other only.
 pub struct Readers {
-    small: Desk,
-    large: Desk,
+    small: WorkQueue,
+    large: WorkQueue,
 }
 
 impl Readers {
     /// Work of which, for small and for large bodies each, `at_once` is done at a time.
     pub fn new(at_once: usize, patience: Duration, what: &'static str) -> Self {
-        Self { small: Desk::new(at_once, patience, what), large: Desk::new(at_once, patience, what) }
+        Self { small: WorkQueue::new(at_once, patience, what), large: WorkQueue::new(at_once, patience, what) }
     }
 
     /// Runs work for the request that is handled, within the time.
@@ -102,10 +102,10 @@ mod tests {
     fn work_counts_until_it_ends_though_nobody_waits_for_it() {
         let (running, most) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
         runtime().block_on(async {
-            let desk = Desk::new(2, Duration::from_secs(20), "the work");
+            let queue = WorkQueue::new(2, Duration::from_secs(20), "the work");
             for _ in 0..20 {
                 let (running, most) = (running.clone(), most.clone());
-                let work = desk.run(move || {
+                let work = queue.run(move || {
                     most.fetch_max(running.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
                     std::thread::sleep(Duration::from_millis(20));
                     running.fetch_sub(1, Ordering::SeqCst);
@@ -114,7 +114,7 @@ mod tests {
                 // The client goes away.
                 let _ = tokio::time::timeout(Duration::from_millis(1), work).await;
             }
-            desk.within(|| Ok(())).await.unwrap();
+            queue.within(|| Ok(())).await.unwrap();
         });
         assert_eq!(most.load(Ordering::SeqCst), 2);
     }
@@ -122,15 +122,15 @@ mod tests {
     #[test]
     fn who_waits_too_long_is_told_so_and_a_panic_is_an_error() {
         runtime().block_on(async {
-            let desk = Desk::new(1, Duration::from_millis(30), "the work");
-            let slow = desk.within(|| {
+            let queue = WorkQueue::new(1, Duration::from_millis(30), "the work");
+            let slow = queue.within(|| {
                 std::thread::sleep(Duration::from_millis(200));
                 Ok(())
             });
             let error = slow.await.unwrap_err();
             assert_eq!((error.status.as_u16(), error.code), (503, "overloaded"));
-            assert_eq!(desk.within(|| Ok(1)).await.unwrap_err().code, "overloaded", "the first is still at it");
-            let other = Desk::new(1, Duration::from_secs(5), "the work");
+            assert_eq!(queue.within(|| Ok(1)).await.unwrap_err().code, "overloaded", "the first is still at it");
+            let other = WorkQueue::new(1, Duration::from_secs(5), "the work");
             let error = other.within(|| -> Result<(), ApiError> { panic!("a defect") }).await.unwrap_err();
             assert_eq!(error.status.as_u16(), 500);
             other.within(|| Ok(())).await.unwrap();

@@ -1,4 +1,4 @@
-//! Controls: what acts between the parts of a step. Each is a function of settings, seed and step, so that a resumed run is the same.
+//! Callbacks: what acts between the parts of a step. Each is a function of settings, seed and step, so that a resumed run is the same.
 
 use std::ops::Range;
 
@@ -12,7 +12,7 @@ use rand_chacha::ChaCha8Rng;
 use crate::error::Result;
 
 /// Acts before the forwards, between backward and optimiser, and after the optimiser of each step.
-pub trait Control: Send + Sync {
+pub trait Callback: Send + Sync {
     /// The rank that step `step` (from 0) trains.
     fn rank(&self, _step: usize) -> Option<SampledRank> {
         None
@@ -46,18 +46,18 @@ pub trait Control: Send + Sync {
 /// Nothing.
 struct Idle;
 
-impl Control for Idle {}
+impl Callback for Idle {}
 
-/// The control of a kind for a run of `total` steps with the highest learning rate `peak` over these parameters.
+/// The callback of a kind for a run of `total` steps with the highest learning rate `peak` over these parameters.
 pub fn build(
-    kind: Option<&training::Control>,
+    kind: Option<&training::Callback>,
     (seed, total, peak): (u64, usize, f64),
     parameters: &[(String, &Var)],
-) -> Box<dyn Control> {
+) -> Box<dyn Callback> {
     match kind {
         None => Box::new(Idle),
-        Some(training::Control::RankSampling(settings)) => Box::new(Ranks { settings: settings.clone(), seed }),
-        Some(training::Control::SoftThreshold(settings)) => {
+        Some(training::Callback::RankSampling(settings)) => Box::new(Ranks { settings: settings.clone(), seed }),
+        Some(training::Callback::SoftThreshold(settings)) => {
             let count = parameters.iter().filter(|(name, _)| is_gate(name)).map(|(_, var)| var.elem_count()).sum();
             let mut lot: Vec<usize> = (0..count).collect();
             lot.shuffle(&mut ChaCha8Rng::seed_from_u64(site_seed(seed, "gates by lot")));
@@ -76,7 +76,7 @@ struct Ranks {
     seed: u64,
 }
 
-impl Control for Ranks {
+impl Callback for Ranks {
     fn rank(&self, step: usize) -> Option<SampledRank> {
         let s = &self.settings;
         let mut rng = ChaCha8Rng::seed_from_u64(site_seed(self.seed, &format!("rank {step}")));
@@ -138,7 +138,7 @@ impl Gates {
     }
 }
 
-impl Control for Gates {
+impl Callback for Gates {
     fn rate(&self, name: &str) -> f64 {
         self.settings.gate_lr.filter(|_| is_gate(name)).map_or(1.0, |rate| rate / self.peak)
     }
@@ -243,15 +243,15 @@ mod tests {
         let second = Var::new(&[1f32, 2.0, 3.0, 4.0], &Device::Cpu).unwrap();
         let parameters =
             [("a.gate".to_string(), &first), ("a.lora_A".to_string(), &second), ("b.gate".to_string(), &second)];
-        let control = gates(SoftThreshold { random_keep: Some(0.6), ..settings(vec![9.0]) }, 8, 10);
+        let callback = gates(SoftThreshold { random_keep: Some(0.6), ..settings(vec![9.0]) }, 8, 10);
         let mut open = Vec::new();
         for step in 0..8 {
-            control.after(step, 1.0, &parameters).unwrap();
+            callback.after(step, 1.0, &parameters).unwrap();
             open.push(open_gates(&parameters).unwrap().unwrap().0);
         }
         assert_eq!(open, [9, 9, 8, 8, 7, 7, 6, 6]);
         assert_eq!(second.to_vec1::<f32>().unwrap(), [0.0; 4]);
-        let kind = training::Control::SoftThreshold(SoftThreshold { random_keep: Some(0.5), ..settings(vec![0.0]) });
+        let kind = training::Callback::SoftThreshold(SoftThreshold { random_keep: Some(0.5), ..settings(vec![0.0]) });
         let drawn = |seed| {
             let gate = Var::ones(100, DType::F32, &Device::Cpu).unwrap();
             let parameters = [("a.gate".to_string(), &gate)];
