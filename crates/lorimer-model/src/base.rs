@@ -2,12 +2,13 @@
 
 use std::path::{Path, PathBuf};
 
+use lorimer_seam::BaseModel;
 use serde_json::Value;
 
-use crate::config::LlamaConfig;
+use crate::decoder::DecoderConfig;
 use crate::error::{Error, Result};
+use crate::families::Config;
 use crate::files::{MAX_JSON_BYTES, read_json};
-use crate::llama::Llama;
 use crate::text::TextModel;
 use crate::weights::gguf::Gguf;
 use crate::weights::{LoadDtype, Weights};
@@ -23,8 +24,9 @@ pub struct OpenOptions {
 
 /// A loaded base model.
 pub struct Base {
-    /// The frozen model.
-    pub model: Llama,
+    model: Box<dyn BaseModel>,
+    /// Its shape and constants.
+    pub config: Config,
     /// Tokenizer and chat template.
     pub text: TextModel,
     /// Where it was loaded from: a Hugging Face folder or a GGUF file.
@@ -34,17 +36,18 @@ pub struct Base {
 }
 
 /// Opens weights and configuration without loading the model.
-pub fn open_weights(path: &Path, dtype: LoadDtype) -> Result<(LlamaConfig, Weights)> {
+pub fn open_weights(path: &Path, dtype: LoadDtype) -> Result<(Config, Weights)> {
     if path.is_dir() {
         if let Some(gguf) = single_gguf(path)? {
             return open_weights(&gguf, dtype);
         }
         let config_path = path.join("config.json");
         let json: Value = read_json(&config_path, MAX_JSON_BYTES)?;
-        let mut config = LlamaConfig::from_json(&json, &config_path)?;
+        let mut config = Config::from_json(&json, &config_path)?;
         let weights = Weights::from_folder(path, dtype)?;
         // Older configurations leave `tie_word_embeddings` out where their class defaults to true.
-        config.tied |= !weights.has("lm_head.weight");
+        let Config::Decoder(decoder) = &mut config;
+        decoder.tied |= !weights.has("lm_head.weight");
         return Ok((config, weights));
     }
     if !path.exists() {
@@ -57,8 +60,8 @@ pub fn open_weights(path: &Path, dtype: LoadDtype) -> Result<(LlamaConfig, Weigh
         ));
     }
     let file = Gguf::open(path)?;
-    let config = file.config()?;
-    Ok((config.clone(), Weights::from_gguf(file, config, dtype)))
+    let config = DecoderConfig::from_gguf(&file)?;
+    Ok((Config::Decoder(config), Weights::from_gguf(file, dtype)))
 }
 
 /// The one `.gguf` file of a folder that holds no `config.json`.
@@ -77,6 +80,11 @@ fn single_gguf(folder: &Path) -> Result<Option<PathBuf>> {
 }
 
 impl Base {
+    /// The frozen model.
+    pub fn model(&self) -> &dyn BaseModel {
+        self.model.as_ref()
+    }
+
     /// Loads a base from a Hugging Face folder or a GGUF file.
     pub fn open(path: &Path, options: &OpenOptions) -> Result<Self> {
         Self::prepare(path, options)?.load()
@@ -91,13 +99,13 @@ impl Base {
             (None, None) => TextModel::from_folder(path)?,
             (None, Some(tokenizer)) => TextModel::from_folder(path)?.with_tokenizer_file(tokenizer)?,
         };
-        if text.vocabulary() > config.vocab_size {
+        if text.vocabulary() > config.shape().vocabulary {
             return Err(Error::invalid(
                 path,
                 format!(
                     "the tokenizer knows {} tokens, the model only {}; they do not belong together",
                     text.vocabulary(),
-                    config.vocab_size
+                    config.shape().vocabulary
                 ),
             ));
         }
@@ -108,7 +116,7 @@ impl Base {
 /// A base whose weights have not been read yet.
 pub struct Prepared {
     /// Shape and constants.
-    pub config: LlamaConfig,
+    pub config: Config,
     /// The files.
     pub weights: Weights,
     /// Tokenizer and chat template.
@@ -119,8 +127,8 @@ impl Prepared {
     /// Reads the weights.
     pub fn load(self) -> Result<Base> {
         let fingerprint = self.weights.fingerprint()?;
-        let model = Llama::load(self.config, &self.weights)?;
+        let model = self.config.clone().load(&self.weights)?;
         let path = self.weights.origin().to_path_buf();
-        Ok(Base { model, text: self.text, path, fingerprint })
+        Ok(Base { model, config: self.config, text: self.text, path, fingerprint })
     }
 }

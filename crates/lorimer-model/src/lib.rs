@@ -1,21 +1,23 @@
-//! The seam ([`Adaptation`]), base models behind it, and how they are loaded and fetched.
+//! Base models behind the seam ([`Adaptation`], [`BaseModel`]), and how they are loaded and fetched.
 
 pub mod base;
-pub mod batch;
-pub mod config;
+pub mod decoder;
 pub mod error;
+pub mod families;
 pub mod files;
 pub mod http;
-pub mod llama;
+mod linear;
 pub mod pull;
-pub mod seam;
 pub mod text;
 pub mod weights;
 
 pub use base::{Base, OpenOptions, Prepared};
-pub use batch::Batch;
+pub use decoder::{Decoder, DecoderConfig};
 pub use error::{Error, Result};
-pub use llama::{KvCache, Llama};
-pub use seam::{Adaptation, AttentionCall, BaseModel, Frozen, Inference, Point, Projection, Site};
+pub use families::Config;
+pub use lorimer_seam::{
+    Adaptation, AttentionCall, BaseModel, Batch, Frozen, Inference, Input, KvCache, LayerShape, Layout, ModelShape,
+    Point, Projection, Recompute, Site, run_blocks,
+};
 pub use text::TextModel;
 pub use weights::{LoadDtype, Weights};

@@ -15,10 +15,11 @@ pub mod storage;
 pub mod tape;
 
 pub use ops::Ops;
-pub use ops::attention::{Segment, attention, attention_in_pool};
+pub use ops::attention::{AttentionForm, KeyPool, Mask, Segment, attention, attention_in_pool};
 pub use ops::bases::scaled_bases;
 pub use ops::block_affine::block_affine;
-pub use ops::gated::silu_mul;
+pub use ops::gated::{Activation, activate, gated, silu_mul};
+pub use ops::layer_norm::layer_norm;
 pub use ops::loss::{cross_entropy, smoothed_cross_entropy};
 pub use ops::low_rank::{LowRankTerm, Part};
 pub use ops::norm::rms_norm;

@@ -201,10 +201,10 @@ impl Tape {
         record.nodes.push(Node { outputs, backward: Box::new(backward) });
     }
 
-    /// From the gradient of one output to those of all trainable tensors, which are added to `gradients`.
-    pub fn backward(self, output: &Tensor, gradient: Tensor, gradients: &mut Gradients) -> Result<()> {
+    /// From the gradient of one output to those of all trainable tensors, which are added to `gradients`. What was recorded is used up.
+    pub fn backward(&self, output: &Tensor, gradient: Tensor, gradients: &mut Gradients) -> Result<()> {
         gradients.add(output.id(), gradient)?;
-        let record = self.0.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let record = std::mem::take(&mut *self.lock());
         // Whoever computes a tensor again holds what it takes; the others are not to keep their inputs alive.
         drop(record.recomputes);
         for node in record.nodes.into_iter().rev() {

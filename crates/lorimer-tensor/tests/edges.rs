@@ -259,16 +259,16 @@ fn attends(lengths: &[usize], cached: usize) -> Result<()> {
         }
         let what = format!("attention over {lengths:?} after {cached}");
         let tape = Tape::new([&q, &k, &v]);
-        let y = Ops::recorded(&tape).attention((&q, &k, &v), &segments, d, 0.25)?;
+        let y = Ops::recorded(&tape).attention((&q, &k, &v), &segments, &AttentionForm::causal(d, 0.25))?;
         assert_values(&what, &y, (rows, 2 * d), &expected, 1e-4)?;
-        assert_values(&what, &attention((&q, &k, &v), &segments, d, 0.25)?, (rows, 2 * d), &expected, 1e-4)?;
+        assert_values(&what, &attention((&q, &k, &v), &segments, &AttentionForm::causal(d, 0.25))?, (rows, 2 * d), &expected, 1e-4)?;
         for (found, of) in backward(tape, &y, &[&q, &k, &v])?.iter().zip([&q, &k, &v]) {
             assert_eq!(found.dims(), of.dims(), "{what}");
             assert!(values(found)?.iter().all(|v| v.is_finite()), "{what}");
         }
         if dtype == DType::F32 {
             let pool: Vec<f32> = ks.iter().chain(&vs).map(|&v| v as f32).collect();
-            let y = attention_in_pool(&q, (&pool, d, keys), &segments, d, 0.25)?;
+            let y = attention_in_pool(&q, KeyPool { numbers: &pool, stride: d, width: d, values_at: keys }, &segments, &AttentionForm::causal(d, 0.25))?;
             assert_values(&what, &y, (rows, 2 * d), &expected, 1e-4)?;
         }
     }
@@ -476,11 +476,11 @@ fn bases_and_blocks_at_the_edges() -> Result<()> {
 #[test]
 fn rows_go_into_a_pool_or_are_refused() -> Result<()> {
     let mut pool = vec![0f32; 12];
-    store_rows(&mut pool, &matrix((0, 4), 1, DType::F32)?, [].into_iter())?;
-    store_rows(&mut pool, &matrix((1, 4), 1, DType::F32)?, [2].into_iter())?;
+    store_rows((&mut pool, 4), &matrix((0, 4), 1, DType::F32)?, [].into_iter())?;
+    store_rows((&mut pool, 4), &matrix((1, 4), 1, DType::F32)?, [2].into_iter())?;
     assert!(pool[..8].iter().all(|&v| v == 0.0) && pool[8..].iter().all(|&v| v != 0.0));
-    store_rows(&mut pool, &matrix((3, 0), 1, DType::F32)?, [0, 1, 2].into_iter())?;
-    assert!(store_rows(&mut pool, &matrix((1, 4), 1, DType::F32)?, [3].into_iter()).is_err());
-    assert!(store_rows(&mut [], &matrix((1, 4), 1, DType::F32)?, [0].into_iter()).is_err());
+    store_rows((&mut pool, 0), &matrix((3, 0), 1, DType::F32)?, [0, 1, 2].into_iter())?;
+    assert!(store_rows((&mut pool, 4), &matrix((1, 4), 1, DType::F32)?, [3].into_iter()).is_err());
+    assert!(store_rows((&mut [], 4), &matrix((1, 4), 1, DType::F32)?, [0].into_iter()).is_err());
     Ok(())
 }

@@ -9,7 +9,6 @@ use candle_core::quantized::GgmlDType;
 use candle_core::quantized::gguf_file::{Content, Value};
 use lorimer_tensor::storage::mapped::MappedFile;
 
-use crate::config::{LlamaConfig, RopeScaling};
 use crate::error::{Error, Result, first_line};
 use crate::weights::RawTensor;
 
@@ -144,7 +143,7 @@ impl Gguf {
         })
     }
 
-    fn size(&self, key: &str) -> Result<Option<usize>> {
+    pub(crate) fn size(&self, key: &str) -> Result<Option<usize>> {
         match self.number(key) {
             None => Ok(None),
             Some(v) if (1.0..4e9).contains(&v) && v.fract() == 0.0 => Ok(Some(v as usize)),
@@ -174,101 +173,46 @@ impl Gguf {
         Ok(Some((info.ggml_dtype, dims, bytes)))
     }
 
-    /// The model's configuration.
-    pub fn config(&self) -> Result<LlamaConfig> {
-        let architecture = self.architecture().to_string();
-        let model_type = match architecture.as_str() {
-            "llama" | "qwen2" | "qwen3" => architecture.clone(),
-            other => {
-                let other: String = other.chars().take(40).collect();
-                return Err(Error::invalid(
-                    &self.path,
-                    format!("architecture `{other}` is not one of llama, qwen2, qwen3"),
-                ));
-            }
-        };
-        let key = |name: &str| format!("{architecture}.{name}");
-        let needed = |name: &str| {
-            self.size(&key(name))?.ok_or_else(|| Error::invalid(&self.path, format!("has no `{}`", key(name))))
-        };
-        let (hidden_size, heads) = (needed("embedding_length")?, needed("attention.head_count")?);
-        let max_positions = self.size(&key("context_length"))?.unwrap_or(2048);
-        let vocab_size = match self.tensor("token_embd.weight")? {
-            Some((_, dims, _)) if dims.len() == 2 => dims[0],
-            _ => return Err(Error::invalid(&self.path, "has no matrix `token_embd.weight`")),
-        };
-        let head_dim = self.size(&key("attention.key_length"))?.unwrap_or(hidden_size / heads);
-        let rope_scaling = self.rope_scaling(&architecture, head_dim, max_positions)?;
-        let config = LlamaConfig {
-            hidden_size,
-            intermediate_size: needed("feed_forward_length")?,
-            vocab_size,
-            layers: needed("block_count")?,
-            heads,
-            kv_heads: self.size(&key("attention.head_count_kv"))?.unwrap_or(heads),
-            head_dim,
-            rms_norm_eps: self.number(&key("attention.layer_norm_rms_epsilon")).unwrap_or(1e-5),
-            rope_theta: self.number(&key("rope.freq_base")).unwrap_or(10_000.0),
-            max_positions: rope_scaling.reach(max_positions),
-            rope_scaling,
-            tied: !self.content.tensor_infos.contains_key("output.weight"),
-            qkv_bias: self.content.tensor_infos.contains_key("blk.0.attn_q.bias"),
-            output_bias: self.content.tensor_infos.contains_key("blk.0.attn_output.bias"),
-            mlp_bias: self.content.tensor_infos.contains_key("blk.0.ffn_gate.bias"),
-            qk_norm: model_type == "qwen3",
-            model_type,
-        };
-        config.checked(&self.path)
-    }
-
-    fn rope_scaling(&self, architecture: &str, head_dim: usize, max_positions: usize) -> Result<RopeScaling> {
-        if let Some((GgmlDType::F32, dims, bytes)) = self.tensor("rope_freqs.weight")?
-            && dims == [head_dim / 2]
-        {
-            let factors = bytes.as_chunks::<4>().0.iter().map(|b| f64::from(f32::from_le_bytes(*b)));
-            return Ok(RopeScaling::Factors(factors.collect()));
-        }
-        let factor = self.number(&format!("{architecture}.rope.scaling.factor")).unwrap_or(1.0);
-        let original = self
-            .number(&format!("{architecture}.rope.scaling.original_context_length"))
-            .unwrap_or(max_positions as f64);
-        match self.text(&format!("{architecture}.rope.scaling.type")) {
-            None | Some("none") => Ok(RopeScaling::None),
-            Some("linear") => Ok(RopeScaling::Linear { factor }),
-            Some("yarn") => Ok(RopeScaling::Yarn {
-                factor,
-                beta_fast: 32.0,
-                beta_slow: 1.0,
-                original,
-                attention_factor: 0.1 * factor.ln() + 1.0,
-            }),
-            Some(other) => {
-                let other: String = other.chars().take(40).collect();
-                Err(Error::invalid(&self.path, format!("rope scaling `{other}` is not one of none, linear, yarn")))
-            }
-        }
-    }
-
     /// Rows of q and k stand pairwise interleaved in files of architecture `llama`; this gives their order in
     /// Hugging Face's files: element `i` of the result is the row of the file.
-    pub fn row_order(&self, config: &LlamaConfig, file_name: &str) -> Option<Vec<usize>> {
-        row_order(self.architecture(), config, file_name)
+    pub fn row_order(&self, file_name: &str) -> Result<Option<Vec<usize>>> {
+        let architecture = self.architecture();
+        if architecture != "llama" {
+            return Ok(None);
+        }
+        let size = |name: &str| self.size(&format!("{architecture}.{name}"));
+        let heads = size("attention.head_count")?.unwrap_or(1);
+        let kv_heads = size("attention.head_count_kv")?.unwrap_or(heads);
+        let width = size("embedding_length")?.unwrap_or(0) / heads;
+        let head_dim = size("attention.key_length")?.unwrap_or(width);
+        Ok(row_order(architecture, HeadCounts { heads, kv_heads, head_dim }, file_name))
     }
 }
 
+/// Heads of a model's attention.
+#[derive(Clone, Copy, Debug)]
+pub struct HeadCounts {
+    /// Query heads.
+    pub heads: usize,
+    /// Key-value heads.
+    pub kv_heads: usize,
+    /// Width of one.
+    pub head_dim: usize,
+}
+
 /// See [`Gguf::row_order`].
-pub fn row_order(architecture: &str, config: &LlamaConfig, file_name: &str) -> Option<Vec<usize>> {
+pub fn row_order(architecture: &str, counts: HeadCounts, file_name: &str) -> Option<Vec<usize>> {
     if architecture != "llama" {
         return None;
     }
     let heads = if file_name.contains(".attn_q.") {
-        config.heads
+        counts.heads
     } else if file_name.contains(".attn_k.") {
-        config.kv_heads
+        counts.kv_heads
     } else {
         return None;
     };
-    let (d, half) = (config.head_dim, config.head_dim / 2);
+    let (d, half) = (counts.head_dim, counts.head_dim / 2);
     let order = (0..heads * d).map(|row| {
         let (head, within) = (row / d, row % d);
         head * d + (within % half) * 2 + within / half

@@ -11,10 +11,8 @@ use lorimer_tensor::FrozenWeight;
 use lorimer_tensor::storage::mapped::MappedFile;
 use sha2::{Digest, Sha256};
 
-use crate::config::LlamaConfig;
 use crate::error::{Error, Result};
 use crate::files::{MAX_HEADER_BYTES, MAX_JSON_BYTES, is_plain_file_name, read_json};
-use crate::llama::EMBEDDING;
 use gguf::{Gguf, module_from_gguf, module_to_gguf, reorder_rows};
 
 /// In which type a base's projections are kept in memory. Computation is in f32 whatever it is.
@@ -45,9 +43,9 @@ impl LoadDtype {
         }
     }
 
-    /// Whether a weight becomes NF4: all projections but the head.
+    /// Whether a weight becomes NF4: all projections but embeddings and the head.
     fn packs(self, name: &str) -> bool {
-        self == Self::Nf4 && name != EMBEDDING && !name.starts_with("lm_head.")
+        self == Self::Nf4 && !name.contains("embed") && !name.starts_with("lm_head.")
     }
 }
 
@@ -167,7 +165,7 @@ impl SafetensorsFile {
 
 enum Source {
     Safetensors { files: Vec<SafetensorsFile>, index: BTreeMap<String, usize> },
-    Gguf { file: Box<Gguf>, config: Box<LlamaConfig> },
+    Gguf(Box<Gguf>),
     Memory(HashMap<String, Tensor>),
 }
 
@@ -219,9 +217,9 @@ impl Weights {
     }
 
     /// A GGUF file.
-    pub fn from_gguf(file: Gguf, config: LlamaConfig, dtype: LoadDtype) -> Self {
+    pub fn from_gguf(file: Gguf, dtype: LoadDtype) -> Self {
         let origin = file.path.clone();
-        Self { source: Source::Gguf { file: Box::new(file), config: Box::new(config) }, dtype, origin }
+        Self { source: Source::Gguf(Box::new(file)), dtype, origin }
     }
 
     /// Tensors in memory (tests, tiny models): f32, or f64 throughout.
@@ -250,7 +248,7 @@ impl Weights {
     /// The GGUF file, where that is what the base is.
     pub fn gguf(&self) -> Option<&Gguf> {
         match &self.source {
-            Source::Gguf { file, .. } => Some(file),
+            Source::Gguf(file) => Some(file),
             _ => None,
         }
     }
@@ -264,7 +262,7 @@ impl Weights {
     pub fn file_bytes(&self) -> u64 {
         match &self.source {
             Source::Safetensors { files, .. } => files.iter().map(|f| f.bytes.len() as u64).sum(),
-            Source::Gguf { file, .. } => file.file_bytes(),
+            Source::Gguf(file) => file.file_bytes(),
             Source::Memory(_) => 0,
         }
     }
@@ -281,7 +279,7 @@ impl Weights {
     pub fn has(&self, name: &str) -> bool {
         match &self.source {
             Source::Safetensors { index, .. } => index.contains_key(name),
-            Source::Gguf { file, .. } => gguf_name(name).is_some_and(|n| file.content.tensor_infos.contains_key(&n)),
+            Source::Gguf(file) => gguf_name(name).is_some_and(|n| file.content.tensor_infos.contains_key(&n)),
             Source::Memory(tensors) => tensors.contains_key(name),
         }
     }
@@ -291,7 +289,7 @@ impl Weights {
         let mut names: Vec<String> = match &self.source {
             Source::Safetensors { index, .. } => index.keys().cloned().collect(),
             Source::Memory(tensors) => tensors.keys().cloned().collect(),
-            Source::Gguf { file, .. } => {
+            Source::Gguf(file) => {
                 let hf = |name: &String| {
                     let (module, kind) = name.rsplit_once('.')?;
                     Some(format!("{}.{kind}", module_from_gguf(module)?))
@@ -322,7 +320,7 @@ impl Weights {
         }
         if dtype == LoadDtype::Int8 {
             let four_bits = match &self.source {
-                Source::Gguf { file, .. } => file.tensor(&gguf_name(name).unwrap_or_default())?.map(|(kind, ..)| kind),
+                Source::Gguf(file) => file.tensor(&gguf_name(name).unwrap_or_default())?.map(|(kind, ..)| kind),
                 _ => None,
             };
             let four_bits = matches!(four_bits, Some(GgmlDType::Q4_0 | GgmlDType::Q4_1));
@@ -330,7 +328,7 @@ impl Weights {
         }
         let of = |stored: DType| outputs * inputs * dtype.of(stored).size_in_bytes();
         let stored = match &self.source {
-            Source::Gguf { file, .. } => match file.tensor(&gguf_name(name).unwrap_or_default())? {
+            Source::Gguf(file) => match file.tensor(&gguf_name(name).unwrap_or_default())? {
                 Some((GgmlDType::F32, ..)) => DType::F32,
                 Some((GgmlDType::F16, ..)) => DType::F16,
                 Some((GgmlDType::BF16, ..)) => DType::BF16,
@@ -352,10 +350,10 @@ impl Weights {
         let (outputs, inputs) = shape;
         self.check(name, &[outputs, inputs])?;
         match &self.source {
-            Source::Gguf { file, config } => {
+            Source::Gguf(file) => {
                 let stored = gguf_name(name).unwrap_or_default();
                 let Some((dtype, _, bytes)) = file.tensor(&stored)? else { return Err(self.missing(name)) };
-                let order = file.row_order(config, &stored);
+                let order = file.row_order(&stored)?;
                 if order.as_ref().is_some_and(|o| o.len() != outputs) {
                     return Err(self.wrong_shape(name, &[outputs, inputs], &[outputs, inputs]));
                 }
@@ -390,12 +388,12 @@ impl Weights {
     pub fn vector(&self, name: &str, length: usize) -> Result<Tensor> {
         self.check(name, &[length])?;
         match &self.source {
-            Source::Gguf { file, config } => {
+            Source::Gguf(file) => {
                 let stored = gguf_name(name).unwrap_or_default();
                 let Some((dtype, _, bytes)) = file.tensor(&stored)? else { return Err(self.missing(name)) };
                 let t = candle_core::quantized::ggml_file::qtensor_from_ggml(dtype, bytes, vec![length], &Device::Cpu)?
                     .dequantize(&Device::Cpu)?;
-                match file.row_order(config, &stored) {
+                match file.row_order(&stored)? {
                     Some(order) if order.len() == length => {
                         let order: Vec<u32> = order.into_iter().map(|i| i as u32).collect();
                         Ok(t.index_select(&Tensor::from_vec(order, length, &Device::Cpu)?, 0)?)
@@ -414,7 +412,7 @@ impl Weights {
                 None => None,
             },
             Source::Memory(tensors) => tensors.get(name).cloned(),
-            Source::Gguf { .. } => None,
+            Source::Gguf(_) => None,
         };
         let found = found.ok_or_else(|| self.missing(name))?;
         match found.dtype().is_float() {
@@ -431,7 +429,7 @@ impl Weights {
             Source::Safetensors { files, index } => {
                 index.get(name).and_then(|&i| files[i].metadata.info(name)).map(|info| info.shape.clone())
             }
-            Source::Gguf { file, .. } => match gguf_name(name) {
+            Source::Gguf(file) => match gguf_name(name) {
                 Some(stored) => file.tensor(&stored)?.map(|(_, dims, _)| dims),
                 None => None,
             },
@@ -477,7 +475,7 @@ impl Weights {
                     }
                 }
             }
-            Source::Gguf { file, .. } => {
+            Source::Gguf(file) => {
                 let names: std::collections::BTreeSet<_> = file.content.tensor_infos.keys().collect();
                 for name in names {
                     if let Some((dtype, dims, bytes)) = file.tensor(name)? {

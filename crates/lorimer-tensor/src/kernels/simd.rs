@@ -40,6 +40,19 @@ pub(crate) fn exp_f32(x: f32) -> f32 {
     value * f32::from_bits(((shifted.to_bits() as i32) << 23).wrapping_add(127 << 23) as u32)
 }
 
+/// The error function within 2e-7: Abramowitz and Stegun 1964, formula 7.1.26.
+#[inline(always)]
+pub(crate) fn erf_f32(x: f32) -> f32 {
+    let size = x.abs();
+    let t = (1.0 + 0.327_591_1 * size).recip();
+    let mut p = 1.061_405_4;
+    p = p * t - 1.453_152;
+    p = p * t + 1.421_413_7;
+    p = p * t - 0.284_496_74;
+    p = p * t + 0.254_829_6;
+    (1.0 - p * t * exp_f32(-size * size)).copysign(x)
+}
+
 /// Σ f(a, b) in sixteen lanes.
 #[inline(always)]
 pub(crate) fn sum2<T: Real>(a: &[T], b: &[T], f: impl Fn(T, T) -> T) -> T {
@@ -88,6 +101,15 @@ pub(crate) fn softmax<T: Real>(row: &mut [T]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_error_function_is_within_rounding_of_one() {
+        let worst = (-60_000..60_000).map(|i| {
+            let x = i as f32 * 1e-4;
+            (f64::from(erf_f32(x)) - libm::erf(f64::from(x))).abs()
+        });
+        assert!(worst.fold(0.0, f64::max) < 4e-7);
+    }
 
     #[test]
     fn exp_is_within_two_units_in_the_last_place() {

@@ -15,6 +15,8 @@ pub(crate) trait Real: WithDType + num_traits::Float + std::iter::Sum {
     fn mut_slice(storage: &mut CpuStorage) -> Result<&mut [Self]>;
     /// eˣ, to within rounding.
     fn exp_fast(self) -> Self;
+    /// The error function, to within rounding of numbers about 1.
+    fn erf_fast(self) -> Self;
     /// The numbers of a frozen weight that is stored in this type, with the length of a row.
     fn of_view(view: View<'_>) -> Option<(&[Self], usize)>;
     /// Computes checked products together into `outs`, where there is a kernel for it; else `false`, and nothing is done.
@@ -77,6 +79,10 @@ impl Real for f32 {
     fn exp_fast(self) -> f32 {
         crate::kernels::simd::exp_f32(self)
     }
+    #[inline(always)]
+    fn erf_fast(self) -> f32 {
+        crate::kernels::simd::erf_f32(self)
+    }
     fn of_view(view: View<'_>) -> Option<(&[f32], usize)> {
         match view {
             View::F32(values, length) => Some((values, length)),
@@ -115,6 +121,10 @@ impl Real for f64 {
     #[inline(always)]
     fn exp_fast(self) -> f64 {
         self.exp()
+    }
+    #[inline(always)]
+    fn erf_fast(self) -> f64 {
+        libm::erf(self)
     }
     fn of_view(view: View<'_>) -> Option<(&[f64], usize)> {
         match view {

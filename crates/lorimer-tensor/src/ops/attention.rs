@@ -1,4 +1,4 @@
-//! Causal attention with grouped heads over packed, variable-length segments; no `T × T` matrix is kept.
+//! Attention with grouped heads over packed, variable-length segments: causal, in a sliding window, or of all keys; no `T × T` matrix is kept.
 
 use std::borrow::Cow;
 
@@ -15,16 +15,57 @@ const FEW: usize = 4;
 /// From so many segments on, a task of few queries takes all heads that share keys.
 const MANY: usize = 4;
 
+/// Which of a segment's keys a query sees. Positions are counted from the segment's first key.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Mask {
+    /// Those up to its own position.
+    #[default]
+    Causal,
+    /// The last so many up to its own position, that one included.
+    Window(usize),
+    /// All of them: attention in both directions, or to the keys of another sequence.
+    Full,
+}
+
+/// How scores become an output: softmax over the keys that are seen of `cap · tanh(scale · q·k / cap)`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AttentionForm {
+    /// Width of one head.
+    pub head_dim: usize,
+    /// Multiplies the products q·k.
+    pub scale: f64,
+    /// Which keys are seen.
+    pub mask: Mask,
+    /// The bound of scores (Gemma 2's soft cap); None for none.
+    pub cap: Option<f64>,
+}
+
+impl AttentionForm {
+    /// Causal attention without a cap.
+    pub fn causal(head_dim: usize, scale: f64) -> Self {
+        Self { head_dim, scale, mask: Mask::Causal, cap: None }
+    }
+
+    /// The keys that the query at a position sees, of `keys` in all.
+    pub fn seen(&self, position: usize, keys: usize) -> std::ops::Range<usize> {
+        match self.mask {
+            Mask::Causal => 0..position + 1,
+            Mask::Window(width) => (position + 1).saturating_sub(width.max(1))..position + 1,
+            Mask::Full => 0..keys,
+        }
+    }
+}
+
 /// Queries of one sequence, or of a part of several, in a packed batch: the rows `q_start..q_start+q_len` see the key rows of
 /// `keys` one after the other, of which the last `q_len` stand at the queries' own positions (what is before them comes
-/// from a cache or from a prefix that several sequences share). Causal within.
+/// from a cache or from a prefix that several sequences share). Which of them a query sees says the [`Mask`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Segment {
     /// First query row.
     pub q_start: usize,
     /// Number of query rows.
     pub q_len: usize,
-    /// Spans of key rows, each `(first row, number)`, in the order of positions; at least `q_len` rows in all.
+    /// Spans of key rows, each `(first row, number)`, in the order of positions; at least `q_len` rows in all, unless every query sees all.
     pub keys: Vec<(usize, usize)>,
 }
 
@@ -67,37 +108,48 @@ impl Segment {
     }
 }
 
-/// Causal attention. `q` (rows, heads·d), `k` and `v` (key rows, kv_heads·d), all f32 or f64 → (rows, heads·d).
-/// `scale` multiplies the scores. Rows that no segment covers give zero.
+/// Attention. `q` (rows, heads·d), `k` and `v` (key rows, kv_heads·d), all f32 or f64 → (rows, heads·d). Rows that no segment covers give
+/// zero.
 pub fn attention(
     (q, k, v): (&Tensor, &Tensor, &Tensor),
     segments: &[Segment],
-    head_dim: usize,
-    scale: f64,
+    form: &AttentionForm,
 ) -> Result<Tensor> {
-    let op = Attention::new((q, k, v), segments, head_dim, scale)?;
+    let op = Attention::new((q, k, v), segments, form)?;
     if !q.device().is_cpu() {
-        return attention_reference((q, k, v), segments, head_dim, scale);
+        return attention_reference((q, k, v), segments, form);
     }
     q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, op)
 }
 
-/// [`attention`] over keys and values that lie in the rows of a pool: `pool` is (rows, kv_heads·d), and a key's value is
-/// `values_at` rows further on. `q` (rows, heads·d) f32; the segments' keys are rows of the pool.
+/// Keys and values in the rows of a pool.
+#[derive(Clone, Copy)]
+pub struct KeyPool<'a> {
+    /// The pool: (rows, stride).
+    pub numbers: &'a [f32],
+    /// Numbers from one row to the next.
+    pub stride: usize,
+    /// Numbers of a key: kv_heads·d, at most `stride`.
+    pub width: usize,
+    /// A key's value is so many rows further on.
+    pub values_at: usize,
+}
+
+/// [`attention`] over keys and values that lie in a pool. `q` (rows, heads·d) f32; the segments' keys are rows of the pool.
 pub fn attention_in_pool(
     q: &Tensor,
-    (pool, kv_width, values_at): (&[f32], usize, usize),
+    pool: KeyPool<'_>,
     segments: &[Segment],
-    head_dim: usize,
-    scale: f64,
+    form: &AttentionForm,
 ) -> Result<Tensor> {
-    if kv_width == 0 || pool.len() % kv_width != 0 || values_at * kv_width > pool.len() {
-        candle_core::bail!("attention: a pool of {} numbers has no rows of {kv_width}", pool.len());
+    let KeyPool { numbers, stride, width, values_at } = pool;
+    if stride == 0 || width > stride || numbers.len() % stride != 0 || values_at * stride > numbers.len() {
+        candle_core::bail!("attention: a pool of {} numbers has no rows of {stride} with keys of {width}", numbers.len());
     }
-    let values = &pool[values_at * kv_width..];
-    let shapes = (q.dims2()?, (values.len() / kv_width, kv_width));
-    let op = Attention::of_shapes(shapes, segments, head_dim, scale)?;
-    let y = with_slices([q], |[q]: [&[f32]; 1]| Ok(op.forward(q, pool, values)))?;
+    let values = &numbers[values_at * stride..];
+    let shapes = (q.dims2()?, (values.len() / stride, width));
+    let op = Attention { kv_stride: stride, ..Attention::of_shapes(shapes, segments, form)? };
+    let y = with_slices([q], |[q]: [&[f32]; 1]| Ok(op.forward(q, numbers, values)))?;
     Tensor::from_vec(y, q.shape(), q.device())
 }
 
@@ -105,16 +157,18 @@ pub fn attention_in_pool(
 pub fn attention_reference(
     (q, k, v): (&Tensor, &Tensor, &Tensor),
     segments: &[Segment],
-    head_dim: usize,
-    scale: f64,
+    form: &AttentionForm,
 ) -> Result<Tensor> {
-    let op = Attention::new((q, k, v), segments, head_dim, scale)?;
+    let op = Attention::new((q, k, v), segments, form)?;
+    let head_dim = form.head_dim;
     let mut outputs = Vec::new();
     for s in segments {
         let k_len = s.key_count();
-        let mask: Vec<f64> = (0..s.q_len)
-            .flat_map(|i| (0..k_len).map(move |j| if j <= i + k_len - s.q_len { 0.0 } else { f64::NEG_INFINITY }))
-            .collect();
+        let row = |i: usize| {
+            let seen = form.seen((i + k_len).saturating_sub(s.q_len), k_len);
+            (0..k_len).map(move |j| if seen.contains(&j) { 0.0 } else { f64::NEG_INFINITY })
+        };
+        let mask: Vec<f64> = (0..s.q_len).flat_map(row).collect();
         let mask = Tensor::from_vec(mask, (s.q_len, k_len), q.device())?.to_dtype(q.dtype())?;
         let index: Vec<u32> = s.keys.iter().flat_map(|&(start, n)| start as u32..(start + n) as u32).collect();
         let index = Tensor::from_vec(index, k_len, q.device())?;
@@ -125,7 +179,11 @@ pub fn attention_reference(
             let q = q.narrow(0, s.q_start, s.q_len)?.narrow(1, h * head_dim, head_dim)?;
             let k = k.narrow(1, kv, head_dim)?;
             let v = v.narrow(1, kv, head_dim)?;
-            let scores = ((q.contiguous()?.matmul(&k.t()?.contiguous()?)? * scale)? + &mask)?;
+            let mut scores = (q.contiguous()?.matmul(&k.t()?.contiguous()?)? * form.scale)?;
+            if let Some(cap) = form.cap {
+                scores = ((scores / cap)?.tanh()? * cap)?;
+            }
+            let scores = (scores + &mask)?;
             let weights = scores.broadcast_sub(&scores.max_keepdim(1)?)?.exp()?;
             let weights = weights.broadcast_div(&weights.sum_keepdim(1)?)?;
             heads.push(weights.matmul(&v.contiguous()?)?);
@@ -139,29 +197,40 @@ pub(crate) struct Attention {
     segments: Vec<Segment>,
     heads: usize,
     kv_heads: usize,
-    head_dim: usize,
-    scale: f64,
+    /// Numbers from one key row to the next.
+    kv_stride: usize,
+    form: AttentionForm,
+}
+
+/// Softmax weights of some query rows over some of their segment's keys.
+struct Weights<T> {
+    /// (rows, keys).
+    p: Vec<T>,
+    /// The first key, of the segment's, and how many there are.
+    first: usize,
+    keys: usize,
+    /// With a cap: what it does to the gradient of each score.
+    slope: Option<Vec<T>>,
 }
 
 impl Attention {
     pub(crate) fn new(
         (q, k, v): (&Tensor, &Tensor, &Tensor),
         segments: &[Segment],
-        head_dim: usize,
-        scale: f64,
+        form: &AttentionForm,
     ) -> Result<Self> {
         if v.dims2()? != k.dims2()? {
             candle_core::bail!("attention: k {:?} and v {:?} differ", k.shape(), v.shape());
         }
-        Self::of_shapes((q.dims2()?, k.dims2()?), segments, head_dim, scale)
+        Self::of_shapes((q.dims2()?, k.dims2()?), segments, form)
     }
 
     fn of_shapes(
         ((rows, q_width), (k_rows, kv_width)): ((usize, usize), (usize, usize)),
         segments: &[Segment],
-        head_dim: usize,
-        scale: f64,
+        form: &AttentionForm,
     ) -> Result<Self> {
+        let head_dim = form.head_dim;
         let fits = head_dim > 0
             && q_width % head_dim == 0
             && kv_width % head_dim == 0
@@ -172,11 +241,12 @@ impl Attention {
                 "attention: q ({rows}, {q_width}) and k ({k_rows}, {kv_width}) do not divide into heads of {head_dim}"
             );
         }
+        let least = |s: &Segment| if form.mask == Mask::Full { s.q_len.min(1) } else { s.q_len };
         let mut end = 0;
         for s in segments {
             // Queries in order and apart from each other, so that parallel tasks write to disjoint rows.
             let inside = s.keys.iter().all(|&(start, n)| start + n <= k_rows);
-            if s.q_start < end || s.q_start + s.q_len > rows || !inside || s.key_count() < s.q_len {
+            if s.q_start < end || s.q_start + s.q_len > rows || !inside || s.key_count() < least(s) {
                 candle_core::bail!("attention: segment {s:?} does not fit {rows} query rows and {k_rows} key rows");
             }
             end = s.q_start + s.q_len;
@@ -185,17 +255,17 @@ impl Attention {
             segments: segments.to_vec(),
             heads: q_width / head_dim,
             kv_heads: kv_width / head_dim,
-            head_dim,
-            scale,
+            kv_stride: kv_width,
+            form: *form,
         })
     }
 
-    fn widths(&self) -> (usize, usize) {
-        (self.heads * self.head_dim, self.kv_heads * self.head_dim)
+    fn q_width(&self) -> usize {
+        self.heads * self.form.head_dim
     }
 
-    /// Softmax weights of query rows `from..from+n` of a segment and head, `(n, keys)` with `keys` the number of keys that the
-    /// last of these rows sees. `k` holds the segment's keys of the head, each `stride` after the one before.
+    /// Softmax weights of query rows `from..from+n` of a segment and head. `k` holds the segment's keys of the head, each `stride` after the
+    /// one before.
     fn weights<T: Real>(
         &self,
         q: &[T],
@@ -203,30 +273,44 @@ impl Attention {
         (s, head): (&Segment, usize),
         from: usize,
         n: usize,
-    ) -> (Vec<T>, usize) {
-        let (q_width, d) = (self.heads * self.head_dim, self.head_dim);
-        let offset = s.key_count() - s.q_len;
-        let keys = offset + from + n;
+    ) -> Weights<T> {
+        let (q_width, d) = (self.q_width(), self.form.head_dim);
+        let count = s.key_count();
+        // Where a query stands among the keys; of no meaning where all of them are seen.
+        let position = |row: usize| (from + row + count).saturating_sub(s.q_len);
+        let (first, end) = (self.form.seen(position(0), count).start, self.form.seen(position(n - 1), count).end);
+        let keys = end - first;
         let mut p = vec![T::zero(); n * keys];
-        let q = &q[(s.q_start + from) * q_width + head * d..];
-        let (shape, scale) = ((n, keys, d), T::from_f64(self.scale));
+        let (q, k) = (&q[(s.q_start + from) * q_width + head * d..], &k[first * stride..]);
+        let (shape, scale) = ((n, keys, d), T::from_f64(self.form.scale));
         product(shape, &mut p, Strides(keys, 1), false, q, Strides(q_width, 1), k, Strides(1, stride), scale, false);
+        let slope = self.form.cap.map(|cap| {
+            let cap = T::from_f64(cap);
+            let bent = |score: &mut T| {
+                let t = (*score / cap).tanh();
+                *score = t * cap;
+                T::one() - t * t
+            };
+            p.iter_mut().map(bent).collect()
+        });
         for (i, row) in p.chunks_exact_mut(keys).enumerate() {
-            let (seen, hidden) = row.split_at_mut(offset + from + i + 1);
-            softmax(seen);
-            hidden.fill(T::zero());
+            let seen = self.form.seen(position(i), count);
+            let (start, end) = (seen.start - first, seen.end - first);
+            softmax(&mut row[start..end]);
+            row[..start].fill(T::zero());
+            row[end..].fill(T::zero());
         }
-        (p, keys)
+        Weights { p, first, keys, slope }
     }
 
     /// Columns of a key head in the key rows.
     fn key_column(&self, head: usize) -> usize {
-        head / (self.heads / self.kv_heads) * self.head_dim
+        head / (self.heads / self.kv_heads) * self.form.head_dim
     }
 
     fn forward<T: Real>(&self, q: &[T], k: &[T], v: &[T]) -> Vec<T> {
-        let (q_width, kv_width) = self.widths();
-        let d = self.head_dim;
+        let (q_width, kv_stride) = (self.q_width(), self.kv_stride);
+        let d = self.form.head_dim;
         let mut y = vec![T::zero(); q.len()];
         let out = Shared(y.as_mut_ptr());
         let group = self.heads / self.kv_heads;
@@ -239,21 +323,23 @@ impl Attention {
         tasks.collect::<Vec<_>>().into_par_iter().with_max_len(1).for_each(|(s, head, heads)| {
             let column = self.key_column(head);
             if s.q_len <= FEW {
-                let places: Vec<usize> = s.rows().map(|row| row * kv_width + column).collect();
+                let places: Vec<usize> = s.rows().map(|row| row * kv_stride + column).collect();
                 for i in 0..s.q_len {
                     let at = (s.q_start + i) * q_width + head * d;
                     // SAFETY: as below: this task's row and columns.
                     let out = unsafe { std::slice::from_raw_parts_mut(out.at(at), heads * d) };
-                    let places = &places[..places.len() - s.q_len + i + 1];
+                    let seen = self.form.seen((places.len() + i).saturating_sub(s.q_len), places.len());
+                    let places = &places[seen];
                     self.one_query(&q[at..at + heads * d], (k, v, places), out);
                 }
                 return;
             }
-            let (k, k_stride) = s.key_rows(k, kv_width, column, d);
-            let (v, v_stride) = s.key_rows(v, kv_width, column, d);
+            let (k, k_stride) = s.key_rows(k, kv_stride, column, d);
+            let (v, v_stride) = s.key_rows(v, kv_stride, column, d);
             for from in (0..s.q_len).step_by(BLOCK) {
                 let n = BLOCK.min(s.q_len - from);
-                let (p, keys) = self.weights(q, (&k, k_stride), (s, head), from, n);
+                let Weights { p, first, keys, .. } = self.weights(q, (&k, k_stride), (s, head), from, n);
+                let v = &v[first * v_stride..];
                 assert!((keys - 1) * v_stride + d <= v.len());
                 // SAFETY: the segments' query rows are disjoint (checked in `new`) and each task owns one
                 // head's columns of them; `p` and `v` are as long as their shapes say.
@@ -278,13 +364,16 @@ impl Attention {
 
     /// The attention of one query in heads that share keys (heads·d), its keys and values read at their `places`.
     fn one_query<T: Real>(&self, q: &[T], (k, v, places): (&[T], &[T], &[usize]), out: &mut [T]) {
-        let (d, scale) = (self.head_dim, T::from_f64(self.scale));
-        if T::attend_one((q, d), (k, v, places), scale, out) {
+        let (d, scale) = (self.form.head_dim, T::from_f64(self.form.scale));
+        if self.form.cap.is_none() && T::attend_one((q, d), (k, v, places), scale, out) {
             return;
         }
         for (q, out) in q.chunks_exact(d).zip(out.chunks_exact_mut(d)) {
             let mut p = Vec::with_capacity(places.len());
             wide(|| p.extend(places.iter().map(|&at| sum2(q, &k[at..at + d], |a, b| a * b) * scale)));
+            if let Some(cap) = self.form.cap.map(T::from_f64) {
+                p.iter_mut().for_each(|p| *p = (*p / cap).tanh() * cap);
+            }
             softmax(&mut p);
             wide(|| {
                 // Some columns at a time, whose sums stay in registers.
@@ -303,10 +392,10 @@ impl Attention {
         }
     }
 
-    /// dV = Pᵀ dO, dS = P∘(dO Vᵀ − rowsum(dO∘O))·scale, dQ = dS K, dK = dSᵀ Q, with P formed again.
+    /// dV = Pᵀ dO, dS = P∘(dO Vᵀ − rowsum(dO∘O))·scale (times the cap's slope), dQ = dS K, dK = dSᵀ Q, with P formed again.
     fn backward<T: Real>(&self, q: &[T], k: &[T], v: &[T], y: &[T], g: &[T]) -> [Vec<T>; 3] {
-        let (q_width, kv_width) = self.widths();
-        let (d, group) = (self.head_dim, self.heads / self.kv_heads);
+        let (q_width, kv_width) = (self.q_width(), self.kv_heads * self.form.head_dim);
+        let (d, group) = (self.form.head_dim, self.heads / self.kv_heads);
         let mut dq = vec![T::zero(); q.len()];
         let out_q = Shared(dq.as_mut_ptr());
         let run = |(s, kv): (&Segment, usize)| {
@@ -318,17 +407,21 @@ impl Attention {
             for head in kv * group..(kv + 1) * group {
                 for from in (0..s.q_len).step_by(BLOCK) {
                     let n = BLOCK.min(s.q_len - from);
-                    let (p, keys) = self.weights(q, (&k, k_stride), (s, head), from, n);
+                    let Weights { p, first, keys, slope } = self.weights(q, (&k, k_stride), (s, head), from, n);
+                    let (k, v) = (&k[first * k_stride..], &v[first * v_stride..]);
                     let row = (s.q_start + from) * q_width + head * d;
                     let (q, g) = (&q[row..], &g[row..]);
                     let mut ds = vec![T::zero(); n * keys];
                     let (wide, turned) = (Strides(keys, 1), Strides(1, keys));
-                    product((n, keys, d), &mut ds, wide, false, g, q_strides, &v, Strides(1, v_stride), one, false);
+                    product((n, keys, d), &mut ds, wide, false, g, q_strides, v, Strides(1, v_stride), one, false);
                     for (i, (ds, p)) in ds.chunks_exact_mut(keys).zip(p.chunks_exact(keys)).enumerate() {
                         let (g, y) = (&g[i * q_width..][..d], &y[row + i * q_width..][..d]);
                         let along: T = g.iter().zip(y).map(|(&g, &y)| g * y).sum();
-                        let scale = T::from_f64(self.scale);
+                        let scale = T::from_f64(self.form.scale);
                         ds.iter_mut().zip(p).for_each(|(ds, &p)| *ds = p * (*ds - along) * scale);
+                    }
+                    if let Some(slope) = slope {
+                        ds.iter_mut().zip(slope).for_each(|(ds, slope)| *ds *= slope);
                     }
                     assert!((keys - 1) * k_stride + d <= k.len());
                     // SAFETY: this task alone writes these query rows and head columns of `dq`, which `new` checked to
@@ -337,8 +430,9 @@ impl Attention {
                         let (dq, ds, k) = (out_q.at(row), ds.as_ptr(), k.as_ptr());
                         product_raw((n, d, keys), dq, q_strides, false, ds, wide, k, Strides(k_stride, 1), one, false);
                     }
-                    product((keys, d, n), &mut dk, thin, true, &ds, turned, q, q_strides, one, false);
-                    product((keys, d, n), &mut dv, thin, true, &p, turned, g, q_strides, one, false);
+                    let (dk, dv) = (&mut dk[first * d..], &mut dv[first * d..]);
+                    product((keys, d, n), dk, thin, true, &ds, turned, q, q_strides, one, false);
+                    product((keys, d, n), dv, thin, true, &p, turned, g, q_strides, one, false);
                 }
             }
             (dk, dv)
@@ -436,8 +530,8 @@ mod tests {
             let q = random((rows, group * kv_heads * d), 1, DType::F32).unwrap();
             let k = random((keys, kv_heads * d), 2, DType::F32).unwrap();
             let v = random((keys, kv_heads * d), 3, DType::F32).unwrap();
-            let fast = attention((&q, &k, &v), &segments, d, 0.4).unwrap();
-            let slow = attention_reference((&q, &k, &v), &segments, d, 0.4).unwrap();
+            let fast = attention((&q, &k, &v), &segments, &AttentionForm::causal(d, 0.4)).unwrap();
+            let slow = attention_reference((&q, &k, &v), &segments, &AttentionForm::causal(d, 0.4)).unwrap();
             assert_close(&fast, &slow, 1e-5).unwrap();
         }
     }
@@ -463,9 +557,9 @@ mod tests {
         let q = random((10, 32), 5, DType::F32)?;
         let values = pool.narrow(0, page, 10 * 2 * page - page)?;
         let keys = pool.narrow(0, 0, 10 * 2 * page - page)?;
-        let slow = attention_reference((&q, &keys, &values), &segments, d, 0.3)?;
+        let slow = attention_reference((&q, &keys, &values), &segments, &AttentionForm::causal(d, 0.3))?;
         let numbers = pool.flatten_all()?.to_vec1::<f32>()?;
-        let fast = attention_in_pool(&q, (&numbers, kv_width, page), &segments, d, 0.3)?;
+        let fast = attention_in_pool(&q, KeyPool { numbers: &numbers, stride: kv_width, width: kv_width, values_at: page }, &segments, &AttentionForm::causal(d, 0.3))?;
         assert_close(&fast, &slow, 1e-5)
     }
 
@@ -477,11 +571,11 @@ mod tests {
             let (segments, rows, keys) = packed(&lengths);
             let q = random((rows, group * 2 * d), 1, DType::F32)?;
             let (k, v) = (random((keys, 2 * d), 2, DType::F32)?, random((keys, 2 * d), 3, DType::F32)?);
-            let fast = attention((&q, &k, &v), &segments, d, 0.4)?;
-            assert_close(&fast, &attention_reference((&q, &k, &v), &segments, d, 0.4)?, 1e-5)?;
+            let fast = attention((&q, &k, &v), &segments, &AttentionForm::causal(d, 0.4))?;
+            assert_close(&fast, &attention_reference((&q, &k, &v), &segments, &AttentionForm::causal(d, 0.4))?, 1e-5)?;
             // Alone, a sequence gives the same bits.
             for s in &segments {
-                let alone = attention((&q, &k, &v), std::slice::from_ref(s), d, 0.4)?.narrow(0, s.q_start, s.q_len)?;
+                let alone = attention((&q, &k, &v), std::slice::from_ref(s), &AttentionForm::causal(d, 0.4))?.narrow(0, s.q_start, s.q_len)?;
                 let together = fast.narrow(0, s.q_start, s.q_len)?;
                 assert_eq!(alone.flatten_all()?.to_vec1::<f32>()?, together.flatten_all()?.to_vec1::<f32>()?);
             }
@@ -496,9 +590,9 @@ mod tests {
         let q = random((rows, heads * d), 1, DType::F64)?;
         let k = random((keys, kv_heads * d), 2, DType::F64)?;
         let v = random((keys, kv_heads * d), 3, DType::F64)?;
-        gradient_matches(&q, |q| attention((q, &k, &v), &segments, d, 0.5))?;
-        gradient_matches(&k, |k| attention((&q, k, &v), &segments, d, 0.5))?;
-        gradient_matches(&v, |v| attention((&q, &k, v), &segments, d, 0.5))
+        gradient_matches(&q, |q| attention((q, &k, &v), &segments, &AttentionForm::causal(d, 0.5)))?;
+        gradient_matches(&k, |k| attention((&q, k, &v), &segments, &AttentionForm::causal(d, 0.5)))?;
+        gradient_matches(&v, |v| attention((&q, &k, v), &segments, &AttentionForm::causal(d, 0.5)))
     }
 
     #[test]
@@ -510,9 +604,64 @@ mod tests {
         ];
         let (q, k) = (random((4, 4), 1, DType::F64)?, random((4, 4), 2, DType::F64)?);
         let v = random((4, 4), 3, DType::F64)?;
-        let fast = attention((&q, &k, &v), &segments, 4, 0.5)?;
-        assert_close(&fast, &attention_reference((&q, &k, &v), &segments, 4, 0.5)?, 1e-12)?;
-        gradient_matches(&k, |k| attention((&q, k, &v), &segments, 4, 0.5))?;
-        gradient_matches(&v, |v| attention((&q, &k, v), &segments, 4, 0.5))
+        let fast = attention((&q, &k, &v), &segments, &AttentionForm::causal(4, 0.5))?;
+        assert_close(&fast, &attention_reference((&q, &k, &v), &segments, &AttentionForm::causal(4, 0.5))?, 1e-12)?;
+        gradient_matches(&k, |k| attention((&q, k, &v), &segments, &AttentionForm::causal(4, 0.5)))?;
+        gradient_matches(&v, |v| attention((&q, &k, v), &segments, &AttentionForm::causal(4, 0.5)))
+    }
+
+    /// Windows, caps and all keys at once, of few queries and of many, with keys in several spans, forward and backward.
+    #[test]
+    fn masks_and_caps_equal_the_reference() -> Result<()> {
+        let (d, heads, kv_heads) = (4, 4, 2);
+        let forms = [Mask::Causal, Mask::Window(1), Mask::Window(3), Mask::Window(70), Mask::Full];
+        for (mask, cap) in forms.into_iter().flat_map(|mask| [(mask, None), (mask, Some(0.7))]) {
+            let form = AttentionForm { head_dim: d, scale: 0.9, mask, cap };
+            let segments = [
+                Segment { q_start: 0, q_len: 90, keys: vec![(0, 100)] },
+                Segment { q_start: 90, q_len: 2, keys: vec![(0, 20), (100, 2)] },
+                Segment { q_start: 92, q_len: 7, keys: vec![(102, 7)] },
+            ];
+            let q = random((99, heads * d), 1, DType::F64)?;
+            let (k, v) = (random((109, kv_heads * d), 2, DType::F64)?, random((109, kv_heads * d), 3, DType::F64)?);
+            let fast = attention((&q, &k, &v), &segments, &form)?;
+            assert_close(&fast, &attention_reference((&q, &k, &v), &segments, &form)?, 1e-12)?;
+            let some = [Segment { q_start: 0, q_len: 6, keys: vec![(0, 2), (3, 6)] }];
+            let (q, k, v) = (q.narrow(0, 0, 6)?, k.narrow(0, 0, 9)?, v.narrow(0, 0, 9)?);
+            gradient_matches(&q, |q| attention((q, &k, &v), &some, &form))?;
+            gradient_matches(&k, |k| attention((&q, k, &v), &some, &form))?;
+            gradient_matches(&v, |v| attention((&q, &k, v), &some, &form))?;
+        }
+        Ok(())
+    }
+
+    /// Queries of one sequence and keys of another, of which there are fewer.
+    #[test]
+    fn all_keys_may_be_fewer_than_queries() -> Result<()> {
+        let form = AttentionForm { mask: Mask::Full, ..AttentionForm::causal(4, 0.5) };
+        let segments = [Segment { q_start: 0, q_len: 9, keys: vec![(1, 3)] }];
+        let (q, k) = (random((9, 8), 1, DType::F64)?, random((4, 4), 2, DType::F64)?);
+        let v = random((4, 4), 3, DType::F64)?;
+        let fast = attention((&q, &k, &v), &segments, &form)?;
+        assert_close(&fast, &attention_reference((&q, &k, &v), &segments, &form)?, 1e-12)?;
+        gradient_matches(&k, |k| attention((&q, k, &v), &segments, &form))
+    }
+
+    /// Keys that are narrower than the rows of their pool.
+    #[test]
+    fn a_pool_may_have_wider_rows_than_keys() -> Result<()> {
+        let (d, width, stride) = (16, 32, 48);
+        let pool = random((12, stride), 4, DType::F32)?;
+        let numbers = pool.flatten_all()?.to_vec1::<f32>()?;
+        let (keys, values) = (pool.narrow(0, 0, 6)?.narrow(1, 0, width)?, pool.narrow(0, 6, 6)?.narrow(1, 0, width)?);
+        for (q_len, mask) in [(1, Mask::Causal), (2, Mask::Window(2)), (6, Mask::Causal), (6, Mask::Window(3))] {
+            let form = AttentionForm { mask, ..AttentionForm::causal(d, 0.3) };
+            let segments = [Segment { q_start: 0, q_len, keys: vec![(0, 2), (3, 3), (2, 1)] }];
+            let q = random((q_len, 64), 5, DType::F32)?;
+            let slow = attention_reference((&q, &keys.contiguous()?, &values.contiguous()?), &segments, &form)?;
+            let pool = KeyPool { numbers: &numbers, stride, width, values_at: 6 };
+            assert_close(&attention_in_pool(&q, pool, &segments, &form)?, &slow, 1e-5)?;
+        }
+        Ok(())
     }
 }

@@ -1,48 +1,118 @@
-//! The gated unit of SwiGLU (Shazeer 2020, arXiv 2002.05202, eq. 6): `silu(gate) · up`.
+//! Gated units (Shazeer 2020, arXiv 2002.05202, eq. 5 and 6): `activation(gate) · up`, and the activations alone.
 
-use candle_core::{CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use crate::kernels::simd::wide;
 use crate::kernels::slices::{Real, rows_per_task, slice, with_slices};
 
-/// `silu(gate)·up`, element by element; both of one shape, f32 or f64.
-pub fn silu_mul(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+/// What is done to each element.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// x · σ(x).
+    Silu,
+    /// x · Φ(x) with the error function (Hendrycks and Gimpel 2016, arXiv 1606.08415).
+    Gelu,
+    /// The same with Φ by a hyperbolic tangent: transformers' `gelu_pytorch_tanh` and `gelu_new`.
+    GeluTanh,
+}
+
+/// √(2/π) and the cubic term of [`Activation::GeluTanh`].
+const TANH: (f64, f64) = (0.797_884_560_802_865_4, 0.044_715);
+
+impl Activation {
+    /// The reference form out of plain candle operations.
+    pub fn reference(self, x: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Silu => x.silu(),
+            Self::Gelu => ((x / 2f64.sqrt())?.erf()? + 1.0)? * (x * 0.5)?,
+            Self::GeluTanh => {
+                let inner = ((x + (x.powf(3.0)? * TANH.1)?)? * TANH.0)?;
+                (inner.tanh()? + 1.0)? * (x * 0.5)?
+            }
+        }
+    }
+
+    /// The value and the slope at a point.
+    #[inline(always)]
+    fn at<T: Real>(self, x: T) -> (T, T) {
+        let (one, half) = (T::one(), T::from_f64(0.5));
+        match self {
+            Self::Silu => {
+                let s = sigmoid(x);
+                (x * s, s * (one + x * (one - s)))
+            }
+            Self::Gelu => {
+                let share = half * (one + (x * T::from_f64(std::f64::consts::FRAC_1_SQRT_2)).erf_fast());
+                let density = (-half * x * x).exp_fast() * T::from_f64(0.398_942_280_401_432_7);
+                (x * share, share + x * density)
+            }
+            Self::GeluTanh => {
+                let (a, b) = (T::from_f64(TANH.0), T::from_f64(TANH.1));
+                // tanh u = 2 σ(2u) − 1.
+                let share = sigmoid((a + a) * (x + b * x * x * x));
+                let slope = (a + a) * (one + T::from_f64(3.0) * b * x * x);
+                (x * share, share + x * share * (one - share) * slope)
+            }
+        }
+    }
+}
+
+/// `activation(gate)·up`, element by element; both of one shape, f32 or f64.
+pub fn gated(activation: Activation, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     if gate.shape() != up.shape() {
         candle_core::bail!("gated unit: gate is {:?} but up is {:?}", gate.shape(), up.shape());
     }
     if !gate.device().is_cpu() {
-        return silu_mul_reference(gate, up);
+        return gated_reference(activation, gate, up);
     }
-    gate.contiguous()?.apply_op2(&up.contiguous()?, SiluMul)
+    gate.contiguous()?.apply_op2(&up.contiguous()?, GatedUnit(activation))
 }
 
 /// The reference form out of plain candle operations.
-pub fn silu_mul_reference(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
-    gate.silu()? * up
+pub fn gated_reference(activation: Activation, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    activation.reference(gate)? * up
 }
 
-pub(crate) struct SiluMul;
+/// [`gated`] with x · σ(x), the unit of SwiGLU.
+pub fn silu_mul(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    gated(Activation::Silu, gate, up)
+}
+
+/// An activation, element by element; f32 or f64.
+pub fn activate(activation: Activation, x: &Tensor) -> Result<Tensor> {
+    match x.device().is_cpu() {
+        true => x.contiguous()?.apply_op1(Activate(activation)),
+        false => activation.reference(x),
+    }
+}
 
 #[inline(always)]
 fn sigmoid<T: Real>(v: T) -> T {
     (T::one() + (-v).exp_fast()).recip()
 }
 
-fn forward<T: Real>(gate: &[T], up: &[T]) -> CpuStorage {
+pub(crate) struct GatedUnit(pub(crate) Activation);
+
+fn forward<T: Real>(activation: Activation, gate: &[T], up: &[T]) -> CpuStorage {
     let mut y = vec![T::zero(); gate.len()];
     let chunk = rows_per_task(gate.len());
     y.par_chunks_mut(chunk).zip(gate.par_chunks(chunk).zip(up.par_chunks(chunk))).for_each(|(y, (gate, up))| {
         wide(|| {
             for ((y, &g), &u) in y.iter_mut().zip(gate).zip(up) {
-                *y = g * sigmoid(g) * u;
+                *y = activation.at(g).0 * u;
             }
         });
     });
     T::to_cpu_storage_owned(y)
 }
 
-fn backward<T: Real>(gate: &Tensor, up: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+fn backward<T: Real>(
+    activation: Activation,
+    gate: &Tensor,
+    up: &Tensor,
+    grad: &Tensor,
+) -> Result<(Option<Tensor>, Option<Tensor>)> {
     let (dg, du) = with_slices([gate, up, grad], |[gate, up, grad]: [&[T]; 3]| {
         let (mut dg, mut du) = (vec![T::zero(); gate.len()], vec![T::zero(); gate.len()]);
         let chunk = rows_per_task(gate.len());
@@ -51,12 +121,21 @@ fn backward<T: Real>(gate: &Tensor, up: &Tensor, grad: &Tensor) -> Result<(Optio
             .zip(gate.par_chunks(chunk).zip(up.par_chunks(chunk)).zip(grad.par_chunks(chunk)))
             .for_each(|((dg, du), ((gate, up), grad))| {
                 wide(|| {
-                    let (n, one) = (gate.len(), T::one());
+                    let n = gate.len();
                     let (dg, du, up, grad) = (&mut dg[..n], &mut du[..n], &up[..n], &grad[..n]);
                     for i in 0..n {
-                        let s = sigmoid(gate[i]);
-                        du[i] = grad[i] * gate[i] * s;
-                        dg[i] = grad[i] * up[i] * s * (one + gate[i] * (one - s));
+                        // The order of the factors decides the last bit of every training run.
+                        (du[i], dg[i]) = match activation {
+                            Activation::Silu => {
+                                let s = sigmoid(gate[i]);
+                                let slope = T::one() + gate[i] * (T::one() - s);
+                                (grad[i] * gate[i] * s, grad[i] * up[i] * s * slope)
+                            }
+                            _ => {
+                                let (value, slope) = activation.at(gate[i]);
+                                (grad[i] * value, grad[i] * up[i] * slope)
+                            }
+                        };
                     }
                 });
             });
@@ -68,15 +147,15 @@ fn backward<T: Real>(gate: &Tensor, up: &Tensor, grad: &Tensor) -> Result<(Optio
     ))
 }
 
-impl CustomOp2 for SiluMul {
+impl CustomOp2 for GatedUnit {
     fn name(&self) -> &'static str {
-        "silu-mul"
+        "gated-unit"
     }
 
     fn cpu_fwd(&self, g: &CpuStorage, lg: &Layout, u: &CpuStorage, lu: &Layout) -> Result<(CpuStorage, Shape)> {
         let storage = match g {
-            CpuStorage::F32(_) => forward(slice::<f32>(g, lg)?, slice::<f32>(u, lu)?),
-            CpuStorage::F64(_) => forward(slice::<f64>(g, lg)?, slice::<f64>(u, lu)?),
+            CpuStorage::F32(_) => forward(self.0, slice::<f32>(g, lg)?, slice::<f32>(u, lu)?),
+            CpuStorage::F64(_) => forward(self.0, slice::<f64>(g, lg)?, slice::<f64>(u, lu)?),
             _ => candle_core::bail!("gated unit: inputs must be f32 or f64"),
         };
         Ok((storage, lg.shape().clone()))
@@ -84,8 +163,55 @@ impl CustomOp2 for SiluMul {
 
     fn bwd(&self, g: &Tensor, u: &Tensor, _: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
         match g.dtype() {
-            DType::F64 => backward::<f64>(g, u, grad),
-            _ => backward::<f32>(g, u, grad),
+            DType::F64 => backward::<f64>(self.0, g, u, grad),
+            _ => backward::<f32>(self.0, g, u, grad),
+        }
+    }
+}
+
+pub(crate) struct Activate(pub(crate) Activation);
+
+impl Activate {
+    fn map<T: Real>(x: &[T], g: Option<&[T]>, f: impl Fn(T) -> T + Sync) -> Vec<T> {
+        let mut y = vec![T::zero(); x.len()];
+        let chunk = rows_per_task(x.len());
+        y.par_chunks_mut(chunk).zip(x.par_chunks(chunk)).enumerate().for_each(|(task, (y, x))| {
+            wide(|| match g {
+                None => y.iter_mut().zip(x).for_each(|(y, &x)| *y = f(x)),
+                Some(g) => {
+                    let g = &g[task * chunk..][..x.len()];
+                    y.iter_mut().zip(x).zip(g).for_each(|((y, &x), &g)| *y = f(x) * g);
+                }
+            });
+        });
+        y
+    }
+
+    fn gradient<T: Real>(&self, x: &Tensor, grad: &Tensor) -> Result<Tensor> {
+        let dx = with_slices([x, grad], |[x, g]: [&[T]; 2]| Ok(Self::map(x, Some(g), |x| self.0.at(x).1)))?;
+        Tensor::from_vec(dx, x.shape(), x.device())
+    }
+}
+
+impl CustomOp1 for Activate {
+    fn name(&self) -> &'static str {
+        "activate"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let storage = match x {
+            CpuStorage::F32(_) => CpuStorage::F32(Self::map(slice::<f32>(x, layout)?, None, |x| self.0.at(x).0)),
+            CpuStorage::F64(_) => CpuStorage::F64(Self::map(slice::<f64>(x, layout)?, None, |x| self.0.at(x).0)),
+            _ => candle_core::bail!("activation: the input must be f32 or f64"),
+        };
+        Ok((storage, layout.shape().clone()))
+    }
+
+    fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let grad = grad.contiguous()?;
+        match x.dtype() {
+            DType::F64 => self.gradient::<f64>(x, &grad).map(Some),
+            _ => self.gradient::<f32>(x, &grad).map(Some),
         }
     }
 }
@@ -95,16 +221,28 @@ mod tests {
     use super::*;
     use crate::check::{assert_close, gradient_matches, random};
 
+    const ALL: [Activation; 3] = [Activation::Silu, Activation::Gelu, Activation::GeluTanh];
+
     #[test]
     fn equals_the_reference() -> Result<()> {
-        let (g, u) = (random((9, 32), 1, DType::F32)?, random((9, 32), 2, DType::F32)?);
-        assert_close(&silu_mul(&g, &u)?, &silu_mul_reference(&g, &u)?, 1e-6)
+        for activation in ALL {
+            for (dtype, bound) in [(DType::F32, 1e-6), (DType::F64, 1e-12)] {
+                let (g, u) = ((random((9, 32), 1, dtype)? * 6.0)?, random((9, 32), 2, dtype)?);
+                assert_close(&gated(activation, &g, &u)?, &gated_reference(activation, &g, &u)?, bound)?;
+                assert_close(&activate(activation, &g)?, &activation.reference(&g)?, bound)?;
+            }
+        }
+        Ok(())
     }
 
     #[test]
     fn gradients_equal_central_differences() -> Result<()> {
-        let (g, u) = (random((3, 5), 1, DType::F64)?, random((3, 5), 2, DType::F64)?);
-        gradient_matches(&g, |g| silu_mul(g, &u))?;
-        gradient_matches(&u, |u| silu_mul(&g, u))
+        let (g, u) = ((random((3, 5), 1, DType::F64)? * 3.0)?, random((3, 5), 2, DType::F64)?);
+        for activation in ALL {
+            gradient_matches(&g, |g| gated(activation, g, &u))?;
+            gradient_matches(&u, |u| gated(activation, &g, u))?;
+            gradient_matches(&g, |g| activate(activation, g))?;
+        }
+        Ok(())
     }
 }

@@ -5,6 +5,7 @@ pub mod bases;
 pub mod block_affine;
 mod dense;
 pub mod gated;
+pub mod layer_norm;
 pub mod loss;
 pub mod low_rank;
 pub mod norm;
@@ -22,8 +23,9 @@ use rayon::prelude::*;
 use crate::kernels::slices::{Real, with_slices};
 use crate::storage::FrozenWeight;
 use crate::tape::{Gradients, SERIAL, Tape, add};
-use attention::{Attention, Segment};
-use gated::SiluMul;
+use attention::{Attention, AttentionForm, Segment};
+use gated::{Activate, Activation, GatedUnit};
+use layer_norm::LayerNorm;
 use loss::head_loss_and_gradient;
 use low_rank::Part;
 use norm::RmsNorm;
@@ -206,12 +208,64 @@ impl<'a> Ops<'a> {
         Ok(y)
     }
 
+    /// [`crate::gated`].
+    pub fn gated(&self, activation: Activation, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+        match self.on_cpu(gate) {
+            true => self.two(gate, up, GatedUnit(activation)),
+            false => self.fallback(&[gate, up], |t| crate::gated(activation, &t[0], &t[1])),
+        }
+    }
+
     /// [`crate::silu_mul`].
     pub fn silu_mul(&self, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
-        match self.on_cpu(gate) {
-            true => self.two(gate, up, SiluMul),
-            false => self.fallback(&[gate, up], |t| crate::silu_mul(&t[0], &t[1])),
+        self.gated(Activation::Silu, gate, up)
+    }
+
+    /// [`crate::activate`].
+    pub fn activate(&self, activation: Activation, x: &Tensor) -> Result<Tensor> {
+        if !self.on_cpu(x) {
+            return self.fallback(&[x], |t| crate::activate(activation, &t[0]));
         }
+        let op = Activate(activation);
+        let y = x.contiguous()?.apply_op1_no_bwd(&op)?;
+        if let Some(tape) = self.tape(&[x]) {
+            let (id, x) = (x.id(), x.contiguous()?);
+            let again = x.clone();
+            tape.keep_recompute(&y, Arc::new(move || again.apply_op1_no_bwd(&Activate(activation))));
+            tape.record(&y, move |g, gradients| match op.bwd(&x, &x, g)? {
+                Some(dx) => gradients.add(id, dx),
+                None => Ok(()),
+            });
+        }
+        Ok(y)
+    }
+
+    /// [`crate::layer_norm`].
+    pub fn layer_norm(&self, x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
+        if !self.on_cpu(x) {
+            return self.fallback(&[x, weight, bias], |t| crate::layer_norm(&t[0], &t[1], &t[2], eps));
+        }
+        let op = LayerNorm { eps };
+        let inputs = [x, weight, bias];
+        let [x, weight, bias] = [x.contiguous()?, weight.contiguous()?, bias.contiguous()?];
+        let y = x.apply_op3_no_bwd(&weight, &bias, &op)?;
+        if let Some(tape) = self.tape(&inputs) {
+            let ids = inputs.map(|t| tape.tracks(t).then(|| t.id()));
+            let again = (x.clone(), weight.clone(), bias);
+            let recompute = move || again.0.apply_op3_no_bwd(&again.1, &again.2, &LayerNorm { eps });
+            tape.keep_recompute(&y, Arc::new(recompute));
+            tape.record(&y, move |g, gradients| {
+                // It does not look at its output.
+                let (dx, dw, db) = op.bwd(&x, &weight, &weight, &x, g)?;
+                for (id, gradient) in ids.into_iter().zip([dx, dw, db]) {
+                    if let (Some(id), Some(gradient)) = (id, gradient) {
+                        gradients.add(id, gradient)?;
+                    }
+                }
+                Ok(())
+            });
+        }
+        Ok(y)
     }
 
     /// [`crate::attention()`].
@@ -219,13 +273,12 @@ impl<'a> Ops<'a> {
         &self,
         (q, k, v): (&Tensor, &Tensor, &Tensor),
         segments: &[Segment],
-        head_dim: usize,
-        scale: f64,
+        form: &AttentionForm,
     ) -> Result<Tensor> {
         let (true, Some(tape)) = (self.on_cpu(q), self.tape(&[q, k, v])) else {
-            return self.fallback(&[q, k, v], |t| crate::attention((&t[0], &t[1], &t[2]), segments, head_dim, scale));
+            return self.fallback(&[q, k, v], |t| crate::attention((&t[0], &t[1], &t[2]), segments, form));
         };
-        let op = Attention::new((q, k, v), segments, head_dim, scale)?;
+        let op = Attention::new((q, k, v), segments, form)?;
         let (q, k, v) = (q.contiguous()?, k.contiguous()?, v.contiguous()?);
         let y = q.apply_op3_no_bwd(&k, &v, &op)?;
         let kept = y.clone();
@@ -282,6 +335,28 @@ impl<'a> Ops<'a> {
             return Ok(y);
         }
         Ok(y)
+    }
+
+    /// The columns of `x` (rows, Σ widths) in parts of these widths.
+    pub fn split<const N: usize>(&self, x: &Tensor, widths: [usize; N]) -> Result<[Tensor; N]> {
+        let (rows, width) = x.dims2()?;
+        if widths.iter().sum::<usize>() != width {
+            candle_core::bail!("{width} columns do not divide into {widths:?}");
+        }
+        let wrong = |_| candle_core::Error::Msg("an operation gave nothing".into());
+        let (true, Some(tape)) = (self.on_cpu(x), self.tape(&[x])) else {
+            return self.subgraph_all(&[x], &[], |t| columns(&t[0], &widths))?.try_into().map_err(wrong);
+        };
+        let (id, dtype, parts) = (x.id(), x.dtype(), columns(&x.detach(), &widths)?);
+        tape.record_all(&parts, move |found, gradients| {
+            let part = |(g, n): (&Option<Tensor>, usize)| match g {
+                Some(g) => Ok(g.clone()),
+                None => Tensor::zeros((rows, n), dtype, &candle_core::Device::Cpu),
+            };
+            let all = found.iter().zip(widths).map(part).collect::<Result<Vec<_>>>()?;
+            gradients.add(id, Tensor::cat(&all, 1)?.contiguous()?)
+        });
+        parts.try_into().map_err(wrong)
     }
 
     /// Rows `index` of `x` (rows, width).
@@ -502,6 +577,12 @@ impl CustomOp1 for Seed {
     }
 }
 
+/// The columns of a matrix in parts of some widths.
+fn columns(x: &Tensor, widths: &[usize]) -> Result<Vec<Tensor>> {
+    let part = |i: usize| x.narrow(1, widths[..i].iter().sum(), widths[i])?.contiguous();
+    (0..widths.len()).map(part).collect()
+}
+
 /// The only one of a list.
 fn one(mut list: Vec<Tensor>) -> Result<Tensor> {
     list.pop().ok_or_else(|| candle_core::Error::Msg("an operation gave nothing".into()))
@@ -575,11 +656,20 @@ mod tests {
         holds(x()?, |ops, x| ops.rms_norm(x, &norm, 1e-6))?;
         holds(x()?, |ops, x| ops.silu_mul(x, &other))?;
         holds(x()?, |ops, x| ops.silu_mul(&other, x))?;
+        holds(x()?, |ops, x| ops.gated(Activation::GeluTanh, x, &ops.activate(Activation::Gelu, x)?))?;
+        let shift = random(12, 8, DType::F64)?;
+        holds(x()?, |ops, x| ops.layer_norm(x, &norm, &shift, 1e-6))?;
+        holds(norm.clone(), |ops, w| ops.layer_norm(&other, w, &shift, 1e-6))?;
+        holds(shift.clone(), |ops, b| ops.layer_norm(&other, &norm, b, 1e-6))?;
         let table = RotaryTable::new(&[0, 1, 2, 3, 0, 1, 9], &[1.0, 0.1], 1.0);
         holds(x()?, |ops, x| ops.rotary(x, &table))?;
         holds(x()?, |ops, x| ops.linear(x, &weight))?;
         holds(x()?, |ops, x| ops.rows(x, &[0, 2, 2, 6]))?;
         holds(x()?, |ops, x| ops.reshape(x, (14, 6)))?;
+        holds(x()?, |ops, x| {
+            let [a, _, b] = ops.split(x, [5, 2, 5])?;
+            ops.silu_mul(&a, &b)
+        })?;
         for smoothing in [0.0, 0.2] {
             holds(x()?, |ops, x| ops.head_loss(x, &head, &[0, 29, 3, 3, 7, 1, 2], smoothing))?;
         }
@@ -590,7 +680,7 @@ mod tests {
             Segment { q_start: 4, q_len: 3, keys: vec![(0, 2), (4, 3)] },
         ];
         let narrow = random((7, 4), 6, DType::F64)?;
-        holds(x()?, |ops, x| ops.attention((x, &narrow, &narrow), &segments, 4, 0.5))?;
-        holds(random((7, 4), 6, DType::F64)?, |ops, k| ops.attention((&other, k, k), &segments, 4, 0.5))
+        holds(x()?, |ops, x| ops.attention((x, &narrow, &narrow), &segments, &AttentionForm::causal(4, 0.5)))?;
+        holds(random((7, 4), 6, DType::F64)?, |ops, k| ops.attention((&other, k, k), &segments, &AttentionForm::causal(4, 0.5)))
     }
 }

@@ -13,6 +13,8 @@ use crate::kernels::slices::{Real, rows_per_task, slice, with_slices};
 pub struct RotaryTable {
     rows: usize,
     half: usize,
+    /// Width of one head, of which the first `2 · half` elements turn.
+    head: usize,
     cos: Arc<Vec<f64>>,
     sin: Arc<Vec<f64>>,
 }
@@ -26,7 +28,13 @@ impl RotaryTable {
             inverse_frequencies.iter().map(move |&f| f64::from(p as f32 * f as f32))
         });
         let (cos, sin) = angles.map(|a| (a.cos() * scale, a.sin() * scale)).unzip();
-        Self { rows: positions.len(), half: inverse_frequencies.len(), cos: Arc::new(cos), sin: Arc::new(sin) }
+        let half = inverse_frequencies.len();
+        Self { rows: positions.len(), half, head: 2 * half, cos: Arc::new(cos), sin: Arc::new(sin) }
+    }
+
+    /// The same for heads of `head` elements, of which only the first `2 · inverse_frequencies.len()` turn.
+    pub fn partial(self, head: usize) -> Self {
+        Self { head: head.max(2 * self.half), ..self }
     }
 }
 
@@ -46,11 +54,12 @@ pub fn rotary_reference(x: &Tensor, table: &RotaryTable) -> Result<Tensor> {
     let of =
         |v: &[f64]| Tensor::from_slice(v, (rows, 1, half), &Device::Cpu)?.to_dtype(x.dtype())?.to_device(x.device());
     let (cos, sin) = (of(&table.cos)?, of(&table.sin)?);
-    let x = x.reshape((rows, width / (2 * half), 2 * half))?;
+    let x = x.reshape((rows, width / table.head, table.head))?;
     let (a, b) = (x.narrow(2, 0, half)?, x.narrow(2, half, half)?);
+    let rest = x.narrow(2, 2 * half, table.head - 2 * half)?;
     let first = (a.broadcast_mul(&cos)? - b.broadcast_mul(&sin)?)?;
     let second = (b.broadcast_mul(&cos)? + a.broadcast_mul(&sin)?)?;
-    Tensor::cat(&[first, second], 2)?.reshape((rows, width))
+    Tensor::cat(&[first, second, rest], 2)?.reshape((rows, width))
 }
 
 pub(crate) struct Rotary {
@@ -61,11 +70,11 @@ pub(crate) struct Rotary {
 impl Rotary {
     pub(crate) fn new(x: &Tensor, table: &RotaryTable) -> Result<Self> {
         let (rows, width) = x.dims2()?;
-        if rows != table.rows || width % (2 * table.half.max(1)) != 0 {
+        if rows != table.rows || width % table.head.max(1) != 0 {
             candle_core::bail!(
                 "rotary: x is ({rows}, {width}) but the table has {} rows for heads of {}",
                 table.rows,
-                2 * table.half
+                table.head
             );
         }
         Ok(Self { table: table.clone(), backwards: false })
@@ -82,7 +91,8 @@ impl Rotary {
             for (r, (y, x)) in y.chunks_exact_mut(width).zip(x.chunks_exact(width)).enumerate() {
                 let at = (task * rows + r) * half;
                 let (cos, sin) = (&self.table.cos[at..at + half], &self.table.sin[at..at + half]);
-                for (y, x) in y.chunks_exact_mut(2 * half).zip(x.chunks_exact(2 * half)) {
+                for (y, x) in y.chunks_exact_mut(self.table.head).zip(x.chunks_exact(self.table.head)) {
+                    y[2 * half..].copy_from_slice(&x[2 * half..]);
                     for i in 0..half {
                         let c = T::from_f64(cos[i]);
                         let s = T::from_f64(if self.backwards { -sin[i] } else { sin[i] });
@@ -148,5 +158,16 @@ mod tests {
     #[test]
     fn gradient_equals_central_differences() -> Result<()> {
         gradient_matches(&random((5, 6), 1, DType::F64)?, |x| rotary(x, &table()))
+    }
+
+    /// Heads of which only a part turns.
+    #[test]
+    fn a_part_of_each_head_turns() -> Result<()> {
+        let table = table().partial(10);
+        let x = random((5, 20), 1, DType::F64)?;
+        let y = rotary(&x, &table)?;
+        assert_close(&y, &rotary_reference(&x, &table)?, 1e-12)?;
+        assert_close(&y.narrow(1, 16, 4)?, &x.narrow(1, 16, 4)?, 0.0)?;
+        gradient_matches(&x, |x| rotary(x, &table))
     }
 }

@@ -354,15 +354,20 @@ pub fn project_segmented_reference(x: &Tensor, parts: &[Segmented<'_>]) -> Resul
     parts.iter().map(one).collect()
 }
 
-/// Copies the rows of `rows` (n, width), f32, into a pool of rows of that width: row i to row `to[i]`.
-pub fn store_rows(pool: &mut [f32], rows: &Tensor, to: impl ExactSizeIterator<Item = usize>) -> Result<()> {
+/// Copies the rows of `rows` (n, width), f32, into a pool of rows of `stride` numbers, which may be more: row i to row `to[i]`.
+pub fn store_rows(
+    (pool, stride): (&mut [f32], usize),
+    rows: &Tensor,
+    to: impl ExactSizeIterator<Item = usize>,
+) -> Result<()> {
     let (n, width) = rows.dims2()?;
-    if to.len() != n {
-        candle_core::bail!("{n} rows for {} places in the pool", to.len());
+    if to.len() != n || width > stride {
+        candle_core::bail!("{n} rows of {width} for {} places of {stride} in the pool", to.len());
     }
     with_slices([rows], |[rows]: [&[f32]; 1]| {
         for (row, place) in rows.chunks_exact(width.max(1)).zip(to) {
-            match pool.get_mut(place.saturating_mul(width)..place.saturating_add(1).saturating_mul(width)) {
+            let at = place.saturating_mul(stride);
+            match pool.get_mut(at..at.saturating_add(width)) {
                 Some(to) => to.copy_from_slice(row),
                 None => candle_core::bail!("row {place} is outside the pool"),
             }
@@ -463,10 +468,10 @@ mod tests {
         assert!(with(&[4], 1, 0..3).is_err());
         assert!(with(&[0], 1, 0..4).is_err());
         let mut pool = vec![0.0; 20];
-        store_rows(&mut pool, &x, [3, 0, 1].into_iter())?;
+        store_rows((&mut pool, x.dim(1)?), &x, [3, 0, 1].into_iter())?;
         assert_eq!(pool[15..20], x.get(0)?.to_vec1::<f32>()?);
-        assert!(store_rows(&mut pool, &x, [4, 0, 1].into_iter()).is_err());
-        assert!(store_rows(&mut pool, &x, [0, 1].into_iter()).is_err());
+        assert!(store_rows((&mut pool, x.dim(1)?), &x, [4, 0, 1].into_iter()).is_err());
+        assert!(store_rows((&mut pool, x.dim(1)?), &x, [0, 1].into_iter()).is_err());
         Ok(())
     }
 }

@@ -1,0 +1,105 @@
+//! What happens to a frozen model while it runs.
+
+use candle_core::{Result, Tensor};
+use lorimer_tensor::{AttentionForm, Ops, Segment};
+
+use crate::site::{Projection, Site};
+
+/// Where a hidden state or an attention stands in the model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Point {
+    /// After the embedding, before the first layer.
+    Embedded,
+    /// After the attention's residual of layer `i`, before the norm of its unit.
+    Attended(usize),
+    /// In or after layer `i`, counted from 0.
+    Layer(usize),
+    /// After the final norm.
+    Final,
+}
+
+/// One attention, ready to run: what a method may look at, change or replace.
+pub struct AttentionCall<'a> {
+    /// (rows, heads·head_dim), rotated.
+    pub q: Tensor,
+    /// (key rows, kv_heads·head_dim), rotated.
+    pub k: Tensor,
+    /// (key rows, kv_heads·head_dim).
+    pub v: Tensor,
+    /// Which rows belong together.
+    pub segments: &'a [Segment],
+    /// Heads, scale, which keys are seen, and the cap.
+    pub form: AttentionForm,
+}
+
+impl AttentionCall<'_> {
+    /// Plain attention: (rows, heads·head_dim).
+    pub fn run(self, ops: Ops<'_>) -> Result<Tensor> {
+        ops.attention((&self.q, &self.k, &self.v), self.segments, &self.form)
+    }
+}
+
+/// What happens to a frozen model while it runs. Every default leaves the model as it is.
+pub trait Adaptation {
+    /// How operations are done: recorded on a tape for a fast backward, or in candle's graph.
+    fn ops(&self) -> Ops<'_> {
+        Ops::plain()
+    }
+
+    /// One frozen projection. `x` (rows, inputs) → (rows, outputs).
+    fn project(&self, _site: &Site, base: &Projection, x: &Tensor) -> Result<Tensor> {
+        base.forward_with(self.ops(), x)
+    }
+
+    /// Frozen projections that read the same `x`, to be computed together where that is quicker.
+    fn project_all(&self, targets: &[(&Site, &Projection)], x: &Tensor) -> Result<Vec<Tensor>> {
+        targets.iter().map(|(site, base)| self.project(site, base, x)).collect()
+    }
+
+    /// One attention.
+    fn attend(&self, _point: Point, call: AttentionCall<'_>) -> Result<Tensor> {
+        call.run(self.ops())
+    }
+
+    /// A hidden state between layers or within one (rows, hidden): to record, to route on, to change.
+    fn hidden(&self, _point: Point, h: Tensor) -> Result<Tensor> {
+        Ok(h)
+    }
+
+    /// Whether [`Self::project`] may do anything but the frozen projection at this site.
+    fn touches(&self, _site: &Site) -> bool {
+        true
+    }
+
+    /// A whole parameter (embedding, norm) that takes the place of the frozen one, by its on-disk name.
+    fn parameter(&self, _path: &str) -> Option<&Tensor> {
+        None
+    }
+}
+
+/// The base model as it is.
+pub struct Frozen;
+impl Adaptation for Frozen {
+    fn touches(&self, _: &Site) -> bool {
+        false
+    }
+}
+
+/// Another adaptation without gradients: the graph is cut after every projection and layer, so that memory stays at one
+/// layer's.
+pub struct Inference<'a>(pub &'a dyn Adaptation);
+
+impl Adaptation for Inference<'_> {
+    fn project(&self, site: &Site, base: &Projection, x: &Tensor) -> Result<Tensor> {
+        Ok(self.0.project(site, base, x)?.detach())
+    }
+    fn attend(&self, point: Point, call: AttentionCall<'_>) -> Result<Tensor> {
+        Ok(self.0.attend(point, call)?.detach())
+    }
+    fn hidden(&self, point: Point, h: Tensor) -> Result<Tensor> {
+        Ok(self.0.hidden(point, h)?.detach())
+    }
+    fn parameter(&self, path: &str) -> Option<&Tensor> {
+        self.0.parameter(path)
+    }
+}

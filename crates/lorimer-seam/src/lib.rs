@@ -1,0 +1,14 @@
+//! Where models and adapters meet. A model is a frozen function of blocks ([`BaseModel`]); whatever is done to its projections, attentions and
+//! hidden states is an [`Adaptation`]. Neither knows the other: this crate knows no model's files and no method.
+
+pub mod adaptation;
+pub mod batch;
+pub mod forward;
+pub mod model;
+pub mod site;
+
+pub use adaptation::{Adaptation, AttentionCall, Frozen, Inference, Point};
+pub use batch::Batch;
+pub use forward::{Recompute, run_blocks};
+pub use model::{BaseModel, Input, KvCache, LayerShape, Layout, ModelShape};
+pub use site::{Projection, Site};
