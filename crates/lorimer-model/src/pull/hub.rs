@@ -17,7 +17,6 @@ use crate::files::{MAX_JSON_BYTES, create_folder, is_plain_file_name, write_atom
 
 /// Bytes asked for at a time.
 const PIECE: u64 = 16 << 20;
-
 /// What is fetched of a hub repository.
 const PATTERNS: [&str; 7] = [
     "config.json",

@@ -3,8 +3,9 @@
 use candle_core::{CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use crate::kernels::simd::wide;
-use crate::kernels::slices::{Real, rows_per_task, slice, with_slices};
+use crate::kernels::real::Real;
+use crate::kernels::slices::{rows_per_task, slice, with_slices};
+use crate::kernels::wide::wide;
 
 /// `silu(gate)·up`, element by element; both of one shape, f32 or f64.
 pub fn silu_mul(gate: &Tensor, up: &Tensor) -> Result<Tensor> {

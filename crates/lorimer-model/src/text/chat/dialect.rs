@@ -20,7 +20,6 @@ pub(super) const CLOSE: char = '\u{FDD1}';
 const MAX_DEPTH: usize = 200;
 /// Most values in such a value, each counted as often as it stands there.
 const MAX_VALUES: usize = 500_000;
-
 /// Longest indentation of `tojson`, in bytes.
 const MAX_INDENT: usize = 64;
 
