@@ -38,7 +38,7 @@ pub struct Entry {
     pub mergeable: bool,
     /// How it is served.
     pub served: Served,
-    /// Learning rate that `train` takes unless told otherwise; settings may want another: [`learning_rate`].
+    /// Learning rate that `train` takes unless told otherwise; settings may want another: [`super::learning_rate`].
     pub lr: f64,
     /// The command line's flags that the method has, each with the setting it stands for.
     pub flags: &'static [(&'static str, &'static str)],

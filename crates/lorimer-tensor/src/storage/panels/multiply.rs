@@ -64,7 +64,7 @@ pub(super) fn products_by(x: &[f32], inputs: usize, weights: &[&Panels], fast: b
 ///
 /// # Safety
 /// `out` holds a row of the weight's outputs for each of `x`'s rows, and nobody else uses the panels' columns of it.
-unsafe fn plain(x: &Rounded, weight: &Panels, panels: Range<usize>, out: *mut f32) {
+pub(super) unsafe fn plain(x: &Rounded, weight: &Panels, panels: Range<usize>, out: *mut f32) {
     let outputs = weight.shape.0;
     for output in panels.start * PANEL..(panels.end * PANEL).min(outputs) {
         for (row, (values, scales)) in x.values.chunks(x.blocks * 2 * BLOCK).zip(x.scales.chunks(x.blocks)).enumerate()
