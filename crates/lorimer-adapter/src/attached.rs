@@ -10,12 +10,9 @@ use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
 use crate::file::frozen::FrozenParts;
-use crate::file::store::StoredAdapter;
+use crate::file::store::{BASE_WEIGHT, PREFIX, StoredAdapter};
 use crate::method::{Bias, CalibrationStats, Change, Delta, LowRank, Method, ModuleTensors, ParameterSource, Step};
 use crate::targets::Matcher;
-
-/// What PEFT puts before every module path.
-pub const PREFIX: &str = "base_model.model.";
 
 /// One adapter on one model.
 pub struct Adapter {
@@ -438,9 +435,6 @@ fn resolve(method: &mut dyn Method, model: &dyn BaseModel, stats: &CalibrationSt
 fn detached(t: &Tensor) -> TensorResult<Tensor> {
     t.detach().contiguous()
 }
-
-/// The end of the key under which PEFT saves the frozen weight of a module that has an adapter.
-pub(crate) const BASE_WEIGHT: &str = ".base_layer.weight";
 
 /// A projection with another weight.
 pub(crate) fn replaced_by(weight: &Tensor, base: &Projection) -> Projection {

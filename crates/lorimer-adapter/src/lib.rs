@@ -8,6 +8,8 @@ pub mod example;
 pub mod file;
 pub mod method;
 pub mod methods;
+pub mod search;
+pub mod settings;
 pub mod targets;
 pub mod training;
 

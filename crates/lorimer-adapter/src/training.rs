@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
-use crate::method::configure;
+use crate::settings::configure;
 
 /// What a method's name stands for beside its form.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]

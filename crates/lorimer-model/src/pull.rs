@@ -9,14 +9,18 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use indicatif::{ProgressBar, ProgressStyle};
-use sha2::{Digest, Sha256};
+use indicatif::ProgressStyle;
 
 use crate::error::{Error, Result};
-use crate::files::{create_folder, is_plain_file_name, write_folder_atomic};
-use crate::weights::hex;
+use crate::files::{create_folder, write_folder_atomic};
 
+mod cache;
+mod download;
 mod hub;
+
+use cache::HubId;
+pub use cache::{hub_cache, own_cache};
+use download::{bar, check_sha256};
 
 /// A short name for a model.
 pub struct Alias {
@@ -49,19 +53,6 @@ pub const ALIASES: [Alias; 1] = [Alias {
     },
 }];
 
-/// Bytes asked for at a time.
-const PIECE: u64 = 16 << 20;
-/// What is fetched of a hub repository.
-const PATTERNS: [&str; 7] = [
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "model*.safetensors",
-    "model.safetensors.index.json",
-];
-
 /// Where a model was found or put.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Pulled {
@@ -85,69 +76,6 @@ pub struct PullOptions {
 /// Whether `HF_HUB_OFFLINE` forbids the network.
 pub fn offline() -> bool {
     std::env::var("HF_HUB_OFFLINE").is_ok_and(|v| matches!(v.to_lowercase().as_str(), "1" | "true" | "yes" | "on"))
-}
-
-fn home() -> PathBuf {
-    std::env::var_os("HOME")
-        .or_else(|| std::env::var_os("USERPROFILE"))
-        .map_or_else(|| PathBuf::from("."), PathBuf::from)
-}
-
-fn cache_root() -> PathBuf {
-    std::env::var_os("XDG_CACHE_HOME").map_or_else(|| home().join(".cache"), PathBuf::from)
-}
-
-/// The hub cache: `HF_HUB_CACHE`, `$HF_HOME/hub`, `$XDG_CACHE_HOME/huggingface/hub` or `~/.cache/huggingface/hub`.
-pub fn hub_cache() -> PathBuf {
-    let var = |name| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
-    var("HF_HUB_CACHE")
-        .or_else(|| Some(var("HF_HOME")?.join("hub")))
-        .unwrap_or_else(|| cache_root().join("huggingface").join("hub"))
-}
-
-/// Lorimer's own cache, for what is not from the hub: `LORIMER_HOME` or `~/.cache/lorimer`.
-pub fn own_cache() -> PathBuf {
-    std::env::var_os("LORIMER_HOME").map_or_else(|| cache_root().join("lorimer"), PathBuf::from)
-}
-
-/// `owner/name`, with an optional `@revision`.
-struct HubId {
-    owner: String,
-    name: String,
-    revision: String,
-}
-
-impl HubId {
-    fn parse(text: &str) -> Option<Self> {
-        let (id, revision) = text.split_once('@').unwrap_or((text, "main"));
-        let (owner, name) = id.split_once('/')?;
-        let plain = |s: &str| {
-            is_plain_file_name(s) && s.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
-        };
-        (plain(owner) && plain(name) && plain(revision)).then(|| Self {
-            owner: owner.to_string(),
-            name: name.to_string(),
-            revision: revision.to_string(),
-        })
-    }
-
-    fn folder(&self) -> PathBuf {
-        hub_cache().join(format!("models--{}--{}", self.owner, self.name))
-    }
-
-    /// A cached snapshot that has all that is needed.
-    fn cached(&self) -> Option<PathBuf> {
-        let folder = self.folder();
-        let commit = fs::read_to_string(folder.join("refs").join(&self.revision));
-        let commit = commit.map_or_else(|_| self.revision.clone(), |c| c.trim().to_string());
-        let snapshot = folder.join("snapshots").join(is_plain_file_name(&commit).then_some(commit)?);
-        let has = |name: &str| snapshot.join(name).is_file();
-        let whole = match has("model.safetensors.index.json") {
-            true => crate::weights::Weights::from_folder(&snapshot, Default::default()).is_ok(),
-            false => has("model.safetensors"),
-        };
-        (has("config.json") && has("tokenizer.json") && whole).then_some(snapshot)
-    }
 }
 
 /// Finds a model by local path, alias or hub id, fetching it if need be.
@@ -199,36 +127,6 @@ pub fn pull(name: &str, options: PullOptions) -> Result<Pulled> {
         }
         _ => Err(error),
     }
-}
-
-fn bar(length: u64, message: &str, show: bool) -> ProgressBar {
-    if !show {
-        return ProgressBar::hidden();
-    }
-    let style = ProgressStyle::with_template("{msg:30} {bar:30} {bytes}/{total_bytes} {bytes_per_sec} {eta}");
-    let bar = ProgressBar::new(length).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
-    bar.set_message(message.to_string());
-    bar
-}
-
-/// Removes the file and fails if its SHA-256 is not the expected one.
-fn check_sha256(path: &Path, expected: &str) -> Result<()> {
-    let mut file = File::open(path).map_err(Error::io("read", path))?;
-    let mut hash = Sha256::new();
-    let mut buffer = vec![0; 1 << 20];
-    loop {
-        let n = file.read(&mut buffer).map_err(Error::io("read", path))?;
-        if n == 0 {
-            break;
-        }
-        hash.update(&buffer[..n]);
-    }
-    let found = hex(&hash.finalize());
-    if found != expected.to_lowercase() {
-        let _ = fs::remove_file(path);
-        return Err(Error::invalid(path, format!("SHA-256 is {found}, expected {expected}; removed, fetch it again")));
-    }
-    Ok(())
 }
 
 impl Package {

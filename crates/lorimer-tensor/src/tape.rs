@@ -11,7 +11,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use candle_core::{DType, Result, Tensor, TensorId};
 use rayon::prelude::*;
 
-use crate::kernels::slices::{Real, with_mut_slice, with_slices};
+use crate::kernels::real::Real;
+use crate::kernels::slices::{with_mut_slice, with_slices};
 
 /// Elements up to which a pass over memory is quicker on one thread than shared out.
 pub(crate) const SERIAL: usize = 1 << 17;

@@ -532,7 +532,7 @@ fn written(model: &Llama, teacher: &Adapter, rng: &mut ChaCha8Rng) -> Vec<Exampl
 /// however often it is right.) The defaults find hardly more than chance.
 #[test]
 fn the_search_finds_planted_projections() {
-    use lorimer::adapter::methods::diffora::{DifforaConfig, Sharing};
+    use lorimer::adapter::search::{DifforaConfig, Sharing};
     let model = model_with_attention(2.0);
     let paths: Vec<String> = model.projections().into_iter().map(|(site, _)| site.path.clone()).collect();
     let long = DifforaConfig {

@@ -913,7 +913,7 @@ fn lora_xs_folders_of_the_authors_are_read() {
 /// DiffoRA's gates after a search, from its equations in torch (see tests/goldens/make_diffora.py).
 #[test]
 fn difforas_search_equals_torchs() {
-    use lorimer::adapter::methods::diffora::{DifforaConfig, Gate, Sharing};
+    use lorimer::adapter::search::{DifforaConfig, Gate, Sharing};
     let model = tiny("tiny-llama");
     let file = SafetensorsFile::open(&folder("diffora.safetensors")).unwrap();
     let get = |name: &str| file.load(name).unwrap().unwrap();

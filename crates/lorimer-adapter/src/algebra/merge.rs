@@ -17,10 +17,12 @@ use lorimer_model::{Llama, LoadDtype, Projection, Site, TextModel, Weights};
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::attached::{Accounting, BASE_WEIGHT, PREFIX, equal, refuse_embedding, refuse_sum, replaced_by};
+use crate::attached::{Accounting, equal, refuse_embedding, refuse_sum, replaced_by};
 use crate::error::{Error, Result};
+use crate::file::bytes::{raw_bytes, safetensors_dtype};
 use crate::file::frozen::FrozenParts;
-use crate::file::store::{StoredAdapter, raw_bytes, safetensors_dtype};
+use crate::file::store::StoredAdapter;
+use crate::file::store::{BASE_WEIGHT, PREFIX};
 use crate::method::{Delta, Method, ModuleTensors, ParameterSource};
 use crate::targets::Matcher;
 

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use candle_core::Tensor;
 use serde_json::{Map, Value, json};
 
-use crate::attached::PREFIX;
 use crate::error::{Error, Result};
+use crate::file::store::PREFIX;
 use crate::file::store::StoredAdapter;
 
 /// Rank of every module with A and B.

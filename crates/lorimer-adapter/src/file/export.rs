@@ -10,9 +10,10 @@ use rayon::prelude::*;
 use serde::Serialize;
 use serde_json::json;
 
-use crate::attached::{Adapter, PREFIX};
+use crate::attached::Adapter;
 use crate::error::{Error, Result};
 use crate::file::convert::to_peft;
+use crate::file::store::PREFIX;
 use crate::file::store::StoredAdapter;
 use crate::method::{Change, Delta, LowRank, Step};
 

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
-use crate::file::store::raw_bytes;
+use crate::file::bytes::raw_bytes;
 use crate::method::Delta;
 
 /// How far a sketch may be from the recorded one, relative to the norm of the tensor.

@@ -1,8 +1,10 @@
 //! Adapter files: reading and writing PEFT's folders, looking into them, converting and exporting them.
 
+pub mod bytes;
 pub mod card;
 pub mod convert;
 pub mod export;
 pub mod frozen;
 pub mod inspect;
+mod lora_xs;
 pub mod store;

@@ -1,5 +1,6 @@
 //! Adapter folders as PEFT writes them, with `lorimer.json` beside: bounded reading, atomic writing.
 
+use crate::file::bytes::{raw_bytes, safetensors_bytes};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -10,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::file::frozen::FrozenParts;
 
 /// Largest `adapter_config.json` and `lorimer.json`.
@@ -26,6 +27,12 @@ pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 pub const CONFIG_FILE: &str = "adapter_config.json";
 /// What only Lorimer writes; other tools ignore it.
 pub const MANIFEST_FILE: &str = "lorimer.json";
+
+/// What PEFT puts before every module path.
+pub const PREFIX: &str = "base_model.model.";
+
+/// The end of the key under which PEFT saves the frozen weight of a module that has an adapter.
+pub(crate) const BASE_WEIGHT: &str = ".base_layer.weight";
 
 /// A prompt whose log-probabilities were recorded when the adapter was made.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -128,7 +135,7 @@ impl StoredAdapter {
             false => None,
         };
         let mut tensors = read_tensors(&open(&folder.join(WEIGHTS_FILE))?)?;
-        crate::methods::lora_xs::from_authors(&mut config, &mut tensors);
+        crate::file::lora_xs::from_authors(&mut config, &mut tensors);
         Ok(Self { path: folder.to_path_buf(), config, tensors, manifest })
     }
 
@@ -169,7 +176,7 @@ impl StoredAdapter {
     pub fn modules(&self) -> BTreeMap<String, BTreeMap<String, Tensor>> {
         let mut modules: BTreeMap<String, BTreeMap<String, Tensor>> = BTreeMap::new();
         for (name, tensor) in &self.tensors {
-            let path = match name.strip_prefix(crate::attached::PREFIX) {
+            let path = match name.strip_prefix(PREFIX) {
                 Some(path) => path,
                 // What modules share belongs to none of them.
                 None if name.starts_with("base_model.") => continue,
@@ -220,52 +227,4 @@ fn read_tensors(file: &SafetensorsFile) -> Result<BTreeMap<String, Tensor>> {
         }
     }
     Ok(tensors)
-}
-
-/// Little-endian bytes of a CPU tensor.
-pub fn raw_bytes(t: &Tensor) -> Result<Vec<u8>> {
-    fn le<T, const N: usize>(values: &[T], bytes: impl Fn(&T) -> [u8; N]) -> Vec<u8> {
-        let mut out = vec![0; values.len() * N];
-        out.chunks_exact_mut(N).zip(values).for_each(|(out, v)| out.copy_from_slice(&bytes(v)));
-        out
-    }
-    let flat = t.flatten_all()?;
-    Ok(match t.dtype() {
-        DType::U8 => flat.to_vec1::<u8>()?,
-        DType::U32 => le(&flat.to_vec1::<u32>()?, |v| v.to_le_bytes()),
-        DType::I32 => le(&flat.to_vec1::<i32>()?, |v| v.to_le_bytes()),
-        DType::I64 => le(&flat.to_vec1::<i64>()?, |v| v.to_le_bytes()),
-        DType::F64 => le(&flat.to_vec1::<f64>()?, |v| v.to_le_bytes()),
-        DType::F32 => le(&flat.to_vec1::<f32>()?, |v| v.to_le_bytes()),
-        DType::F16 => le(&flat.to_vec1::<half::f16>()?, |v| v.to_le_bytes()),
-        DType::BF16 => le(&flat.to_vec1::<half::bf16>()?, |v| v.to_le_bytes()),
-        other => return Err(Error::Mismatch(format!("tensors of type {other:?} are not stored in adapters"))),
-    })
-}
-
-/// The safetensors name of a tensor's type.
-pub fn safetensors_dtype(dtype: DType) -> Result<safetensors::Dtype> {
-    Ok(match dtype {
-        DType::U8 => safetensors::Dtype::U8,
-        DType::U32 => safetensors::Dtype::U32,
-        DType::I32 => safetensors::Dtype::I32,
-        DType::I64 => safetensors::Dtype::I64,
-        DType::F64 => safetensors::Dtype::F64,
-        DType::F32 => safetensors::Dtype::F32,
-        DType::F16 => safetensors::Dtype::F16,
-        DType::BF16 => safetensors::Dtype::BF16,
-        other => return Err(Error::Mismatch(format!("tensors of type {other:?} cannot be written"))),
-    })
-}
-
-/// A safetensors file in memory, as PEFT writes it (`format: pt`).
-pub fn safetensors_bytes(tensors: &BTreeMap<String, Tensor>) -> Result<Vec<u8>> {
-    let data = tensors.iter().map(|(n, t)| Ok((n, safetensors_dtype(t.dtype())?, t.dims().to_vec(), raw_bytes(t)?)));
-    let data = data.collect::<Result<Vec<_>>>()?;
-    let broken = |e: safetensors::SafeTensorError| Error::Mismatch(format!("cannot write safetensors: {e}"));
-    let views = data.iter().map(|(name, dtype, shape, bytes)| {
-        Ok((name.as_str(), safetensors::tensor::TensorView::new(*dtype, shape.clone(), bytes).map_err(broken)?))
-    });
-    let metadata = std::collections::HashMap::from([("format".to_string(), "pt".to_string())]);
-    safetensors::serialize(views.collect::<Result<Vec<_>>>()?, Some(metadata)).map_err(broken)
 }

@@ -34,9 +34,10 @@
 
 use serde_json::json;
 
+use super::entry::{Entry, Served};
 use super::lora::{FLAGS, Lora, LoraConfig, lora_file};
-use super::{Entry, Served};
-use crate::method::{Method, split_off};
+use crate::method::Method;
+use crate::settings::split_off;
 use crate::training::{BaLora, Objective, Training};
 
 /// The registry's line.

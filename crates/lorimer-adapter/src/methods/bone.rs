@@ -36,13 +36,12 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::dropout::{Dropout, check_dropout};
+use super::entry::{Entry, Served};
 use super::random::kaiming;
 use super::slices::Slices;
-use super::{Entry, Served};
 use crate::error::{Error, Result};
-use crate::method::{
-    Bias, Change, Delta, LowRank, Method, ParameterSource, PeftKeys, Step, configure, from_peft_json, peft_json,
-};
+use crate::method::{Bias, Change, Delta, LowRank, Method, ParameterSource, Step};
+use crate::settings::{PeftKeys, configure, from_peft_json, peft_json};
 use crate::targets::Targeting;
 
 /// The registry's line.

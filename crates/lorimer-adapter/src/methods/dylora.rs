@@ -31,11 +31,11 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::dropout::Dropout;
-use super::lora::{FLAGS, Lora, LoraConfig, lora_file};
-use super::lora_start::Start;
-use super::{Entry, Served};
+use super::entry::{Entry, Served};
+use super::lora::{FLAGS, Lora, LoraConfig, Start, lora_file};
 use crate::error::{Error, Result};
-use crate::method::{Bias, Change, Delta, LowRank, Method, ParameterSource, Step, configure, split_off};
+use crate::method::{Bias, Change, Delta, LowRank, Method, ParameterSource, Step};
+use crate::settings::{configure, split_off};
 use crate::targets::Targeting;
 use crate::training::{Callback, RankSampling, Training};
 

@@ -23,11 +23,10 @@ use lorimer_model::{Projection, Site};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::{Entry, Served};
+use super::entry::{Entry, Served};
 use crate::error::Result;
-use crate::method::{
-    Bias, Change, Delta, Method, ParameterSource, PeftKeys, Step, configure, from_peft_json, peft_json,
-};
+use crate::method::{Bias, Change, Delta, Method, ParameterSource, Step};
+use crate::settings::{PeftKeys, configure, from_peft_json, peft_json};
 use crate::targets::Targeting;
 use crate::training::Training;
 

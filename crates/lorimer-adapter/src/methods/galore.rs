@@ -21,9 +21,10 @@
 //! assert_eq!(methods::build("galore", &settings).unwrap().training().optimizer.unwrap().name(), "galore-8bit");
 //! ```
 
+use super::entry::{Entry, Served};
 use super::full::{self, Full};
-use super::{Entry, Served};
-use crate::method::{Method, configure, split_off};
+use crate::method::Method;
+use crate::settings::{configure, split_off};
 use crate::training::{Galore, OptimizerKind, Training};
 
 /// The registry's line.

@@ -36,12 +36,11 @@ use lorimer_tensor::{frozen_left, linalg};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use super::entry::{Entry, Served};
 use super::random::kaiming;
-use super::{Entry, Served};
 use crate::error::{Error, Result};
-use crate::method::{
-    Change, Delta, LowRank, Method, ParameterSource, PeftKeys, Step, configure, from_peft_json, peft_json,
-};
+use crate::method::{Change, Delta, LowRank, Method, ParameterSource, Step};
+use crate::settings::{PeftKeys, configure, from_peft_json, peft_json};
 use crate::targets::{Names, Targeting};
 
 /// The registry's line.

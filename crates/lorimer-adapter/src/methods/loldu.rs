@@ -37,13 +37,12 @@ use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use super::entry::{Entry, Served};
 use super::lora_xs::check_rank;
 use super::random::{normal, uniform};
-use super::{Entry, Served};
 use crate::error::{Error, Result};
-use crate::method::{
-    Change, Delta, LowRank, Method, ParameterSource, PeftKeys, Step, configure, from_peft_json, peft_json, site_seed,
-};
+use crate::method::{Change, Delta, LowRank, Method, ParameterSource, Step, site_seed};
+use crate::settings::{PeftKeys, configure, from_peft_json, peft_json};
 use crate::targets::Targeting;
 
 /// The registry's line.

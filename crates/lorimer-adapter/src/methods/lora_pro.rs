@@ -27,10 +27,11 @@
 
 use serde_json::Value;
 
+use super::entry::{Entry, Served};
 use super::lora::{FLAGS, Lora, LoraConfig, lora_file};
-use super::{Entry, Served};
 use crate::error::Error;
-use crate::method::{Method, split_off};
+use crate::method::Method;
+use crate::settings::split_off;
 use crate::training::{LoraPro, OptimizerKind, Training};
 
 /// The registry's line.

@@ -29,12 +29,11 @@ use lorimer_tensor::linalg::truncated_svd;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use super::entry::{Entry, Served};
 use super::lora_xs::{SmallDelta, check_rank};
-use super::{Entry, Served};
 use crate::error::{Error, Result};
-use crate::method::{
-    Calibration, Delta, Method, ModuleStats, ParameterSource, PeftKeys, configure, from_peft_json, peft_json,
-};
+use crate::method::{Calibration, Delta, Method, ModuleStats, ParameterSource};
+use crate::settings::{PeftKeys, configure, from_peft_json, peft_json};
 use crate::targets::Targeting;
 
 /// The registry's line.

@@ -35,14 +35,12 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::dropout::{Dropout, check_dropout};
+use super::entry::{Entry, Served};
 use super::mt19937::{TorchGenerator, over_deviation, over_deviation_bf16, tensor_bf16};
 use super::slices::Slices;
-use super::{Entry, Served};
 use crate::error::{Error, Result};
-use crate::method::{
-    Bias, CalibrationStats, Change, Delta, LowRank, Method, ParameterSource, PeftKeys, Step, configure, from_peft_json,
-    peft_json,
-};
+use crate::method::{Bias, CalibrationStats, Change, Delta, LowRank, Method, ParameterSource, Step};
+use crate::settings::{PeftKeys, configure, from_peft_json, peft_json};
 use crate::targets::Targeting;
 
 /// The registry's line.

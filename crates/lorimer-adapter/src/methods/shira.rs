@@ -39,13 +39,13 @@ use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::{Entry, Served};
+use super::entry::{Entry, Served};
 use crate::error::{Error, Result};
 use crate::file::store::StoredAdapter;
 use crate::method::{
-    Calibration, CalibrationStats, Delta, Method, ModuleStats, NotMergeable, ParameterSource, PeftKeys, Step,
-    configure, from_peft_json, peft_json, site_seed,
+    Calibration, CalibrationStats, Delta, Method, ModuleStats, NotMergeable, ParameterSource, Step, site_seed,
 };
+use crate::settings::{PeftKeys, configure, from_peft_json, peft_json};
 use crate::targets::Targeting;
 
 /// The registry's line.

@@ -36,12 +36,11 @@ use lorimer_tensor::{LowRankTerm, Ops, Part, frozen_linear};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use super::entry::{Entry, Served};
 use super::random::{kaiming, normal};
-use super::{Entry, Served};
 use crate::error::{Error, Result};
-use crate::method::{
-    Delta, Method, NotMergeable, ParameterSource, PeftKeys, Step, configure, from_peft_json, peft_json,
-};
+use crate::method::{Delta, Method, NotMergeable, ParameterSource, Step};
+use crate::settings::{PeftKeys, configure, from_peft_json, peft_json};
 use crate::targets::Targeting;
 
 /// The registry's line.

@@ -10,10 +10,23 @@ use reqwest::header::{LINK, RANGE};
 use reqwest::{Response, StatusCode};
 use serde_json::Value;
 
-use super::{HubId, PATTERNS, PIECE, bar, cache_root, check_sha256};
+use super::cache::{HubId, cache_root};
+use super::download::{bar, check_sha256};
 use crate::error::{Error, Result, first_line};
 use crate::files::{MAX_JSON_BYTES, create_folder, is_plain_file_name, write_atomic};
 
+/// Bytes asked for at a time.
+const PIECE: u64 = 16 << 20;
+/// What is fetched of a hub repository.
+const PATTERNS: [&str; 7] = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+];
 /// How long the hub has for a connection, and between two pieces of an answer.
 const CONNECT: Duration = Duration::from_secs(10);
 const SILENCE: Duration = Duration::from_secs(30);

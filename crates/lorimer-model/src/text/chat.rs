@@ -1,5 +1,6 @@
 //! Chat templates (Jinja, as Hugging Face tokenizers carry them) rendered through minijinja.
 
+mod bounds;
 mod dialect;
 mod methods;
 mod translate;

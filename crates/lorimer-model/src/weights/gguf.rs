@@ -10,7 +10,7 @@ use candle_core::quantized::gguf_file::{Content, Value};
 use lorimer_tensor::storage::mapped::MappedFile;
 
 use crate::error::{Error, Result, first_line};
-use crate::weights::RawTensor;
+use crate::weights::raw::RawTensor;
 
 /// Most elements that all metadata arrays together may have (a vocabulary of 256k tokens has about a million).
 const MAX_METADATA_VALUES: u64 = 8 << 20;

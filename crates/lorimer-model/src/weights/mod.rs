@@ -1,6 +1,7 @@
 //! Tensors of a base model by their Hugging Face names, out of safetensors, GGUF or memory.
 
 pub mod gguf;
+mod raw;
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
@@ -13,6 +14,8 @@ use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
 use crate::files::{MAX_HEADER_BYTES, MAX_JSON_BYTES, is_plain_file_name, read_json};
+pub use raw::RawTensor;
+
 use gguf::{Gguf, module_from_gguf, module_to_gguf, reorder_rows};
 
 /// In which type a base's projections are kept in memory. Computation is in f32 whatever it is.
@@ -48,9 +51,6 @@ impl LoadDtype {
         self == Self::Nf4 && !name.contains("embed") && !name.starts_with("lm_head.")
     }
 }
-
-/// Type, dimensions (outermost first) and bytes of a tensor in a mapped file.
-pub type RawTensor<'a, D> = (D, Vec<usize>, &'a [u8]);
 
 /// A file's bytes: mapped, or read into memory.
 enum Bytes {

@@ -25,8 +25,8 @@ use object_store::{
 use sha2::{Digest, Sha256};
 use url::Url;
 
+use crate::adapters::names::{Code, StoreError, check_name};
 use crate::adapters::registry::{self, REGISTRY_FILE, Registry, Written};
-use crate::adapters::store::{Code, StoreError, check_name};
 
 /// For how long an adapter is taken to be what it was when last looked at.
 pub const FRESH: Duration = Duration::from_secs(2);

@@ -2,6 +2,7 @@
 
 pub mod hosted;
 pub mod mirror;
+pub mod names;
 pub mod registry;
 pub mod replay;
 pub mod store;

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use lorimer_model::files::{read_bounded, write_json};
 use serde::{Deserialize, Serialize};
 
-use crate::adapters::store::{Code, StoreError, check_name};
+use crate::adapters::names::{Code, StoreError, check_name};
 
 /// The registry's name in its folder or below its prefix.
 pub const REGISTRY_FILE: &str = ".lorimer-adapters.json";

@@ -20,12 +20,12 @@ use serde::Serialize;
 
 use crate::adapters::hosted::{Conversion, Hosted};
 use crate::adapters::mirror::{FRESH, Mirror};
+use crate::adapters::names::refuse;
+pub use crate::adapters::names::{Code, MAX_NAME, StoreError, check_name};
 pub use crate::adapters::registry::REGISTRY_FILE;
 use crate::adapters::registry::{self, Registry, Written};
 use crate::engine::adapter_account::AdapterAccount;
 
-/// Longest name.
-pub const MAX_NAME: usize = 200;
 /// Folders below folders that are looked into.
 const MAX_DEPTH: usize = 6;
 /// By how much threads that read adapters stand back.
@@ -80,42 +80,6 @@ impl StoreSettings {
             chat: None,
         }
     }
-}
-
-/// Why the store refuses. The names are stable codes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Code {
-    /// There is no adapter of that name.
-    AdapterNotFound,
-    /// A name that cannot be one.
-    InvalidName,
-    /// A path that leaves the root.
-    PathRefused,
-    /// The name is taken.
-    AdapterExists,
-    /// The name does not stand for the content that was expected.
-    ContentChanged,
-    /// The files are damaged, do not fit the base, or change nothing.
-    AdapterInvalid,
-    /// More bytes, ranks or names than allowed.
-    LimitExceeded,
-    /// The store could not write.
-    StoreFailed,
-}
-
-/// A refusal of the store.
-#[derive(Clone, Debug, PartialEq, thiserror::Error)]
-#[error("{message}")]
-pub struct StoreError {
-    /// What kind.
-    pub code: Code,
-    /// One sentence.
-    pub message: String,
-}
-
-fn refuse<T>(code: Code, message: impl Into<String>) -> Result<T, StoreError> {
-    Err(StoreError { code, message: message.into() })
 }
 
 /// What a name may be given for.
@@ -760,21 +724,4 @@ impl Store {
 /// The text of a template.
 fn source(template: &Option<ChatTemplate>) -> Option<&str> {
     template.as_ref().map(|t| t.source())
-}
-
-/// Names are path-like: parts of letters, digits, `.`, `_`, `-` apart by `/`, none of which begins with a dot.
-pub fn check_name(name: &str) -> Result<(), StoreError> {
-    let part = |part: &str| {
-        !part.is_empty()
-            && !part.starts_with('.')
-            && part.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-'))
-    };
-    if name.len() > MAX_NAME || !name.split('/').all(part) {
-        let shown: String = name.chars().take(60).flat_map(char::escape_debug).collect();
-        let message = format!(
-            "`{shown}` is no name of an adapter: at most {MAX_NAME} letters, digits, `.`, `_`, `-`, with `/` between parts that do not begin with a dot"
-        );
-        return refuse(Code::InvalidName, message);
-    }
-    Ok(())
 }

@@ -9,8 +9,9 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use utoipa::ToSchema;
 
+use super::app::App;
+use super::body::Body;
 use super::error::{ApiError, Failure};
-use super::{App, Body, done};
 use crate::adapters::hosted::Hosted;
 use crate::adapters::replay::replay;
 use crate::adapters::store::{Put, Store};
@@ -177,4 +178,13 @@ pub async fn remove(State(app): State<Arc<App>>, Path(name): Path<String>) -> Re
 pub async fn list(State(app): State<Arc<App>>) -> Json<Value> {
     let all: Vec<_> = app.store.iter().flat_map(|store| store.list()).collect();
     Json(json!({ "base": app.name, "adapters": all }))
+}
+
+/// A JSON object of an outcome.
+fn done(message: String, more: Value) -> Value {
+    let mut body = json!({ "status": "success", "message": message });
+    if let (Some(body), Value::Object(more)) = (body.as_object_mut(), more) {
+        body.extend(more);
+    }
+    body
 }

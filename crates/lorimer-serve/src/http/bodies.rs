@@ -11,23 +11,13 @@ use axum::response::{IntoResponse, Response};
 use futures_util::StreamExt;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use super::App;
+use super::app::App;
 use super::error::ApiError;
+use super::room::{MAX_BODY, SMALL_BODY};
 use super::work_queue::LARGE;
 
-/// Largest body of a request.
-pub const MAX_BODY: usize = 8 << 20;
-/// Bodies up to this are always read; those that are larger share [`LARGE_BODIES`].
-pub const SMALL_BODY: usize = 64 << 10;
-/// Bytes of large bodies that are there at a time.
-const LARGE_BODIES: usize = 32 << 20;
 /// Seconds in which the body of a request has to come.
 const BODY_SECONDS: u64 = 30;
-
-/// Room for large bodies, in parts of [`SMALL_BODY`].
-pub fn room() -> Arc<Semaphore> {
-    Arc::new(Semaphore::new(LARGE_BODIES / SMALL_BODY))
-}
 
 fn too_large() -> ApiError {
     let message = format!("the body is longer than {MAX_BODY} bytes");
@@ -112,6 +102,7 @@ pub fn values(json: &[u8]) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::http::room::{LARGE_BODIES, room};
 
     #[test]
     fn values_are_counted_outside_of_strings() {

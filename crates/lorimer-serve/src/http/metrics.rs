@@ -9,7 +9,7 @@ use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
-use super::App;
+use super::app::App;
 use crate::engine::EngineState;
 use crate::engine::worker::Histogram;
 

@@ -11,12 +11,13 @@ use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
 use super::answer::{Answers, Piece};
+use super::app::App;
+use super::body::Body;
 use super::error::{ApiError, Failure};
 use super::fields::Fields;
 use super::prompts::{Given, conversation, prompt, tools};
 use super::request::{Adapters, ChatRequest, Common, CompletionRequest, Prompt, StreamOptions, Wanted};
 use super::shape::{Before, Kind, Place, Shape};
-use super::{App, Body};
 use crate::generation::generate::FinishReason;
 
 /// `POST /v1/chat/completions`.

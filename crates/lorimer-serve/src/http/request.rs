@@ -6,9 +6,10 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
+use super::app::App;
+use super::client::client;
 use super::error::ApiError;
 use super::fields::{Field, Fields, Texts, unknown, wrong};
-use super::{App, client};
 use crate::adapters::hosted::Hosted;
 use crate::engine::Request;
 use crate::engine::scheduler::Tenant;

@@ -5,8 +5,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use lorimer_model::TextModel;
 use serde_json::{Map, Value, json};
 
-use super::App;
 use super::answer::Piece;
+use super::app::App;
 use super::request::Common;
 use crate::engine::Token;
 use crate::generation::generate::FinishReason;

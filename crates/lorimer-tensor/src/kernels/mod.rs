@@ -2,6 +2,10 @@
 //! place that asks which instructions the processor has.
 
 pub mod cpu;
+mod floats;
 pub(crate) mod products;
+pub(crate) mod real;
+pub(crate) mod shared;
 pub(crate) mod simd;
 pub(crate) mod slices;
+pub(crate) mod wide;

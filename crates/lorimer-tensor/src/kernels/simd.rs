@@ -1,24 +1,8 @@
 //! Element-wise work in wide registers: AVX2 where the processor has it, chosen at run time, else what the target has.
 //! Sums run in sixteen lanes, so that their order, and so the result, does not depend on the choice.
 
-use crate::kernels::slices::Real;
-
-/// Runs `f`, compiled for AVX2 where the processor has it.
-#[inline]
-pub(crate) fn wide<R>(f: impl FnOnce() -> R) -> R {
-    #[cfg(target_arch = "x86_64")]
-    {
-        #[target_feature(enable = "avx2")]
-        fn avx2<R>(f: impl FnOnce() -> R) -> R {
-            f()
-        }
-        if crate::kernels::cpu::level() >= crate::kernels::cpu::Level::Avx2 {
-            // SAFETY: the processor has it.
-            return unsafe { avx2(f) };
-        }
-    }
-    f()
-}
+use crate::kernels::real::Real;
+use crate::kernels::wide::wide;
 
 /// eˣ within 2 units in the last place for x in −87..88, clamped outside: n = round(x/ln 2), a polynomial for the rest (the
 /// coefficients are those of Cephes' `expf`), and n into the exponent's bits.

@@ -2,138 +2,10 @@
 
 use std::cell::RefCell;
 
-use candle_core::{CpuStorage, Error, InplaceOp1, Layout, Result, Storage, Tensor, WithDType};
-use faer::linalg::matmul::matmul;
-use faer::{Accum, MatMut, MatRef, Par};
+use candle_core::{CpuStorage, Error, InplaceOp1, Layout, Result, Storage, Tensor};
 
-use crate::kernels::products::Product;
-use crate::storage::View;
-
-/// The two floating-point types that a CPU kernel computes in.
-pub(crate) trait Real: WithDType + num_traits::Float + std::iter::Sum {
-    /// The elements of a CPU storage of this type.
-    fn mut_slice(storage: &mut CpuStorage) -> Result<&mut [Self]>;
-    /// eˣ, to within rounding.
-    fn exp_fast(self) -> Self;
-    /// The error function, to within rounding of numbers about 1.
-    fn erf_fast(self) -> Self;
-    /// The numbers of a frozen weight that is stored in this type, with the length of a row.
-    fn of_view(view: View<'_>) -> Option<(&[Self], usize)>;
-    /// Computes checked products together into `outs`, where there is a kernel for it; else `false`, and nothing is done.
-    fn run_products(_products: &[Product<'_, Self>], _outs: &[Shared<Self>]) -> bool {
-        false
-    }
-    /// Attention of one query, `q` and `out` (heads, d), in heads that share the keys and values at `places`, where there is a kernel for it;
-    /// else `false`, and nothing is done.
-    fn attend_one(_q: (&[Self], usize), _keys: (&[Self], &[Self], &[usize]), _scale: Self, _out: &mut [Self]) -> bool {
-        false
-    }
-    /// A product on all threads: see [`product_raw`].
-    ///
-    /// # Safety
-    /// As [`product_raw`].
-    unsafe fn product_parallel(
-        shape: (usize, usize, usize),
-        dst: (*mut Self, Strides),
-        keep: bool,
-        lhs: (*const Self, Strides),
-        rhs: (*const Self, Strides),
-        scale: Self,
-    );
-}
-
-/// [`Real::product_parallel`] on faer, whose products are up to a quarter faster than gemm's at training shapes (`lorimer bench
-/// train` prints the machine's rate).
-macro_rules! product_parallel {
-    ($real:ty) => {
-        unsafe fn product_parallel(
-            (m, n, k): (usize, usize, usize),
-            (dst, d): (*mut $real, Strides),
-            keep: bool,
-            (lhs, l): (*const $real, Strides),
-            (rhs, r): (*const $real, Strides),
-            scale: $real,
-        ) {
-            // SAFETY: the caller's pointers are valid for these shapes and strides, and `dst` overlaps neither.
-            let (dst, lhs, rhs) = unsafe {
-                (
-                    MatMut::from_raw_parts_mut(dst, m, n, d.0 as isize, d.1 as isize),
-                    MatRef::from_raw_parts(lhs, m, k, l.0 as isize, l.1 as isize),
-                    MatRef::from_raw_parts(rhs, k, n, r.0 as isize, r.1 as isize),
-                )
-            };
-            let accum = if keep { Accum::Add } else { Accum::Replace };
-            matmul(dst, accum, lhs, rhs, scale, Par::rayon(0));
-        }
-    };
-}
-
-impl Real for f32 {
-    fn mut_slice(storage: &mut CpuStorage) -> Result<&mut [f32]> {
-        match storage {
-            CpuStorage::F32(values) => Ok(values),
-            _ => candle_core::bail!("lorimer kernel: f32 expected"),
-        }
-    }
-    #[inline(always)]
-    fn exp_fast(self) -> f32 {
-        crate::kernels::simd::exp_f32(self)
-    }
-    #[inline(always)]
-    fn erf_fast(self) -> f32 {
-        crate::kernels::simd::erf_f32(self)
-    }
-    fn of_view(view: View<'_>) -> Option<(&[f32], usize)> {
-        match view {
-            View::F32(values, length) => Some((values, length)),
-            _ => None,
-        }
-    }
-    #[cfg(target_arch = "x86_64")]
-    fn run_products(products: &[Product<'_, f32>], outs: &[Shared<f32>]) -> bool {
-        let available = crate::kernels::products::kernel::available();
-        if available {
-            crate::kernels::products::kernel::run(products, outs, crate::kernels::products::kernel::has_512());
-        }
-        available
-    }
-    #[cfg(target_arch = "x86_64")]
-    fn attend_one((q, d): (&[f32], usize), keys: (&[f32], &[f32], &[usize]), scale: f32, out: &mut [f32]) -> bool {
-        let fits = crate::kernels::products::kernel::has_512() && d > 0 && d.is_multiple_of(16) && q.len() == out.len();
-        if fits {
-            for (q, out) in q.chunks(d * 6).zip(out.chunks_mut(d * 6)) {
-                // SAFETY: the processor can.
-                unsafe { crate::kernels::products::kernel::attend_one((q, d), keys, scale, out) };
-            }
-        }
-        fits
-    }
-    product_parallel!(f32);
-}
-
-impl Real for f64 {
-    fn mut_slice(storage: &mut CpuStorage) -> Result<&mut [f64]> {
-        match storage {
-            CpuStorage::F64(values) => Ok(values),
-            _ => candle_core::bail!("lorimer kernel: f64 expected"),
-        }
-    }
-    #[inline(always)]
-    fn exp_fast(self) -> f64 {
-        self.exp()
-    }
-    #[inline(always)]
-    fn erf_fast(self) -> f64 {
-        libm::erf(self)
-    }
-    fn of_view(view: View<'_>) -> Option<(&[f64], usize)> {
-        match view {
-            View::F64(values, length) => Some((values, length)),
-            _ => None,
-        }
-    }
-    product_parallel!(f64);
-}
+use crate::kernels::real::Real;
+use crate::kernels::shared::Strides;
 
 /// The elements of a contiguous CPU storage.
 pub(crate) fn slice<'a, T: Real>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [T]> {
@@ -187,10 +59,6 @@ pub(crate) fn with_mut_slice<T: Real>(tensor: &Tensor, f: impl FnOnce(&mut [T]) 
     };
     tensor.inplace_op1(&Write(RefCell::new(Some(write))))
 }
-
-/// A strided view of a matrix for [`product`]: `(row stride, column stride)` in elements.
-#[derive(Clone, Copy)]
-pub(crate) struct Strides(pub usize, pub usize);
 
 /// `dst = keep·dst + scale·lhs·rhs` with `dst` (m, n), `lhs` (m, k), `rhs` (k, n); `keep` is 0 or 1.
 ///
@@ -276,22 +144,6 @@ pub(crate) fn product<T: Real>(
             scale,
             parallel,
         )
-    }
-}
-
-/// A pointer that parallel tasks may share because they write to disjoint places.
-#[derive(Clone, Copy)]
-pub(crate) struct Shared<T>(pub *mut T);
-// SAFETY: the holder promises disjoint writes; see each use.
-unsafe impl<T: Send> Send for Shared<T> {}
-// SAFETY: as above.
-unsafe impl<T: Send> Sync for Shared<T> {}
-impl<T> Shared<T> {
-    /// # Safety
-    /// `offset` must be inside the allocation and not be written by another task.
-    pub(crate) unsafe fn at(&self, offset: usize) -> *mut T {
-        // SAFETY: the caller's contract.
-        unsafe { self.0.add(offset) }
     }
 }
 

@@ -5,8 +5,11 @@ use std::borrow::Cow;
 use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use crate::kernels::simd::{softmax, sum2, wide};
-use crate::kernels::slices::{Real, Shared, Strides, product, product_raw, slice, with_slices};
+use crate::kernels::real::Real;
+use crate::kernels::shared::{Shared, Strides};
+use crate::kernels::simd::{softmax, sum2};
+use crate::kernels::slices::{product, product_raw, slice, with_slices};
+use crate::kernels::wide::wide;
 
 /// Query rows whose scores are formed at a time.
 const BLOCK: usize = 64;

@@ -4,7 +4,8 @@
 use candle_core::{CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use crate::kernels::slices::{Real, slice, with_slices};
+use crate::kernels::real::Real;
+use crate::kernels::slices::{slice, with_slices};
 
 /// `A` (r, width) is frozen, Λ (r, n) and Γ (n, width) are trained; gives (r·n, width).
 pub fn scaled_bases(a: &Tensor, lambda: &Tensor, gamma: &Tensor) -> Result<Tensor> {

@@ -4,7 +4,8 @@
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, WithDType};
 
 use crate::kernels::products::{Product, Right, Term, run};
-use crate::kernels::slices::{Real, slice, with_slices};
+use crate::kernels::real::Real;
+use crate::kernels::slices::{slice, with_slices};
 
 /// `weight` (outputs, inputs) and `blocks` (outputs/r, r, r) of one type → (outputs, inputs). The gradient flows to `blocks` only.
 pub fn block_affine(weight: &Tensor, blocks: &Tensor) -> Result<Tensor> {

@@ -3,7 +3,8 @@
 use candle_core::{Device, Result, Tensor, TensorId};
 
 use crate::kernels::products::{Product, Right, Term, run};
-use crate::kernels::slices::{Real, with_slice_list, with_slices};
+use crate::kernels::real::Real;
+use crate::kernels::slices::{with_slice_list, with_slices};
 use crate::tape::{Gradients, Recompute};
 
 /// `x Wᵀ`: `x` (rows, inputs), `weight` (outputs, inputs) of one type.

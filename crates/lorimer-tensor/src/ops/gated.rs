@@ -3,8 +3,9 @@
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use crate::kernels::simd::wide;
-use crate::kernels::slices::{Real, rows_per_task, slice, with_slices};
+use crate::kernels::real::Real;
+use crate::kernels::slices::{rows_per_task, slice, with_slices};
+use crate::kernels::wide::wide;
 
 /// What is done to each element.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

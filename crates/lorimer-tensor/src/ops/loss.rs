@@ -3,8 +3,10 @@
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use crate::kernels::simd::{exp_in_place, sum2, wide};
-use crate::kernels::slices::{Real, slice, with_mut_slice, with_slices};
+use crate::kernels::real::Real;
+use crate::kernels::simd::{exp_in_place, sum2};
+use crate::kernels::slices::{slice, with_mut_slice, with_slices};
+use crate::kernels::wide::wide;
 use crate::ops::project::{frozen_accumulate_input, frozen_linear};
 use crate::storage::FrozenWeight;
 

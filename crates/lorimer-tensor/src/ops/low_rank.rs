@@ -9,7 +9,8 @@ use candle_core::{Device, Result, Tensor, TensorId};
 use rayon::prelude::*;
 
 use crate::kernels::products::{Out, Product, Right, Term, run};
-use crate::kernels::slices::{Real, with_slice_list};
+use crate::kernels::real::Real;
+use crate::kernels::slices::with_slice_list;
 use crate::ops::project::frozen_linear;
 use crate::storage::FrozenWeight;
 use crate::tape::{Gradients, Recompute, Tape};

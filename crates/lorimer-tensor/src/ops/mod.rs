@@ -20,7 +20,8 @@ use std::sync::Arc;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Tensor, TensorId, Var};
 use rayon::prelude::*;
 
-use crate::kernels::slices::{Real, with_slices};
+use crate::kernels::real::Real;
+use crate::kernels::slices::with_slices;
 use crate::storage::FrozenWeight;
 use crate::tape::{Gradients, SERIAL, Tape, add};
 use attention::{Attention, AttentionForm, Segment};

@@ -3,8 +3,10 @@
 use candle_core::{CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use crate::kernels::simd::{sum2, wide};
-use crate::kernels::slices::{Real, rows_per_task, slice, with_slices};
+use crate::kernels::real::Real;
+use crate::kernels::simd::sum2;
+use crate::kernels::slices::{rows_per_task, slice, with_slices};
+use crate::kernels::wide::wide;
 
 /// RMS norm over the last dimension. `x` (rows, width), `weight` (width) of the same dtype → (rows, width).
 /// Both have gradients.

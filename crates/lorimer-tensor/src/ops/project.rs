@@ -3,7 +3,8 @@
 use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Result, Shape, Tensor};
 
 use crate::kernels::products::{Out, Product, Right, Term, run};
-use crate::kernels::slices::{Real, slice, with_slices};
+use crate::kernels::real::Real;
+use crate::kernels::slices::{slice, with_slices};
 use crate::storage::FrozenWeight;
 
 /// `x Wᵀ`: `x` (rows, inputs) f32 or f64 → (rows, outputs). The backward gives the gradient of `x` only.

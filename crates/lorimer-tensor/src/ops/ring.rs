@@ -9,7 +9,8 @@ use candle_core::{DType, Device, Result, Tensor};
 use rayon::prelude::*;
 
 use crate::kernels::products::{Out, Product, Right, Term, run};
-use crate::kernels::slices::{Real, with_slices};
+use crate::kernels::real::Real;
+use crate::kernels::slices::with_slices;
 
 /// The reference form: T as a matrix (n₁ n₂, n₁ n₂).
 pub fn ring_matrix(first: &Tensor, second: &Tensor) -> Result<Tensor> {

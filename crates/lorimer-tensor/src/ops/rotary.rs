@@ -6,7 +6,8 @@ use std::sync::Arc;
 use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use crate::kernels::slices::{Real, rows_per_task, slice, with_slices};
+use crate::kernels::real::Real;
+use crate::kernels::slices::{rows_per_task, slice, with_slices};
 
 /// Sines and cosines of one batch's rows, shared by all its layers. Cheap to clone.
 #[derive(Clone)]

@@ -15,8 +15,10 @@ use rayon::prelude::*;
 #[cfg(target_arch = "x86_64")]
 use crate::kernels::products::kernel;
 use crate::kernels::products::{Product, Right, Term, run};
-use crate::kernels::simd::{sum2, wide};
-use crate::kernels::slices::{Shared, Strides, product, with_slices};
+use crate::kernels::shared::{Shared, Strides};
+use crate::kernels::simd::sum2;
+use crate::kernels::slices::{product, with_slices};
+use crate::kernels::wide::wide;
 use crate::storage::panels;
 use crate::storage::{FrozenWeight, Guard, View};
 

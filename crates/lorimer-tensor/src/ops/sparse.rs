@@ -12,7 +12,8 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 
 use crate::kernels::products::{Out, Product, Right, Term, run};
-use crate::kernels::slices::{Real, slice, with_slice_list};
+use crate::kernels::real::Real;
+use crate::kernels::slices::{slice, with_slice_list};
 
 /// Where the entries of a sparse matrix (outputs, inputs) are: row by row, columns rising.
 #[derive(Clone, Debug, PartialEq, Eq)]

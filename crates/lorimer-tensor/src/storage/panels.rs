@@ -9,8 +9,12 @@
 //!
 //! Sixteen outputs stand next to each other, so that a product reads one stream of memory and forms no sums across a register.
 
+mod multiply;
 #[cfg(target_arch = "x86_64")]
 mod vnni;
+
+pub use multiply::available;
+pub(crate) use multiply::products;
 
 use std::ops::Range;
 
@@ -18,15 +22,12 @@ use candle_core::Result;
 use half::f16;
 use rayon::prelude::*;
 
-use crate::kernels::simd::wide;
-use crate::kernels::slices::Shared;
+use crate::kernels::wide::wide;
 
 /// Inputs that share d and m, and activations that share s.
 pub(crate) const BLOCK: usize = 32;
 /// Outputs of a panel: the lanes of a register.
 const PANEL: usize = 16;
-/// Panels of a task.
-const TASK: usize = 2;
 
 /// A line of the cache.
 #[derive(Clone, Copy, Debug)]
@@ -207,83 +208,12 @@ fn round(x: &[f32], values: &mut [i8]) -> [f32; 2] {
     [unit, unit * sum as f32]
 }
 
-/// Whether products in whole numbers are fast on this processor: AVX-512 VNNI.
-pub fn available() -> bool {
-    #[cfg(target_arch = "x86_64")]
-    {
-        vnni::available()
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    {
-        false
-    }
-}
-
-/// `x Wᵀ` with x (rows, inputs) rounded, for weights of the same inputs; each (rows, outputs). A row's result does not depend on the
-/// others.
-pub(crate) fn products(x: &[f32], inputs: usize, weights: &[&Panels]) -> Vec<Vec<f32>> {
-    products_by(x, inputs, weights, available())
-}
-
-/// As [`products`]; `fast` only where the processor can.
-fn products_by(x: &[f32], inputs: usize, weights: &[&Panels], fast: bool) -> Vec<Vec<f32>> {
-    assert!(!fast || available(), "AVX-512 VNNI is asked for, and not there");
-    let rows = x.len() / inputs.max(1);
-    let rounded = Rounded::new(x, inputs);
-    let mut outs: Vec<Vec<f32>> = weights.iter().map(|w| vec![0f32; rows * w.shape.0]).collect();
-    let shared: Vec<Shared<f32>> = outs.iter_mut().map(|out| Shared(out.as_mut_ptr())).collect();
-    let tasks: Vec<(usize, usize)> = weights
-        .iter()
-        .enumerate()
-        .flat_map(|(i, w)| (0..w.shape.0.div_ceil(PANEL)).step_by(TASK).map(move |panel| (i, panel)))
-        .collect();
-    tasks.par_iter().with_max_len(1).for_each(|&(i, panel)| {
-        assert!(
-            weights[i].shape.1 == inputs && rounded.blocks == weights[i].blocks(),
-            "product in whole numbers: shapes"
-        );
-        let panels = panel..(panel + TASK).min(weights[i].shape.0.div_ceil(PANEL));
-        // SAFETY: the result has `rows` rows of `outputs` numbers; every task writes to its own panels' columns.
-        unsafe {
-            #[cfg(target_arch = "x86_64")]
-            if fast {
-                return vnni::panels(&rounded, weights[i], panels, shared[i].at(0));
-            }
-            plain(&rounded, weights[i], panels, shared[i].at(0));
-        }
-    });
-    outs
-}
-
-/// The reference form.
-///
-/// # Safety
-/// `out` holds a row of the weight's outputs for each of `x`'s rows, and nobody else uses the panels' columns of it.
-unsafe fn plain(x: &Rounded, weight: &Panels, panels: Range<usize>, out: *mut f32) {
-    let outputs = weight.shape.0;
-    for output in panels.start * PANEL..(panels.end * PANEL).min(outputs) {
-        for (row, (values, scales)) in x.values.chunks(x.blocks * 2 * BLOCK).zip(x.scales.chunks(x.blocks)).enumerate()
-        {
-            let mut sum = 0f32;
-            for (b, (values, [s, offset])) in values.chunks_exact(2 * BLOCK).zip(scales).enumerate() {
-                let (d, m, codes) = weight.unpack(output, b);
-                let (first, second) = values.split_at(BLOCK);
-                let sum_of =
-                    |values: &[i8]| codes.iter().zip(values).map(|(&q, &p)| i32::from(q) * i32::from(p)).sum::<i32>();
-                let whole = sum_of(first) * 256 + sum_of(second);
-                sum += m * offset + d * s * whole as f32;
-            }
-            // SAFETY: the caller's shapes.
-            unsafe { *out.add(row * outputs + output) = sum };
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use candle_core::quantized::{GgmlDType, QTensor};
     use candle_core::{DType, Device, Tensor};
 
+    use super::multiply::products_by;
     use super::*;
     use crate::check::random;
     use crate::storage::FrozenWeight;

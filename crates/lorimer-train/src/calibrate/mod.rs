@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use candle_core::{DType, Device, Result as TensorResult, Tensor, TensorId, Var};
-use lorimer_adapter::file::store::safetensors_bytes;
+use lorimer_adapter::file::bytes::safetensors_bytes;
 use lorimer_adapter::targets::Matcher;
 use lorimer_adapter::{Calibration, CalibrationStats, Method};
 use lorimer_model::weights::{SafetensorsFile, hex};
@@ -458,7 +458,7 @@ pub fn calibrate(
             let key = serde_json::to_string(&key).map_err(|e| Error::Settings(e.to_string()))?;
             let mut hash = Sha256::new();
             hash.update(key);
-            hash.update(crate::run::session::rows_hash(&looked_at));
+            hash.update(crate::data::encode::rows_hash(&looked_at));
             Some(folder.join(format!("{}.safetensors", hex(&hash.finalize()))))
         }
         None => None,

@@ -1,5 +1,7 @@
 //! Rows to tokens, with the tokens that are supervised marked.
 
+use lorimer_model::weights::hex;
+use sha2::{Digest, Sha256};
 use std::path::Path;
 
 use lorimer_model::TextModel;
@@ -223,6 +225,17 @@ fn end_sequence(ids: &mut Vec<u32>, text: &TextModel) {
     {
         ids.extend(eos.ids);
     }
+}
+
+/// Identity of encoded rows.
+pub(crate) fn rows_hash(examples: &[&Example]) -> String {
+    let mut hash = Sha256::new();
+    for e in examples {
+        e.tokens.iter().for_each(|t| hash.update(t.to_le_bytes()));
+        hash.update(e.supervised.iter().map(|&l| u8::from(l)).collect::<Vec<_>>());
+        hash.update(b"|");
+    }
+    hex(&hash.finalize())
 }
 
 #[cfg(test)]

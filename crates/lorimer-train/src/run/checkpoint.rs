@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use candle_core::Tensor;
-use lorimer_adapter::file::store::safetensors_bytes;
+use lorimer_adapter::file::bytes::safetensors_bytes;
 use lorimer_model::files::{
     MAX_JSON_BYTES, read_bounded, read_json, remove_folder, remove_leftovers, write_atomic, write_folder_atomic,
     write_json,

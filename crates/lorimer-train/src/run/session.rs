@@ -1,5 +1,6 @@
 //! From settings to an adapter folder: what `lorimer train` and `lorimer quickstart` do.
 
+use crate::data::encode::rows_hash;
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 
@@ -7,13 +8,11 @@ use lorimer_adapter::file::card::card;
 use lorimer_adapter::file::store::CONFIG_FILE;
 use lorimer_adapter::{Adapter, Attached, BaseIdentity, CalibrationStats, Golden, Manifest, Method, StoredAdapter};
 use lorimer_model::pull::own_cache;
-use lorimer_model::weights::hex;
 use lorimer_model::{Base, BaseModel};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 use serde_json::{Value, json};
-use sha2::{Digest, Sha256};
 
 use crate::calibrate::{Data, calibrate};
 use crate::data::encode::Example;
@@ -52,17 +51,6 @@ pub struct Session<'a> {
     pub data_names: Vec<String>,
     /// Set from outside to stop after the step.
     pub stop: &'a AtomicBool,
-}
-
-/// Identity of encoded rows.
-pub(crate) fn rows_hash(examples: &[&Example]) -> String {
-    let mut hash = Sha256::new();
-    for e in examples {
-        e.tokens.iter().for_each(|t| hash.update(t.to_le_bytes()));
-        hash.update(e.supervised.iter().map(|&l| u8::from(l)).collect::<Vec<_>>());
-        hash.update(b"|");
-    }
-    hex(&hash.finalize())
 }
 
 impl Session<'_> {

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Result as TensorResult, Tensor, Var};
 use lorimer_adapter::method::{LowRank, site_seed};
-use lorimer_adapter::methods::diffora::{DifforaConfig, Gate, Sharing};
 use lorimer_adapter::methods::mt19937::TorchGenerator;
+use lorimer_adapter::search::{DifforaConfig, Gate, Sharing};
 use lorimer_adapter::targets::Targeting;
 use lorimer_adapter::{Adapter, Attached, CalibrationStats, Change, Delta, Method, Step};
 use lorimer_model::{Llama, Projection, Site};

@@ -8,6 +8,7 @@ use minijinja::value::{Kwargs, Rest, Tuple, Value, ValueKind};
 use minijinja::{Environment, Error, ErrorKind, State, escape_formatter};
 use minijinja_contrib::globals::{cycler, joiner};
 
+use super::bounds::{check_widths, refuse};
 use super::methods::method;
 use super::translate::{BOUNDED, BOUNDED_ATTRIBUTE, MARK, REMAINDER};
 
@@ -19,15 +20,8 @@ pub(super) const CLOSE: char = '\u{FDD1}';
 const MAX_DEPTH: usize = 200;
 /// Most values in such a value, each counted as often as it stands there.
 const MAX_VALUES: usize = 500_000;
-/// Widest field of a format, in digits of its width.
-const MAX_WIDTH_DIGITS: usize = 4;
 /// Longest indentation of `tojson`, in bytes.
 const MAX_INDENT: usize = 64;
-
-/// An error of an operation, with a message.
-pub(super) fn refuse(message: impl Into<String>) -> Error {
-    Error::new(ErrorKind::InvalidOperation, message.into())
-}
 
 /// Puts everything into an environment.
 pub(super) fn install(environment: &mut Environment<'static>) {
@@ -250,15 +244,6 @@ const NO_NAMESPACE: &str = "a namespace cannot be held by a list, a dictionary o
 
 fn is_namespace(value: &Value) -> bool {
     value.as_object().is_some_and(|object| object.type_name().ends_with("::Namespace"))
-}
-
-/// Refuses a text to be formatted in which a field is very wide.
-pub(super) fn check_widths(text: &str) -> Result<(), Error> {
-    let wide = |part: &str| part.len() > MAX_WIDTH_DIGITS && part.trim_start_matches('0').len() > MAX_WIDTH_DIGITS;
-    match text.split(|c: char| !c.is_ascii_digit()).find(|part| wide(part)) {
-        Some(part) if text.contains(['%', '{']) => Err(refuse(format!("the field of a format has a width of {part}"))),
-        _ => Ok(()),
-    }
 }
 
 /// A value as it is, where it is neither nested too deeply nor holds too many. Looking costs fuel.

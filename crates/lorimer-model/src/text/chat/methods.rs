@@ -4,7 +4,7 @@ use minijinja::value::{Kwargs, Tuple, Value, ValueKind, from_args};
 use minijinja::{Error, State};
 use minijinja_contrib::pycompat::unknown_method_callback;
 
-use super::dialect::{check_widths, refuse};
+use super::bounds::{check_widths, refuse};
 
 /// Longest text that a method fills up to.
 const MAX_WIDTH: usize = 1 << 16;

@@ -1,6 +1,7 @@
 //! The kernel for AVX2 and FMA in f32, with tiles in AVX-512 registers where the processor has those.
 
 mod avx512;
+mod right;
 
 pub(crate) use avx512::{add_low_rank, attend_one};
 
@@ -10,16 +11,14 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::{Product, Right, Term};
+use super::terms::{Product, Right, Term};
 use crate::kernels::cpu::{Level, level};
+use crate::kernels::shared::Shared;
 use crate::kernels::simd::sum2;
-use crate::kernels::slices::Shared;
-use crate::storage::View;
+use right::{PANEL, Scratch, plain, right_row};
 
 /// Rows of a tile.
 const TILE: usize = 6;
-/// Columns of a panel: two registers, or one of AVX-512's.
-const PANEL: usize = 16;
 /// Columns of a task, or the storage's granule where that is more.
 const TASK_COLUMNS: usize = 32;
 /// Longest part of a sum that is packed at a time: a task's panels then stay in the second-level cache.
@@ -39,12 +38,6 @@ struct Task {
     product: usize,
     rows: Range<usize>,
     columns: Range<usize>,
-}
-
-#[derive(Default)]
-struct Scratch {
-    packed: Vec<f32>,
-    expanded: Vec<f32>,
 }
 
 thread_local! {
@@ -89,15 +82,6 @@ fn granule(right: Right<'_, f32>) -> usize {
     match right {
         Right::Slice(..) => 1,
         Right::Weight(view) => view.granule(),
-    }
-}
-
-/// A right side as plain numbers, where it is that.
-fn plain<'a>(right: Right<'a, f32>) -> Option<(&'a [f32], usize)> {
-    match right {
-        Right::Slice(values, length) => Some((values, length)),
-        Right::Weight(View::F32(values, length)) => Some((values, length)),
-        Right::Weight(_) => None,
     }
 }
 
@@ -188,18 +172,6 @@ unsafe fn few(
                 *out = if keep { *out + sum } else { sum };
             }
         }
-    }
-}
-
-/// A row of the right side where it is, or expanded into `room`.
-fn right_row<'a>(right: Right<'a, f32>, row: usize, depth: usize, room: &'a mut [f32]) -> &'a [f32] {
-    match (plain(right), right) {
-        (Some((values, length)), _) => &values[row * length..][..depth],
-        (None, Right::Weight(view)) => {
-            view.expand(row, 0..depth, room);
-            &room[..depth]
-        }
-        (None, Right::Slice(..)) => &room[..depth],
     }
 }
 

@@ -13,7 +13,7 @@ pub(super) fn available() -> bool {
     crate::kernels::cpu::level() >= crate::kernels::cpu::Level::Vnni
 }
 
-/// As [`super::plain`]. Rows are cut into tiles as like each other as can be.
+/// As [`super::multiply::plain`]. Rows are cut into tiles as like each other as can be.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 pub(super) unsafe fn panels(x: &Rounded, weight: &Panels, panels: Range<usize>, out: *mut f32) {
     let (outputs, blocks) = (weight.shape.0, x.blocks);

@@ -3,7 +3,8 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::{PANEL, Scratch, Term, plain, right_row};
+use super::right::{PANEL, Scratch, plain, right_row};
+use crate::kernels::products::terms::Term;
 use crate::kernels::simd::softmax;
 
 /// Most rows of a tile in the 32 registers: 14 rows of two, two of the right side, and one of the left.

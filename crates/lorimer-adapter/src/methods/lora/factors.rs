@@ -1,59 +1,18 @@
-//! How LoRA's factors begin.
+//! LoRA's factors at their start.
 
 use candle_core::{DType, Device, Tensor};
 use lorimer_model::{Projection, Site};
 use lorimer_tensor::linalg;
 use rand_chacha::ChaCha8Rng;
-use serde_json::Value;
 
-use super::lora::LoraConfig;
-use super::random::{kaiming, normal};
+use super::config::LoraConfig;
+use super::start::Start;
 use crate::error::{Error, Result};
-
-/// How A and B begin.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Start {
-    Default,
-    Gaussian,
-    Orthogonal,
-    Pissa(Option<usize>),
-    Olora,
-    Eva,
-}
+use crate::methods::random::{kaiming, normal};
 
 impl Start {
-    pub(super) fn parse(value: &Value) -> Result<Self> {
-        let unknown = || {
-            let shown: String = value.to_string().chars().take(40).collect();
-            Error::Config(format!(
-                "init_lora_weights {shown} is not one of true, gaussian, orthogonal, pissa, pissa_niter_N, olora, eva"
-            ))
-        };
-        match value {
-            Value::Bool(_) | Value::Null => Ok(Self::Default),
-            Value::String(s) => match s.to_lowercase().as_str() {
-                "true" | "default" => Ok(Self::Default),
-                "gaussian" => Ok(Self::Gaussian),
-                "orthogonal" => Ok(Self::Orthogonal),
-                "olora" => Ok(Self::Olora),
-                "eva" => Ok(Self::Eva),
-                "pissa" => Ok(Self::Pissa(None)),
-                other => match other.strip_prefix("pissa_niter_").and_then(|n| n.parse().ok()) {
-                    Some(n) if n <= 1000 => Ok(Self::Pissa(Some(n))),
-                    _ => Err(unknown()),
-                },
-            },
-            _ => Err(unknown()),
-        }
-    }
-
-    /// Whether B₀A₀ ≠ 0, so that the residual of the base is what is adapted.
-    pub(super) fn moves_base(self) -> bool {
-        matches!(self, Self::Pissa(_) | Self::Olora)
-    }
-
     /// A (r, inputs) and B (outputs, r), for a start that draws at most from `rng`.
-    pub(super) fn factors(
+    pub(crate) fn factors(
         self,
         config: &LoraConfig,
         (site, base): (&Site, &Projection),

@@ -1,0 +1,229 @@
+//! What the server works with.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use axum::http::StatusCode;
+use futures_util::FutureExt;
+use futures_util::future::{BoxFuture, Shared};
+use lorimer_model::Base;
+use tokio::sync::Semaphore;
+
+use super::error::ApiError;
+use super::room::room;
+use super::work_queue::{Readers, WorkQueue};
+use crate::adapters::hosted::Hosted;
+use crate::adapters::store::Store;
+use crate::engine::worker::Worker;
+
+/// Bodies that are parsed and prompts that are encoded at a time, of small and of large requests each, and the seconds within which that has
+/// to be done.
+const TEXT: (usize, u64) = (2, 20);
+
+/// Adapters that are fetched and read at a time (read one after the other, by the store's own threads), and the seconds for which a request
+/// waits for one. A load goes on without those that gave up.
+const LOADS: (usize, u64) = (32, 30);
+
+/// Most adapters that are asked for and not there yet.
+const MAX_LOADING: usize = 1024;
+
+/// Changes of names, and replays of golden prompts, at a time, and the seconds within which each has to be done.
+const CHANGES: (usize, u64) = (2, 120);
+
+/// For how long a request for an adapter that is in memory waits for the object store to tell whether it has changed, where the store
+/// was no slower the last time.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// Least bytes that a token of a prompt may stand for, however short the tokenizer's are, before the prompt is refused by its length.
+const TOKEN_BYTES: usize = 64;
+
+/// Tokens that calls have to bring.
+#[derive(Clone, Debug, Default)]
+pub struct Keys {
+    /// For answers; none for everybody.
+    pub api: Option<String>,
+    /// For changing adapters; none for everybody who may ask for answers.
+    pub admin: Option<String>,
+}
+
+impl Keys {
+    /// Refuses to be reached from other machines without keys.
+    pub fn check(&self, host: IpAddr) -> Result<(), String> {
+        if host.is_loopback() || (self.api.is_some() && self.admin.is_some()) {
+            return Ok(());
+        }
+        Err(format!(
+            "--host {host} can be reached from other machines; give --api-key and --admin-key, or use 127.0.0.1"
+        ))
+    }
+}
+
+/// What the server works with.
+pub struct App {
+    /// The base.
+    pub base: Arc<Base>,
+    /// The base's name.
+    pub name: String,
+    /// Adapters, if any are served.
+    pub store: Option<Arc<Store>>,
+    /// The engine.
+    pub worker: Worker,
+    /// Tokens that calls have to bring.
+    pub keys: Keys,
+    /// Whether only this machine can reach the server.
+    pub loopback: bool,
+    pub(super) started: u64,
+    pub(super) random: AtomicU64,
+    pub(super) text: Readers,
+    pub(super) loads: WorkQueue,
+    pub(super) changes: WorkQueue,
+    /// Adapters on their way into memory, by name.
+    pub(super) loading: Mutex<HashMap<(String, u64), Loading>>,
+    /// Whether the object store was slow to tell the last time.
+    pub(super) slow: AtomicBool,
+    /// Room for large bodies.
+    pub(super) bodies: Arc<Semaphore>,
+    /// Bytes of the longest prompt that can be one.
+    pub(super) longest: usize,
+}
+
+/// An adapter on its way into memory, for all who wait for it.
+pub(super) type Loading = Shared<BoxFuture<'static, Result<Arc<Hosted>, ApiError>>>;
+
+impl App {
+    /// An app; `loopback` if only this machine can reach it.
+    pub fn new(
+        base: Arc<Base>,
+        name: String,
+        store: Option<Arc<Store>>,
+        worker: Worker,
+        keys: Keys,
+        loopback: bool,
+    ) -> Arc<Self> {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let longest = base.model.config.max_positions.saturating_mul(base.text.longest_token().max(TOKEN_BYTES));
+        let queue = |(at_once, seconds), what| WorkQueue::new(at_once, Duration::from_secs(seconds), what);
+        Arc::new(Self {
+            base,
+            name,
+            store,
+            worker,
+            keys,
+            loopback,
+            started: now.as_secs(),
+            random: AtomicU64::new(now.as_nanos() as u64 ^ (u64::from(std::process::id()) << 32)),
+            text: Readers::new(TEXT.0, Duration::from_secs(TEXT.1), "reading the request"),
+            loads: queue(LOADS, "loading the adapter"),
+            changes: queue(CHANGES, "the change"),
+            loading: Mutex::default(),
+            slow: AtomicBool::new(false),
+            bodies: room(),
+            longest,
+        })
+    }
+
+    /// Whether a name stands for the base alone.
+    pub(super) fn is_base(&self, name: &str) -> bool {
+        name == self.name || name == "base" || self.name.rsplit('/').next() == Some(name)
+    }
+
+    /// Refuses tokens that the model does not have.
+    pub(super) fn in_vocabulary(&self, field: &str, ids: &[u32]) -> Result<(), ApiError> {
+        let size = self.base.model.config.vocab_size;
+        match ids.iter().find(|&&id| id as usize >= size) {
+            Some(id) => {
+                Err(ApiError::field(field, format!("`{field}`: token {id} is outside the vocabulary of {size}")))
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// A number that was not there before (splitmix64).
+    pub(super) fn random(&self) -> u64 {
+        let mut z = self.random.fetch_add(0x9e37_79b9_7f4a_7c15, Ordering::Relaxed);
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// Refuses texts that are too long for the context whatever their tokens are.
+    pub(super) fn fits(&self, field: &str, bytes: usize) -> Result<(), ApiError> {
+        if bytes <= self.longest {
+            return Ok(());
+        }
+        let tokens = self.base.model.config.max_positions;
+        let message = format!(
+            "a prompt of {bytes} bytes cannot fit into the {tokens} tokens that the model is made for; shorten it"
+        );
+        Err(ApiError::field(field, message))
+    }
+
+    /// What is wrong with the place that the adapters come from.
+    pub(super) fn problems(&self) -> Vec<String> {
+        self.store.as_ref().map(|store| store.problems()).unwrap_or_default()
+    }
+
+    pub(super) fn needed_store(&self) -> Result<&Arc<Store>, ApiError> {
+        let message = "this server has no folder of adapters; start it with --adapters";
+        self.store.as_ref().ok_or_else(|| ApiError::new(StatusCode::NOT_FOUND, "adapter_not_found", message))
+    }
+
+    /// Adapters by name, read where they are not in memory.
+    pub(super) async fn adapters(
+        self: &Arc<Self>,
+        named: Vec<(String, f32)>,
+    ) -> Result<(Vec<(Arc<Hosted>, f32)>, Vec<String>), ApiError> {
+        let names = named.iter().map(|(name, _)| name.clone()).collect();
+        let mut adapters = Vec::new();
+        for (name, weight) in named {
+            adapters.push((self.adapter(name).await?, weight));
+        }
+        Ok((adapters, names))
+    }
+
+    pub(super) async fn adapter(self: &Arc<Self>, name: String) -> Result<Arc<Hosted>, ApiError> {
+        let store = self.needed_store()?;
+        if let Some(hosted) = store.cached(&name) {
+            return Ok(hosted);
+        }
+        let held = store.held(&name);
+        let loading = self.load(name)?;
+        let Some(held) = held else { return self.loads.wait(loading).await };
+        // It may have changed where it comes from. That is asked in any case, and waited for where the answer comes at once.
+        let patience = if self.slow.load(Ordering::Relaxed) { Duration::ZERO } else { LOOK };
+        match tokio::time::timeout(patience, loading).await {
+            Ok(Err(error)) if !error.status.is_server_error() => Err(error),
+            Ok(Ok(hosted)) => Ok(hosted),
+            Ok(Err(_)) | Err(_) => Ok(held),
+        }
+    }
+
+    /// Reads an adapter, once for all who ask meanwhile.
+    pub(super) fn load(self: &Arc<Self>, name: String) -> Result<Loading, ApiError> {
+        // Who asks after a name was changed does not wait with those who asked before.
+        let key = (name.clone(), self.needed_store()?.version());
+        let mut all = self.loading.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(loading) = all.get(&key) {
+            return Ok(loading.clone());
+        }
+        if all.len() >= MAX_LOADING {
+            return Err(self.loads.late());
+        }
+        let (app, store, own) = (self.clone(), self.needed_store()?.clone(), key.clone());
+        let task = tokio::spawn(async move {
+            let begun = Instant::now();
+            let base = app.base.clone();
+            let loaded = app.loads.run(move || Ok(store.get(&base.model, &name)?)).await;
+            app.slow.store(begun.elapsed() > LOOK, Ordering::Relaxed);
+            app.loading.lock().unwrap_or_else(PoisonError::into_inner).remove(&own);
+            loaded
+        });
+        let ended = |_| ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "failed", "the adapter was not loaded");
+        let loading = async move { task.await.map_err(ended)? }.boxed().shared();
+        all.insert(key, loading.clone());
+        Ok(loading)
+    }
+}
