@@ -44,7 +44,7 @@ impl Default for Policy {
         Self {
             max_running: 64,
             batch_tokens: 512,
-            shared_tokens: 64,
+            shared_tokens: 48,
             max_waiting: 10_000,
             max_adapters: None,
             cluster: true,

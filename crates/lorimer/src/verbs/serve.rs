@@ -57,7 +57,7 @@ pub struct Serve {
     batch_tokens: usize,
     /// Most prompt tokens of one step while prompts of several clients wait, shared equally: how long one client's answers wait for another's
     /// prompt
-    #[arg(long, default_value_t = 64)]
+    #[arg(long, default_value_t = 48)]
     shared_tokens: usize,
     /// Most requests that wait; more are refused with 503
     #[arg(long, default_value_t = 1000)]
