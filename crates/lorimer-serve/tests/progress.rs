@@ -96,6 +96,7 @@ fn run(seed: u64, events: u64) -> u64 {
     let policy = Policy {
         max_running: rng.random_range(1..=8),
         batch_tokens: [1, 3, 16, 40, 512][rng.random_range(0..5)],
+        shared_tokens: [1, 2, 7, 64][rng.random_range(0..4)],
         max_waiting: rng.random_range(1..=24),
         max_adapters: [None, Some(1), Some(2)][rng.random_range(0..3)],
         cluster: rng.random(),
@@ -239,4 +240,39 @@ fn naming_ever_new_users_starves_nobody() {
     // The other client has its half; the steady user is served as his turn among all who came before him comes.
     assert!(served[2] >= 290, "{served:?}");
     assert!(served[1] >= 3, "{served:?}");
+}
+
+/// While one client's long prompt is computed, another client's short one is taken in with the next step, and steps stay short; alone, a
+/// client has the whole step.
+#[test]
+fn a_long_prompt_holds_nobody_up() {
+    let geometry = Geometry { kv_width: 1, layers: 1 };
+    let policy = Policy { batch_tokens: 512, shared_tokens: 64, ..Default::default() };
+    let mut batching = Batching::new(policy, geometry, Pages::new(4096), false);
+    let asked = |client: &str, n: usize| Asked {
+        prompt: vec![5; n],
+        max_tokens: 4,
+        tenant: Tenant { client: client.into(), user: "".into() },
+        ..Default::default()
+    };
+    batching.submit(0, asked("a", 5_000), 0.0).unwrap();
+    let step = batching.step(0.1);
+    assert_eq!(step.work, [(0, 512)]);
+    batching.advance(0, 512);
+    batching.submit(1, asked("b", 24), 0.15).unwrap();
+    batching.submit(2, asked("c", 300), 0.15).unwrap();
+    let mut step = batching.step(0.2);
+    step.work.sort_unstable();
+    // Twenty-one each of sixty-four; the one that is left over goes to who was there first.
+    assert_eq!(step.work, [(0, 22), (1, 21), (2, 21)]);
+    step.work.iter().for_each(|&(id, rows)| batching.advance(id, rows));
+    let step = batching.step(0.3);
+    assert!(step.work.contains(&(1, 3)), "{:?}", step.work);
+    assert_eq!(step.work.iter().map(|(_, rows)| rows).sum::<usize>(), 64);
+    // The others have gone: steps stay short for some seconds, and then are long again.
+    batching.remove(1);
+    batching.remove(2);
+    assert_eq!(batching.step(0.4).work, [(0, 64)]);
+    batching.advance(0, 64);
+    assert_eq!(batching.step(6.0).work, [(0, 512)]);
 }

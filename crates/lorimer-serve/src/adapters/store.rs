@@ -30,7 +30,7 @@ use crate::engine::adapter_account::AdapterAccount;
 const MAX_DEPTH: usize = 6;
 /// By how much threads that read adapters stand back.
 #[cfg(target_os = "linux")]
-const LOADER_NICE: i32 = 5;
+const LOADER_NICE: i32 = 10;
 /// What the account of host memory counts in.
 const UNIT: usize = 1024;
 

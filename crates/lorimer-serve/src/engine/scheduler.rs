@@ -20,6 +20,9 @@ pub struct Policy {
     pub max_running: usize,
     /// Most token rows of one step, the tokens of those that are generating included.
     pub batch_tokens: usize,
+    /// Most prompt rows of one step while prompts of several clients are to be computed: how long one client's answers wait for another's
+    /// prompt. Each of these clients has an equal share of them first.
+    pub shared_tokens: usize,
     /// Most requests that wait; more are refused at once.
     pub max_waiting: usize,
     /// Most adapters at work in one step; none for no bound.
@@ -41,6 +44,7 @@ impl Default for Policy {
         Self {
             max_running: 64,
             batch_tokens: 512,
+            shared_tokens: 48,
             max_waiting: 10_000,
             max_adapters: None,
             cluster: true,
@@ -156,6 +160,30 @@ impl Rate {
     }
 }
 
+/// Prompt rows of a step, shared among clients.
+struct Shares {
+    /// All rows that are left.
+    rows: usize,
+    /// A client's share.
+    each: usize,
+    taken: HashMap<Arc<str>, usize>,
+}
+
+impl Shares {
+    /// What a client may still have.
+    fn left(&self, client: &Arc<str>) -> usize {
+        (self.each - self.taken.get(client).copied().unwrap_or(0)).min(self.rows)
+    }
+
+    /// Gives a client as many rows as it may have, `wanted` at most.
+    fn take(&mut self, client: &Arc<str>, wanted: usize) -> usize {
+        let n = wanted.min(self.left(client));
+        *self.taken.entry(client.clone()).or_default() += n;
+        self.rows -= n;
+        n
+    }
+}
+
 /// Waiting and running requests.
 pub struct Scheduler {
     policy: Policy,
@@ -172,6 +200,8 @@ pub struct Scheduler {
     /// What each client was given, and its users; and whether the client's next is the one that has waited longest.
     clients: BTreeMap<Arc<str>, (f64, bool)>,
     counters: BTreeMap<Tenant, f64>,
+    /// The two clients whose requests came last, the newer first, each with the time of its last.
+    latest: [(Arc<str>, f64); 2],
     /// Requests that gave way to those of other clients since the last plan.
     dropped: Vec<(u64, Refusal)>,
     arrivals: Rate,
@@ -182,6 +212,8 @@ pub struct Scheduler {
 /// Waiting requests of one tenant that are looked at for one whose adapter is in the batch, and tenants that are looked at for one whose
 /// request fits.
 const LOOK: usize = 64;
+/// Seconds for which a client that has asked is expected to ask again.
+const RECENT: f64 = 5.0;
 /// Tenants whose counters are kept.
 const MAX_COUNTERS: usize = 100_000;
 
@@ -200,6 +232,7 @@ impl Scheduler {
             adapter_pages: 0,
             clients: BTreeMap::new(),
             counters: BTreeMap::new(),
+            latest: [("".into(), f64::NEG_INFINITY), ("".into(), f64::NEG_INFINITY)],
             dropped: Vec::new(),
             arrivals: Rate::default(),
             admissions: Rate::default(),
@@ -220,6 +253,10 @@ impl Scheduler {
     /// Takes a request into the queue.
     pub fn submit(&mut self, job: Job) -> Result<(), Refusal> {
         self.arrivals.add(job.arrived, 1.0);
+        if self.latest[0].0 != job.tenant.client {
+            self.latest.swap(0, 1);
+        }
+        self.latest[0] = (job.tenant.client.clone(), job.arrived);
         let adapters: usize = job.adapters.iter().map(|(_, pages)| pages).sum();
         if adapters + self.geometry.pages_of_tokens(job.prompt + job.max_output) > self.pages {
             return Err(Refusal::TooLarge);
@@ -413,8 +450,11 @@ impl Scheduler {
             rows = rows.saturating_sub(1);
         }
         let mut computed = plan.work.len();
+        let mut shares = self.shares(rows, now);
+        rows = shares.rows;
+        // A client's running prompts first, as far as its share goes, then its waiting ones, then what others have left over.
         for r in self.running.iter_mut().filter(|r| !r.generates()) {
-            let n = (r.job.prompt - r.computed).min(rows);
+            let n = shares.take(&r.job.tenant.client, r.job.prompt - r.computed);
             if n > 0 {
                 plan.work.push((r.job.id, n));
                 (rows, computed) = (rows - n, computed + n);
@@ -429,7 +469,8 @@ impl Scheduler {
         let mut passed_over: HashSet<Tenant> = HashSet::new();
         self.note_fronts(None, now);
         while rows > 0 && self.running.len() < self.policy.max_running {
-            let candidates = self.waiting.iter().filter(|(tenant, _)| !passed_over.contains(tenant));
+            let open = |tenant: &Tenant| !passed_over.contains(tenant) && shares.left(&tenant.client) > 0;
+            let candidates = self.waiting.iter().filter(|(tenant, _)| open(tenant));
             let key = |(tenant, queue): &(&Tenant, &VecDeque<Job>)| {
                 let (client, oldest) = self.clients.get(&tenant.client).copied().unwrap_or_default();
                 let user = if oldest { 0.0 } else { self.counters.get(*tenant).copied().unwrap_or(0.0) };
@@ -453,7 +494,7 @@ impl Scheduler {
             let tenant = tenant.clone();
             let Some(job) = self.take(&tenant, at) else { break };
             let skip = cached(&job).min(job.prompt.saturating_sub(1));
-            let n = (job.prompt - skip).min(rows);
+            let n = shares.take(&tenant.client, job.prompt - skip);
             (rows, computed) = (rows - n, computed + n);
             self.give(&tenant, job.prompt as f64);
             if let Some((_, oldest)) = self.clients.get_mut(&tenant.client) {
@@ -470,8 +511,33 @@ impl Scheduler {
             self.note_fronts(Some(&job.tenant), now);
             self.running.push(Running { job, computed: skip + n, generated: 0 });
         }
+        for r in self.running.iter_mut().filter(|r| !r.generates()) {
+            let n = (r.job.prompt - r.computed).min(rows);
+            if n == 0 {
+                continue;
+            }
+            match plan.work.iter_mut().find(|(id, _)| *id == r.job.id) {
+                Some((_, rows)) => *rows += n,
+                None => plan.work.push((r.job.id, n)),
+            }
+            (rows, computed) = (rows - n, computed + n);
+            r.computed += n;
+        }
         self.rows.add(now, computed as f64);
         plan
+    }
+
+    /// What each client may have of a step's prompt rows before the others have had theirs. Steps stay short too while another client was
+    /// here a moment ago, whose next request would wait for the end of this one.
+    fn shares(&self, rows: usize, now: f64) -> Shares {
+        let prompts = self.running.iter().filter(|r| !r.generates()).map(|r| &r.job.tenant.client);
+        let clients: HashSet<&Arc<str>> = prompts.chain(self.waiting.keys().map(|tenant| &tenant.client)).collect();
+        let alone = clients.len() < 2 && now - self.latest[1].1 > RECENT;
+        if alone || !self.policy.fair {
+            return Shares { rows, each: rows, taken: HashMap::new() };
+        }
+        let rows = rows.min(self.policy.shared_tokens.max(1));
+        Shares { rows, each: (rows / clients.len().max(1)).max(1), taken: HashMap::new() }
     }
 
     /// Notes since when each tenant's first is that, or only one tenant's.

@@ -190,7 +190,7 @@ impl App {
             return Ok(hosted);
         }
         let held = store.held(&name);
-        let loading = self.load(name)?;
+        let loading = self.load(name, held.is_some())?;
         let Some(held) = held else { return self.loads.wait(loading).await };
         // It may have changed where it comes from. That is asked in any case, and waited for where the answer comes at once.
         let patience = if self.slow.load(Ordering::Relaxed) { Duration::ZERO } else { LOOK };
@@ -201,8 +201,8 @@ impl App {
         }
     }
 
-    /// Reads an adapter, once for all who ask meanwhile.
-    pub(super) fn load(self: &Arc<Self>, name: String) -> Result<Loading, ApiError> {
+    /// Reads an adapter, once for all who ask meanwhile; `held`: it is in memory, and the store is asked whether it has changed.
+    pub(super) fn load(self: &Arc<Self>, name: String, held: bool) -> Result<Loading, ApiError> {
         // Who asks after a name was changed does not wait with those who asked before.
         let key = (name.clone(), self.needed_store()?.version());
         let mut all = self.loading.lock().unwrap_or_else(PoisonError::into_inner);
@@ -217,7 +217,10 @@ impl App {
             let begun = Instant::now();
             let base = app.base.clone();
             let loaded = app.loads.run(move || Ok(store.get(&base.model, &name)?)).await;
-            app.slow.store(begun.elapsed() > LOOK, Ordering::Relaxed);
+            // One that is read from this machine's disk tells nothing of the store.
+            if held {
+                app.slow.store(begun.elapsed() > LOOK, Ordering::Relaxed);
+            }
             app.loading.lock().unwrap_or_else(PoisonError::into_inner).remove(&own);
             loaded
         });

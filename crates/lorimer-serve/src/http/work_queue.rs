@@ -1,12 +1,17 @@
 //! Work that would hold up the connections: each kind on threads of its own, so many at a time, each within its time.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::http::StatusCode;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, oneshot};
 
 use super::error::ApiError;
+
+/// By how much threads that read large bodies yield to those that compute: each takes a tenth of what one of those takes.
+#[cfg(target_os = "linux")]
+const LARGE_NICE: i32 = 10;
 
 /// A kind of work.
 pub struct WorkQueue {
@@ -15,12 +20,22 @@ pub struct WorkQueue {
     patience: Duration,
     /// What the work does, for the answer to one that has waited so long.
     what: &'static str,
+    /// Threads of its own that yield to all others; None for the runtime's.
+    yielding: Option<rayon::ThreadPool>,
 }
 
 impl WorkQueue {
     /// Work of which `at_once` is done at a time.
     pub fn new(at_once: usize, patience: Duration, what: &'static str) -> Self {
-        Self { permits: Arc::new(Semaphore::new(at_once)), patience, what }
+        Self { permits: Arc::new(Semaphore::new(at_once)), patience, what, yielding: None }
+    }
+
+    /// The same on threads of its own, which run when those that compute leave them time. Where they cannot be started, as [`Self::new`].
+    pub fn yielding(at_once: usize, patience: Duration, what: &'static str) -> Self {
+        let threads = rayon::ThreadPoolBuilder::new().num_threads(at_once).thread_name(|i| format!("large-{i}"));
+        #[cfg(target_os = "linux")]
+        let threads = threads.start_handler(|_| _ = rustix::process::nice(LARGE_NICE));
+        Self { yielding: threads.build().ok(), ..Self::new(at_once, patience, what) }
     }
 
     /// The answer to one that has waited long enough.
@@ -40,12 +55,20 @@ impl WorkQueue {
         f: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
     ) -> Result<T, ApiError> {
         let permit = self.permits.clone().acquire_owned().await;
-        let work = tokio::task::spawn_blocking(move || {
+        let (done, ended) = oneshot::channel();
+        let work = move || {
             let _permit = permit;
-            f()
-        });
-        work.await.map_err(|problem| {
-            tracing::error!("{} failed: {problem}", self.what);
+            // Who asked may have gone.
+            let _ = done.send(catch_unwind(AssertUnwindSafe(f)));
+        };
+        match &self.yielding {
+            Some(threads) => threads.spawn(work),
+            None => drop(tokio::task::spawn_blocking(work)),
+        }
+        let ended = ended.await;
+        ended.ok().and_then(Result::ok).ok_or_else(|| {
+            // The panic has told the log what it was.
+            tracing::error!("{} failed", self.what);
             let message = format!("{} failed; the server's log has more", self.what);
             ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "failed", message)
         })?
@@ -74,7 +97,7 @@ pub struct Readers {
 impl Readers {
     /// Work of which, for small and for large bodies each, `at_once` is done at a time.
     pub fn new(at_once: usize, patience: Duration, what: &'static str) -> Self {
-        Self { small: WorkQueue::new(at_once, patience, what), large: WorkQueue::new(at_once, patience, what) }
+        Self { small: WorkQueue::new(at_once, patience, what), large: WorkQueue::yielding(at_once, patience, what) }
     }
 
     /// Runs work for the request that is handled, within the time.

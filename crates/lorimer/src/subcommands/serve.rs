@@ -55,6 +55,10 @@ pub struct Serve {
     /// Most token rows of a step
     #[arg(long, default_value_t = 512, visible_alias = "max-num-batched-tokens")]
     batch_tokens: usize,
+    /// Most prompt tokens of one step while prompts of several clients wait, shared equally: how long one client's answers wait for another's
+    /// prompt
+    #[arg(long, default_value_t = 48)]
+    shared_tokens: usize,
     /// Most requests that wait; more are refused with 503
     #[arg(long, default_value_t = 1000)]
     max_waiting: usize,
@@ -91,8 +95,8 @@ impl Serve {
             println!("{}", http::document());
             return Ok(ExitCode::SUCCESS);
         }
-        if self.max_running == 0 || self.batch_tokens == 0 {
-            bail!("--max-running and --batch-tokens should be at least 1");
+        if self.max_running == 0 || self.batch_tokens == 0 || self.shared_tokens == 0 {
+            bail!("--max-running, --batch-tokens and --shared-tokens should be at least 1");
         }
         if self.first_token.is_some_and(|s| !(s.is_finite() && s > 0.0)) {
             bail!("--first-token should be above 0");
@@ -140,6 +144,7 @@ impl Serve {
             policy: Policy {
                 max_running: self.max_running,
                 batch_tokens: self.batch_tokens,
+                shared_tokens: self.shared_tokens,
                 max_waiting: self.max_waiting,
                 first_token: self.first_token,
                 ..Default::default()
