@@ -11,7 +11,7 @@ use axum::body::{Body, to_bytes};
 use axum::http::{Method, Request, Uri, header};
 use lorimer::adapter::file::inspect;
 use lorimer::adapter::{self, methods, targets};
-use lorimer::model::config::LlamaConfig;
+use lorimer::model::decoder::config::DecoderConfig;
 use lorimer::model::text::chat::{ChatTemplate, MAX_TEXT};
 use lorimer::model::weights::gguf::Gguf;
 use lorimer::prelude::{Base, OpenOptions, StoredAdapter};
@@ -50,8 +50,8 @@ pub fn adapter(bytes: &[u8]) {
 /// Any bytes as a model's and an adapter's configuration.
 pub fn config(bytes: &[u8]) {
     let Ok(json) = serde_json::from_slice::<Value>(bytes) else { return };
-    match LlamaConfig::from_json(&json, "config.json".as_ref()) {
-        Ok(config) => _ = config.rotary(),
+    match DecoderConfig::from_json(&json, "config.json".as_ref()) {
+        Ok(config) => _ = config.frequencies(),
         Err(error) => sentence(&error.to_string()),
     }
     if let Value::Object(map) = &json {
@@ -92,11 +92,11 @@ pub fn gguf(bytes: &[u8]) {
         // A file that is no base may still have a tokenizer.
         let _ = lorimer::model::TextModel::from_gguf(&file);
     }
-    static CONFIG: OnceLock<LlamaConfig> = OnceLock::new();
+    static CONFIG: OnceLock<DecoderConfig> = OnceLock::new();
     let config = CONFIG.get_or_init(|| {
         let path = goldens("tiny-llama/config.json");
         let json = serde_json::from_slice(&std::fs::read(&path).expect("a file")).expect("JSON");
-        LlamaConfig::from_json(&json, &path).expect("a configuration")
+        DecoderConfig::from_json(&json, &path).expect("a configuration")
     });
     if let Err(error) = adapter::file::convert::read_gguf(&path, config) {
         sentence(&error.to_string());

@@ -15,8 +15,7 @@ use clap::Args;
 use lorimer_adapter::file::bytes::safetensors_bytes;
 use lorimer_adapter::file::store::{CONFIG_FILE, WEIGHTS_FILE};
 use lorimer_adapter::methods;
-use lorimer_model::Llama;
-use lorimer_model::config::LlamaConfig;
+use lorimer_model::Config;
 use lorimer_model::files::{create_folder, write_json};
 use lorimer_serve::engine::workload::{Arrival, Workload};
 use rand::{Rng, SeedableRng};
@@ -154,16 +153,10 @@ struct Seen {
 }
 
 /// Writes adapters `0 … n − 1` that are not there yet, each with factors of its own.
-fn write_adapters(
-    folder: &Path,
-    config: &LlamaConfig,
-    n: usize,
-    ranks: &[usize],
-    seed: u64,
-    global: Global,
-) -> Result<()> {
+fn write_adapters(folder: &Path, config: &Config, n: usize, ranks: &[usize], seed: u64, global: Global) -> Result<()> {
     let bar = common::bar(n as u64, "writing adapters {bar:30} {pos}/{len} {eta}", global);
-    let sites: Vec<_> = Llama::sites(config)
+    let sites: Vec<_> = config
+        .sites()
         .into_iter()
         .filter(|s| ["q_proj", "k_proj", "v_proj", "o_proj"].contains(&s.role.as_str()))
         .collect();
@@ -252,8 +245,8 @@ impl BenchServe {
         let config = prepared.config.clone();
         drop(prepared);
         let longest = self.input.iter().map(|(_, most)| most).max().copied().unwrap_or(0) + self.output.1;
-        if longest > config.max_positions {
-            let context = config.max_positions;
+        if longest > config.shape().max_positions {
+            let context = config.shape().max_positions;
             bail!(
                 "--input and --output are {longest} tokens at most, and the model is made for {context}; ask for fewer"
             );
@@ -279,20 +272,14 @@ impl BenchServe {
         })
     }
 
-    fn measure(
-        &self,
-        folder: &Path,
-        config: &LlamaConfig,
-        most: usize,
-        global: Global,
-    ) -> Result<(Vec<Value>, Vec<Value>)> {
+    fn measure(&self, folder: &Path, config: &Config, most: usize, global: Global) -> Result<(Vec<Value>, Vec<Value>)> {
         write_adapters(folder, config, most, &self.ranks, self.seed, global)?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let mut found: Vec<Vec<Value>> = vec![Vec::new(); self.adapters.len() + self.peer.len()];
         // In turns, so that what else the machine does meets all alike.
         for round in 0..self.rounds {
             for (place, &adapters) in self.adapters.iter().enumerate() {
-                let asks = self.asks(adapters, config.vocab_size, round)?;
+                let asks = self.asks(adapters, config.shape().vocabulary, round)?;
                 let server = Server::start(self, folder)?;
                 let row = match self.cold_loads {
                     Some(rate) => runtime.block_on(self.cold(&server, asks, adapters, rate))?,
@@ -302,7 +289,7 @@ impl BenchServe {
             }
             for (place, peer) in self.peer.iter().enumerate() {
                 let adapters = self.adapters[0];
-                let asks = self.asks(adapters, config.vocab_size, round)?;
+                let asks = self.asks(adapters, config.shape().vocabulary, round)?;
                 let requests: Vec<Value> = asks
                     .iter()
                     .map(|a| json!({ "adapter": a.adapter, "prompt": a.prompt, "output": a.output }))

@@ -8,7 +8,7 @@ use candle_core::{DType, Device, Tensor};
 use clap::Args;
 use lorimer_adapter::algebra::switch::{Entries, Switcher};
 use lorimer_adapter::{Adapter, methods};
-use lorimer_model::{BaseModel, Llama};
+use lorimer_model::BaseModel;
 use lorimer_tensor::FrozenWeight;
 use lorimer_tensor::ops::sparse::{add_product, copy_into};
 use rand::{Rng, SeedableRng};
@@ -20,7 +20,7 @@ use lorimer_cli::common::ModelArgs;
 use lorimer_cli::{Global, common};
 
 /// Hash of every projection's numbers.
-pub fn fingerprint(model: &Llama) -> Result<String> {
+pub fn fingerprint(model: &dyn BaseModel) -> Result<String> {
     let mut hash = Sha256::new();
     for (_, base) in model.projections() {
         let values = base.dense(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
@@ -69,7 +69,7 @@ impl BenchSwitch {
             bail!("--rounds and --rank should be at least 1");
         }
         let (mut base, _) = common::open_base(&self.model, global)?;
-        let before = fingerprint(&base.model)?;
+        let before = fingerprint(base.model())?;
         let masks = ["random", "struct", "block"];
         let mut sparse: Vec<[Entries; 2]> = Vec::new();
         for mask in masks {
@@ -78,7 +78,7 @@ impl BenchSwitch {
                 settings.insert("density".into(), json!(self.density));
                 settings.insert("mask_type".into(), json!(mask));
                 settings.insert("init_weights".into(), Value::Bool(false));
-                Ok(Entries::of(&Adapter::attach(&base.model, methods::build("shira", &settings)?, seed)?)?)
+                Ok(Entries::of(&Adapter::attach(base.model(), methods::build("shira", &settings)?, seed)?)?)
             };
             sparse.push([of(1)?, of(2)?]);
         }
@@ -89,7 +89,7 @@ impl BenchSwitch {
             Ok(Tensor::from_vec(data, (rows, columns), &Device::Cpu)?)
         };
         let mut weights = Vec::new();
-        for (site, projection) in base.model.projections().into_iter().filter(|(site, _)| site.layer.is_some()) {
+        for (site, projection) in base.model().projections().into_iter().filter(|(site, _)| site.layer.is_some()) {
             let FrozenWeight::Dense(weight) = &projection.weight else {
                 bail!("the base is quantised; load it with --dtype f32")
             };
@@ -123,7 +123,7 @@ impl BenchSwitch {
             };
             let (from, to) = (round % 2, (round + 1) % 2);
             {
-                let mut switcher = Switcher::new(&mut base.model);
+                let mut switcher = Switcher::new(base.model.as_mut());
                 for (mask, pair) in masks.iter().zip(&sparse) {
                     note(&format!("shira {mask}: put on"), timed(|| Ok(switcher.add(&pair[from], 1.0)?))?);
                     note(&format!("shira {mask}: switch"), timed(|| Ok(switcher.switch(&pair[to])?))?);
@@ -136,7 +136,7 @@ impl BenchSwitch {
             bar.inc(1);
         }
         bar.finish_and_clear();
-        if fingerprint(&base.model)? != before {
+        if fingerprint(base.model())? != before {
             bail!("the base is not what it was");
         }
         let mut table = Vec::new();

@@ -8,7 +8,7 @@ use anyhow::{Result, anyhow, bail};
 use candle_core::{Tensor, Var};
 use clap::{Args, ValueEnum};
 use lorimer_adapter::{Adapter, Attached, Step};
-use lorimer_model::{BaseModel, Llama, Prepared};
+use lorimer_model::{BaseModel, Prepared};
 use lorimer_tensor::Gradients;
 use lorimer_train::run::plan::Work;
 use lorimer_train::run::step::{StepLoss, accumulate_gradients, batch_loss};
@@ -185,7 +185,7 @@ impl BenchTrain {
     fn rows(&self, work: &str, base: &Prepared) -> Result<(Vec<Example>, usize)> {
         if work == "dense" {
             let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(0);
-            let vocabulary = base.config.vocab_size as u32;
+            let vocabulary = base.config.shape().vocabulary as u32;
             let row = |_| Example {
                 tokens: (0..256).map(|_| rng.random_range(3.min(vocabulary - 1)..vocabulary)).collect(),
                 supervised: vec![true; 256],
@@ -222,7 +222,7 @@ impl BenchTrain {
         let clock = Instant::now();
         let base = common::load_base(prepared, &pulled)?;
         let load_seconds = clock.elapsed().as_secs_f64();
-        let adapter = Adapter::attach(&base.model, method, 0)?;
+        let adapter = Adapter::attach(base.model(), method, 0)?;
         let attached = Attached::one(&adapter);
         let parameters = adapter.trainable();
         let options = self.step.options(checkpointing);
@@ -240,11 +240,11 @@ impl BenchTrain {
             let on = attached.at(Step::training(step as u64));
             let scale = 1.0 / targets.max(1) as f64;
             let (found, mut gradients) = match self.reference {
-                true => reference_step(&base.model, &on, &parameters, &batch, scale)?,
+                true => reference_step(base.model(), &on, &parameters, &batch, scale)?,
                 false => {
                     let sums = &mut sums;
                     let found =
-                        accumulate_gradients(&base.model, &on, &parameters, &batch, scale, options, None, sums)?;
+                        accumulate_gradients(base.model(), &on, &parameters, &batch, scale, options, None, sums)?;
                     (found, parameters.iter().map(|(_, v)| sums.remove(v.as_tensor())).collect())
                 }
             };
@@ -268,7 +268,7 @@ impl BenchTrain {
         let rate = sgemm_rate()?;
         // Products with frozen weights, forward and for the inputs' gradients: what every method pays.
         let sizes = |head: bool| -> usize {
-            let sites = base.model.projections().into_iter().map(|(site, _)| site);
+            let sites = base.model().projections().into_iter().map(|(site, _)| site);
             sites.filter(|s| s.is_head == head).map(|s| s.inputs * s.outputs).sum()
         };
         let flops = 4.0 * (computed as f64 * sizes(false) as f64 + supervised as f64 * sizes(true) as f64);
@@ -276,7 +276,7 @@ impl BenchTrain {
         let each = (steps - 1).max(1) as f64;
         Ok(json!({
             "name": if self.reference { "reference form" } else { "lorimer" }, "work": work, "method": self.adapter.method, "rank": self.adapter.rank, "batch_size": size, "steps": steps,
-            "storage": base.model.projections().first().map(|(_, p)| p.weight.storage_name()),
+            "storage": base.model().projections().first().map(|(_, p)| p.weight.storage_name()),
             "examples_per_second": examples as f64 / counted, "tokens_per_second": tokens as f64 / counted,
             "tokens": tokens, "computed_tokens": computed, "supervised_tokens": supervised,
             "gflops": gflops, "sgemm_gflops": rate, "share_of_sgemm": gflops / rate, "peak_bytes": peak_bytes,
@@ -290,7 +290,7 @@ impl BenchTrain {
 
 /// One step in candle's own graph.
 fn reference_step(
-    model: &Llama,
+    model: &dyn BaseModel,
     on: &Attached<'_>,
     parameters: &[(String, &Var)],
     rows: &[&Example],

@@ -154,7 +154,7 @@ pub fn load_base(prepared: Prepared, pulled: &Pulled) -> Result<Base> {
         "base {} from {} ({:.0} MB in memory)",
         pulled.name,
         base.path.display(),
-        base.model.bytes() as f64 / 1e6
+        base.model().bytes() as f64 / 1e6
     );
     Ok(base)
 }
@@ -191,7 +191,7 @@ pub fn open_adapters(base: &Base, adapters: &[(PathBuf, f64)]) -> Result<Vec<(Ad
                 path.display()
             );
         }
-        Ok((Adapter::load_whole(&base.model, &stored)?, *weight))
+        Ok((Adapter::load_whole(base.model(), &stored)?, *weight))
     };
     adapters.iter().map(open).collect()
 }

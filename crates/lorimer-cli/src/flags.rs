@@ -6,7 +6,7 @@ use anyhow::{Result, anyhow, bail};
 use clap::{Args, ValueEnum};
 use lorimer_adapter::Method;
 use lorimer_adapter::methods::{self, Entry};
-use lorimer_model::{Llama, LoadDtype, Prepared};
+use lorimer_model::{LoadDtype, Prepared};
 use lorimer_train::run::frozen::FrozenCache;
 use lorimer_train::run::plan::{Plan, Request, Work, plan};
 use lorimer_train::run::step::StepOptions;
@@ -311,7 +311,7 @@ impl StepArgs {
         let Prepared { config, weights, .. } = run.prepared;
         Ok(plan(&Request {
             config,
-            base_bytes: Llama::planned_bytes(config, weights, dtype)?,
+            base_bytes: config.planned_bytes(weights, dtype)?,
             file_bytes: weights.file_bytes(),
             method: run.method,
             work: (run.work)(batch_size),

@@ -24,7 +24,8 @@ pub struct OpenOptions {
 
 /// A loaded base model.
 pub struct Base {
-    model: Box<dyn BaseModel>,
+    /// The frozen model; [`Self::model`] is shorter for who only reads it.
+    pub model: Box<dyn BaseModel>,
     /// Its shape and constants.
     pub config: Config,
     /// Tokenizer and chat template.

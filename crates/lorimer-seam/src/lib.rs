@@ -3,12 +3,12 @@
 
 pub mod adaptation;
 pub mod batch;
-pub mod forward;
+pub mod layout;
 pub mod model;
 pub mod site;
 
 pub use adaptation::{Adaptation, AttentionCall, Frozen, Inference, Point};
 pub use batch::Batch;
-pub use forward::{Recompute, run_blocks};
-pub use model::{BaseModel, Input, KvCache, LayerShape, Layout, ModelShape};
+pub use layout::{Input, KvCache, LayerShape, Layout, ModelShape};
+pub use model::{BaseModel, Recompute, run_blocks};
 pub use site::{Projection, Site};

@@ -1,144 +1,14 @@
-//! What a model is to those who train, serve and measure it: projections with names, and a forward of blocks.
+//! What a model is to those who train, serve and measure it: projections with names, and a forward of blocks; and the one loop over them.
+
+use std::ops::Range;
 
 use candle_core::{DType, Result, Tensor, bail};
-use lorimer_tensor::{RotaryTable, Segment};
+use lorimer_tensor::{Gradients, Segment, Tape};
 
 use crate::adaptation::{Adaptation, Point};
-use crate::batch::{Batch, only_queries};
-use crate::forward::run_blocks;
+use crate::batch::Batch;
+use crate::layout::{Input, KvCache, Layout, ModelShape};
 use crate::site::{Projection, Site};
-
-/// Shape of one layer's attention and unit. Layers of one model may differ.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct LayerShape {
-    /// Query heads.
-    pub heads: usize,
-    /// Key-value heads; divides `heads`.
-    pub kv_heads: usize,
-    /// Width of one head.
-    pub head_dim: usize,
-    /// Width of the unit between the two projections after the attention.
-    pub inner: usize,
-}
-
-impl LayerShape {
-    /// Width of all queries of a row.
-    pub fn q_width(&self) -> usize {
-        self.heads * self.head_dim
-    }
-
-    /// Width of all keys of a row.
-    pub fn kv_width(&self) -> usize {
-        self.kv_heads * self.head_dim
-    }
-}
-
-/// Numbers of a model that do not depend on its weights.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ModelShape {
-    /// transformers' name of the family: `llama`, `bert`.
-    pub model_type: String,
-    /// Number of tokens known.
-    pub vocabulary: usize,
-    /// Width of the hidden state.
-    pub hidden: usize,
-    /// Longest sequence that the model is made for.
-    pub max_positions: usize,
-    /// Its layers.
-    pub layers: Vec<LayerShape>,
-    /// Whether a row sees only rows before it, so that what sequences begin with in common can be computed once, and tokens can be generated.
-    pub causal: bool,
-}
-
-impl ModelShape {
-    /// The widest keys of all layers.
-    pub fn kv_width(&self) -> usize {
-        self.layers.iter().map(LayerShape::kv_width).max().unwrap_or(0)
-    }
-}
-
-/// What a forward begins with, one a row.
-pub enum Input<'a> {
-    /// Token ids.
-    Tokens(&'a [u32]),
-    /// In place of the token embeddings: (rows, hidden).
-    Embeddings(&'a Tensor),
-}
-
-/// Keys and values of one sequence, layer by layer.
-#[derive(Clone, Default)]
-pub struct KvCache {
-    layers: Vec<(Tensor, Tensor)>,
-    length: usize,
-}
-
-impl KvCache {
-    /// Number of tokens held.
-    pub fn len(&self) -> usize {
-        self.length
-    }
-
-    /// Whether no token is held.
-    pub fn is_empty(&self) -> bool {
-        self.length == 0
-    }
-
-    /// Adds keys and values of new rows to a layer's; all of them.
-    pub fn extend(&mut self, layer: usize, k: Tensor, v: Tensor) -> Result<(Tensor, Tensor)> {
-        let all = match self.layers.get(layer) {
-            Some((old_k, old_v)) => (Tensor::cat(&[old_k, &k], 0)?, Tensor::cat(&[old_v, &v], 0)?),
-            None => (k, v),
-        };
-        match self.layers.get_mut(layer) {
-            Some(slot) => *slot = all.clone(),
-            None => self.layers.push(all.clone()),
-        }
-        Ok(all)
-    }
-}
-
-/// What every block needs to know of the rows of a batch.
-pub struct Layout {
-    /// Which rows belong together.
-    pub segments: Vec<Segment>,
-    /// Turns of queries and keys, one table for each kind of layer that the model has; empty where positions come otherwise.
-    pub rotary: Vec<RotaryTable>,
-    /// The rows that the last block is to give, where it need not give all.
-    pub last: Option<LastRows>,
-}
-
-/// The rows that the last block is to give.
-pub struct LastRows {
-    /// Which, ascending.
-    pub needed: Vec<u32>,
-    /// Their segments, with queries counted in `needed`.
-    pub segments: Vec<Segment>,
-    /// Their turns.
-    pub rotary: Vec<RotaryTable>,
-}
-
-impl Layout {
-    /// A layout with a table for each of the frequencies (radians a position, and the factor on sine and cosine) whose heads are `head` wide.
-    /// With `needed` (ascending), the last block gives these rows only.
-    pub fn new(
-        positions: &[usize],
-        segments: &[Segment],
-        needed: Option<&[u32]>,
-        frequencies: &[(Vec<f64>, f64)],
-        head: usize,
-    ) -> Self {
-        let tables = |positions: &[usize]| {
-            let table = |(turns, scale): &(Vec<f64>, f64)| RotaryTable::new(positions, turns, *scale).partial(head);
-            frequencies.iter().map(table).collect()
-        };
-        let last = needed.map(|needed| LastRows {
-            segments: only_queries(segments, needed),
-            rotary: tables(&needed.iter().map(|&row| positions[row as usize]).collect::<Vec<_>>()),
-            needed: needed.to_vec(),
-        });
-        Self { segments: segments.to_vec(), rotary: tables(positions), last }
-    }
-}
 
 /// A frozen model that adapters attach to: its projections and other parameters by on-disk name, and its forward over packed rows: a stem
 /// (embeddings), blocks, an end (the final norm), and what its hidden states are read by.
@@ -195,12 +65,12 @@ pub trait BaseModel: Send + Sync {
     }
 
     /// Refuses sequences that the model is not made for.
-    fn check_length(&self, length: usize) -> std::result::Result<(), String> {
+    fn check_length(&self, length: usize) -> Result<()> {
         let most = self.shape().max_positions;
-        match length > most {
-            true => Err(format!("a sequence of {length} tokens is longer than the {most} the model is made for")),
-            false => Ok(()),
+        if length > most {
+            bail!("a sequence of {length} tokens is longer than the {most} the model is made for");
         }
+        Ok(())
     }
 
     /// The first block's input for token rows, as the adaptation leaves it.
@@ -237,5 +107,76 @@ pub trait BaseModel: Send + Sync {
         let all = 0..self.shape().layers.len();
         let h = run_blocks(self, h, all, &layout, on, cache, |_, _| {})?;
         self.end(&h, on)
+    }
+}
+
+/// From the input `h` of the first of some blocks to the output of the last. `each` sees every block's input.
+pub fn run_blocks<M: BaseModel + ?Sized>(
+    model: &M,
+    mut h: Tensor,
+    blocks: Range<usize>,
+    layout: &Layout,
+    on: &dyn Adaptation,
+    mut cache: Option<&mut KvCache>,
+    mut each: impl FnMut(usize, &Tensor),
+) -> Result<Tensor> {
+    for i in blocks {
+        each(i, &h);
+        h = model.block(i, &h, layout, on, cache.as_deref_mut())?;
+    }
+    Ok(h)
+}
+
+/// The inputs of a forward's blocks, from which the backward computes each block again, the last first.
+pub struct Recompute {
+    /// The block whose input is the first that is kept.
+    first: usize,
+    inputs: Vec<Tensor>,
+}
+
+impl Recompute {
+    /// Runs the blocks, keeping the inputs of those from `keep_from` on; gives the output of the last too.
+    pub fn forward<M: BaseModel + ?Sized>(
+        model: &M,
+        h: Tensor,
+        (blocks, keep_from): (Range<usize>, usize),
+        layout: &Layout,
+        on: &dyn Adaptation,
+    ) -> Result<(Self, Tensor)> {
+        let (first, mut inputs) = (blocks.start.max(keep_from), Vec::new());
+        let keep = |i: usize, h: &Tensor| {
+            if i >= keep_from {
+                inputs.push(h.clone());
+            }
+        };
+        let h = run_blocks(model, h, blocks, layout, on, None, keep)?;
+        Ok((Self { first, inputs }, h))
+    }
+
+    /// The block that is computed again next, if any is left.
+    pub fn next(&self) -> Option<usize> {
+        (self.first + self.inputs.len()).checked_sub(1).filter(|_| !self.inputs.is_empty())
+    }
+
+    /// Computes the next block again, recorded on `tape` by `on`, and takes the gradient of its output back to its parameters and, with
+    /// `follow`, to its input, whose gradient is given where one arrives.
+    pub fn backward<M: BaseModel + ?Sized>(
+        &mut self,
+        model: &M,
+        layout: &Layout,
+        (tape, on): (&Tape, &dyn Adaptation),
+        gradient: Tensor,
+        follow: bool,
+        gradients: &mut Gradients,
+    ) -> Result<Option<Tensor>> {
+        let (Some(i), Some(input)) = (self.next(), self.inputs.pop()) else { return Ok(None) };
+        if follow {
+            tape.track(&input);
+        }
+        let output = model.block(i, &input, layout, on, None)?;
+        if tape.tracks(&output) {
+            tape.backward(&output, gradient, gradients)?;
+        }
+        Ok(gradients.remove(&input))
     }
 }

@@ -261,14 +261,25 @@ fn attends(lengths: &[usize], cached: usize) -> Result<()> {
         let tape = Tape::new([&q, &k, &v]);
         let y = Ops::recorded(&tape).attention((&q, &k, &v), &segments, &AttentionForm::causal(d, 0.25))?;
         assert_values(&what, &y, (rows, 2 * d), &expected, 1e-4)?;
-        assert_values(&what, &attention((&q, &k, &v), &segments, &AttentionForm::causal(d, 0.25))?, (rows, 2 * d), &expected, 1e-4)?;
+        assert_values(
+            &what,
+            &attention((&q, &k, &v), &segments, &AttentionForm::causal(d, 0.25))?,
+            (rows, 2 * d),
+            &expected,
+            1e-4,
+        )?;
         for (found, of) in backward(tape, &y, &[&q, &k, &v])?.iter().zip([&q, &k, &v]) {
             assert_eq!(found.dims(), of.dims(), "{what}");
             assert!(values(found)?.iter().all(|v| v.is_finite()), "{what}");
         }
         if dtype == DType::F32 {
             let pool: Vec<f32> = ks.iter().chain(&vs).map(|&v| v as f32).collect();
-            let y = attention_in_pool(&q, KeyPool { numbers: &pool, stride: d, width: d, values_at: keys }, &segments, &AttentionForm::causal(d, 0.25))?;
+            let y = attention_in_pool(
+                &q,
+                KeyPool { numbers: &pool, stride: d, width: d, values_at: keys },
+                &segments,
+                &AttentionForm::causal(d, 0.25),
+            )?;
             assert_values(&what, &y, (rows, 2 * d), &expected, 1e-4)?;
         }
     }

@@ -1,4 +1,4 @@
-//! Pre-trains a small Llama over bytes from scratch, with full AdamW, GaLore, 8-bit GaLore and LoRA in turn, and compares their perplexity
+//! Pre-trains a small Decoder over bytes from scratch, with full AdamW, GaLore, 8-bit GaLore and LoRA in turn, and compares their perplexity
 //! on text that none has seen, and the bytes of optimiser state over the projected weights (GaLore, arXiv 2403.03507, table 2).
 //!
 //! `cargo run --release --example pretrain -- [STEPS] [METHOD:RATE …]`, in the project's folder; 300 steps take about ten minutes on two cores.
@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor};
-use lorimer::model::config::LlamaConfig;
+use lorimer::model::decoder::config::DecoderConfig;
 use lorimer::model::weights::{LoadDtype, Weights};
 use lorimer::prelude::*;
 use lorimer::tensor::Gradients;
@@ -26,13 +26,13 @@ const LAYERS: usize = 4;
 const LENGTH: usize = 128;
 const BATCH: usize = 16;
 
-/// Random weights: normal-like with σ = 0.02, as Llama starts.
-fn model() -> Result<Llama> {
+/// Random weights: normal-like with σ = 0.02, as Decoder starts.
+fn model() -> Result<Decoder> {
     let json = json!({
         "model_type": "llama", "hidden_size": WIDTH, "intermediate_size": INNER, "vocab_size": 256, "num_hidden_layers": LAYERS,
         "num_attention_heads": 4, "num_key_value_heads": 4, "rope_theta": 10000.0, "tie_word_embeddings": false,
     });
-    let config = LlamaConfig::from_json(&json, Path::new("config.json"))?;
+    let config = DecoderConfig::from_json(&json, Path::new("config.json"))?;
     let mut rng = ChaCha8Rng::seed_from_u64(0);
     let mut tensors = HashMap::new();
     let mut put = |name: String, shape: &[usize]| -> Result<()> {
@@ -60,7 +60,7 @@ fn model() -> Result<Llama> {
         put(at("input_layernorm"), &[WIDTH])?;
         put(at("post_attention_layernorm"), &[WIDTH])?;
     }
-    Ok(Llama::load(config, &Weights::from_memory(tensors).kept_as(LoadDtype::F32))?)
+    Ok(Decoder::load(config, &Weights::from_memory(tensors).kept_as(LoadDtype::F32))?)
 }
 
 /// What the data files say, in pieces of equal length.

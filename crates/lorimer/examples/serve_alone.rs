@@ -63,7 +63,7 @@ fn adapters(base: &Base) -> Result<Vec<(String, Adapter)>> {
     for name in METHODS {
         for seed in 0..EACH {
             let method = methods::build(name, &serde_json::Map::new())?;
-            let adapter = Adapter::attach(&base.model, method, seed)?;
+            let adapter = Adapter::attach(base.model(), method, seed)?;
             let mut rng = ChaCha8Rng::seed_from_u64(seed);
             for (_, var) in adapter.trainable() {
                 let moved: Vec<f32> = (0..var.elem_count()).map(|_| rng.random_range(-0.01..0.01)).collect();
@@ -97,7 +97,7 @@ fn texts(folder: &Path) -> Result<Vec<String>> {
 /// Runs requests through an engine as they are given, `together` at most under way; the tokens of each.
 fn run(base: &Base, requests: &[Request], together: usize) -> Result<Vec<Vec<Token>>> {
     let settings = EngineSettings { pool_bytes: 2 << 30, prefix_cache: together > 1, ..Default::default() };
-    let mut engine = Engine::new(&base.model, settings)?;
+    let mut engine = Engine::new(base.model(), settings)?;
     let (mut answers, mut places, mut next, mut clock) = (vec![Vec::new(); requests.len()], BTreeMap::new(), 0, 0.0);
     let mut under = 0;
     while next < requests.len() || !engine.is_idle() {
@@ -183,7 +183,7 @@ fn main() -> Result<()> {
     let adapters = adapters(against)?;
     let mut hosted = Vec::new();
     for (name, adapter) in &adapters {
-        hosted.push(Arc::new(Hosted::new(&against.model, adapter, name.clone(), None)?));
+        hosted.push(Arc::new(Hosted::new(against.model(), adapter, name.clone(), None)?));
     }
     let texts = texts(&arguments.data)?;
     let mut rng = ChaCha8Rng::seed_from_u64(6);

@@ -7,10 +7,10 @@
 //! let pulled = pull("smollm2-135m", PullOptions::default())?;
 //! let base = Base::open(&pulled.path, &OpenOptions::default())?;
 //! let stored = StoredAdapter::read("runs/quickstart".as_ref())?;
-//! let adapter = Adapter::load_whole(&base.model, &stored)?;
+//! let adapter = Adapter::load_whole(base.model(), &stored)?;
 //! let prompt = base.text.encode("Hello", true)?;
 //! let answer = generate(
-//!     &base.model, &base.text, &Attached::one(&adapter), &prompt.ids, 32, &Sampling::default(), 0, &[], |_| {},
+//!     base.model(), &base.text, &Attached::one(&adapter), &prompt.ids, 32, &Sampling::default(), 0, &[], |_| {},
 //! )?;
 //! println!("{}", answer.text);
 //! # Ok(())
@@ -28,7 +28,7 @@ pub mod prelude {
     pub use lorimer_adapter::{Adapter, Attached, Delta, Method, Step, StoredAdapter, methods};
     pub use lorimer_model::pull::{PullOptions, pull};
     pub use lorimer_model::{
-        Adaptation, Base, BaseModel, Batch, Frozen, KvCache, Llama, LoadDtype, OpenOptions, TextModel,
+        Adaptation, Base, BaseModel, Batch, Decoder, Frozen, KvCache, LoadDtype, OpenOptions, TextModel,
     };
     pub use lorimer_serve::{Generation, Sampling, generate};
     pub use lorimer_train::{EncodeOptions, Evaluation, Example, Session, TrainSettings, evaluate};

@@ -33,7 +33,7 @@ fn norm(t: &Tensor) -> f64 {
 }
 
 /// Loss and gradients of a step over the examples, by parameter name.
-fn gradients(model: &Llama, adapter: &Adapter, step: Step) -> (f64, BTreeMap<String, Tensor>) {
+fn gradients(model: &dyn BaseModel, adapter: &Adapter, step: Step) -> (f64, BTreeMap<String, Tensor>) {
     let (rows, parameters, mut sums) = (examples(), adapter.trainable(), Gradients::default());
     let rows: Vec<&Example> = rows.iter().collect();
     let attached = Attached::one(adapter).at(step);
@@ -43,7 +43,7 @@ fn gradients(model: &Llama, adapter: &Adapter, step: Step) -> (f64, BTreeMap<Str
     (found.sum, all.collect())
 }
 
-fn step(model: &Llama, adapter: &Adapter, optimizer: &mut dyn Optimizer, rate: f64) -> f64 {
+fn step(model: &dyn BaseModel, adapter: &Adapter, optimizer: &mut dyn Optimizer, rate: f64) -> f64 {
     let (loss, mut found) = gradients(model, adapter, Step::default());
     let parameters = adapter.trainable();
     let gradients: Vec<_> = parameters.iter().map(|(name, _)| found.remove(name)).collect();
@@ -466,7 +466,7 @@ fn every_supervised_position_is_regularised() {
 }
 
 /// The base with a random change of rank 2 in some projections, each so large that alone it moves the output by the same divergence.
-fn plant(model: &Llama, planted: &[String], rng: &mut ChaCha8Rng) -> Adapter {
+fn plant(model: &dyn BaseModel, planted: &[String], rng: &mut ChaCha8Rng) -> Adapter {
     let teacher = attach(model, "lora", r#"{"r": 2, "lora_alpha": 2}"#);
     let rows: Vec<Vec<u32>> = (0..64).map(|_| (0..12).map(|_| rng.random_range(0..40)).collect()).collect();
     let batch = Batch::pack(rows.iter().map(Vec::as_slice));
@@ -499,7 +499,7 @@ fn plant(model: &Llama, planted: &[String], rng: &mut ChaCha8Rng) -> Adapter {
 }
 
 /// Rows that a model wrote, all of them a token at a time.
-fn written(model: &Llama, teacher: &Adapter, rng: &mut ChaCha8Rng) -> Vec<Example> {
+fn written(model: &dyn BaseModel, teacher: &Adapter, rng: &mut ChaCha8Rng) -> Vec<Example> {
     let attached = Attached::one(teacher);
     let mut written: Vec<Vec<u32>> = (0..1024).map(|_| vec![rng.random_range(0..40)]).collect();
     for _ in 1..12 {
@@ -603,7 +603,7 @@ fn a_gradient_that_is_no_number_is_told_as_divergence() {
 #[test]
 fn ten_thousand_switches_leave_the_base_as_it_was() {
     let mut model = model_as(DType::F32, LoadDtype::F32);
-    let bytes = |model: &Llama| -> Vec<u32> {
+    let bytes = |model: &dyn BaseModel| -> Vec<u32> {
         let all = model.projections().into_iter().map(|(_, p)| p.dense(DType::F32).unwrap());
         all.flat_map(|w| w.flatten_all().unwrap().to_vec1::<f32>().unwrap()).map(f32::to_bits).collect()
     };

@@ -214,7 +214,7 @@ fn gguf_files() {
     lorimer::prelude::Base::open(&path, &Default::default()).unwrap();
     let stored = lorimer::prelude::StoredAdapter::read(&common::goldens("adapters/lora")).unwrap();
     let json = serde_json::from_slice(&std::fs::read(common::goldens("tiny-llama/config.json")).unwrap()).unwrap();
-    let config = lorimer::model::config::LlamaConfig::from_json(&json, "config.json".as_ref()).unwrap();
+    let config = lorimer::model::decoder::config::DecoderConfig::from_json(&json, "config.json".as_ref()).unwrap();
     lorimer::adapter::file::convert::write_gguf(&stored, &config, &path).unwrap();
     let adapter = std::fs::read(&path).unwrap();
     let seeds = [whole, adapter, std::fs::read(common::goldens("sentencepiece.gguf")).unwrap()];

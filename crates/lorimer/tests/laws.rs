@@ -26,12 +26,12 @@ fn matrix() -> impl Iterator<Item = (&'static str, &'static str, f64)> {
         .flat_map(|e| e.laws.iter().map(move |(settings, tolerance)| (e.name, *settings, *tolerance)))
 }
 
-fn base_bytes(model: &Llama) -> Vec<f64> {
+fn base_bytes(model: &dyn BaseModel) -> Vec<f64> {
     let weights = model.projections().into_iter().map(|(_, p)| p.dense(DType::F64).unwrap());
     weights.flat_map(|w| w.flatten_all().unwrap().to_vec1::<f64>().unwrap()).collect()
 }
 
-fn each(law: impl Fn(&Llama, &str, &str, f64)) {
+fn each(law: impl Fn(&dyn BaseModel, &str, &str, f64)) {
     let model = model();
     for (name, settings, tolerance) in matrix() {
         println!("{name} {settings}");
@@ -305,7 +305,12 @@ fn law_5_the_fast_gradients_equal_the_plain_ones() {
 }
 
 /// Gradients of the trainer's step in f32, in order, as numbers.
-fn step_gradients(model: &Llama, adapter: &Adapter, checkpointing: bool, lower: Option<&FrozenLower>) -> Vec<Vec<f32>> {
+fn step_gradients(
+    model: &dyn BaseModel,
+    adapter: &Adapter,
+    checkpointing: bool,
+    lower: Option<&FrozenLower>,
+) -> Vec<Vec<f32>> {
     let rows = examples();
     let places: Vec<usize> = (0..rows.len()).collect();
     let rows: Vec<&Example> = rows.iter().collect();
@@ -321,7 +326,7 @@ fn step_gradients(model: &Llama, adapter: &Adapter, checkpointing: bool, lower: 
 }
 
 /// The same from candle's own graph, in the model's type.
-fn loss_gradients(model: &Llama, adapter: &Adapter) -> Vec<Vec<f32>> {
+fn loss_gradients(model: &dyn BaseModel, adapter: &Adapter) -> Vec<Vec<f32>> {
     let (rows, attached) = (examples(), Attached::one(adapter).at(Step::training(3)));
     let (sum, ..) = batch_loss(model, &attached, &rows.iter().collect::<Vec<_>>()).unwrap();
     let found = (sum * 0.5).unwrap().backward().unwrap();
@@ -330,7 +335,7 @@ fn loss_gradients(model: &Llama, adapter: &Adapter) -> Vec<Vec<f32>> {
 }
 
 /// An adapter with the numbers of another, on a model in f64.
-fn widened(model: &Llama, of: &Adapter, name: &str, settings: &str) -> Adapter {
+fn widened(model: &dyn BaseModel, of: &Adapter, name: &str, settings: &str) -> Adapter {
     let wide = attach(model, name, settings);
     for ((a, from), (b, to)) in of.trainable().iter().zip(wide.trainable()) {
         assert_eq!(*a, b);

@@ -263,7 +263,7 @@ fn files_hold_only_what_was_trained() {
     let bytes = |method: &str, r: usize| {
         let settings = serde_json::json!({ "r": r });
         let method = methods::build(method, settings.as_object().unwrap()).unwrap();
-        let adapter = Adapter::attach(&base.model, method, 0).unwrap();
+        let adapter = Adapter::attach(base.model(), method, 0).unwrap();
         let file = adapter.to_stored("base").unwrap().tensor_bytes().unwrap().len();
         (file, 4 * adapter.parameter_count())
     };

@@ -7,7 +7,7 @@ use std::process::{Command, Output};
 use candle_core::{Device, Tensor};
 use serde_json::{Value, json};
 
-/// A Llama of random weights, large enough for activations to outweigh the program, with the tokenizer of the tiny one.
+/// A Decoder of random weights, large enough for activations to outweigh the program, with the tokenizer of the tiny one.
 fn model(folder: &Path) -> String {
     let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/goldens/tiny-llama");
     for file in ["tokenizer.json", "tokenizer_config.json"] {

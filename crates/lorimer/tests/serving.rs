@@ -18,16 +18,16 @@ use lorimer::serve::{Engine, EngineSettings, Event, FinishReason, Hosted, Reques
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-fn model() -> Llama {
+fn model() -> Decoder {
     tiny::model_as(DType::F32, LoadDtype::Stored)
 }
 
-fn hosted(model: &Llama, adapter: &Adapter, name: &str) -> Arc<Hosted> {
+fn hosted(model: &dyn BaseModel, adapter: &Adapter, name: &str) -> Arc<Hosted> {
     Arc::new(Hosted::new(model, adapter, format!("sha256:{name}"), None).unwrap())
 }
 
 /// An adapter of a method that does something.
-fn moved(model: &Llama, name: &str, settings: &str) -> Adapter {
+fn moved(model: &dyn BaseModel, name: &str, settings: &str) -> Adapter {
     let adapter = tiny::attach(model, name, settings);
     tiny::move_all(&adapter);
     adapter
@@ -37,8 +37,8 @@ fn moved(model: &Llama, name: &str, settings: &str) -> Adapter {
 type Asked = (Vec<u32>, Vec<(Arc<Hosted>, f32)>);
 
 /// The logits of every sequence's rows, computed together.
-fn together(model: &Llama, sequences: &[Asked]) -> Vec<Tensor> {
-    let geometry = Geometry::of(&model.config);
+fn together(model: &dyn BaseModel, sequences: &[Asked]) -> Vec<Tensor> {
+    let geometry = Geometry::of(model.shape());
     let (mut free, mut numbers) = pool(geometry, 4000 * geometry.page_bytes()).unwrap();
     let mut residents: HashMap<&str, Vec<u32>> = HashMap::new();
     let mut blocks = Vec::new();
@@ -75,7 +75,7 @@ fn together(model: &Llama, sequences: &[Asked]) -> Vec<Tensor> {
 }
 
 /// The logits of one sequence alone, by the code that trains.
-fn alone(model: &Llama, tokens: &[u32], adaptation: &dyn Adaptation) -> Tensor {
+fn alone(model: &dyn BaseModel, tokens: &[u32], adaptation: &dyn Adaptation) -> Tensor {
     let batch = Batch::pack([tokens]);
     model.logits(&model.hidden(&batch, adaptation).unwrap(), adaptation).unwrap()
 }
@@ -147,7 +147,7 @@ fn sums_of_weighted_adapters_in_one_batch() {
 }
 
 /// Greedy tokens of one request alone, token by token, by the code that trains.
-fn answer(model: &Llama, adaptation: &dyn Adaptation, prompt: &[u32], n: usize, stop: u32) -> (Vec<u32>, f32) {
+fn answer(model: &dyn BaseModel, adaptation: &dyn Adaptation, prompt: &[u32], n: usize, stop: u32) -> (Vec<u32>, f32) {
     let mut cache = KvCache::default();
     let mut hidden = model.hidden_cached(prompt, &mut cache, adaptation).unwrap();
     let (mut tokens, mut closest) = (Vec::new(), f32::INFINITY);
@@ -182,7 +182,7 @@ fn an_engine_answers_as_if_each_were_alone() {
     ];
     let adapters: Vec<_> = settings.iter().map(|(name, settings)| moved(&model, name, settings)).collect();
     let hosted: Vec<_> = adapters.iter().enumerate().map(|(i, a)| hosted(&model, a, &i.to_string())).collect();
-    let geometry = Geometry::of(&model.config);
+    let geometry = Geometry::of(model.shape());
     let largest = hosted.iter().map(|h| h.pages(geometry)).max().unwrap();
     let mut rng = ChaCha8Rng::seed_from_u64(2);
     let policy = Policy { batch_tokens: 24, max_running: 9, ..Default::default() };
@@ -314,7 +314,7 @@ fn prompts_of_any_length_in_steps_of_few_rows() {
 #[test]
 fn a_request_that_was_preempted_loses_nothing() {
     let model = model();
-    let geometry = Geometry::of(&model.config);
+    let geometry = Geometry::of(model.shape());
     let policy = Policy { batch_tokens: 2, ..Default::default() };
     let pool_bytes = geometry.pages_of_tokens(6 * BLOCK) * geometry.page_bytes();
     let mut engine = Engine::new(&model, EngineSettings { pool_bytes, policy, prefix_cache: false }).unwrap();
@@ -453,7 +453,7 @@ fn prompts_of_every_length_are_answered() {
     let model = model();
     let adapter = moved(&model, "lora", r#"{"r": 3}"#);
     let hosted = hosted(&model, &adapter, "a");
-    let (context, batch_tokens) = (model.config.max_positions, 24);
+    let (context, batch_tokens) = (model.shape().max_positions, 24);
     let lengths = [1, 2, 15, 16, 17, 23, 24, 25, 47, 48, 49, 73, 96, 511, 1024, context - 1];
     let text = |n: usize| (0..n as u32).map(|i| (i * i + 3 * i) % 40).collect::<Vec<_>>();
     for prefix_cache in [false, true] {
@@ -496,7 +496,7 @@ fn prompts_of_every_length_are_answered() {
 }
 
 /// An adapter whose account of itself is wrong: whatever computes with it panics.
-fn broken(model: &Llama, name: &str) -> Arc<Hosted> {
+fn broken(model: &dyn BaseModel, name: &str) -> Arc<Hosted> {
     let mut hosted = Hosted::new(model, &moved(model, "lora", r#"{"r": 2}"#), format!("sha256:{name}"), None).unwrap();
     hosted.places.values_mut().for_each(|place| place.a = 1 << 40);
     Arc::new(hosted)

@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 fn adapter(seed: u64) -> Vec<(&'static str, Vec<u8>)> {
     let base = Base::prepare(&common::goldens("tiny-llama"), &OpenOptions::default()).unwrap().load().unwrap();
     let method = methods::build("lora", json!({ "r": 4 }).as_object().unwrap()).unwrap();
-    let adapter = Adapter::attach(&base.model, method, seed).unwrap();
+    let adapter = Adapter::attach(base.model(), method, seed).unwrap();
     let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
     for (_, var) in adapter.trainable() {
         let moved: Vec<f32> = (0..var.elem_count()).map(|_| rng.random_range(-0.05..0.05)).collect();

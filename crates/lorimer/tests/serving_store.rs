@@ -14,12 +14,12 @@ use rand::{Rng, SeedableRng};
 #[path = "common/tiny.rs"]
 mod tiny;
 
-fn model() -> Llama {
+fn model() -> Decoder {
     tiny::model_as(DType::F32, LoadDtype::Stored)
 }
 
 /// Writes an adapter that does something; another `seed`, other content.
-fn write(model: &Llama, folder: &Path, settings: &str, seed: u64) {
+fn write(model: &dyn BaseModel, folder: &Path, settings: &str, seed: u64) {
     let serde_json::Value::Object(settings) = serde_json::from_str(settings).unwrap() else { panic!("settings") };
     let adapter = Adapter::attach(model, methods::build("lora", &settings).unwrap(), seed).unwrap();
     tiny::move_all(&adapter);

@@ -91,7 +91,7 @@ fn write_contents(base: &Base, root: &Path) {
         let name = ["lora", "dora", "bone", "vera"][i % 4];
         let settings = json!({ "r": if name == "vera" { 16 } else { 4 } });
         let method = methods::build(name, settings.as_object().unwrap()).unwrap();
-        let adapter = Adapter::attach(&base.model, method, i as u64).unwrap();
+        let adapter = Adapter::attach(base.model(), method, i as u64).unwrap();
         let mut rng = ChaCha8Rng::seed_from_u64(100 + i as u64);
         for (_, var) in adapter.trainable() {
             let moved: Vec<f32> = (0..var.elem_count()).map(|_| rng.random_range(-0.05..0.05)).collect();
@@ -339,7 +339,7 @@ fn a_server_survives_what_clients_do() {
     let base = Base::prepare(&base.path, &OpenOptions::default()).unwrap().load().unwrap();
     write_contents(&base, root);
     let damaged = write_damaged(root);
-    let vocabulary = base.model.config.vocab_size as u32;
+    let vocabulary = base.model().shape().vocabulary as u32;
     drop(base);
     let server = Server::start(&model, root);
     let mut rng = ChaCha8Rng::seed_from_u64(1);

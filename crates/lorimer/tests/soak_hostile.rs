@@ -122,7 +122,7 @@ fn adapters(base: &Base) -> BTreeMap<String, Vec<u8>> {
     for i in 0..WARM + COLD {
         let settings = json!({ "r": 8 });
         let method = methods::build("lora", settings.as_object().unwrap()).unwrap();
-        let adapter = Adapter::attach(&base.model, method, i as u64).unwrap();
+        let adapter = Adapter::attach(base.model(), method, i as u64).unwrap();
         let mut rng = ChaCha8Rng::seed_from_u64(i as u64);
         for (_, var) in adapter.trainable() {
             let moved: Vec<f32> = (0..var.elem_count()).map(|_| rng.random_range(-0.02..0.02)).collect();
@@ -368,7 +368,7 @@ fn warm_chats_do_not_feel_what_goes_wrong_around_them() {
     let seconds = long.unwrap_or(12);
     let base = pull(&model, PullOptions { refresh: false, progress: false }).unwrap();
     let base = Base::prepare(&base.path, &OpenOptions::default()).unwrap().load().unwrap();
-    let vocabulary = base.model.config.vocab_size as u32;
+    let vocabulary = base.model().shape().vocabulary as u32;
     let (objects, port) = Objects::start(adapters(&base));
     drop(base);
     let cache = tempfile::tempdir().unwrap();

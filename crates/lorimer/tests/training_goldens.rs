@@ -55,7 +55,8 @@ fn distance(a: &Tensor, b: &Tensor) -> f64 {
 fn lora_sb_starts_and_steps_as_its_authors_code_does() {
     let golden = Golden::open("lora_sb");
     let (config, weights) = lorimer::model::base::open_weights(&folder("tiny-llama"), LoadDtype::F32).unwrap();
-    let model = Llama::load(config, &weights).unwrap();
+    let model = config.load(&weights).unwrap();
+    let model = model.as_ref();
     let prompt = golden.number("prompt") as usize;
     let tokens: Vec<Vec<u32>> = golden.get("tokens").to_dtype(DType::U32).unwrap().to_vec2().unwrap();
     let rows: Vec<Example> = tokens
@@ -74,10 +75,10 @@ fn lora_sb_starts_and_steps_as_its_authors_code_does() {
     let given = serde_json::json!({ "r": 6, "samples": 6, "init_lr": eta, "target_modules": ["q_proj", "v_proj", "down_proj"] });
     let method = methods::build("lora-sb", given.as_object().unwrap()).unwrap();
     let data = Data { rows: rows.clone(), base: String::new(), cache: None };
-    let stats = calibrate(&model, method.as_ref(), &data, |_, _| {}).unwrap();
-    let adapter = Adapter::attach_calibrated(&model, method, &stats, 0).unwrap();
+    let stats = calibrate(model, method.as_ref(), &data, |_, _| {}).unwrap();
+    let adapter = Adapter::attach_calibrated(model, method, &stats, 0).unwrap();
     let mut compared = 0;
-    for (site, base, delta) in adapter.sites(&model) {
+    for (site, base, delta) in adapter.sites(model) {
         let plain = base.dense(DType::F32).unwrap();
         let change = (delta.merged(base).unwrap().unwrap() - plain).unwrap();
         let expected = golden.get(&format!("{}.change", site.path));
@@ -91,7 +92,7 @@ fn lora_sb_starts_and_steps_as_its_authors_code_does() {
     let mut optimizer = AdamW::new(AdamWConfig::default(), false);
     let schedule = Schedule { peak: golden.number("lr"), warmup: settings.warmup(6), total: 40, shape: Shape::Linear };
     for (step, expected) in golden.numbers("losses").into_iter().enumerate() {
-        let (sum, count, _) = batch_loss(&model, &Attached::one(&adapter), &rows).unwrap();
+        let (sum, count, _) = batch_loss(model, &Attached::one(&adapter), &rows).unwrap();
         let loss = (sum / count as f64).unwrap();
         let found = loss.backward().unwrap();
         let gradients: Vec<_> = parameters.iter().map(|(_, v)| found.get(v.as_tensor()).cloned()).collect();

@@ -7,13 +7,13 @@ use std::path::Path;
 use candle_core::quantized::QTensor;
 use candle_core::{DType, Device, Tensor};
 use lorimer_model::base::open_weights;
-use lorimer_model::config::LlamaConfig;
+use lorimer_model::decoder::EMBEDDING;
+use lorimer_model::decoder::config::RopeScaling;
 use lorimer_model::files::{
     MAX_JSON_BYTES, create_folder, read_bounded, read_json, text_files, write_atomic, write_atomic_with, write_json,
 };
-use lorimer_model::llama::EMBEDDING;
-use lorimer_model::weights::gguf::{module_to_gguf, row_order};
-use lorimer_model::{Llama, LoadDtype, Projection, Site, TextModel, Weights};
+use lorimer_model::weights::gguf::module_to_gguf;
+use lorimer_model::{Config, LoadDtype, Projection, Site, TextModel, Weights};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -66,12 +66,12 @@ struct Plan<'a> {
 }
 
 impl<'a> Plan<'a> {
-    fn new(adapters: &[(StoredAdapter, f64)], config: &LlamaConfig, weights: &'a Weights) -> Result<Self> {
+    fn new(adapters: &[(StoredAdapter, f64)], config: &Config, weights: &'a Weights) -> Result<Self> {
         let mut names: BTreeSet<String> = weights.names().into_iter().collect();
-        if config.tied {
+        if config.tied() {
             names.insert("lm_head.weight".into());
         }
-        let mut plan = Self { weights, tied: config.tied, adapters: Vec::new(), parameters: BTreeMap::new() };
+        let mut plan = Self { weights, tied: config.tied(), adapters: Vec::new(), parameters: BTreeMap::new() };
         for (place, (stored, weight)) in adapters.iter().enumerate() {
             refuse_embedding(stored)?;
             let mut method = crate::methods::from_adapter_config(&stored.config)?;
@@ -93,7 +93,7 @@ impl<'a> Plan<'a> {
                         )));
                     }
                     // A tied embedding is that weight as well.
-                    let embedding = frozen && config.tied && path == "lm_head.weight";
+                    let embedding = frozen && config.tied() && path == "lm_head.weight";
                     if embedding && !stored.tensors.contains_key(&format!("{PREFIX}{EMBEDDING}")) {
                         plan.parameters.insert(EMBEDDING.into(), (place, tensor.clone()));
                     }
@@ -116,7 +116,7 @@ impl<'a> Plan<'a> {
                     }
                 }
             }
-            let sites = Llama::sites(config);
+            let sites = config.sites();
             let matcher = Matcher::new(method.targeting(), &sites)?;
             let targeted: Vec<&Site> = sites.iter().filter(|site| matcher.targets(site)).collect();
             method.resolve(&targeted, &Default::default())?;
@@ -335,7 +335,7 @@ pub fn merge_to_folder(
     refuse_own_folder(base, output)?;
     let (config, weights) = open_weights(base, LoadDtype::F32)?;
     let plan = Plan::new(adapters, &config, &weights)?;
-    let untie = config.tied && (plan.touches("lm_head.weight") || plan.touches(EMBEDDING));
+    let untie = config.tied() && (plan.touches("lm_head.weight") || plan.touches(EMBEDDING));
     create_folder(output)?;
     let rounding = std::cell::RefCell::new(Rounding::default());
     let progress = std::cell::RefCell::new(&mut progress);
@@ -370,7 +370,11 @@ pub fn merge_to_folder(
                         dtype = found;
                     }
                 }
-                entries.push(entry("lm_head.weight".into(), dtype, vec![config.vocab_size, config.hidden_size]));
+                entries.push(entry(
+                    "lm_head.weight".into(),
+                    dtype,
+                    vec![config.shape().vocabulary, config.shape().hidden],
+                ));
             }
             let file_name = shard.path.file_name().unwrap_or_default();
             for e in &entries {
@@ -391,7 +395,7 @@ pub fn merge_to_folder(
         let mut shards: Vec<Vec<Entry<'_>>> = vec![Vec::new()];
         let mut size = 0;
         for name in names {
-            let source = if name == "lm_head.weight" && config.tied { EMBEDDING } else { &name };
+            let source = if name == "lm_head.weight" && config.tied() { EMBEDDING } else { &name };
             let shape = weights.shape(source)?.ok_or_else(|| Error::Mismatch(format!("tensor `{name}` is unknown")))?;
             let e = entry(name, to, shape);
             if size + e.length() > SHARD_BYTES && size > 0 {
@@ -424,13 +428,7 @@ pub fn merge_to_folder(
 }
 
 /// Configuration and tokenizer files beside merged weights; `config.json` last.
-fn write_companions(
-    weights: &Weights,
-    config: &LlamaConfig,
-    output: &Path,
-    untie: bool,
-    dtype: LoadDtype,
-) -> Result<()> {
+fn write_companions(weights: &Weights, config: &Config, output: &Path, untie: bool, dtype: LoadDtype) -> Result<()> {
     let folder = weights.origin();
     let mut json = match weights.gguf() {
         None => {
@@ -454,8 +452,9 @@ fn write_companions(
                 LoadDtype::Bf16 => "bfloat16",
                 LoadDtype::F32 | LoadDtype::Stored | LoadDtype::Nf4 | LoadDtype::Int8 => "float32",
             };
-            let mut json = config.to_json(name);
-            if matches!(config.rope_scaling, lorimer_model::config::RopeScaling::Factors(_)) {
+            let decoder = config.decoder("a GGUF base that is written as a folder")?;
+            let mut json = decoder.to_json(name);
+            if decoder.ropes.iter().any(|rope| matches!(rope.scaling, RopeScaling::Factors { .. })) {
                 return Err(Error::Refused(
                     "the base's rope factors (rope_freqs.weight) have no form in config.json; merge into a safetensors base or to `.gguf`".into(),
                 ));
@@ -493,7 +492,7 @@ pub fn merge_to_gguf(
         return Err(Error::Refused("a GGUF output needs a GGUF base; give a folder as output instead".into()));
     };
     let plan = Plan::new(adapters, &config, &weights)?;
-    if config.tied && (plan.touches("lm_head.weight") || plan.touches(EMBEDDING)) {
+    if config.tied() && (plan.touches("lm_head.weight") || plan.touches(EMBEDDING)) {
         return Err(Error::Refused(
             "the adapter changes the head or the embedding, which this base shares; merge into a folder instead".into(),
         ));
@@ -522,7 +521,7 @@ pub fn merge_to_gguf(
                     _ => weights.vector(name, dims.iter().product())?,
                 };
                 let merged = plan.merge(name, &before)?.unwrap_or_else(|| before.clone());
-                let order = row_order(file.architecture(), &config, &stored);
+                let order = file.row_order(&stored)?;
                 let to_file = |t: &Tensor| -> Result<Tensor> {
                     let Some(order) = &order else { return Ok(t.clone()) };
                     let mut inverse = vec![0u32; order.len()];

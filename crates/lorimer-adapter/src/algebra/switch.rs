@@ -117,8 +117,8 @@ fn product_norm(a: &Module, b: &Module) -> f64 {
 }
 
 /// A base in memory whose adapter changes.
-pub struct Switcher<'m, M: BaseModel> {
-    model: &'m mut M,
+pub struct Switcher<'m> {
+    model: &'m mut dyn BaseModel,
     /// What is to be written back, the latest last.
     undo: Vec<Undo>,
 }
@@ -137,14 +137,14 @@ fn weight<'a>(sites: &HashMap<&str, &'a Projection>, path: &str) -> Result<&'a T
     }
 }
 
-impl<'m, M: BaseModel> Switcher<'m, M> {
+impl<'m> Switcher<'m> {
     /// Over a base that nobody else uses meanwhile.
-    pub fn new(model: &'m mut M) -> Self {
+    pub fn new(model: &'m mut dyn BaseModel) -> Self {
         Self { model, undo: Vec::new() }
     }
 
     /// The base as it is now, to run.
-    pub fn model(&self) -> &M {
+    pub fn model(&self) -> &dyn BaseModel {
         self.model
     }
 
@@ -186,7 +186,7 @@ impl<'m, M: BaseModel> Switcher<'m, M> {
     }
 }
 
-impl<M: BaseModel> Drop for Switcher<'_, M> {
+impl Drop for Switcher<'_> {
     fn drop(&mut self) {
         // The base is handed back as it was.
         if let Err(error) = self.clear() {
@@ -195,6 +195,6 @@ impl<M: BaseModel> Drop for Switcher<'_, M> {
     }
 }
 
-fn sites<M: BaseModel>(model: &M) -> HashMap<&str, &Projection> {
+fn sites(model: &dyn BaseModel) -> HashMap<&str, &Projection> {
     model.projections().into_iter().map(|(site, base)| (site.path.as_str(), base)).collect()
 }

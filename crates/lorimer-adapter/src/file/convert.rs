@@ -9,7 +9,7 @@ use std::path::Path;
 use candle_core::quantized::gguf_file::Value as GgufValue;
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor};
-use lorimer_model::config::LlamaConfig;
+use lorimer_model::decoder::config::DecoderConfig;
 use lorimer_model::files::write_atomic_with;
 use lorimer_model::weights::SafetensorsFile;
 use lorimer_model::weights::gguf::{Gguf, module_from_gguf, module_to_gguf, row_order};
@@ -94,12 +94,12 @@ fn inverse(order: Vec<usize>) -> Vec<usize> {
 }
 
 /// Architecture's name in GGUF.
-fn architecture(config: &LlamaConfig) -> &str {
+fn architecture(config: &DecoderConfig) -> &str {
     if config.model_type == "mistral" { "llama" } else { &config.model_type }
 }
 
 /// Writes a llama.cpp adapter; the base's configuration says how q and k are laid out.
-pub fn write_gguf(stored: &StoredAdapter, config: &LlamaConfig, path: &Path) -> Result<()> {
+pub fn write_gguf(stored: &StoredAdapter, config: &DecoderConfig, path: &Path) -> Result<()> {
     let modules = low_ranks(stored)?;
     let alpha = modules.values().next().map_or(1.0, |l| l.scaling * l.a.dim(0).unwrap_or(1) as f64);
     let mut tensors = Vec::new();
@@ -108,7 +108,7 @@ pub fn write_gguf(stored: &StoredAdapter, config: &LlamaConfig, path: &Path) -> 
             Error::Refused(format!("`{module}` has no name in llama.cpp's `{}` models", architecture(config)))
         })?;
         let fold = low.scaling * low.a.dim(0)? as f64 / alpha;
-        let order = row_order(architecture(config), config, &format!("{name}.weight")).map(inverse);
+        let order = row_order(architecture(config), config.head_counts(), &format!("{name}.weight")).map(inverse);
         let b = reorder(&low.b, order, module)?;
         let b = if (fold - 1.0).abs() > 1e-12 { (b * fold)? } else { b };
         for (t, end) in [(&low.a, "lora_a"), (&b, "lora_b")] {
@@ -135,7 +135,7 @@ pub fn write_gguf(stored: &StoredAdapter, config: &LlamaConfig, path: &Path) -> 
 }
 
 /// Reads a llama.cpp adapter.
-pub fn read_gguf(path: &Path, config: &LlamaConfig) -> Result<BTreeMap<String, LowRank>> {
+pub fn read_gguf(path: &Path, config: &DecoderConfig) -> Result<BTreeMap<String, LowRank>> {
     let file = Gguf::open(path)?;
     let fail = |problem: String| -> Error { lorimer_model::Error::invalid(path, problem).into() };
     if file.text("general.type") != Some("adapter") || file.text("adapter.type") != Some("lora") {
@@ -177,7 +177,7 @@ pub fn read_gguf(path: &Path, config: &LlamaConfig) -> Result<BTreeMap<String, L
                 b.dims()
             )));
         }
-        let b = reorder(&b, row_order(architecture(config), config, &format!("{stem}.weight")), &module)?;
+        let b = reorder(&b, row_order(architecture(config), config.head_counts(), &format!("{stem}.weight")), &module)?;
         modules.insert(module, LowRank { a, b, scaling: alpha / rank as f64 });
     }
     Ok(modules)

@@ -66,10 +66,10 @@ impl CompareRun {
         };
         let choices = find_choices(&eval);
         let measure = |adaptation: &(dyn Adaptation + Sync), result: &mut RunResult| -> Result<()> {
-            let found = evaluate(&base.model, &base.text, adaptation, &eval, &choices, |_| {})?;
+            let found = evaluate(base.model(), &base.text, adaptation, &eval, &choices, |_| {})?;
             result.loss = Some(found.loss);
             result.accuracy = found.choice_accuracy.or(Some(found.exact_match));
-            let of = |rows: &[Example]| evaluate(&base.model, &base.text, adaptation, rows, &[], |_| {});
+            let of = |rows: &[Example]| evaluate(base.model(), &base.text, adaptation, rows, &[], |_| {});
             if !general.is_empty() {
                 result.general_loss = Some(of(&general)?.loss);
             }

@@ -8,6 +8,7 @@ use lorimer_tensor::Activation;
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
+use crate::weights::gguf::HeadCounts;
 use crate::weights::{LoadDtype, Weights};
 
 /// On-disk name of the embedding.
@@ -203,7 +204,13 @@ fn short(value: &Value) -> String {
 
 impl DecoderConfig {
     /// A decoder of equal layers as Llama has it, for a family to change where it differs.
-    pub(crate) fn plain(model_type: &str, hidden_size: usize, vocab_size: usize, shape: LayerShape, layers: usize) -> Self {
+    pub(crate) fn plain(
+        model_type: &str,
+        hidden_size: usize,
+        vocab_size: usize,
+        shape: LayerShape,
+        layers: usize,
+    ) -> Self {
         let layers = layers.min(MAX_LAYERS + 1);
         Self {
             model_type: model_type.to_string(),
@@ -346,6 +353,13 @@ impl DecoderConfig {
             bytes += weights.weight_bytes(&site.weight_path(), (site.outputs, site.inputs), dtype)?;
         }
         Ok(bytes)
+    }
+
+    /// Heads of the attention, the first layer's.
+    pub fn head_counts(&self) -> HeadCounts {
+        let of = |layer: &LayerShape| (layer.heads, layer.kv_heads, layer.head_dim);
+        let (heads, kv_heads, head_dim) = self.layers.first().map_or((1, 1, 2), of);
+        HeadCounts { heads, kv_heads, head_dim }
     }
 
     /// Whether projections of this role add a bias.

@@ -61,9 +61,8 @@ fn rope_scaling(file: &Gguf, architecture: &str, head_dim: usize, max_positions:
         return Ok(RopeScaling::Factors { factors: factors.collect(), attention_factor: 1.0 });
     }
     let factor = file.number(&format!("{architecture}.rope.scaling.factor")).unwrap_or(1.0);
-    let original = file
-        .number(&format!("{architecture}.rope.scaling.original_context_length"))
-        .unwrap_or(max_positions as f64);
+    let original =
+        file.number(&format!("{architecture}.rope.scaling.original_context_length")).unwrap_or(max_positions as f64);
     match file.text(&format!("{architecture}.rope.scaling.type")) {
         None | Some("none") => Ok(RopeScaling::None),
         Some("linear") => Ok(RopeScaling::Linear { factor }),

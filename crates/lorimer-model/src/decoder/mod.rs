@@ -118,12 +118,7 @@ impl Layer {
     }
 
     /// q, k and v of normed rows; of the queries only the rows `needed`, where not all are.
-    fn attention_inputs(
-        &self,
-        x: &Tensor,
-        needed: Option<&[u32]>,
-        on: &dyn Adaptation,
-    ) -> TensorResult<[Tensor; 3]> {
+    fn attention_inputs(&self, x: &Tensor, needed: Option<&[u32]>, on: &dyn Adaptation) -> TensorResult<[Tensor; 3]> {
         let ops = on.ops();
         match (&self.attention, needed) {
             (Attention::Apart { q, k, v }, Some(needed)) => {

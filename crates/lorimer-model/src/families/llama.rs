@@ -7,7 +7,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use super::{Config, Family};
+use super::config::{Config, Family};
 use crate::decoder::config::{DecoderConfig, Fields};
 use crate::error::Result;
 

@@ -1,4 +1,4 @@
-//! A SentencePiece tokenizer (Kudo and Richardson 2018, arXiv 1808.06226) out of a GGUF file's metadata, as Llama 1 and 2
+//! A SentencePiece tokenizer (Kudo and Richardson 2018, arXiv 1808.06226) out of a GGUF file's metadata, as BaseModel 1 and 2
 //! and Mistral have it: `tokenizer.ggml.model = llama`.
 //!
 //! SentencePiece joins, of all neighbouring pieces, the two whose union has the highest score. That is byte-pair encoding

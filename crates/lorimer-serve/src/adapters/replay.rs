@@ -1,7 +1,7 @@
 //! Golden prompts of an adapter, computed by the code that serves and held against what was recorded when it was trained.
 
 use lorimer_adapter::Golden;
-use lorimer_model::Llama;
+use lorimer_model::BaseModel;
 
 use crate::adapters::hosted::Hosted;
 use crate::engine::batched::{Batched, Rows, Used};
@@ -13,13 +13,13 @@ const MOST: usize = 512;
 
 /// The largest |Δ log p| over an adapter's golden prompts, as many as fit into 512 tokens; None where none is recorded. An error where what is
 /// recorded cannot be of this base.
-pub fn replay(model: &Llama, hosted: &std::sync::Arc<Hosted>) -> Result<Option<f64>> {
-    let vocabulary = model.config.vocab_size;
+pub fn replay(model: &dyn BaseModel, hosted: &std::sync::Arc<Hosted>) -> Result<Option<f64>> {
+    let vocabulary = model.shape().vocabulary;
     let fits = |g: &Golden| {
         g.first >= 1
             && g.first < g.tokens.len()
             && g.tokens.len() - g.first == g.log_probabilities.len()
-            && g.tokens.len() <= model.config.max_positions
+            && g.tokens.len() <= model.shape().max_positions
             && g.tokens.iter().all(|&t| (t as usize) < vocabulary)
     };
     if !hosted.golden.iter().all(fits) {
@@ -44,8 +44,8 @@ pub fn replay(model: &Llama, hosted: &std::sync::Arc<Hosted>) -> Result<Option<f
 }
 
 /// log p of a golden prompt's recorded tokens.
-fn log_probabilities(model: &Llama, hosted: &std::sync::Arc<Hosted>, golden: &Golden) -> Result<Vec<f32>> {
-    let geometry = Geometry::of(&model.config);
+fn log_probabilities(model: &dyn BaseModel, hosted: &std::sync::Arc<Hosted>, golden: &Golden) -> Result<Vec<f32>> {
+    let geometry = Geometry::of(model.shape());
     let tokens = &golden.tokens[..golden.tokens.len() - 1];
     let pages = geometry.pages_of_tokens(tokens.len()) + hosted.pages(geometry);
     let (mut free, mut numbers) = pool(geometry, (pages + geometry.layers + 1) * geometry.page_bytes())?;

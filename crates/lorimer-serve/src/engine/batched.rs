@@ -4,9 +4,9 @@ use std::ops::Range;
 use std::sync::{PoisonError, RwLock};
 
 use candle_core::{Result, Tensor};
-use lorimer_model::{Adaptation, AttentionCall, Llama, Point, Projection, Site};
+use lorimer_model::{Adaptation, AttentionCall, BaseModel, Point, Projection, Site, run_blocks};
 use lorimer_tensor::{
-    Addition, Group, Ops, Paged, Segment, Segmented, Tape, attention_in_pool, project_segmented, store_rows,
+    Addition, Group, KeyPool, Ops, Paged, Segment, Segmented, Tape, attention_in_pool, project_segmented, store_rows,
 };
 
 use crate::adapters::hosted::Hosted;
@@ -81,18 +81,16 @@ impl<'a> Batched<'a> {
     }
 
     /// The logits of the rows `needed`, which are those that [`Self::new`] was given, of the batch's `tokens`; None where no row is needed.
-    pub fn logits(&self, model: &Llama, tokens: &[u32], needed: &[u32]) -> Result<Option<Tensor>> {
-        let mut h = model.embed(tokens, self)?;
+    pub fn logits(&self, model: &dyn BaseModel, tokens: &[u32], needed: &[u32]) -> Result<Option<Tensor>> {
+        let h = model.embed(tokens, &self.positions(), self)?;
         let some = (needed.len() < tokens.len()).then_some(needed);
         let layout = model.layout(&self.positions(), &self.segments(), some);
-        for i in 0..model.layer_count() {
-            // Only keys and values of the last layer are wanted where no token is drawn.
-            h = model.layer(i, &h, &layout, self, None)?;
-        }
+        // Only keys and values of the last layer are wanted where no token is drawn.
+        let h = run_blocks(model, h, 0..model.shape().layers.len(), &layout, self, None, |_, _| {})?;
         if needed.is_empty() {
             return Ok(None);
         }
-        model.logits(&model.finish(&h, self)?, self).map(Some)
+        model.logits(&model.end(&h, self)?, self).map(Some)
     }
 
     /// Row of the pool of a token's key in a layer.
@@ -199,13 +197,15 @@ impl Adaptation for Batched<'_> {
             }
         }
         let mut pool = self.pool.write().unwrap_or_else(PoisonError::into_inner);
-        store_rows(&mut pool, &call.k, places.iter().copied())?;
-        store_rows(&mut pool, &call.v, places.iter().map(|row| row + BLOCK))?;
+        let stride = self.geometry.kv_width;
+        store_rows((&mut pool, stride), &call.k, places.iter().copied())?;
+        store_rows((&mut pool, stride), &call.v, places.iter().map(|row| row + BLOCK))?;
         let segments = call
             .segments
             .iter()
             .map(|s| Ok(Segment { q_start: s.q_start, q_len: s.q_len, keys: self.spans(&s.keys, layer)? }));
         let segments = segments.collect::<Result<Vec<_>>>()?;
-        attention_in_pool(&call.q, (&pool, self.geometry.kv_width, BLOCK), &segments, call.head_dim, call.scale)
+        let keys = KeyPool { numbers: &pool, stride, width: call.k.dim(1)?, values_at: BLOCK };
+        attention_in_pool(&call.q, keys, &segments, &call.form)
     }
 }

@@ -19,7 +19,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use candle_core::DType;
-use lorimer_model::Llama;
+use lorimer_model::BaseModel;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
@@ -187,7 +187,7 @@ pub struct EngineState {
 
 /// Requests, pool and adapters of one model.
 pub struct Engine<'m> {
-    model: &'m Llama,
+    model: &'m dyn BaseModel,
     geometry: Geometry,
     numbers: Numbers,
     settings: EngineSettings,
@@ -203,11 +203,11 @@ pub struct Engine<'m> {
 
 impl<'m> Engine<'m> {
     /// An engine over a model that computes in f32.
-    pub fn new(model: &'m Llama, settings: EngineSettings) -> Result<Self> {
+    pub fn new(model: &'m dyn BaseModel, settings: EngineSettings) -> Result<Self> {
         if lorimer_model::BaseModel::dtype(model) != DType::F32 {
             return Err(Error::Pool("the engine computes in f32; open the model so".into()));
         }
-        let geometry = Geometry::of(&model.config);
+        let geometry = Geometry::of(model.shape());
         let (pages, numbers) = pool(geometry, settings.pool_bytes)?;
         let batching = Batching::new(settings.policy.clone(), geometry, pages, settings.prefix_cache);
         Ok(Self {
@@ -282,7 +282,7 @@ impl<'m> Engine<'m> {
         }
         let adapters: usize = request.adapters.iter().map(|(a, _)| a.pages(self.geometry)).sum();
         let blocks = self.batching.pages().count().saturating_sub(adapters) / self.geometry.layers.max(1);
-        let longest = self.model.config.max_positions.min(blocks * BLOCK);
+        let longest = self.model.shape().max_positions.min(blocks * BLOCK);
         let limit = longest.saturating_sub(request.prompt.len()).max(1);
         (limit, limit.min(EXPECTED))
     }
@@ -293,7 +293,7 @@ impl<'m> Engine<'m> {
             return fail("the prompt is empty; there is nothing to go on from".into());
         }
         self.model.check_length(request.prompt.len().saturating_add(request.max_tokens.unwrap_or(1)))?;
-        let vocabulary = self.model.config.vocab_size;
+        let vocabulary = self.model.shape().vocabulary;
         if let Some(bad) = request.prompt.iter().find(|&&t| t as usize >= vocabulary) {
             return fail(format!("token {bad} is outside the vocabulary of {vocabulary}"));
         }
@@ -496,7 +496,7 @@ impl<'m> Engine<'m> {
         }
         let batch = Batched::new(numbers.all(), *geometry, rows, &needed);
         // Inside the pool, so that each parallel part begins without waking a thread to carry it there.
-        let logits = rayon::scope(|_| batch.logits(model, &tokens, &needed))?;
+        let logits = rayon::scope(|_| batch.logits(*model, &tokens, &needed))?;
         let logits = logits.map(|l| l.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()).transpose()?;
         Ok((needs, logits.unwrap_or_default()))
     }
@@ -671,7 +671,7 @@ mod tests {
         };
         let run = |fault: bool| {
             let settings = EngineSettings { pool_bytes: 1 << 20, ..Default::default() };
-            let mut engine = Engine::new(&base.model, settings).unwrap();
+            let mut engine = Engine::new(base.model(), settings).unwrap();
             for i in 0..4u32 {
                 engine.submit(request((3..12 + 9 * i).collect(), u64::from(i)), 0.0).unwrap().unwrap();
             }

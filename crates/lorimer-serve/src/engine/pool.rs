@@ -4,7 +4,7 @@
 //! values. Adapters lie in the same pages, their numbers one after the other whatever their ranks. So no room is set apart for
 //! either, nothing is reserved at a largest rank, and as all pages are alike none is too small or in the wrong place.
 
-use lorimer_model::config::LlamaConfig;
+use lorimer_model::ModelShape;
 
 use crate::error::{Error, Result};
 
@@ -22,8 +22,8 @@ pub struct Geometry {
 
 impl Geometry {
     /// The geometry of a model.
-    pub fn of(config: &LlamaConfig) -> Self {
-        Self { kv_width: config.kv_heads * config.head_dim, layers: config.layers }
+    pub fn of(shape: &ModelShape) -> Self {
+        Self { kv_width: shape.kv_width(), layers: shape.layers.len() }
     }
 
     /// Numbers of a page.

@@ -178,7 +178,7 @@ impl Worker {
     /// Starts the thread.
     pub fn start(base: Arc<Base>, settings: EngineSettings) -> Result<Self> {
         // What cannot be set up is told here.
-        Engine::new(&base.model, settings.clone())?;
+        Engine::new(base.model(), settings.clone())?;
         let (commands, inbox) = mpsc::channel();
         let policy = &settings.policy;
         let most_adapters = policy.max_adapters.unwrap_or(usize::MAX).min(policy.max_running);
@@ -260,7 +260,7 @@ impl Loop<'_> {
         let clock = Instant::now();
         let mut restarts = 0;
         loop {
-            let Ok(mut engine) = Engine::new(&self.base.model, self.settings.clone()) else { return };
+            let Ok(mut engine) = Engine::new(self.base.model(), self.settings.clone()) else { return };
             // The engine sees to what fails in a step. Where it fails at that, it costs the requests of this moment, not the server.
             let ended = catch_unwind(AssertUnwindSafe(|| self.serve(&mut engine, clock)));
             if ended.is_ok() {

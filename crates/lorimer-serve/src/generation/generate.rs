@@ -1,7 +1,7 @@
 //! One prompt, one answer.
 
 use candle_core::DType;
-use lorimer_model::{Adaptation, Inference, KvCache, Llama, TextModel};
+use lorimer_model::{Adaptation, BaseModel, Inference, KvCache, TextModel};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
@@ -38,7 +38,7 @@ pub struct Generation {
 /// Answers a prompt. `stream` hears pieces of text as soon as they are certain not to begin a stop text.
 #[allow(clippy::too_many_arguments)]
 pub fn generate(
-    model: &Llama,
+    model: &dyn BaseModel,
     text: &TextModel,
     adaptation: &dyn Adaptation,
     prompt: &[u32],

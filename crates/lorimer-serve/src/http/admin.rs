@@ -70,7 +70,7 @@ async fn give(app: &Arc<App>, name: &str, path: PathBuf, how: Put) -> Result<Arc
     if app.is_base(&name) {
         return Err(ApiError::invalid(format!("`{name}` is the base's own name")));
     }
-    app.changes.within(move || Ok(store.put(&base.model, &name, &path, &how)?)).await
+    app.changes.within(move || Ok(store.put(base.model(), &name, &path, &how)?)).await
 }
 
 /// What is told of an adapter that was given a name; its golden prompts are replayed for it.
@@ -78,7 +78,7 @@ async fn report(app: &Arc<App>, hosted: Arc<Hosted>) -> Result<Value, ApiError> 
     let (store, base) = (app.needed_store()?.clone(), app.base.clone());
     app.changes
         .within(move || {
-            let golden = match store.aside(|| replay(&base.model, &hosted)) {
+            let golden = match store.aside(|| replay(base.model(), &hosted)) {
                 Ok(golden) => golden,
                 Err(problem) => {
                     tracing::warn!("golden prompts of {} were not replayed: {problem}", hosted.content_id);

@@ -104,7 +104,7 @@ impl App {
         loopback: bool,
     ) -> Arc<Self> {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let longest = base.model.config.max_positions.saturating_mul(base.text.longest_token().max(TOKEN_BYTES));
+        let longest = base.model().shape().max_positions.saturating_mul(base.text.longest_token().max(TOKEN_BYTES));
         let queue = |(at_once, seconds), what| WorkQueue::new(at_once, Duration::from_secs(seconds), what);
         Arc::new(Self {
             base,
@@ -132,7 +132,7 @@ impl App {
 
     /// Refuses tokens that the model does not have.
     pub(super) fn in_vocabulary(&self, field: &str, ids: &[u32]) -> Result<(), ApiError> {
-        let size = self.base.model.config.vocab_size;
+        let size = self.base.model().shape().vocabulary;
         match ids.iter().find(|&&id| id as usize >= size) {
             Some(id) => {
                 Err(ApiError::field(field, format!("`{field}`: token {id} is outside the vocabulary of {size}")))
@@ -154,7 +154,7 @@ impl App {
         if bytes <= self.longest {
             return Ok(());
         }
-        let tokens = self.base.model.config.max_positions;
+        let tokens = self.base.model().shape().max_positions;
         let message = format!(
             "a prompt of {bytes} bytes cannot fit into the {tokens} tokens that the model is made for; shorten it"
         );
@@ -216,7 +216,7 @@ impl App {
         let task = tokio::spawn(async move {
             let begun = Instant::now();
             let base = app.base.clone();
-            let loaded = app.loads.run(move || Ok(store.get(&base.model, &name)?)).await;
+            let loaded = app.loads.run(move || Ok(store.get(base.model(), &name)?)).await;
             // One that is read from this machine's disk tells nothing of the store.
             if held {
                 app.slow.store(begun.elapsed() > LOOK, Ordering::Relaxed);

@@ -35,7 +35,8 @@ impl<T: DeserializeOwned + Send + 'static> FromRequest<Arc<App>> for Body<T> {
             let message = format!("the body could not be read: {}", rejection.body_text());
             ApiError::new(rejection.status(), "body_unreadable", message)
         })?;
-        let most = app.base.model.config.max_positions.saturating_mul(request::MAX_CHOICES).saturating_add(SMALL_BODY);
+        let most =
+            app.base.model().shape().max_positions.saturating_mul(request::MAX_CHOICES).saturating_add(SMALL_BODY);
         let large = bytes.len() > SMALL_BODY;
         let parse = move || {
             let values = bodies::values(&bytes);

@@ -113,11 +113,7 @@ impl Segment {
 
 /// Attention. `q` (rows, heads·d), `k` and `v` (key rows, kv_heads·d), all f32 or f64 → (rows, heads·d). Rows that no segment covers give
 /// zero.
-pub fn attention(
-    (q, k, v): (&Tensor, &Tensor, &Tensor),
-    segments: &[Segment],
-    form: &AttentionForm,
-) -> Result<Tensor> {
+pub fn attention((q, k, v): (&Tensor, &Tensor, &Tensor), segments: &[Segment], form: &AttentionForm) -> Result<Tensor> {
     let op = Attention::new((q, k, v), segments, form)?;
     if !q.device().is_cpu() {
         return attention_reference((q, k, v), segments, form);
@@ -139,15 +135,13 @@ pub struct KeyPool<'a> {
 }
 
 /// [`attention`] over keys and values that lie in a pool. `q` (rows, heads·d) f32; the segments' keys are rows of the pool.
-pub fn attention_in_pool(
-    q: &Tensor,
-    pool: KeyPool<'_>,
-    segments: &[Segment],
-    form: &AttentionForm,
-) -> Result<Tensor> {
+pub fn attention_in_pool(q: &Tensor, pool: KeyPool<'_>, segments: &[Segment], form: &AttentionForm) -> Result<Tensor> {
     let KeyPool { numbers, stride, width, values_at } = pool;
     if stride == 0 || width > stride || numbers.len() % stride != 0 || values_at * stride > numbers.len() {
-        candle_core::bail!("attention: a pool of {} numbers has no rows of {stride} with keys of {width}", numbers.len());
+        candle_core::bail!(
+            "attention: a pool of {} numbers has no rows of {stride} with keys of {width}",
+            numbers.len()
+        );
     }
     let values = &numbers[values_at * stride..];
     let shapes = (q.dims2()?, (values.len() / stride, width));
@@ -562,7 +556,12 @@ mod tests {
         let keys = pool.narrow(0, 0, 10 * 2 * page - page)?;
         let slow = attention_reference((&q, &keys, &values), &segments, &AttentionForm::causal(d, 0.3))?;
         let numbers = pool.flatten_all()?.to_vec1::<f32>()?;
-        let fast = attention_in_pool(&q, KeyPool { numbers: &numbers, stride: kv_width, width: kv_width, values_at: page }, &segments, &AttentionForm::causal(d, 0.3))?;
+        let fast = attention_in_pool(
+            &q,
+            KeyPool { numbers: &numbers, stride: kv_width, width: kv_width, values_at: page },
+            &segments,
+            &AttentionForm::causal(d, 0.3),
+        )?;
         assert_close(&fast, &slow, 1e-5)
     }
 
@@ -578,7 +577,8 @@ mod tests {
             assert_close(&fast, &attention_reference((&q, &k, &v), &segments, &AttentionForm::causal(d, 0.4))?, 1e-5)?;
             // Alone, a sequence gives the same bits.
             for s in &segments {
-                let alone = attention((&q, &k, &v), std::slice::from_ref(s), &AttentionForm::causal(d, 0.4))?.narrow(0, s.q_start, s.q_len)?;
+                let alone = attention((&q, &k, &v), std::slice::from_ref(s), &AttentionForm::causal(d, 0.4))?
+                    .narrow(0, s.q_start, s.q_len)?;
                 let together = fast.narrow(0, s.q_start, s.q_len)?;
                 assert_eq!(alone.flatten_all()?.to_vec1::<f32>()?, together.flatten_all()?.to_vec1::<f32>()?);
             }

@@ -3,8 +3,10 @@
 use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use crate::kernels::simd::{sum2, wide};
-use crate::kernels::slices::{Real, rows_per_task, slice, with_slices};
+use crate::kernels::real::Real;
+use crate::kernels::simd::sum2;
+use crate::kernels::slices::{rows_per_task, slice, with_slices};
+use crate::kernels::wide::wide;
 
 /// Layer norm over the last dimension. `x` (rows, width), `weight` and `bias` (width) of the same dtype → (rows, width). All have gradients.
 pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
@@ -115,7 +117,12 @@ impl CustomOp3 for LayerNorm {
     ) -> Result<(CpuStorage, Shape)> {
         let (_, width) = lx.shape().dims2()?;
         if lw.dims() != [width] || lb.dims() != [width] {
-            candle_core::bail!("layer-norm: x is {:?} but weight and bias {:?}, {:?}", lx.shape(), lw.shape(), lb.shape());
+            candle_core::bail!(
+                "layer-norm: x is {:?} but weight and bias {:?}, {:?}",
+                lx.shape(),
+                lw.shape(),
+                lb.shape()
+            );
         }
         let storage = match x {
             CpuStorage::F32(_) => self.forward(slice::<f32>(x, lx)?, slice::<f32>(w, lw)?, slice::<f32>(b, lb)?),

@@ -682,6 +682,8 @@ mod tests {
         ];
         let narrow = random((7, 4), 6, DType::F64)?;
         holds(x()?, |ops, x| ops.attention((x, &narrow, &narrow), &segments, &AttentionForm::causal(4, 0.5)))?;
-        holds(random((7, 4), 6, DType::F64)?, |ops, k| ops.attention((&other, k, k), &segments, &AttentionForm::causal(4, 0.5)))
+        holds(random((7, 4), 6, DType::F64)?, |ops, k| {
+            ops.attention((&other, k, k), &segments, &AttentionForm::causal(4, 0.5))
+        })
     }
 }

@@ -18,7 +18,7 @@ use lorimer_adapter::file::bytes::safetensors_bytes;
 use lorimer_adapter::targets::Matcher;
 use lorimer_adapter::{Calibration, CalibrationStats, Method};
 use lorimer_model::weights::{SafetensorsFile, hex};
-use lorimer_model::{Adaptation, BaseModel, Batch, Frozen, Inference, Llama, Projection, Site};
+use lorimer_model::{Adaptation, BaseModel, Batch, Frozen, Inference, Layout, Projection, Recompute, Site};
 use lorimer_tensor::linalg::truncated_svd;
 use lorimer_tensor::{Gradients, Ops, Tape};
 use rayon::prelude::*;
@@ -142,7 +142,7 @@ impl IncrementalPca {
 }
 
 /// Which projections a method targets, in the model's order.
-fn targeted<'a>(model: &'a Llama, method: &dyn Method) -> Result<Vec<(&'a Site, &'a Projection)>> {
+fn targeted<'a>(model: &'a dyn BaseModel, method: &dyn Method) -> Result<Vec<(&'a Site, &'a Projection)>> {
     let projections = model.projections();
     let matcher = Matcher::new(method.targeting(), projections.iter().map(|(site, _)| *site))?;
     Ok(projections.into_iter().filter(|(site, _)| matcher.targets(site)).collect())
@@ -169,7 +169,7 @@ impl Adaptation for InputRecorder<'_> {
 /// The principal directions of the targeted projections' inputs: for each site `components` (k, inputs), `singular` (k) and `explained`
 /// (k). `rows` are taken in order, over and over if need be. `progress` hears of batches, how many projections hold still, and of how many.
 pub fn inputs(
-    model: &Llama,
+    model: &dyn BaseModel,
     method: &dyn Method,
     rows: &[&Example],
     mut progress: impl FnMut(usize, usize),
@@ -287,7 +287,7 @@ pub fn inputs(
     Ok(stats)
 }
 
-fn forward(model: &Llama, batch: &Batch, recorder: &InputRecorder<'_>) -> Result<()> {
+fn forward(model: &dyn BaseModel, batch: &Batch, recorder: &InputRecorder<'_>) -> Result<()> {
     model.hidden(batch, &Inference(recorder))?;
     Ok(())
 }
@@ -319,7 +319,7 @@ impl Adaptation for GradientRecorder<'_> {
 
 /// The gradient of the mean loss of `rows` in every targeted frozen weight, handed to `on_layer` layer by layer, last layer first. `progress` hears of layers done, and of how many.
 pub fn gradients(
-    model: &Llama,
+    model: &dyn BaseModel,
     method: &dyn Method,
     rows: &[&Example],
     (batch_size, absolute): (usize, bool),
@@ -327,8 +327,8 @@ pub fn gradients(
     mut progress: impl FnMut(usize, usize),
 ) -> Result<()> {
     let sites = targeted(model, method)?;
-    let lowest = sites.iter().filter_map(|(s, _)| s.layer).min().unwrap_or(model.layer_count());
-    let steps = model.layer_count() - lowest + 1;
+    let lowest = sites.iter().filter_map(|(s, _)| s.layer).min().unwrap_or(model.shape().layers.len());
+    let steps = model.shape().layers.len() - lowest + 1;
     let total: usize = rows.iter().map(|e| e.targets().count()).sum();
     if total == 0 {
         return Err(Error::Settings(
@@ -336,9 +336,8 @@ pub fn gradients(
         ));
     }
     struct Part {
-        layout: lorimer_model::llama::Layout,
-        /// The input of each layer from the lowest one, and the output of the last.
-        hidden: Vec<Tensor>,
+        layout: Layout,
+        again: Recompute,
         gradient: Option<Tensor>,
     }
     // The weights of a layer's sites as variables, and their gradients once all parts have been through.
@@ -381,18 +380,13 @@ pub fn gradients(
             continue;
         }
         let layout = model.layout(&batch.positions, &batch.segments, None);
-        let mut h = model.embed(&batch.tokens, &Frozen)?;
-        let mut hidden = Vec::new();
-        for i in 0..model.layer_count() {
-            if i >= lowest {
-                hidden.push(h.clone());
-            }
-            h = rayon::scope(|_| model.layer(i, &h, &layout, &Frozen, None))?;
-        }
+        let blocks = (0..model.shape().layers.len(), lowest);
+        let stem = model.embed(&batch.tokens, &batch.positions, &Frozen)?;
+        let (again, h) = rayon::scope(|_| Recompute::forward(model, stem, blocks, &layout, &Frozen))?;
         let tape = tape_of(&head);
         tape.track(&h);
         let recorder = GradientRecorder { weights: &head, tape: &tape };
-        let last = model.finish(&h, &recorder)?;
+        let last = model.end(&h, &recorder)?;
         let loss = model.loss(&recorder.ops().rows(&last, &index)?, &targets, &recorder)?;
         let seed = Tensor::new(1.0 / total as f64, &Device::Cpu)?.to_dtype(loss.dtype())?;
         tape.backward(&loss, seed, &mut found)?;
@@ -400,26 +394,24 @@ pub fn gradients(
         if absolute {
             settle(&head, &mut found, &mut sums)?;
         }
-        parts.push(Part { layout, hidden, gradient });
+        parts.push(Part { layout, again, gradient });
     }
     deliver(None, &head, found, sums)?;
     progress(1, steps);
-    for layer in (lowest..model.layer_count()).rev() {
+    for layer in (lowest..model.shape().layers.len()).rev() {
         let (weights, mut found, mut sums) = (variables(Some(layer))?, Gradients::default(), Sums::new());
         for part in &mut parts {
-            let (Some(h), Some(g)) = (part.hidden.pop(), part.gradient.take()) else { continue };
+            let Some(g) = part.gradient.take() else { continue };
             let tape = tape_of(&weights);
-            tape.track(&h);
             let recorder = GradientRecorder { weights: &weights, tape: &tape };
-            let y = rayon::scope(|_| model.layer(layer, &h, &part.layout, &recorder, None))?;
-            tape.backward(&y, g, &mut found)?;
-            part.gradient = found.remove(&h);
+            let (again, layout) = (&mut part.again, &part.layout);
+            part.gradient = rayon::scope(|_| again.backward(model, layout, (&tape, &recorder), g, true, &mut found))?;
             if absolute {
                 settle(&weights, &mut found, &mut sums)?;
             }
         }
         deliver(Some(layer), &weights, found, sums)?;
-        progress(model.layer_count() - layer + 1, steps);
+        progress(model.shape().layers.len() - layer + 1, steps);
     }
     Ok(())
 }
@@ -436,7 +428,7 @@ pub struct Data<'a> {
 
 /// Does what the method asks for, or takes it from the cache. `progress` hears how much of how much is done.
 pub fn calibrate(
-    model: &Llama,
+    model: &dyn BaseModel,
     method: &dyn Method,
     data: &Data<'_>,
     mut progress: impl FnMut(usize, usize),

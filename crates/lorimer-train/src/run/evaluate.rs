@@ -1,7 +1,7 @@
 //! Loss, exact matches and choice accuracy of a model on encoded rows, from one forward a row.
 
 use candle_core::{DType, Tensor};
-use lorimer_model::{Adaptation, Batch, Inference, Llama, TextModel};
+use lorimer_model::{Adaptation, BaseModel, Batch, Inference, TextModel};
 use lorimer_tensor::cross_entropy;
 use serde::Serialize;
 
@@ -51,7 +51,11 @@ struct Item<'a> {
 }
 
 /// Log p of every wanted target, and whether it is the likeliest token, item by item.
-fn score(model: &Llama, adaptation: &(dyn Adaptation + Sync), items: &[Item<'_>]) -> Result<Vec<Vec<(f64, bool)>>> {
+fn score(
+    model: &dyn BaseModel,
+    adaptation: &(dyn Adaptation + Sync),
+    items: &[Item<'_>],
+) -> Result<Vec<Vec<(f64, bool)>>> {
     let mut scores = Vec::with_capacity(items.len());
     let mut from = 0;
     while from < items.len() {
@@ -87,7 +91,7 @@ fn score(model: &Llama, adaptation: &(dyn Adaptation + Sync), items: &[Item<'_>]
 /// Evaluates rows. `choices` are label words whose likelihoods are compared; each counts by the log p of its own tokens.
 /// `progress` hears the number of rows done.
 pub fn evaluate(
-    model: &Llama,
+    model: &dyn BaseModel,
     text: &TextModel,
     adaptation: &(dyn Adaptation + Sync),
     examples: &[Example],
@@ -154,7 +158,7 @@ pub fn evaluate(
 
 /// log p of every token of a sequence from `first` on, given those before it.
 pub fn log_probabilities(
-    model: &Llama,
+    model: &dyn BaseModel,
     adaptation: &(dyn Adaptation + Sync),
     tokens: &[u32],
     first: usize,

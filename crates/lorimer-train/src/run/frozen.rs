@@ -9,8 +9,7 @@ use std::path::Path;
 
 use candle_core::{Device, Tensor};
 use lorimer_adapter::Attached;
-use lorimer_model::llama::EMBEDDING;
-use lorimer_model::{Adaptation, BaseModel, Batch, Llama, Point};
+use lorimer_model::{Adaptation, BaseModel, Batch, run_blocks};
 use lorimer_tensor::Tape;
 use lorimer_tensor::storage::mapped::MappedFile;
 use serde::{Deserialize, Serialize};
@@ -63,27 +62,28 @@ pub struct FrozenLower {
 }
 
 /// Number of layers below the first one that the adapter touches; at least one layer is left above.
-pub fn frozen_layers(model: &Llama, attached: &Attached<'_>) -> usize {
+pub fn frozen_layers(model: &dyn BaseModel, attached: &Attached<'_>) -> usize {
     let layer = |path: &str| path.split('.').find_map(|part| part.parse::<usize>().ok());
-    let all = model.layer_count();
+    let all = model.shape().layers.len();
     let sites = model.projections().into_iter().filter(|(site, _)| attached.touches(site));
     let sites = sites.map(|(site, _)| site.layer.unwrap_or(all));
     let names = model.parameter_names().into_iter().filter(|name| attached.parameter(name).is_some());
-    let names = names.map(|name| if name == EMBEDDING { 0 } else { layer(&name).unwrap_or(all) });
+    let stem = model.stem_parameters();
+    let names = names.map(|name| if stem.contains(&name) { 0 } else { layer(&name).unwrap_or(all) });
     sites.chain(names).min().unwrap_or(all).min(all.saturating_sub(1))
 }
 
 /// Bytes that the hidden states of all rows take.
-pub fn cache_bytes(model: &Llama, rows: &[Example]) -> u64 {
+pub fn cache_bytes(model: &dyn BaseModel, rows: &[Example]) -> u64 {
     let tokens: u64 = rows.iter().map(|e| e.tokens.len() as u64).sum();
-    tokens * model.config.hidden_size as u64 * 4
+    tokens * model.shape().hidden as u64 * 4
 }
 
 impl FrozenLower {
     /// Computes the hidden states of all rows, `size` rows at a time; `None` where nothing is to be kept. `progress` hears of rows
     /// that are done.
     pub fn build(
-        model: &Llama,
+        model: &dyn BaseModel,
         attached: &Attached<'_>,
         rows: &[Example],
         size: usize,
@@ -96,7 +96,7 @@ impl FrozenLower {
         if layers == 0 || cache == FrozenCache::Off || model.dtype() != candle_core::DType::F32 {
             return Ok(None);
         }
-        let width = model.config.hidden_size;
+        let width = model.shape().hidden;
         let mut starts = vec![0];
         for e in rows {
             starts.push(starts[starts.len() - 1] + e.tokens.len());
@@ -159,13 +159,10 @@ impl FrozenLower {
 }
 
 /// Hidden states (rows, width) after the first `layers` layers.
-fn below(model: &Llama, attached: &Attached<'_>, batch: &Batch, layers: usize) -> candle_core::Result<Tensor> {
+fn below(model: &dyn BaseModel, attached: &Attached<'_>, batch: &Batch, layers: usize) -> candle_core::Result<Tensor> {
     let blank = Tape::new([]);
     let on = attached.recorded(&blank);
     let layout = model.layout(&batch.positions, &batch.segments, None);
-    let mut h = on.hidden(Point::Embedded, model.embed(&batch.tokens, &on)?)?;
-    for i in 0..layers {
-        h = model.layer(i, &h, &layout, &on, None)?;
-    }
-    Ok(h)
+    let h = model.embed(&batch.tokens, &batch.positions, &on)?;
+    run_blocks(model, h, 0..layers, &layout, &on, None, |_, _| {})
 }

@@ -8,8 +8,7 @@ use lorimer_adapter::method::Bias;
 use lorimer_adapter::targets::Matcher;
 use lorimer_adapter::training::GaloreProjection;
 use lorimer_adapter::{Calibration, Method};
-use lorimer_model::config::LlamaConfig;
-use lorimer_model::{Batch, Llama, Site};
+use lorimer_model::{Batch, Config, Site};
 use lorimer_tensor::ops::loss::CHUNK_BYTES;
 use serde::Serialize;
 
@@ -94,8 +93,8 @@ impl Work {
 /// What is asked for.
 pub struct Request<'a> {
     /// The base's shape.
-    pub config: &'a LlamaConfig,
-    /// Bytes of its weights in memory: [`Llama::planned_bytes`].
+    pub config: &'a Config,
+    /// Bytes of its weights in memory: [`Decoder::planned_bytes`].
     pub base_bytes: usize,
     /// Bytes of the base's files, which are mapped while the weights are read.
     pub file_bytes: u64,
@@ -204,8 +203,8 @@ fn state_bytes(kind: &OptimizerKind, site: &Site, parameters: u64) -> f64 {
 
 /// Predicts a run's memory and arithmetic.
 pub fn plan(request: &Request<'_>) -> Result<Plan> {
-    let (c, work) = (request.config, &request.work);
-    let sites = Llama::sites(c);
+    let (c, work) = (request.config.shape(), &request.work);
+    let sites = request.config.sites();
     let matcher = Matcher::new(request.method.targeting(), &sites)?;
     let adapted = |site: &Site| matcher.targets(site);
     let (mut parameters, mut held, mut state, mut stepped) = (0u64, 0u64, 0f64, 0u64);
@@ -221,40 +220,45 @@ pub fn plan(request: &Request<'_>) -> Result<Plan> {
             parameters += (site.inputs * site.outputs) as u64;
         }
         let biases = request.method.bias() == Bias::All || (request.method.bias() == Bias::LoraOnly && adapted(site));
-        if biases && c.has_bias(&site.role) {
+        if biases && request.config.has_bias(&site.role) {
             parameters += site.outputs as u64;
         }
     }
     let embedding = matcher.saves("model.embed_tokens");
     if embedding {
-        parameters += (c.vocab_size * c.hidden_size) as u64;
+        parameters += (c.vocabulary * c.hidden) as u64;
     }
 
     // Floats that each row keeps in layer i: what norms, rotary, attention and gate need. What adapted projections read is one of
     // these, or is computed again from them.
-    let (h, f) = (c.hidden_size as u64, c.intermediate_size as u64);
-    let (q, kv) = ((c.heads * c.head_dim) as u64, (c.kv_heads * c.head_dim) as u64);
+    let (h, layers) = (c.hidden as u64, c.layers.len());
+    let widths = |i: usize| {
+        let layer = &c.layers[i];
+        (layer.q_width() as u64, layer.kv_width() as u64, layer.heads as u64, layer.inner as u64)
+    };
     let in_layer = |i: usize| sites.iter().filter(move |s| s.layer == Some(i));
     let kept = |i: usize| -> u64 {
         let changes: u64 =
             in_layer(i).filter(|s| adapted(s)).map(|s| request.method.activations_per_row(s) as u64).sum();
-        2 * h + 2 * q + 2 * kv + c.heads as u64 + 2 * f + changes
+        let (q, kv, heads, inner) = widths(i);
+        2 * h + 2 * q + 2 * kv + heads + 2 * inner + changes
     };
     let first = match embedding {
         true => 0,
-        false => (0..c.layers).find(|&i| in_layer(i).any(adapted)).unwrap_or(c.layers.saturating_sub(1)),
+        false => (0..layers).find(|&i| in_layer(i).any(adapted)).unwrap_or(layers.saturating_sub(1)),
     };
     let rows = work.rows as u64;
     let row = match request.checkpointing {
-        false => (first..c.layers).map(kept).sum::<u64>(),
-        true => h * (c.layers - first) as u64 + (first..c.layers).map(kept).max().unwrap_or(0),
+        false => (first..layers).map(kept).sum::<u64>(),
+        true => h * (layers - first) as u64 + (first..layers).map(kept).max().unwrap_or(0),
     };
     let activations = rows.saturating_mul(row);
-    let backward = rows.saturating_mul(5 * h + 4 * f + q + 2 * kv);
-    let chunk = (CHUNK_BYTES as u64 / (4 * c.vocab_size.max(1) as u64)).clamp(1, work.predicting.max(1) as u64);
-    let logits = chunk * c.vocab_size as u64;
+    let one_layer = |(q, kv, _, inner): (u64, u64, u64, u64)| 5 * h + 4 * inner + q + 2 * kv;
+    let backward = rows.saturating_mul((0..layers).map(|i| one_layer(widths(i))).max().unwrap_or(0));
+    let chunk = (CHUNK_BYTES as u64 / (4 * c.vocabulary.max(1) as u64)).clamp(1, work.predicting.max(1) as u64);
+    let logits = chunk * c.vocabulary as u64;
     // Whole parameters beside the adapter.
-    let embedded = if embedding { (c.vocab_size * c.hidden_size) as u64 } else { 0 };
+    let embedded = if embedding { (c.vocabulary * c.hidden) as u64 } else { 0 };
     state += plain_state(&request.optimizer) * parameters.saturating_sub(stepped + embedded) as f64;
     // An embedding's moments are kept in full whatever the optimiser.
     state += 8.0 * embedded as f64;
@@ -262,7 +266,7 @@ pub fn plan(request: &Request<'_>) -> Result<Plan> {
     let gradients = match &request.optimizer {
         OptimizerKind::Galore(g) if g.per_layer => {
             let mut largest = 0;
-            for i in 0..c.layers {
+            for i in 0..layers {
                 let mut layer = 0u64;
                 for site in in_layer(i).filter(|s| adapted(s)) {
                     layer += request.method.parameters(site)? as u64;
@@ -274,11 +278,11 @@ pub fn plan(request: &Request<'_>) -> Result<Plan> {
         _ => parameters,
     };
     // Logits of both models, their logarithms, exponentials and gradients.
-    let further = if request.objective { 10 * (work.predicting.min(BLOCK_ROWS) * c.vocab_size) as u64 } else { 0 };
+    let further = if request.objective { 10 * (work.predicting.min(BLOCK_ROWS) * c.vocabulary) as u64 } else { 0 };
     let cached = work.repeats && first > 0;
     let cache_bytes = if cached { (work.data_tokens as u64).saturating_mul(4 * h) } else { 0 };
     let breakdown = Breakdown {
-        program: PROGRAM + TOKENIZER * c.vocab_size as u64,
+        program: PROGRAM + TOKENIZER * c.vocabulary as u64,
         base: request.base_bytes as u64,
         adapter: 4 * (parameters + held),
         gradients: 4 * gradients,
@@ -300,7 +304,7 @@ pub fn plan(request: &Request<'_>) -> Result<Plan> {
     let looking = match request.method.calibration() {
         Calibration::Gradients { samples, .. } => {
             let rows = rows.saturating_mul(samples.div_ceil(work.batch.max(1)) as u64);
-            let hidden = rows.saturating_mul(4 * h * (c.layers - first) as u64);
+            let hidden = rows.saturating_mul(4 * h * (layers - first) as u64);
             let layer: u64 = in_layer(first).map(|s| (s.inputs * s.outputs) as u64).sum();
             breakdown.program.saturating_add(breakdown.base).saturating_add(hidden).saturating_add(32 * layer)
         }
@@ -312,7 +316,7 @@ pub fn plan(request: &Request<'_>) -> Result<Plan> {
     let above: f64 = sites.iter().filter(|s| s.layer.is_some_and(|l| l >= first)).map(flops_of).sum();
     let passes = if request.checkpointing { 6.0 } else { 4.0 };
     let below = if breakdown.frozen_cache > 0 { 0.0 } else { 2.0 * below };
-    let head = 4.0 * (c.vocab_size * c.hidden_size) as f64;
+    let head = 4.0 * (c.vocabulary * c.hidden) as f64;
     let flops = work.total_rows * (passes * above + below) + work.total_predicting * head;
     Ok(Plan { peak_bytes: steps.max(loading).max(looking), breakdown, flops, trainable_parameters: parameters })
 }

@@ -7,8 +7,8 @@ use std::sync::atomic::AtomicBool;
 use lorimer_adapter::file::card::card;
 use lorimer_adapter::file::store::CONFIG_FILE;
 use lorimer_adapter::{Adapter, Attached, BaseIdentity, CalibrationStats, Golden, Manifest, Method, StoredAdapter};
+use lorimer_model::Base;
 use lorimer_model::pull::own_cache;
-use lorimer_model::{Base, BaseModel};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
@@ -69,10 +69,10 @@ impl Session<'_> {
             Checkpoint::clear(&self.output)?;
         }
         let longest = self.train.iter().chain(self.eval).map(|e| e.tokens.len()).max().unwrap_or(0);
-        self.base.model.check_length(longest)?;
+        self.base.model().check_length(longest)?;
         let config = method.config();
         let stats = self.calibrate(method.as_ref(), &mut progress)?;
-        let adapter = Adapter::attach_calibrated(&self.base.model, method, &stats, self.settings.seed)?;
+        let adapter = Adapter::attach_calibrated(self.base.model(), method, &stats, self.settings.seed)?;
         drop(stats);
         let hash = |rows: &[Example]| rows_hash(&rows.iter().collect::<Vec<_>>());
         let choices = find_choices(self.eval);
@@ -84,7 +84,7 @@ impl Session<'_> {
             "base": self.base.fingerprint, "storage": self.storage(), "train": hash(self.train), "eval": hash(self.eval),
         });
         let run = Run {
-            model: &self.base.model,
+            model: self.base.model(),
             text: &self.base.text,
             base_name: self.base_name,
             adapter: &adapter,
@@ -114,12 +114,12 @@ impl Session<'_> {
         rows.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));
         let base = format!("{} {}", self.base.fingerprint, self.storage().unwrap_or_default());
         let data = Data { rows, base, cache: Some(own_cache().join("calibration")) };
-        calibrate(&self.base.model, method, &data, |done, total| progress(Event::Calibrating { done, total }))
+        calibrate(self.base.model(), method, &data, |done, total| progress(Event::Calibrating { done, total }))
     }
 
     /// How the base's projections are kept in memory: `f32`, `nf4`, `Q4_1`.
     fn storage(&self) -> Option<String> {
-        self.base.model.projections().first().map(|(_, p)| p.weight.storage_name())
+        self.base.model().projections().first().map(|(_, p)| p.weight.storage_name())
     }
 
     fn write(&self, adapter: &Adapter, outcome: &Outcome, config: &serde_json::Map<String, Value>) -> Result<()> {
@@ -138,7 +138,7 @@ impl Session<'_> {
             base: Some(BaseIdentity {
                 name: self.base_name.to_string(),
                 fingerprint: self.base.fingerprint.clone(),
-                model_type: self.base.model.config.model_type.clone(),
+                model_type: self.base.model().shape().model_type.clone(),
             }),
             chat_template: self.base.text.template_source().map(str::to_string),
             training: json!({
@@ -174,7 +174,7 @@ impl Session<'_> {
         let short = rows.iter().filter(|e| e.tokens.len() <= GOLDEN_TOKENS);
         let golden = |e: &Example| {
             let first = e.targets().next().unwrap_or(1);
-            let log_probabilities = log_probabilities(&self.base.model, &attached, &e.tokens, first)?;
+            let log_probabilities = log_probabilities(self.base.model(), &attached, &e.tokens, first)?;
             Ok(Golden { tokens: e.tokens.clone(), first, log_probabilities })
         };
         short.take(GOLDENS).map(golden).collect()
@@ -190,14 +190,14 @@ pub fn replay(base: &Base, adapter: &Adapter, stored: &StoredAdapter) -> Result<
         let fits = golden.first >= 1
             && golden.tokens.len() <= 4096
             && golden.first + golden.log_probabilities.len() == golden.tokens.len()
-            && golden.tokens.iter().all(|&t| (t as usize) < base.model.config.vocab_size);
+            && golden.tokens.iter().all(|&t| (t as usize) < base.model().shape().vocabulary);
         if !fits {
             return Err(Error::Settings(format!(
                 "`{}`: a golden prompt in lorimer.json does not fit the base",
                 stored.path.display()
             )));
         }
-        let now = log_probabilities(&base.model, &attached, &golden.tokens, golden.first)?;
+        let now = log_probabilities(base.model(), &attached, &golden.tokens, golden.first)?;
         for (a, b) in now.iter().zip(&golden.log_probabilities) {
             worst = worst.max(f64::from((a - b).abs()));
         }

@@ -4,8 +4,7 @@ use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor, Var};
 use lorimer_adapter::Attached;
-use lorimer_model::llama::{EMBEDDING, Layout};
-use lorimer_model::{Adaptation, Batch, Frozen, Inference, Llama, Point};
+use lorimer_model::{Adaptation, BaseModel, Batch, Frozen, Inference, Layout, Recompute, run_blocks};
 use lorimer_tensor::{Gradients, Ops, Tape};
 use serde::{Deserialize, Serialize};
 
@@ -59,7 +58,7 @@ fn targets(batch: &Batch, rows: &[&Example]) -> (Vec<u32>, Vec<u32>) {
 
 /// Σ −log p over supervised tokens of the rows, their number and the number of all tokens, in candle's own graph: nothing is
 /// shared, nothing computed in parts. The oracle of [`accumulate_gradients`].
-pub fn batch_loss(model: &Llama, attached: &Attached<'_>, rows: &[&Example]) -> Result<(Tensor, usize, usize)> {
+pub fn batch_loss(model: &dyn BaseModel, attached: &Attached<'_>, rows: &[&Example]) -> Result<(Tensor, usize, usize)> {
     let batch = Batch::pack(rows.iter().map(|e| e.tokens.as_slice()));
     let hidden = model.hidden(&batch, attached)?;
     let (index, targets) = targets(&batch, rows);
@@ -88,7 +87,7 @@ pub struct StepInputs<'a> {
 /// frozen lower layers is taken from there, by the rows' places in the training set.
 #[allow(clippy::too_many_arguments)]
 pub fn accumulate_gradients(
-    model: &Llama,
+    model: &dyn BaseModel,
     attached: &Attached<'_>,
     parameters: &[(String, &Var)],
     rows: &[&Example],
@@ -104,7 +103,7 @@ pub fn accumulate_gradients(
 /// [`accumulate_gradients`] with more.
 #[allow(clippy::too_many_arguments)]
 pub fn accumulate(
-    model: &Llama,
+    model: &dyn BaseModel,
     attached: &Attached<'_>,
     parameters: &[(String, &Var)],
     rows: &[&Example],
@@ -177,7 +176,7 @@ pub fn accumulate(
 }
 
 struct Pass<'a> {
-    model: &'a Llama,
+    model: &'a dyn BaseModel,
     attached: &'a Attached<'a>,
     parameters: &'a [(String, &'a Var)],
     batch: &'a Batch,
@@ -206,7 +205,7 @@ impl Pass<'_> {
     }
 
     fn embed(&self, on: &dyn Adaptation) -> candle_core::Result<Tensor> {
-        on.hidden(Point::Embedded, self.model.embed(&self.batch.tokens, on)?)
+        self.model.embed(&self.batch.tokens, &self.batch.positions, on)
     }
 
     /// The first layer to compute, and its input.
@@ -214,14 +213,17 @@ impl Pass<'_> {
         self.start.clone().map_or_else(|| Ok((0, self.embed(on)?)), Ok)
     }
 
+    /// The output of the last layer.
+    fn through(&self, on: &dyn Adaptation) -> candle_core::Result<Tensor> {
+        let (first, h) = self.bottom(on)?;
+        run_blocks(self.model, h, first..self.model.shape().layers.len(), &self.layout, on, None, |_, _| {})
+    }
+
     /// Hidden states of the frozen base, before its head.
     fn base_hidden(&self) -> candle_core::Result<Tensor> {
         let on = Inference(&Frozen);
-        let (first, mut h) = self.bottom(&on)?;
-        for i in first..self.model.layer_count() {
-            h = self.model.layer(i, &h, &self.layout, &on, None)?;
-        }
-        Ok(self.model.finish(&h, &on)?.detach())
+        let h = self.through(&on)?;
+        Ok(self.model.end(&h, &on)?.detach())
     }
 
     /// The auxiliary loss over all supervised positions: the mean of its values for blocks of them, each of which is done with before the next one's
@@ -252,7 +254,7 @@ impl Pass<'_> {
 
     /// From the last layer's output to the loss: the task's, the auxiliary loss, and what is differentiated.
     fn loss(&self, h: &Tensor, on: &Attached<'_>) -> candle_core::Result<(Tensor, Option<Tensor>, Tensor)> {
-        let hidden = self.model.finish(h, on)?;
+        let hidden = self.model.end(h, on)?;
         let predicting = on.ops().rows(&hidden, &self.place)?;
         let task = self.model.smoothed_loss(&predicting, &self.targets, self.smoothing, on)?;
         let Some(auxiliary) = &self.objective else { return Ok((task.clone(), None, task)) };
@@ -275,10 +277,7 @@ impl Pass<'_> {
     fn whole(&self, gradients: &mut Gradients) -> Result<((f64, f64), Instant)> {
         let tape = self.tape();
         let on = self.attached.recorded(&tape);
-        let (first, mut h) = self.bottom(&on)?;
-        for i in first..self.model.layer_count() {
-            h = self.model.layer(i, &h, &self.layout, &on, None)?;
-        }
+        let h = self.through(&on)?;
         let (task, auxiliary, loss) = self.loss(&h, &on)?;
         drop(h);
         let forward = Instant::now();
@@ -297,12 +296,9 @@ impl Pass<'_> {
         let blank = Tape::new([]);
         let on = self.attached.recorded(&blank);
         let (first, h) = self.bottom(&on)?;
-        let mut inputs = vec![h];
-        for i in first..self.model.layer_count() {
-            inputs.push(self.model.layer(i, &inputs[i - first], &self.layout, &on, None)?);
-        }
+        let blocks = first..self.model.shape().layers.len();
+        let (mut again, last) = Recompute::forward(self.model, h, (blocks, first), &self.layout, &on)?;
         let tape = self.tape();
-        let Some(last) = inputs.pop() else { return Ok(((0.0, 0.0), Instant::now())) };
         tape.track(&last);
         let (task, auxiliary, loss) = self.loss(&last, &self.attached.recorded(&tape))?;
         let forward = Instant::now();
@@ -311,18 +307,13 @@ impl Pass<'_> {
         drop(loss);
         done(gradients)?;
         let mut gradient = gradients.remove(&last);
-        for i in (first..first + inputs.len()).rev() {
-            let (Some(g), Some(input)) = (gradient.take(), inputs.pop()) else { break };
+        // Below the first layer only a trained embedding wants a gradient.
+        let stem_learns = self.model.stem_parameters().iter().any(|path| self.attached.parameter(path).is_some());
+        while let (Some(i), Some(g)) = (again.next(), gradient.take()) {
             let tape = self.tape();
-            // Below the first layer only a trained embedding wants a gradient.
-            if i > first || self.attached.parameter(EMBEDDING).is_some() {
-                tape.track(&input);
-            }
-            let output = self.model.layer(i, &input, &self.layout, &self.attached.recorded(&tape), None)?;
-            if tape.tracks(&output) {
-                tape.backward(&output, g, gradients)?;
-            }
-            gradient = gradients.remove(&input);
+            let on = self.attached.recorded(&tape);
+            let follow = i > first || stem_learns;
+            gradient = again.backward(self.model, &self.layout, (&tape, &on), g, follow, gradients)?;
             done(gradients)?;
         }
         if let Some(g) = gradient {

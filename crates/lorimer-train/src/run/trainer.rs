@@ -7,8 +7,8 @@ use std::time::Instant;
 
 use candle_core::Tensor;
 use lorimer_adapter::{Adapter, Attached, Step, training};
-use lorimer_model::llama::EMBEDDING;
-use lorimer_model::{Llama, TextModel};
+use lorimer_model::decoder::EMBEDDING;
+use lorimer_model::{BaseModel, TextModel};
 use lorimer_tensor::Gradients;
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
@@ -196,7 +196,7 @@ impl TrainSettings {
 /// What a run works on and where it writes.
 pub struct Run<'a> {
     /// The frozen model.
-    pub model: &'a Llama,
+    pub model: &'a dyn BaseModel,
     /// Its tokenizer (for evaluation).
     pub text: &'a TextModel,
     /// Hub id or path of the base, for adapters that are saved on the way.

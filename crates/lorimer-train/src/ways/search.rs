@@ -9,7 +9,7 @@ use lorimer_adapter::methods::mt19937::TorchGenerator;
 use lorimer_adapter::search::{DifforaConfig, Gate, Sharing};
 use lorimer_adapter::targets::Targeting;
 use lorimer_adapter::{Adapter, Attached, CalibrationStats, Change, Delta, Method, Step};
-use lorimer_model::{Llama, Projection, Site};
+use lorimer_model::{BaseModel, Projection, Site};
 use lorimer_tensor::Gradients;
 use serde_json::{Map, Value};
 
@@ -136,7 +136,7 @@ impl Delta for Gated {
 
 /// γ of every targeted projection, as `gamma` (1). Of the rows (in order) those at even places teach A and B, those at odd places γ.
 pub fn search(
-    model: &Llama,
+    model: &dyn BaseModel,
     targeting: &Targeting,
     settings: &DifforaConfig,
     rows: &[&Example],

@@ -6,7 +6,6 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::Args;
 use lorimer::adapter::{Adapter, StoredAdapter};
-use lorimer::model::BaseModel;
 use lorimer::train::run::session::replay;
 use serde_json::json;
 
@@ -29,9 +28,9 @@ impl Check {
     pub fn run(self, global: Global) -> Result<ExitCode> {
         let stored = StoredAdapter::read(&self.adapter)?;
         let (base, _) = common::open_base(&self.model, global)?;
-        let (adapter, accounting) = Adapter::load(&base.model, &stored)?;
-        let effect = adapter.effect(&base.model)?;
-        let has_effect = adapter.has_effect(&base.model)?;
+        let (adapter, accounting) = Adapter::load(base.model(), &stored)?;
+        let effect = adapter.effect(base.model())?;
+        let has_effect = adapter.has_effect(base.model())?;
         let golden = if accounting.complete() { replay(&base, &adapter, &stored)? } else { None };
         let same_base =
             stored.manifest.as_ref().and_then(|m| m.base.as_ref()).map(|b| b.fingerprint == base.fingerprint);
@@ -48,7 +47,7 @@ impl Check {
             problems.push("configuration or tensors are not those that lorimer.json names".into());
         }
         if let Some(d) = golden.filter(|d| *d > TOLERANCE) {
-            let storage = base.model.projections().first().map(|(_, p)| p.weight.storage_name());
+            let storage = base.model().projections().first().map(|(_, p)| p.weight.storage_name());
             let trained = stored.manifest.as_ref().and_then(|m| m.training["storage"].as_str());
             let why = match (same_base, trained, storage) {
                 (Some(false), ..) => "; this is not the base it was trained on".to_string(),

@@ -11,7 +11,7 @@ use lorimer::adapter::methods::shira::{Form, reform};
 use lorimer::adapter::{Adapter, Manifest, StoredAdapter};
 use lorimer::model::Base;
 use lorimer::model::base::open_weights;
-use lorimer::model::config::LlamaConfig;
+use lorimer::model::decoder::config::DecoderConfig;
 use lorimer::model::pull::{PullOptions, Pulled, pull};
 use serde_json::json;
 
@@ -59,7 +59,7 @@ pub fn write_lora(
     output: &Path,
     global: Global,
 ) -> Result<ExitCode> {
-    let (mut lora, exported) = to_lora(&base.model, adapter, rank, &pulled.name)?;
+    let (mut lora, exported) = to_lora(base.model(), adapter, rank, &pulled.name)?;
     let mut manifest = manifest(&lora, from)?;
     if let Some(before) = before {
         (manifest.base, manifest.chat_template) = (before.base.clone(), before.chat_template.clone());
@@ -104,14 +104,14 @@ pub struct Convert {
 }
 
 impl Convert {
-    fn config(&self, global: Global) -> Result<LlamaConfig> {
+    fn config(&self, global: Global) -> Result<DecoderConfig> {
         let pulled = pull(&self.model.model, PullOptions { refresh: false, progress: common::draws(global) })?;
-        Ok(open_weights(&pulled.path, Default::default())?.0)
+        Ok(open_weights(&pulled.path, Default::default())?.0.decoder("llama.cpp's adapters")?.clone())
     }
 
     fn to_lora(&self, stored: &StoredAdapter, global: Global) -> Result<ExitCode> {
         let (base, pulled) = common::open_base(&self.model, global)?;
-        let adapter = Adapter::load_whole(&base.model, stored)?;
+        let adapter = Adapter::load_whole(base.model(), stored)?;
         let from = self.input.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
         write_lora(&base, &pulled, (&adapter, stored.manifest.as_ref()), &from, self.rank, &self.output, global)
     }

@@ -69,7 +69,7 @@ impl Eval {
         let bar = common::bar(examples.len() as u64, "evaluating {bar:30} {pos}/{len} rows {eta}", global);
         let clock = Instant::now();
         let attached = common::attached(&adapters)?;
-        let e = evaluate(&base.model, &base.text, &attached, &examples, &choices, |n| bar.set_position(n as u64))?;
+        let e = evaluate(base.model(), &base.text, &attached, &examples, &choices, |n| bar.set_position(n as u64))?;
         bar.finish_and_clear();
         let mut json = serde_json::to_value(&e)?;
         json["seconds"] = clock.elapsed().as_secs_f64().into();
@@ -110,8 +110,8 @@ impl Eval {
         let bar = common::bar(ranks.len() as u64, "evaluating {bar:30} {pos}/{len} ranks {eta}", global);
         let mut rows = Vec::new();
         for &rank in &ranks {
-            let adapter = Adapter::load_whole(&base.model, &resize(&stored, rank)?)?;
-            let e = evaluate(&base.model, &base.text, &Attached::one(&adapter), examples, choices, |_| {})?;
+            let adapter = Adapter::load_whole(base.model(), &resize(&stored, rank)?)?;
+            let e = evaluate(base.model(), &base.text, &Attached::one(&adapter), examples, choices, |_| {})?;
             rows.push((rank, e));
             bar.inc(1);
         }

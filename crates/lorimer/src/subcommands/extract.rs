@@ -8,7 +8,6 @@ use candle_core::Tensor;
 use clap::Args;
 use lorimer::adapter::file::store::CONFIG_FILE;
 use lorimer::adapter::{Adapter, StoredAdapter, methods};
-use lorimer::model::BaseModel;
 use serde_json::Map;
 
 use crate::subcommands::convert::write_lora;
@@ -45,7 +44,7 @@ impl Extract {
         let (base, pulled) = common::open_base(&self.model, global)?;
         if folder.join(CONFIG_FILE).exists() {
             let stored = StoredAdapter::read(&folder)?;
-            let adapter = Adapter::load_whole(&base.model, &stored)?;
+            let adapter = Adapter::load_whole(base.model(), &stored)?;
             return write_lora(
                 &base,
                 &pulled,
@@ -60,8 +59,8 @@ impl Extract {
         let (tuned, _) = common::open_base(&own, global)?;
         let mut settings = Map::new();
         settings.insert("target_modules".into(), lorimer_cli::flags::names(&self.target_modules));
-        let adapter = Adapter::attach(&base.model, methods::build("full", &settings)?, 0)?;
-        let theirs = tuned.model.projections();
+        let adapter = Adapter::attach(base.model(), methods::build("full", &settings)?, 0)?;
+        let theirs = tuned.model().projections();
         for (path, delta) in adapter.deltas() {
             let found = theirs.iter().find(|(site, _)| site.path == path);
             let Some((_, projection)) = found else {
@@ -80,7 +79,7 @@ impl Extract {
                 var.set(&weight)?;
             }
         }
-        if !adapter.has_effect(&base.model)? {
+        if !adapter.has_effect(base.model())? {
             bail!("`{}` equals the base in every targeted projection; there is nothing to extract", self.tuned);
         }
         write_lora(&base, &pulled, (&adapter, None), &self.tuned, Some(self.rank), &self.output, global)

@@ -95,7 +95,7 @@ impl Generate {
             }
         };
         let g = generate(
-            &base.model,
+            base.model(),
             &base.text,
             &attached,
             &tokens,

@@ -21,17 +21,18 @@ impl Pull {
     pub fn run(self, global: Global) -> Result<ExitCode> {
         let pulled = pull(&self.model, PullOptions { refresh: true, progress: common::draws(global) })?;
         let (config, _) = lorimer::model::base::open_weights(&pulled.path, Default::default())?;
+        let config = config.shape();
         let json = json!({
             "model": pulled.name, "path": pulled.path, "source": pulled.source, "model_type": config.model_type,
-            "layers": config.layers, "hidden_size": config.hidden_size, "vocab_size": config.vocab_size,
+            "layers": config.layers.len(), "hidden_size": config.hidden, "vocab_size": config.vocabulary,
         });
         common::print(global, &json, || {
             format!(
                 "{} ({}, {} layers of {}) is at {} [{}]",
                 pulled.name,
                 config.model_type,
-                config.layers,
-                config.hidden_size,
+                config.layers.len(),
+                config.hidden,
                 pulled.path.display(),
                 pulled.source
             )

@@ -58,7 +58,7 @@ impl Quickstart {
                 &format!("evaluating {what} {{bar:30}} {{pos}}/{{len}} rows {{eta}}"),
                 global,
             );
-            let e = evaluate(&base.model, &base.text, adaptation, &valid, &choices, |n| bar.set_position(n as u64))?;
+            let e = evaluate(base.model(), &base.text, adaptation, &valid, &choices, |n| bar.set_position(n as u64))?;
             bar.finish_and_clear();
             Ok(e)
         };

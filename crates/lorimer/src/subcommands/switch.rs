@@ -7,7 +7,7 @@ use anyhow::{Result, bail};
 use clap::Args;
 use lorimer::adapter::algebra::switch::{Entries, Switcher};
 use lorimer::adapter::{Adapter, StoredAdapter};
-use lorimer::model::{Frozen, Llama};
+use lorimer::model::{BaseModel, Frozen};
 use lorimer::serve::{Sampling, generate};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -48,7 +48,7 @@ impl Switch {
         let mut loaded = Vec::new();
         for folder in &self.adapters {
             let stored = StoredAdapter::read(folder)?;
-            let entries = Entries::of(&Adapter::load_whole(&base.model, &stored)?)?;
+            let entries = Entries::of(&Adapter::load_whole(base.model(), &stored)?)?;
             loaded.push((folder.display().to_string(), entries));
         }
         let tokens = match &self.prompt {
@@ -59,10 +59,10 @@ impl Switch {
                 Some(base.text.encode(&text, false)?.ids)
             }
         };
-        let before = fingerprint(&base.model)?;
+        let before = fingerprint(base.model())?;
         let text = &base.text;
-        let mut switcher = Switcher::new(&mut base.model);
-        let answer = |model: &Llama| -> Result<Option<String>> {
+        let mut switcher = Switcher::new(base.model.as_mut());
+        let answer = |model: &dyn BaseModel| -> Result<Option<String>> {
             let Some(tokens) = &tokens else { return Ok(None) };
             let greedy = Sampling::default();
             Ok(Some(generate(model, text, &Frozen, tokens, self.max_tokens, &greedy, 0, &[], |_| {})?.text))
@@ -92,7 +92,7 @@ impl Switch {
         }
         switcher.clear()?;
         drop(switcher);
-        let identical = fingerprint(&base.model)? == before;
+        let identical = fingerprint(base.model())? == before;
         let (p50, p99) = quantiles(&mut latencies);
         let json = json!({
             "switches": shown, "overlaps": overlaps, "rounds": self.rounds, "p50_milliseconds": p50, "p99_milliseconds": p99,

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
-use lorimer::model::config::LlamaConfig;
+use lorimer::model::decoder::config::DecoderConfig;
 use lorimer::model::weights::{LoadDtype, Weights};
 use lorimer::prelude::*;
 use lorimer::train::calibrate::{Data, calibrate};
@@ -19,31 +19,31 @@ pub fn random(shape: &[usize], scale: f64, rng: &mut impl Rng) -> Tensor {
 }
 
 /// A tiny model with biases, in f64.
-pub fn model() -> Llama {
+pub fn model() -> Decoder {
     model_as(DType::F64, LoadDtype::Stored)
 }
 
 /// The same, computing in another type, its weights kept in another way.
-pub fn model_as(dtype: DType, load: LoadDtype) -> Llama {
+pub fn model_as(dtype: DType, load: LoadDtype) -> Decoder {
     model_sized(dtype, load, (16, 20))
 }
 
 /// The same in other widths, (hidden, intermediate): kernels take other ways from 128 columns on.
-pub fn model_sized(dtype: DType, load: LoadDtype, sizes: (usize, usize)) -> Llama {
+pub fn model_sized(dtype: DType, load: LoadDtype, sizes: (usize, usize)) -> Decoder {
     made(dtype, load, sizes, 1.0)
 }
 
 /// In f64, the weights of its attention so many times as large: at 2 a change of query or key counts as any other does.
-pub fn model_with_attention(factor: f64) -> Llama {
+pub fn model_with_attention(factor: f64) -> Decoder {
     made(DType::F64, LoadDtype::Stored, (16, 20), factor)
 }
 
-fn made(dtype: DType, load: LoadDtype, (hidden, intermediate): (usize, usize), attention: f64) -> Llama {
+fn made(dtype: DType, load: LoadDtype, (hidden, intermediate): (usize, usize), attention: f64) -> Decoder {
     let json = json!({
         "model_type": "qwen2", "hidden_size": hidden, "intermediate_size": intermediate, "vocab_size": 40, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "rope_theta": 10000.0, "tie_word_embeddings": false,
     });
-    let config = LlamaConfig::from_json(&json, Path::new("config.json")).unwrap();
+    let config = DecoderConfig::from_json(&json, Path::new("config.json")).unwrap();
     let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(5);
     let mut tensors = HashMap::new();
     let mut put = |name: String, shape: &[usize], scale: f64| {
@@ -74,7 +74,7 @@ fn made(dtype: DType, load: LoadDtype, (hidden, intermediate): (usize, usize), a
         put(at("input_layernorm.weight"), &[hidden], 0.2);
         put(at("post_attention_layernorm.weight"), &[hidden], 0.2);
     }
-    Llama::load(config, &Weights::from_memory(tensors).kept_as(load)).unwrap()
+    Decoder::load(config, &Weights::from_memory(tensors).kept_as(load)).unwrap()
 }
 
 pub fn examples() -> Vec<Example> {
@@ -86,7 +86,7 @@ pub fn examples() -> Vec<Example> {
     vec![row(&[1, 7, 9, 3, 11, 12]), row(&[2, 30, 8]), row(&[4, 5, 39, 21, 7])]
 }
 
-pub fn logits(model: &Llama, adaptation: &dyn Adaptation) -> Tensor {
+pub fn logits(model: &dyn BaseModel, adaptation: &dyn Adaptation) -> Tensor {
     let rows = examples();
     let batch = Batch::pack(rows.iter().map(|e| e.tokens.as_slice()));
     model.logits(&model.hidden(&batch, adaptation).unwrap(), adaptation).unwrap()
@@ -96,7 +96,7 @@ pub fn distance(a: &Tensor, b: &Tensor) -> f64 {
     (a - b).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f64>().unwrap()
 }
 
-pub fn attach(model: &Llama, name: &str, settings: &str) -> Adapter {
+pub fn attach(model: &dyn BaseModel, name: &str, settings: &str) -> Adapter {
     let Value::Object(settings) = serde_json::from_str(settings).unwrap() else { panic!("settings") };
     let method = methods::build(name, &settings).unwrap();
     let rows = examples();

@@ -1,0 +1,76 @@
+//! Shape and constants of a model of any family.
+
+use std::path::Path;
+
+use lorimer_seam::{BaseModel, ModelShape, Site};
+use serde_json::Value;
+
+use crate::decoder::{Decoder, DecoderConfig};
+use crate::error::Result;
+use crate::weights::{LoadDtype, Weights};
+
+/// One line of the registry.
+pub struct Family {
+    /// `model_type`s of `config.json`.
+    pub model_types: &'static [&'static str],
+    /// Reads a `config.json`; the path is for errors.
+    pub read: fn(&Value, &Path) -> Result<Config>,
+}
+
+/// Shape and constants of a model.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Config {
+    /// Of a model that predicts the next token.
+    Decoder(DecoderConfig),
+}
+
+impl Config {
+    /// Loads every tensor, checking each shape.
+    pub fn load(self, weights: &Weights) -> Result<Box<dyn BaseModel>> {
+        match self {
+            Self::Decoder(config) => Ok(Box::new(Decoder::load(config, weights)?)),
+        }
+    }
+
+    /// Numbers of the model that do not depend on its weights.
+    pub fn shape(&self) -> ModelShape {
+        match self {
+            Self::Decoder(config) => config.shape(),
+        }
+    }
+
+    /// Every projection's site in the order of the forward.
+    pub fn sites(&self) -> Vec<Site> {
+        match self {
+            Self::Decoder(config) => config.sites(),
+        }
+    }
+
+    /// Whether the head is the embedding.
+    pub fn tied(&self) -> bool {
+        match self {
+            Self::Decoder(config) => config.tied,
+        }
+    }
+
+    /// Whether projections of this role add a bias.
+    pub fn has_bias(&self, role: &str) -> bool {
+        match self {
+            Self::Decoder(config) => config.has_bias(role),
+        }
+    }
+
+    /// Bytes that the weights would take in memory under `dtype`, found without reading them.
+    pub fn planned_bytes(&self, weights: &Weights, dtype: LoadDtype) -> Result<usize> {
+        match self {
+            Self::Decoder(config) => config.planned_bytes(weights, dtype),
+        }
+    }
+
+    /// The decoder's; an error that says that `what` needs one where it is none.
+    pub fn decoder(&self, _what: &str) -> Result<&DecoderConfig> {
+        match self {
+            Self::Decoder(config) => Ok(config),
+        }
+    }
+}
