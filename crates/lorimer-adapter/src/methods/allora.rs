@@ -15,7 +15,7 @@
 //!
 //! ```
 //! use candle_core::{Device, Tensor};
-//! use lorimer_adapter::methods::allora::Allora;
+//! use lorimer_adapter::methods::lora::Allora;
 //! // η² = 4: a row at zero gets η = 2; a row of norm 15/4 gets 1/√(15/4 + 1/4) = 1/2.
 //! let b = Tensor::new(&[[0f64, 0.], [2.25, 3.]], &Device::Cpu).unwrap();
 //! let c = Allora { eta2: 4.0, ..Default::default() }.factors(&b).unwrap();

@@ -17,7 +17,7 @@
 //!
 //! ```
 //! // Two projections, budget 3: the first explains 70 % and 20 % with two directions, the second 60 % and 30 %.
-//! let ranks = lorimer_adapter::methods::eva::allocate(&[&[0.7, 0.2], &[0.6, 0.3]], 3);
+//! let ranks = lorimer_adapter::methods::lora::allocate(&[&[0.7, 0.2], &[0.6, 0.3]], 3);
 //! assert_eq!(ranks, [1, 2]);
 //! ```
 
