@@ -11,7 +11,9 @@ use serde_json::{Map, Value};
 use crate::error::{Error, Result};
 use crate::file::frozen::FrozenParts;
 use crate::file::store::{BASE_WEIGHT, PREFIX, StoredAdapter};
-use crate::method::{Bias, CalibrationStats, Change, Delta, LowRank, Method, ModuleTensors, ParameterSource, Step};
+use crate::method::{
+    Bias, CalibrationStats, Change, Delta, GatedLowRank, LowRank, Method, ModuleTensors, ParameterSource, Step,
+};
 use crate::targets::Matcher;
 
 /// One adapter on one model.
@@ -329,6 +331,17 @@ impl Adapter {
         deltas.chain(whole.map(|(path, v)| (path.clone(), v))).collect()
     }
 
+    /// What is saved and resumed beside the trainable parameters: buffers that a rule moves, by a name that is unique.
+    pub fn buffers(&self) -> Vec<(String, &Var)> {
+        let deltas = self.deltas.iter();
+        deltas.flat_map(|(path, d)| d.buffers().into_iter().map(move |(n, v)| (format!("{path}.{n}"), v))).collect()
+    }
+
+    /// After the optimiser's step: moves the buffers.
+    pub fn after_step(&self) -> TensorResult<()> {
+        self.deltas.values().try_for_each(|delta| delta.after_step())
+    }
+
     /// Number of trainable parameters.
     pub fn parameter_count(&self) -> usize {
         self.trainable().iter().map(|(_, v)| v.elem_count()).sum()
@@ -559,7 +572,7 @@ impl Attached<'_> {
     /// The form of the only adapter's change on a site, where it has one that is computed with the frozen projection: recorded as
     /// a function of its parameters.
     fn form(&self, delta: &dyn Delta, base: &Projection, x: &Tensor) -> TensorResult<Option<Change>> {
-        let mut scaling = None;
+        let (mut scaling, mut gated) = (None, None);
         let rows = x.dim(0)?;
         let found = self.ops().subgraph_all(&[], &parameters(delta), |_| {
             Ok(match delta.change(base, rows, &self.step)? {
@@ -569,14 +582,44 @@ impl Attached<'_> {
                     scaling = Some(low.scaling);
                     vec![low.a, low.b]
                 }
+                Some(Change::Gated(GatedLowRank { factors, input_gradient })) => {
+                    (scaling, gated) = (Some(factors.scaling), Some(input_gradient));
+                    vec![factors.a, factors.b]
+                }
             })
         })?;
         let mut found = found.into_iter();
         Ok(match (found.next(), found.next(), scaling) {
-            (Some(a), Some(b), Some(scaling)) => Some(Change::LowRank(LowRank { a, b, scaling })),
+            (Some(a), Some(b), Some(scaling)) => {
+                let factors = LowRank { a, b, scaling };
+                Some(match gated {
+                    Some(input_gradient) => Change::Gated(GatedLowRank { factors, input_gradient }),
+                    None => Change::LowRank(factors),
+                })
+            }
             (Some(weight), None, _) => Some(Change::Weight(weight)),
             _ => None,
         })
+    }
+
+    /// x Wᵀ + scaling · (g ∘ (x aᵀ)) bᵀ, recorded: the products by themselves, the gates as a subgraph.
+    fn project_gated(
+        &self,
+        (delta, base): (&dyn Delta, &Projection),
+        x: &Tensor,
+        change: &GatedLowRank,
+    ) -> TensorResult<Tensor> {
+        let (ops, LowRank { a, b, scaling }) = (self.ops(), &change.factors);
+        let own = match delta.mask(x, &self.step)? {
+            Some(mask) => ops.subgraph(&[x], &[], |t| &t[0] * &mask)?,
+            None => x.clone(),
+        };
+        let own = if change.input_gradient { own } else { own.detach() };
+        let u = ops.dense(&own, a)?;
+        let gated = ops.subgraph(&[&own, &u], &parameters(delta), |t| {
+            (&t[1] * delta.gates(&t[0], &t[1], &self.step)?)? * *scaling
+        })?;
+        ops.add(&ops.linear(x, &base.weight)?, &ops.dense(&gated, b)?)
     }
 
     /// The output with all biases, from the one without.
@@ -631,6 +674,10 @@ impl Adaptation for Attached<'_> {
                     }),
                     Some(Change::Weight(weight)) => {
                         outputs[place] = Some(ops.dense(x, &weight)?);
+                        continue;
+                    }
+                    Some(Change::Gated(change)) => {
+                        outputs[place] = Some(self.project_gated((delta, base), x, &change)?);
                         continue;
                     }
                     None => continue,

@@ -17,5 +17,7 @@ pub use attached::{Accounting, Adapter, Attached};
 pub use error::{Error, Result};
 pub use file::frozen::FrozenParts;
 pub use file::store::{BaseIdentity, Golden, Manifest, StoredAdapter};
-pub use method::{Calibration, CalibrationStats, Change, Delta, LowRank, Method, NotMergeable, SampledRank, Step};
+pub use method::{
+    Calibration, CalibrationStats, Change, Delta, GatedLowRank, LowRank, Method, NotMergeable, SampledRank, Step,
+};
 pub use training::Training;

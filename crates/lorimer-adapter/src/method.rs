@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Result as TensorResult, Tensor, Var};
 use lorimer_model::{Projection, Site};
-use lorimer_tensor::{Ops, SparseIndex};
+use lorimer_tensor::{Ops, RankGate, SparseIndex};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
@@ -70,10 +70,22 @@ pub struct LowRank {
     pub scaling: f64,
 }
 
+/// A low-rank change whose ranks are gated, row by row: Δy = scaling · b (g ∘ (a x)), with gates g (rank) that [`Delta::gates`] computes from
+/// the row's input. No fixed weight gives the same.
+#[derive(Clone, Debug)]
+pub struct GatedLowRank {
+    /// The factors.
+    pub factors: LowRank,
+    /// Whether gradients go through the change to its input.
+    pub input_gradient: bool,
+}
+
 /// A changed projection in a form that is computed together with the frozen one.
 pub enum Change {
     /// ΔW = scaling · b a.
     LowRank(LowRank),
+    /// The same with gates that depend on the input.
+    Gated(GatedLowRank),
     /// The whole weight W' (outputs, inputs).
     Weight(Tensor),
 }
@@ -112,9 +124,34 @@ pub trait Delta: Send + Sync {
                     None => Ok(change),
                 }
             }
+            Some(Change::Gated(GatedLowRank { factors: LowRank { a, b, scaling }, input_gradient })) => {
+                let x = self.mask(x, step)?.map_or_else(|| Ok(x.clone()), |mask| x * mask)?;
+                let x = if input_gradient { x } else { x.detach() };
+                let u = x.matmul(&a.t()?)?;
+                let gates = self.gates(&x, &u, step)?;
+                ((u * gates)? * scaling)?.matmul(&b.t()?)
+            }
             Some(Change::Weight(weight)) => x.matmul(&weight.t()?)? - y,
             None => candle_core::bail!("a method without a form has to bring its forward"),
         }
+    }
+    /// With [`Change::Gated`]: the gates (rows, rank) of rows with input `x` (rows, inputs) and u = x aᵀ (rows, rank), as a function of these
+    /// and of the trainable parameters. In training it also counts what moves buffers ([`Self::after_step`]): computing the same rows of a
+    /// step again counts nothing twice.
+    fn gates(&self, _x: &Tensor, _u: &Tensor, _step: &Step) -> TensorResult<Tensor> {
+        candle_core::bail!("a method with gates has to compute them")
+    }
+    /// With [`Change::Gated`]: the gates as they are served.
+    fn rank_gate(&self) -> TensorResult<Option<Arc<dyn RankGate>>> {
+        Ok(None)
+    }
+    /// Parameters that are not trained but moved by a rule, by their keys in the file. They are saved, and resumed, like trained ones.
+    fn buffers(&self) -> Vec<(&'static str, &Var)> {
+        Vec::new()
+    }
+    /// After the optimiser's step: moves the buffers by what the step's forwards counted.
+    fn after_step(&self) -> TensorResult<()> {
+        Ok(())
     }
     /// The whole output without bias in recorded operations, where that is less work than [`Self::forward`] beside the frozen
     /// projection. It is used in training where this is the only adapter.
@@ -138,6 +175,9 @@ pub trait Delta: Send + Sync {
                 (base.dense(change.dtype())? + change)?
             }
             Some(Change::Weight(weight)) => weight,
+            Some(Change::Gated(_)) => {
+                return Ok(Err(NotMergeable("its gates depend on the input, which no fixed weight does".into())));
+            }
             None => return Ok(Err(NotMergeable("the method has no plain weight".into()))),
         };
         Ok(Ok(merged.detach()))
@@ -168,7 +208,7 @@ pub trait Delta: Send + Sync {
     }
     /// What the file holds for this module, by key below the module's path, for the base as it is on disk.
     fn stored(&self) -> TensorResult<Vec<(&'static str, Tensor)>> {
-        Ok(self.trainable().into_iter().map(|(key, var)| (key, var.detach())).collect())
+        Ok(self.trainable().into_iter().chain(self.buffers()).map(|(key, var)| (key, var.detach())).collect())
     }
     /// Whether the output changes at all.
     fn has_effect(&self, base: &Projection) -> TensorResult<bool> {

@@ -25,7 +25,7 @@ pub use ops::low_rank::{LowRankTerm, Part};
 pub use ops::norm::rms_norm;
 pub use ops::project::{frozen_left, frozen_linear};
 pub use ops::rotary::{RotaryTable, rotary};
-pub use ops::segmented::{Addition, Group, Paged, Segmented, project_segmented, store_rows};
+pub use ops::segmented::{Addition, Group, Paged, RankGate, Segmented, project_segmented, store_rows};
 pub use ops::sparse::SparseIndex;
 pub use storage::FrozenWeight;
 pub use tape::{Gradients, Tape};

@@ -14,6 +14,7 @@ pub mod dropout;
 pub mod dylora;
 pub mod entry;
 pub mod eva;
+pub mod flylora;
 pub mod full;
 pub mod galore;
 pub mod hydra;
@@ -26,8 +27,10 @@ pub mod mt19937;
 pub mod nlora;
 pub mod randlora;
 pub mod random;
+mod routing;
 pub mod shira;
 pub mod slices;
+pub mod smora;
 pub mod sora;
 pub mod tlora;
 pub mod vera;
@@ -46,6 +49,8 @@ pub const REGISTRY: &[Entry] = &[
     loldu::ENTRY,
     nlora::ENTRY,
     tlora::ENTRY,
+    flylora::ENTRY,
+    smora::ENTRY,
     hydra::ENTRY,
     vera::ENTRY,
     full::ENTRY,

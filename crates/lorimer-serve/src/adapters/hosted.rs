@@ -1,12 +1,14 @@
 //! An adapter in host memory, in the form in which it is served: low-rank factors of every projection at its own rank.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
 use lorimer_adapter::file::export::low_rank_of;
-use lorimer_adapter::{Adapter, Change, Golden, LowRank, Step};
+use lorimer_adapter::{Adapter, Change, GatedLowRank, Golden, LowRank, Step};
 use lorimer_model::text::chat::ChatTemplate;
 use lorimer_model::{BaseModel, Projection, Site};
+use lorimer_tensor::RankGate;
 use rayon::prelude::*;
 
 use crate::engine::pool::Geometry;
@@ -25,6 +27,8 @@ pub struct Place {
     pub output_scale: Option<usize>,
     /// Where what is added to every row of the output (outputs) begins.
     pub bias: Option<usize>,
+    /// Which of [`Hosted::gates`] multiplies x Aᵀ.
+    pub gate: Option<usize>,
 }
 
 /// How an adapter came into this form.
@@ -49,6 +53,8 @@ pub struct Hosted {
     pub rank: usize,
     /// All factors.
     pub numbers: Vec<f32>,
+    /// Gates of low-rank changes that depend on their input. They stay in host memory.
+    pub gates: Vec<Arc<dyn RankGate>>,
     /// By the projection's path.
     pub places: HashMap<String, Place>,
     /// How exact it is.
@@ -66,6 +72,7 @@ struct Served {
     low: LowRank,
     output_scale: Option<Tensor>,
     bias: Option<Tensor>,
+    gate: Option<Arc<dyn RankGate>>,
     /// ‖ΔW‖² and the squared error, where the form is an approximation.
     inexact: Option<(f64, f64)>,
 }
@@ -80,7 +87,7 @@ fn served(adapter: &Adapter, site: &Site, base: &Projection, rank: Option<usize>
             let empty = |shape| Tensor::zeros(shape, DType::F32, &candle_core::Device::Cpu);
             Ok(LowRank { a: empty((0, site.inputs))?, b: empty((site.outputs, 0))?, scaling: 1.0 })
         };
-        let of = |bias| Ok(Served { low: none()?, output_scale: None, bias: Some(bias), inexact: None });
+        let of = |bias| Ok(Served { low: none()?, output_scale: None, bias: Some(bias), gate: None, inexact: None });
         return bias.transpose()?.map(of).transpose();
     };
     if let Some(change) = delta.bias_change(base)? {
@@ -91,10 +98,14 @@ fn served(adapter: &Adapter, site: &Site, base: &Projection, rank: Option<usize>
     }
     let bias = bias.transpose()?;
     if let Some((low, scale)) = delta.scaled(base)? {
-        return Ok(Some(Served { low, output_scale: Some(scale), bias, inexact: None }));
+        return Ok(Some(Served { low, output_scale: Some(scale), bias, gate: None, inexact: None }));
     }
     // What is low-rank as it is stays as it is, whatever its rank; one that is as wide as the matrix becomes the matrix.
     let own = match delta.change(base, 0, &Step::default())? {
+        Some(Change::Gated(GatedLowRank { factors, .. })) => {
+            let gate = delta.rank_gate()?;
+            return Ok(Some(Served { low: factors, output_scale: None, bias, gate, inexact: None }));
+        }
         Some(Change::LowRank(low)) if low.a.dim(0)? < site.inputs.min(site.outputs) => true,
         Some(Change::LowRank(low)) => {
             let whole = (low.b.matmul(&low.a)? * low.scaling)?;
@@ -104,12 +115,12 @@ fn served(adapter: &Adapter, site: &Site, base: &Projection, rank: Option<usize>
                 false => (identity(site.inputs)?, whole.clone()),
             };
             let low = LowRank { a, b, scaling: 1.0 };
-            return Ok(Some(Served { low, output_scale: None, bias, inexact: None }));
+            return Ok(Some(Served { low, output_scale: None, bias, gate: None, inexact: None }));
         }
         _ => false,
     };
     let (low, exact, whole, wrong) = low_rank_of(site, base, delta, if own { None } else { rank })?;
-    Ok(Some(Served { low, output_scale: None, bias, inexact: (!exact).then_some((whole, wrong)) }))
+    Ok(Some(Served { low, output_scale: None, bias, gate: None, inexact: (!exact).then_some((whole, wrong)) }))
 }
 
 fn flat(t: &Tensor) -> Result<Vec<f32>> {
@@ -136,6 +147,7 @@ impl Hosted {
             method: adapter.method.name().to_string(),
             rank: 0,
             numbers: Vec::new(),
+            gates: Vec::new(),
             places: HashMap::new(),
             conversion: Conversion { exact: 0, modules: 0, error: 0.0 },
             not_additive: adapter.method.not_additive(),
@@ -148,7 +160,7 @@ impl Hosted {
             s.low.a.elem_count() + s.low.b.elem_count() + vectors.sum::<usize>()
         };
         hosted.numbers.reserve_exact(found.iter().flatten().map(length).sum());
-        for (path, Served { low, output_scale, bias, inexact }) in found.into_iter().flatten() {
+        for (path, Served { low, output_scale, bias, gate, inexact }) in found.into_iter().flatten() {
             let rank = low.a.dim(0)?;
             hosted.rank = hosted.rank.max(rank);
             hosted.conversion.modules += 1;
@@ -164,7 +176,11 @@ impl Hosted {
             }
             let output_scale = output_scale.map(|t| hosted.put(&t)).transpose()?;
             let bias = bias.map(|t| hosted.put(&t)).transpose()?;
-            hosted.places.insert(path, Place { rank, a, b, output_scale, bias });
+            let gate = gate.map(|gate| {
+                hosted.gates.push(gate);
+                hosted.gates.len() - 1
+            });
+            hosted.places.insert(path, Place { rank, a, b, output_scale, bias, gate });
         }
         hosted.conversion.error = if whole > 0.0 { (wrong / whole).sqrt() } else { 0.0 };
         if hosted.places.is_empty() {
@@ -184,7 +200,7 @@ impl Hosted {
 
     /// Bytes in host memory.
     pub fn bytes(&self) -> usize {
-        self.numbers.len() * size_of::<f32>()
+        self.numbers.len() * size_of::<f32>() + self.gates.iter().map(|gate| gate.bytes()).sum::<usize>()
     }
 
     /// Pages that it takes in a pool.

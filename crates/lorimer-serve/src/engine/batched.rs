@@ -157,6 +157,7 @@ impl<'a> Batched<'a> {
                     b: paged(place.b, place.rank, site.outputs),
                     output_scale: place.output_scale.map(|at| paged(at, 1, site.outputs)),
                     bias: place.bias.map(|at| paged(at, 1, site.outputs)),
+                    gate: place.gate.and_then(|i| Some(used.hosted.gates.get(i)?.as_ref())),
                     weight: used.weight,
                 })
             });

@@ -108,6 +108,14 @@ impl Paged<'_> {
     }
 }
 
+/// Gates of a low-rank change, row by row: what u = x Aᵀ is multiplied by before B. The result for a row depends on that row alone.
+pub trait RankGate: Send + Sync + std::fmt::Debug {
+    /// Multiplies `u` (rows, rank) by the gates of rows with input `x` (rows, inputs).
+    fn apply(&self, x: &[f32], inputs: usize, u: &mut [f32]);
+    /// Bytes that it takes.
+    fn bytes(&self) -> usize;
+}
+
 /// What one adapter does to the output of a projection.
 #[derive(Clone, Copy, Debug)]
 pub struct Addition<'a> {
@@ -119,6 +127,8 @@ pub struct Addition<'a> {
     pub output_scale: Option<Paged<'a>>,
     /// c: what is added to every row (one vector of `outputs`).
     pub bias: Option<Paged<'a>>,
+    /// What u = x Aᵀ is multiplied by, where that depends on x.
+    pub gate: Option<&'a dyn RankGate>,
     /// w.
     pub weight: f32,
 }
@@ -264,7 +274,7 @@ fn scale(additions: &[Addition<'_>], outputs: usize, y: &mut [f32], scratch: &mu
 
 /// `y ← y + w ((x Aᵀ) B + c)` for the rows of `x`.
 fn add(x: &[f32], (inputs, outputs): (usize, usize), addition: &Addition<'_>, y: &mut [f32], scratch: &mut Scratch) {
-    let Addition { a, b, bias, weight, .. } = addition;
+    let Addition { a, b, bias, gate, weight, .. } = addition;
     let rows = y.len() / outputs;
     if let Some(bias) = bias {
         for y in y.chunks_exact_mut(outputs) {
@@ -280,7 +290,7 @@ fn add(x: &[f32], (inputs, outputs): (usize, usize), addition: &Addition<'_>, y:
     thin.resize(rows * rank, 0.0);
     if rows <= FEW {
         #[cfg(target_arch = "x86_64")]
-        if kernel::has_512() {
+        if kernel::has_512() && gate.is_none() {
             factor.clear();
             // Vectors that lie in two pages are copied together; they do not move while there is room.
             factor.reserve(rank * (inputs + outputs));
@@ -299,6 +309,9 @@ fn add(x: &[f32], (inputs, outputs): (usize, usize), addition: &Addition<'_>, y:
                     }
                 });
             }
+            if let Some(gate) = gate {
+                gate.apply(x, inputs, thin);
+            }
             thin.iter_mut().for_each(|u| *u *= weight);
             for j in 0..rank {
                 b.pieces(j, |at, piece| {
@@ -313,7 +326,13 @@ fn add(x: &[f32], (inputs, outputs): (usize, usize), addition: &Addition<'_>, y:
     }
     let (wide_x, wide_y, thin_strides) = (Strides(inputs, 1), Strides(outputs, 1), Strides(rank, 1));
     a.gather(factor);
-    product((rows, rank, inputs), thin, thin_strides, false, x, wide_x, factor, Strides(1, inputs), *weight, false);
+    // Gates choose by u as it is.
+    let scale = if gate.is_some() { 1.0 } else { *weight };
+    product((rows, rank, inputs), thin, thin_strides, false, x, wide_x, factor, Strides(1, inputs), scale, false);
+    if let Some(gate) = gate {
+        gate.apply(x, inputs, thin);
+        thin.iter_mut().for_each(|u| *u *= weight);
+    }
     b.gather(factor);
     product((rows, outputs, rank), y, wide_y, true, thin, thin_strides, factor, Strides(outputs, 1), 1.0, false);
 }
@@ -335,7 +354,7 @@ pub fn project_segmented_reference(x: &Tensor, parts: &[Segmented<'_>]) -> Resul
                 let x = x.narrow(0, rows.start, rows.len())?;
                 let frozen = x.matmul(&w)?;
                 let mut y = frozen.clone();
-                for Addition { a, b, output_scale, bias, weight } in additions {
+                for Addition { a, b, output_scale, bias, gate, weight } in additions {
                     if let Some(scale) = output_scale {
                         y = (y + (frozen.broadcast_mul(&(scale.tensor()? - 1.0)?)? * f64::from(*weight))?)?;
                     }
@@ -343,7 +362,13 @@ pub fn project_segmented_reference(x: &Tensor, parts: &[Segmented<'_>]) -> Resul
                         y = y.broadcast_add(&(bias.tensor()? * f64::from(*weight))?)?;
                     }
                     if a.count > 0 {
-                        y = (y + (x.matmul(&a.tensor()?.t()?)?.matmul(&b.tensor()?)? * f64::from(*weight))?)?;
+                        let mut u = x.matmul(&a.tensor()?.t()?)?;
+                        if let Some(gate) = gate {
+                            let mut numbers = u.flatten_all()?.to_vec1::<f32>()?;
+                            gate.apply(&x.flatten_all()?.to_vec1::<f32>()?, x.dim(1)?, &mut numbers);
+                            u = Tensor::from_vec(numbers, u.shape(), u.device())?;
+                        }
+                        y = (y + (u.matmul(&b.tensor()?)? * f64::from(*weight))?)?;
                     }
                 }
                 pieces.push(y);
@@ -415,6 +440,7 @@ mod tests {
                     b: paged(11 * i + 1, rank, outputs),
                     output_scale: scaled.then(|| paged(3 * i, 1, outputs)),
                     bias: (rank % 2 == 1).then(|| paged(5 * i, 1, outputs)),
+                    gate: None,
                     weight: 0.5 + i as f32,
                 });
                 parts.push(Group { rows: start..rows, additions: additions.collect() });
@@ -461,7 +487,8 @@ mod tests {
         let x = random((3, 5), 2, DType::F32)?;
         let with = |pages: &[u32], rank: usize, rows: Range<usize>| {
             let paged = |length| Paged { pool: &pool, page: PAGE, pages, start: 0, count: rank, length };
-            let addition = Addition { a: paged(5), b: paged(6), output_scale: None, bias: None, weight: 1.0 };
+            let addition =
+                Addition { a: paged(5), b: paged(6), output_scale: None, bias: None, gate: None, weight: 1.0 };
             let groups = vec![Group { rows, additions: vec![addition] }];
             project_segmented(&x, &[Segmented { weight: &weight, bias: None, groups }])
         };

@@ -293,11 +293,12 @@ pub struct Outcome {
 }
 
 fn snapshot(adapter: &Adapter) -> Result<BTreeMap<String, Tensor>> {
-    adapter.trainable().into_iter().map(|(name, var)| Ok((name, var.as_tensor().copy()?.detach()))).collect()
+    let all = adapter.trainable().into_iter().chain(adapter.buffers());
+    all.map(|(name, var)| Ok((name, var.as_tensor().copy()?.detach()))).collect()
 }
 
 fn restore(adapter: &Adapter, parameters: &BTreeMap<String, Tensor>) -> Result<()> {
-    for (name, var) in adapter.trainable() {
+    for (name, var) in adapter.trainable().into_iter().chain(adapter.buffers()) {
         match parameters.get(&name) {
             Some(t) if t.dims() == var.dims() => var.set(t)?,
             _ => {
@@ -436,6 +437,7 @@ impl Run<'_> {
             optimizer::shrink(&mut gradients, if per_layer { last_norm } else { norm }, s.max_grad_norm)?;
             optimizer.step_with(&parameters, &gradients, &how, rate)?;
             callback.after(state.step, rate / s.learning_rate, &parameters)?;
+            self.adapter.after_step()?;
             let stage = callback.stage_ended(state.step);
             state.step += 1;
             outcome.tokens += tokens;

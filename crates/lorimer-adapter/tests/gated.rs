@@ -1,0 +1,340 @@
+//! FlyLoRA and SMoRA on one projection: what their authors' code computes (see tests/goldens/make_gated.py), the recorded form, the served form, and
+//! the rules by which buffers move.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor, Var};
+use lorimer_adapter::method::{ModuleTensors, ParameterSource};
+use lorimer_adapter::{Adapter, Attached, Delta, Step, methods};
+use lorimer_model::{Adaptation, Projection, Site};
+use lorimer_tensor::{FrozenWeight, Gradients, Tape};
+use serde_json::{Value, json};
+
+fn goldens() -> (Vec<Value>, HashMap<String, Tensor>) {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/goldens");
+    let cases: Value = serde_json::from_slice(&std::fs::read(folder.join("gated.json")).unwrap()).unwrap();
+    let cases = cases.as_array().unwrap().iter().filter(|c| c["method"] == "smora" || c["method"] == "flylora");
+    let cases = cases.filter(|c| c.get("rows").is_none()).cloned().collect();
+    (cases, candle_core::safetensors::load(folder.join("gated.safetensors"), &Device::Cpu).unwrap())
+}
+
+fn distance(a: &Tensor, b: &Tensor) -> f64 {
+    assert_eq!(a.dims(), b.dims());
+    let of = |t: &Tensor| t.to_dtype(DType::F64).unwrap();
+    let d = (of(a) - of(b)).unwrap().abs().unwrap().flatten_all().unwrap();
+    d.max(0).unwrap().to_scalar::<f64>().unwrap()
+}
+
+/// One case of the goldens: a projection with W = 0 and the adapter that the case describes.
+struct Case {
+    name: String,
+    site: Site,
+    base: Projection,
+    delta: Box<dyn Delta>,
+    all: HashMap<String, Tensor>,
+}
+
+impl Case {
+    fn open(case: &Value, all: &HashMap<String, Tensor>, dtype: DType) -> Self {
+        let name = case["name"].as_str().unwrap().to_string();
+        let of = |key: &str| all.get(&format!("{name}.{key}")).cloned();
+        let all: HashMap<String, Tensor> = all
+            .iter()
+            .filter_map(|(key, t)| Some((key.strip_prefix(&format!("{name}."))?.to_string(), t.clone())))
+            .collect();
+        let (outputs, inputs) = (of("lora_B").unwrap().dim(0).unwrap(), of("x").unwrap().dim(1).unwrap());
+        let site = Site::new("model.layers.0.mlp.down_proj", (outputs, inputs));
+        let weight = Tensor::zeros((outputs, inputs), dtype, &Device::Cpu).unwrap();
+        let base = Projection { weight: FrozenWeight::Dense(weight), bias: None };
+        let mut module = ModuleTensors::default();
+        for key in ["lora_A", "lora_B", "lora_router"] {
+            module.tensors.extend(of(key).map(|t| (format!("{key}.weight"), t)));
+        }
+        for key in ["lora_topk_bias", "lora_biases"] {
+            module.tensors.extend(of(key).map(|t| (key.to_string(), t)));
+        }
+        let method = methods::build(case["method"].as_str().unwrap(), case["settings"].as_object().unwrap()).unwrap();
+        let delta = method.attach(&site, &base, &mut ParameterSource::file(&site, dtype, &mut module)).unwrap();
+        assert!(module.tensors.is_empty(), "{name}: {:?} are left", module.tensors.keys());
+        Self { name, site, base, delta, all }
+    }
+
+    fn near(&self, what: &str, found: &Tensor, golden: &str, bound: f64) {
+        let golden = self.all.get(golden).unwrap_or_else(|| panic!("{}: golden `{golden}`", self.name));
+        let (d, size) = (distance(found, golden), distance(golden, &golden.zeros_like().unwrap()));
+        assert!(d < bound * (1.0 + size), "{}: {what} differs by {d:e}", self.name);
+    }
+}
+
+/// Output, gradients, and where the bias stands after a step, in candle's own graph.
+#[test]
+fn the_plain_form_is_the_authors() {
+    let (cases, all) = goldens();
+    assert!(cases.len() >= 15);
+    for case in &cases {
+        let case = Case::open(case, &all, DType::F64);
+        let x = Var::from_tensor(&case.all["x"]).unwrap();
+        let zero = case.all["delta"].zeros_like().unwrap();
+        let step = Step::training(7);
+        let y = case.delta.forward(&case.base, x.as_tensor(), &zero, &step).unwrap();
+        case.near("the output", &y, "delta", 1e-9);
+        let found = (&y * &case.all["upstream"]).unwrap().sum_all().unwrap().backward().unwrap();
+        for (key, var) in case.delta.trainable() {
+            let zero = var.zeros_like().unwrap();
+            case.near(&format!("∂{key}"), found.get(var.as_tensor()).unwrap_or(&zero), &format!("grad.{key}"), 1e-9);
+        }
+        let zero = x.zeros_like().unwrap();
+        case.near("∂x", found.get(x.as_tensor()).unwrap_or(&zero), "grad.x", 1e-9);
+        // The same forward again, as where layers are computed twice, counts nothing twice; and evaluation counts nothing.
+        case.delta.forward(&case.base, x.as_tensor(), &case.all["delta"], &step).unwrap();
+        case.delta.forward(&case.base, x.as_tensor(), &case.all["delta"], &Step::default()).unwrap();
+        case.delta.after_step().unwrap();
+        let (key, bias) = case.delta.buffers()[0];
+        if case.all["lora_B"].dim(1).unwrap() > 0 && y.dims() == case.all["delta"].dims() {
+            case.near("the bias", bias.as_tensor(), &format!("after.{key}"), 1e-12);
+        }
+        // Nothing was noted since.
+        let before = bias.as_tensor().copy().unwrap();
+        case.delta.after_step().unwrap();
+        assert_eq!(distance(&before, bias.as_tensor()), 0.0);
+    }
+}
+
+/// What is served, row by row in f32, gives the same gates as the form that trains.
+#[test]
+fn served_gates_are_those_that_train() {
+    let (cases, all) = goldens();
+    for case in &cases {
+        let case = Case::open(case, &all, DType::F32);
+        let Some(gate) = case.delta.rank_gate().unwrap() else { panic!("{}: no gate", case.name) };
+        let x = case.all["x"].to_dtype(DType::F32).unwrap();
+        let u = x.matmul(&case.all["lora_A"].to_dtype(DType::F32).unwrap().t().unwrap()).unwrap();
+        let expected = (&u * case.delta.gates(&x, &u, &Step::default()).unwrap()).unwrap();
+        let mut numbers = u.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let inputs = x.dim(1).unwrap();
+        gate.apply(&x.flatten_all().unwrap().to_vec1::<f32>().unwrap(), inputs, &mut numbers);
+        let found = Tensor::from_vec(numbers.clone(), u.shape(), &Device::Cpu).unwrap();
+        assert!(distance(&found, &expected) < 1e-5, "{}", case.name);
+        // A row alone gives the same bits.
+        let (row, rank) = (x.narrow(0, 3, 1).unwrap(), u.dim(1).unwrap());
+        let mut alone = u.narrow(0, 3, 1).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        gate.apply(&row.flatten_all().unwrap().to_vec1::<f32>().unwrap(), inputs, &mut alone);
+        assert_eq!(alone, numbers[3 * rank..4 * rank], "{}", case.name);
+    }
+}
+
+/// A model of one projection, for an adapter as a whole.
+mod one {
+    use super::*;
+    use candle_core::Result;
+    use lorimer_model::{BaseModel, Input, KvCache, Layout, ModelShape};
+    use lorimer_tensor::Segment;
+
+    pub struct One {
+        pub site: Site,
+        pub base: Projection,
+        pub shape: ModelShape,
+    }
+
+    impl BaseModel for One {
+        fn shape(&self) -> &ModelShape {
+            &self.shape
+        }
+        fn projections(&self) -> Vec<(&Site, &Projection)> {
+            vec![(&self.site, &self.base)]
+        }
+        fn parameter(&self, _: &str) -> Result<Option<Tensor>> {
+            Ok(None)
+        }
+        fn parameter_names(&self) -> Vec<String> {
+            Vec::new()
+        }
+        fn stem_parameters(&self) -> Vec<String> {
+            Vec::new()
+        }
+        fn dtype(&self) -> DType {
+            self.base.weight.dtype()
+        }
+        fn bytes(&self) -> usize {
+            self.base.weight.bytes()
+        }
+        fn stem(&self, input: Input<'_>, _: &[usize], _: &dyn Adaptation) -> Result<Tensor> {
+            match input {
+                Input::Embeddings(rows) => Ok(rows.clone()),
+                Input::Tokens(_) => candle_core::bail!("this model has no tokens"),
+            }
+        }
+        fn layout(&self, _: &[usize], segments: &[Segment], _: Option<&[u32]>) -> Layout {
+            Layout { segments: segments.to_vec(), rotary: Vec::new(), last: None }
+        }
+        fn block(
+            &self,
+            _: usize,
+            h: &Tensor,
+            _: &Layout,
+            on: &dyn Adaptation,
+            _: Option<&mut KvCache>,
+        ) -> Result<Tensor> {
+            on.project(&self.site, &self.base, h)
+        }
+        fn end(&self, h: &Tensor, _: &dyn Adaptation) -> Result<Tensor> {
+            Ok(h.clone())
+        }
+    }
+}
+
+fn random(shape: (usize, usize), seed: u64) -> Tensor {
+    let numbers = (0..shape.0 * shape.1).map(|i| ((i as f64 + 1.0) * 0.754_877 + seed as f64 * 0.569_84).sin() * 1.3);
+    Tensor::from_vec(numbers.collect::<Vec<f64>>(), shape, &Device::Cpu).unwrap()
+}
+
+fn model(inputs: usize, outputs: usize) -> one::One {
+    let weight = FrozenWeight::Dense(random((outputs, inputs), 5));
+    one::One {
+        site: Site::new("model.layers.0.mlp.up_proj", (outputs, inputs)),
+        base: Projection { weight, bias: None },
+        shape: lorimer_model::ModelShape {
+            model_type: "one".into(),
+            vocabulary: 0,
+            hidden: inputs,
+            max_positions: 64,
+            layers: Vec::new(),
+            causal: true,
+        },
+    }
+}
+
+fn attached(method: &str, settings: Value, model: &one::One) -> Adapter {
+    let settings = settings.as_object().unwrap();
+    let adapter = Adapter::attach(model, methods::build(method, settings).unwrap(), 3).unwrap();
+    for (i, (_, var)) in adapter.trainable().into_iter().enumerate() {
+        let dims = var.dims2().unwrap();
+        var.set(&random(dims, 20 + i as u64)).unwrap();
+    }
+    adapter
+}
+
+/// The form that trains, recorded on a tape, gives the numbers and the gradients of candle's graph.
+#[test]
+fn the_recorded_form_equals_the_plain_one() {
+    for (method, settings) in [
+        ("flylora", json!({ "r": 6, "top_k": 2 })),
+        ("flylora", json!({ "r": 6, "top_k": 2, "input_gradient": "cut", "select": "magnitude" })),
+        ("flylora", json!({ "r": 4, "top_k": 4 })),
+        ("smora", json!({ "r": 6, "activate_r": 2 })),
+        ("smora", json!({ "r": 8, "activate_r": 4, "rank_partition": 2, "gate": "unbiased" })),
+        ("smora", json!({ "r": 6, "activate_r": 2, "train_router": false })),
+    ] {
+        let model = model(12, 10);
+        let adapter = attached(method, settings.clone(), &model);
+        let x = Var::from_tensor(&random((9, 12), 1)).unwrap();
+        let upstream = random((9, 10), 2);
+        let on = Attached::one(&adapter).at(Step::training(4));
+        let plain = on.project(&model.site, &model.base, x.as_tensor()).unwrap();
+        let found = (&plain * &upstream).unwrap().sum_all().unwrap().backward().unwrap();
+        let parameters = adapter.trainable();
+        let followed = parameters.iter().map(|(_, var)| var.as_tensor()).chain([x.as_tensor()]);
+        let tape = Tape::new(followed);
+        let on = on.recorded(&tape);
+        let y = on.project(&model.site, &model.base, x.as_tensor()).unwrap();
+        assert!(distance(&y, &plain) < 1e-12, "{method} {settings}");
+        let mut gradients = Gradients::default();
+        tape.backward(&y, upstream, &mut gradients).unwrap();
+        for (name, var) in parameters.iter().map(|(name, var)| (name.as_str(), *var)).chain([("x", &x)]) {
+            let zero = var.zeros_like().unwrap();
+            let (a, b) = (gradients.get(var.as_tensor()), found.get(var.as_tensor()));
+            assert!(distance(a.unwrap_or(&zero), b.unwrap_or(&zero)) < 1e-11, "{method} {settings}: ∂{name}");
+        }
+    }
+}
+
+/// A of FlyLoRA: so many non-zeros a row, of the deviation that the paper says, another at each seed and site, and not trained.
+#[test]
+fn flyloras_projection_is_sparse_and_frozen() {
+    let model = model(600, 8);
+    let settings = json!({ "r": 32, "top_k": 8 });
+    let a = |seed: u64| {
+        let method = methods::build("flylora", settings.as_object().unwrap()).unwrap();
+        let adapter = Adapter::attach(&model, method, seed).unwrap();
+        assert!(adapter.trainable().iter().all(|(name, _)| name.ends_with("lora_B")));
+        let stored = adapter.to_stored("base").unwrap();
+        let name = format!("base_model.model.{}.lora_A.weight", model.site.path);
+        stored.tensors[&name].to_vec2::<f64>().unwrap()
+    };
+    let rows = a(1);
+    let values: Vec<f64> = rows.iter().flatten().copied().filter(|v| *v != 0.0).collect();
+    assert!(rows.iter().all(|row| row.iter().filter(|v| **v != 0.0).count() == 150));
+    let mean = values.iter().sum::<f64>() / values.len() as f64;
+    let deviation = (values.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / values.len() as f64).sqrt();
+    assert!((deviation * 32.0 - 1.0).abs() < 0.05 && mean.abs() < 4.0 / (32.0 * (values.len() as f64).sqrt()));
+    assert_eq!(rows, a(1));
+    let other = a(2);
+    let norm = |row: &[f64]| row.iter().map(|v| v * v).sum::<f64>().sqrt();
+    let cosine = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>() / (norm(a) * norm(b));
+    let squares: f64 = rows.iter().flat_map(|a| other.iter().map(|b| cosine(a, b).powi(2))).sum();
+    let rms = (squares / (32.0 * 32.0)).sqrt();
+    assert!((rms * 600f64.sqrt() - 1.0).abs() < 0.1, "{rms}");
+}
+
+/// With every rank acting, FlyLoRA is a LoRA whose A is frozen, and only then it has a weight; SMoRA never has one.
+#[test]
+fn what_can_be_merged_says_so() {
+    let model = model(12, 10);
+    let merged = |method: &str, settings: Value| {
+        let adapter = attached(method, settings, &model);
+        adapter.sites(&model)[0].2.merged(&model.base).unwrap()
+    };
+    assert!(merged("flylora", json!({ "r": 4, "top_k": 4 })).is_ok());
+    assert!(merged("flylora", json!({ "r": 4, "top_k": 2 })).is_err());
+    assert!(merged("smora", json!({ "r": 4, "activate_r": 4 })).is_err());
+    // What says so differs from every fixed weight: it is no linear function of its input.
+    for (method, settings) in
+        [("flylora", json!({ "r": 4, "top_k": 2 })), ("smora", json!({ "r": 4, "activate_r": 4 }))]
+    {
+        let adapter = attached(method, settings, &model);
+        let on = Attached::one(&adapter);
+        let of = |x: &Tensor| on.project(&model.site, &model.base, x).unwrap();
+        let (a, b) = (random((5, 12), 1), random((5, 12), 9));
+        let sum = (of(&a) + of(&b)).unwrap();
+        assert!(distance(&of(&(&a + &b).unwrap()), &sum) > 1e-3, "{method} is linear");
+    }
+}
+
+/// Use of the ranks evens out where the bias moves, on inputs that favour some.
+#[test]
+fn the_bias_evens_out_the_use_of_ranks() {
+    for (method, key, settings) in [
+        ("flylora", "bias_u", json!({ "r": 16, "top_k": 4 })),
+        ("smora", "bias_update_rate", json!({ "r": 16, "activate_r": 4 })),
+    ] {
+        let spread = |rate: f64| {
+            let model = model(24, 10);
+            let mut settings = settings.clone();
+            settings[key] = rate.into();
+            let adapter = attached(method, settings, &model);
+            let delta = adapter.sites(&model)[0].2;
+            let mut counts = vec![0f64; 16];
+            for step in 0..300u64 {
+                // One direction stands out.
+                let mut x = random((20, 24), 100 + step).to_vec2::<f64>().unwrap();
+                x.iter_mut().for_each(|row| row[3] = row[3] * 2.0 + 2.0);
+                let x = Tensor::new(x, &Device::Cpu).unwrap();
+                let forms = delta.change(&model.base, 20, &Step::default()).unwrap().unwrap();
+                let lorimer_adapter::Change::Gated(gated) = forms else { panic!("{method} has no gates") };
+                let u = x.matmul(&gated.factors.a.t().unwrap()).unwrap();
+                let gates = delta.gates(&x, &u, &Step::training(step)).unwrap().to_vec2::<f64>().unwrap();
+                delta.after_step().unwrap();
+                if step >= 200 {
+                    for row in gates {
+                        counts.iter_mut().zip(row).for_each(|(count, g)| *count += f64::from(u8::from(g > 0.0)));
+                    }
+                }
+            }
+            let mean = counts.iter().sum::<f64>() / 16.0;
+            counts.iter().map(|c| (c - mean).powi(2)).sum::<f64>()
+        };
+        let (with, without) = (spread(5e-3), spread(0.0));
+        assert!(with < 0.3 * without, "{method}: {with} with, {without} without");
+    }
+}
