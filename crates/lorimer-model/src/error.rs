@@ -29,6 +29,9 @@ pub enum Error {
     /// Messages or tools of a conversation that cannot be used.
     #[error(transparent)]
     Messages(#[from] crate::text::messages::Refused),
+    /// A sequence that is longer than the model is made for.
+    #[error(transparent)]
+    TooLong(#[from] lorimer_seam::TooLong),
     /// A download that failed.
     #[error("{0}")]
     Network(String),

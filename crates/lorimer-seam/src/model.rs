@@ -10,6 +10,24 @@ use crate::batch::Batch;
 use crate::layout::{Input, KvCache, Layout, ModelShape};
 use crate::site::{Projection, Site};
 
+/// A sequence is longer than the model is made for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TooLong {
+    /// Tokens of the sequence.
+    pub length: usize,
+    /// Most tokens that the model is made for.
+    pub most: usize,
+}
+
+impl std::fmt::Display for TooLong {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { length, most } = self;
+        write!(f, "a sequence of {length} tokens is longer than the {most} the model is made for")
+    }
+}
+
+impl std::error::Error for TooLong {}
+
 /// A frozen model that adapters attach to: its projections and other parameters by on-disk name, and its forward over packed rows: a stem
 /// (embeddings), blocks, an end (the final norm), and what its hidden states are read by.
 ///
@@ -65,12 +83,9 @@ pub trait BaseModel: Send + Sync {
     }
 
     /// Refuses sequences that the model is not made for.
-    fn check_length(&self, length: usize) -> Result<()> {
+    fn check_length(&self, length: usize) -> std::result::Result<(), TooLong> {
         let most = self.shape().max_positions;
-        if length > most {
-            bail!("a sequence of {length} tokens is longer than the {most} the model is made for");
-        }
-        Ok(())
+        if length > most { Err(TooLong { length, most }) } else { Ok(()) }
     }
 
     /// The first block's input for token rows, as the adaptation leaves it.

@@ -292,7 +292,9 @@ impl<'m> Engine<'m> {
         if request.prompt.is_empty() {
             return fail("the prompt is empty; there is nothing to go on from".into());
         }
-        self.model.check_length(request.prompt.len().saturating_add(request.max_tokens.unwrap_or(1)))?;
+        self.model
+            .check_length(request.prompt.len().saturating_add(request.max_tokens.unwrap_or(1)))
+            .map_err(lorimer_model::Error::from)?;
         let vocabulary = self.model.shape().vocabulary;
         if let Some(bad) = request.prompt.iter().find(|&&t| t as usize >= vocabulary) {
             return fail(format!("token {bad} is outside the vocabulary of {vocabulary}"));

@@ -51,7 +51,7 @@ pub fn generate(
     if prompt.is_empty() {
         return Err(lorimer_model::Error::Unsupported("the prompt is empty; there is nothing to go on from".into()));
     }
-    model.check_length(prompt.len().saturating_add(max_tokens))?;
+    model.check_length(prompt.len().saturating_add(max_tokens)).map_err(lorimer_model::Error::from)?;
     let adaptation = Inference(adaptation);
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let mut cache = KvCache::default();

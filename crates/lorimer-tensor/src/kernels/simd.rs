@@ -24,7 +24,7 @@ pub(crate) fn exp_f32(x: f32) -> f32 {
     value * f32::from_bits(((shifted.to_bits() as i32) << 23).wrapping_add(127 << 23) as u32)
 }
 
-/// The error function within 2e-7: Abramowitz and Stegun 1964, formula 7.1.26.
+/// The error function within 3e-7: Abramowitz and Stegun 1964, formula 7.1.26, and near zero, where that cancels, six terms of its series (7.1.5).
 #[inline(always)]
 pub(crate) fn erf_f32(x: f32) -> f32 {
     let size = x.abs();
@@ -34,7 +34,15 @@ pub(crate) fn erf_f32(x: f32) -> f32 {
     p = p * t + 1.421_413_7;
     p = p * t - 0.284_496_74;
     p = p * t + 0.254_829_6;
-    (1.0 - p * t * exp_f32(-size * size)).copysign(x)
+    let far = (1.0 - p * t * exp_f32(-size * size)).copysign(x);
+    let square = x * x;
+    let mut near = -7.575_757_6e-4;
+    near = near * square + 4.629_629_6e-3;
+    near = near * square - 2.380_952_4e-2;
+    near = near * square + 0.1;
+    near = near * square - 0.333_333_34;
+    near = near * square + 1.0;
+    if size < 0.6 { near * x * std::f32::consts::FRAC_2_SQRT_PI } else { far }
 }
 
 /// Σ f(a, b) in sixteen lanes.
@@ -92,7 +100,7 @@ mod tests {
             let x = i as f32 * 1e-4;
             (f64::from(erf_f32(x)) - libm::erf(f64::from(x))).abs()
         });
-        assert!(worst.fold(0.0, f64::max) < 4e-7);
+        assert!(worst.fold(0.0, f64::max) < 3e-7);
     }
 
     #[test]

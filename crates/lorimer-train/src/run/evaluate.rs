@@ -104,7 +104,7 @@ pub fn evaluate(
     for (start, chunk) in examples.chunks(16).enumerate() {
         let mut items = Vec::new();
         for example in chunk {
-            model.check_length(example.tokens.len())?;
+            model.check_length(example.tokens.len()).map_err(lorimer_model::Error::from)?;
             let mut wanted: Vec<_> = example.targets().map(|i| (i - 1, example.tokens[i])).collect();
             let answer = example.last_answer(&text.eos_ids);
             let prefix = example.tokens[..answer.start].to_vec();

@@ -69,7 +69,7 @@ impl Session<'_> {
             Checkpoint::clear(&self.output)?;
         }
         let longest = self.train.iter().chain(self.eval).map(|e| e.tokens.len()).max().unwrap_or(0);
-        self.base.model().check_length(longest)?;
+        self.base.model().check_length(longest).map_err(lorimer_model::Error::from)?;
         let config = method.config();
         let stats = self.calibrate(method.as_ref(), &mut progress)?;
         let adapter = Adapter::attach_calibrated(self.base.model(), method, &stats, self.settings.seed)?;
