@@ -147,7 +147,8 @@ fn segmented(rows: usize, outputs: usize, inputs: usize, rank: usize, groups: us
             let at = |i: usize| i * rows / groups.max(1);
             let scale = i.is_multiple_of(2).then(|| paged(9, 1, outputs));
             let (a, b) = (paged(3, rank, inputs), paged(17, rank, outputs));
-            let addition = Addition { a, b, output_scale: scale, bias: Some(paged(5, 1, outputs)), gate: None, weight: 0.5 };
+            let addition =
+                Addition { a, b, output_scale: scale, bias: Some(paged(5, 1, outputs)), gate: None, weight: 0.5 };
             Group { rows: at(i)..at(i + 1), additions: vec![addition] }
         };
         let groups: Vec<Group<'_>> = (0..groups).map(group).collect();
