@@ -62,7 +62,10 @@ fn laws_2_3_and_6_merged_equals_unmerged_and_the_base_never_changes() {
             let Some(delta) = adapter.delta(&site.path) else { continue };
             let x = random(&[5, site.inputs], 1.0, &mut rng);
             let bias = adapter.parameters().get(&site.bias_path()).map(|v| v.as_tensor()).or(base.bias.as_ref());
-            let merged = delta.merged(base).unwrap().unwrap();
+            let Ok(merged) = delta.merged(base).unwrap() else {
+                assert!(!methods::entry(name).unwrap().mergeable, "{name} says that it can be merged");
+                continue;
+            };
             let mut y = x.matmul(&merged.t().unwrap()).unwrap();
             if let Some(bias) = bias {
                 y = y.broadcast_add(bias).unwrap();
@@ -95,6 +98,37 @@ fn laws_2_3_and_6_merged_equals_unmerged_and_the_base_never_changes() {
     });
 }
 
+/// What says that it cannot be merged differs from every fixed weight: its change is no linear function of its input. It is not merged, and not
+/// exported as a LoRA.
+#[test]
+fn what_cannot_be_merged_is_no_fixed_weight() {
+    let mut checked = 0;
+    each(|model, name, settings, _| {
+        if methods::entry(name).unwrap().mergeable {
+            return;
+        }
+        let adapter = attach(model, name, settings);
+        move_all(&adapter);
+        assert!(to_lora(model, &adapter, None, "tiny").is_err(), "{name} {settings}");
+        let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(1);
+        for (site, base, delta) in adapter.sites(model) {
+            assert!(delta.merged(base).unwrap().is_err() && delta.has_effect(base).unwrap());
+            let change = |x: &Tensor| {
+                let y = x.matmul(&base.dense(DType::F64).unwrap().t().unwrap()).unwrap();
+                delta.forward(base, x, &y, &Step::default()).unwrap()
+            };
+            let [a, b] = [0; 2].map(|_| random(&[40, site.inputs], 1.0, &mut rng));
+            let both = (change(&a) + change(&b)).unwrap();
+            let size = distance(&both, &both.zeros_like().unwrap());
+            assert!(distance(&change(&(a + b).unwrap()), &both) > 1e-3 * size, "{name} {settings}: {}", site.path);
+        }
+    });
+    for entry in methods::REGISTRY.iter().filter(|e| !e.mergeable) {
+        checked += entry.laws.len();
+    }
+    assert!(checked >= 4);
+}
+
 #[test]
 fn law_4_load_after_save_is_the_identity() {
     each(|model, name, settings, _| {
@@ -118,6 +152,9 @@ fn law_11_exported_equals_unexported() {
     each(|model, name, settings, _| {
         let adapter = attach(model, name, settings);
         move_all(&adapter);
+        if !methods::entry(name).unwrap().mergeable {
+            return;
+        }
         let expected = logits(model, &Attached::one(&adapter));
         let (_, told) = to_lora(model, &adapter, None, "tiny").unwrap();
         for rank in [None, Some(64)] {
@@ -275,7 +312,9 @@ fn law_5_the_fast_gradients_equal_the_plain_ones() {
         let parameters = adapter.trainable();
         for training in [None, Some(3)] {
             let attached = Attached::one(&adapter).at(training.map_or(Step::default(), Step::training));
-            let dropout = settings.contains("_dropout") && training.is_some();
+            // With dropout, or where rows are counted, what they begin with is not shared.
+            let dropout = !attached.rows_are_independent();
+            assert!(dropout || training.is_none() || !settings.contains("_dropout"));
             let (sum, supervised, tokens) = batch_loss(model, &attached, &rows).unwrap();
             let expected = (&sum * 0.5).unwrap().backward().unwrap();
             let sum = sum.to_scalar::<f64>().unwrap();

@@ -86,7 +86,7 @@ pub const ENTRY: Entry = Entry {
     source: include_str!("flylora.rs"),
     laws: &[
         (r#"{"r": 6, "top_k": 2}"#, 0.0),
-        (r#"{"r": 4, "top_k": 1, "select": "magnitude", "input_gradient": "cut", "lora_dropout": 0.2}"#, 0.0),
+        (r#"{"r": 4, "top_k": 1, "select": "magnitude", "lora_dropout": 0.2}"#, 0.0),
     ],
     build: |settings| FlyLora::checked(configure("flylora", settings)?),
     recognises: |config| config.get("peft_type").and_then(Value::as_str) == Some("FLYLORA"),
