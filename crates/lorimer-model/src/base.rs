@@ -37,6 +37,10 @@ pub struct Base {
 }
 
 /// Opens weights and configuration without loading the model.
+///
+/// # Errors
+///
+/// Fails if there is no model at `path`, if a file is damaged, or if the model is of a family that is not supported.
 pub fn open_weights(path: &Path, dtype: LoadDtype) -> Result<(Config, Weights)> {
     if path.is_dir() {
         if let Some(gguf) = single_gguf(path)? {
@@ -87,11 +91,20 @@ impl Base {
     }
 
     /// Loads a base from a Hugging Face folder or a GGUF file.
+    ///
+    /// # Errors
+    ///
+    /// Fails as [`Self::prepare`] and [`Prepared::load`] do.
     pub fn open(path: &Path, options: &OpenOptions) -> Result<Self> {
         Self::prepare(path, options)?.load()
     }
 
     /// Everything but the weights: what is needed to encode data and to plan.
+    ///
+    /// # Errors
+    ///
+    /// Fails if there is no model at `path`, if a file is damaged, if the model is of a family that is not supported, or if the tokenizer
+    /// has more tokens than the model.
     pub fn prepare(path: &Path, options: &OpenOptions) -> Result<Prepared> {
         let (config, weights) = open_weights(path, options.dtype)?;
         let text = match (weights.gguf(), &options.tokenizer) {
@@ -126,6 +139,10 @@ pub struct Prepared {
 
 impl Prepared {
     /// Reads the weights.
+    ///
+    /// # Errors
+    ///
+    /// Fails if a tensor is missing, damaged or of another shape than the configuration says.
     pub fn load(self) -> Result<Base> {
         let fingerprint = self.weights.fingerprint()?;
         let model = self.config.clone().load(&self.weights)?;

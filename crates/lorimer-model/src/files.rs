@@ -14,6 +14,10 @@ pub const MAX_JSON_BYTES: u64 = 64 << 20;
 pub const MAX_HEADER_BYTES: u64 = 16 << 20;
 
 /// Reads a regular file of at most `limit` bytes.
+///
+/// # Errors
+///
+/// Fails if the file cannot be read, is no regular file, or has more than `limit` bytes.
 pub fn read_bounded(path: &Path, limit: u64) -> Result<Vec<u8>> {
     let file = File::open(path).map_err(Error::io("read", path))?;
     let metadata = file.metadata().map_err(Error::io("read", path))?;
@@ -29,6 +33,10 @@ pub fn read_bounded(path: &Path, limit: u64) -> Result<Vec<u8>> {
 }
 
 /// Reads a JSON file of at most `limit` bytes (nesting is bounded by the parser).
+///
+/// # Errors
+///
+/// Fails as [`read_bounded`] does, and if the content is not JSON of that type.
 pub fn read_json<T: serde::de::DeserializeOwned>(path: &Path, limit: u64) -> Result<T> {
     serde_json::from_slice(&read_bounded(path, limit)?)
         .map_err(|e| Error::invalid(path, format!("is not the JSON that was expected: {e}")))
@@ -50,6 +58,10 @@ fn parent(path: &Path) -> &Path {
 }
 
 /// Creates a folder and its parents.
+///
+/// # Errors
+///
+/// Fails if the folder cannot be created.
 pub fn create_folder(path: &Path) -> Result<()> {
     fs::create_dir_all(path).map_err(Error::io("create", path))
 }
@@ -89,6 +101,10 @@ fn make_temporary(
 }
 
 /// Fails where nothing can be written into a folder, which is found by doing it.
+///
+/// # Errors
+///
+/// Fails if a file cannot be created in the folder or removed from it.
 pub fn check_writable(folder: &Path) -> Result<()> {
     let (temporary, _lock) =
         make_temporary(&folder.join("writable"), |temporary| File::create_new(temporary).map(drop))?;
@@ -102,6 +118,11 @@ fn open_to_lock(path: &Path) -> std::io::Result<File> {
 
 /// Writes a file so that a reader sees the old content or the new, never a part: temporary file in the same
 /// folder, fsync, rename, fsync of the folder. Of several writers the last to end wins.
+///
+/// # Errors
+///
+/// Fails if `fill` does, or if the file cannot be written, synced or renamed; the old content then stays, unless only the folder could not
+/// be synced.
 pub fn write_atomic_with(path: &Path, fill: impl FnOnce(&mut File) -> Result<()>) -> Result<()> {
     let (temporary, file) = make_temporary(path, |temporary| File::create_new(temporary).map(drop))?;
     let write = || -> Result<()> {
@@ -117,11 +138,19 @@ pub fn write_atomic_with(path: &Path, fill: impl FnOnce(&mut File) -> Result<()>
 }
 
 /// [`write_atomic_with`] for bytes in memory.
+///
+/// # Errors
+///
+/// Fails as [`write_atomic_with`] does.
 pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
     write_atomic_with(path, |file| file.write_all(bytes).map_err(Error::io("write", path)))
 }
 
 /// Pretty JSON with a final newline, written atomically.
+///
+/// # Errors
+///
+/// Fails if the value cannot be written as JSON, and as [`write_atomic_with`] does.
 pub fn write_json(path: &Path, value: &impl serde::Serialize) -> Result<()> {
     let mut bytes = serde_json::to_vec_pretty(value).map_err(|e| Error::invalid(path, e.to_string()))?;
     bytes.push(b'\n');
@@ -129,6 +158,10 @@ pub fn write_json(path: &Path, value: &impl serde::Serialize) -> Result<()> {
 }
 
 /// Fills a new folder and gives it its name only when it is whole. `path` must not exist.
+///
+/// # Errors
+///
+/// Fails if `fill` does, or if the folder cannot be created, synced or renamed, as where `path` exists.
 pub fn write_folder_atomic(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     // Held until the folder has its name.
     let (temporary, _lock) = make_temporary(path, |temporary| fs::create_dir(temporary))?;
@@ -144,6 +177,10 @@ pub fn write_folder_atomic(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) 
 }
 
 /// Removes a folder: first it gets a name that nobody looks at, so that a kill in between leaves no half one.
+///
+/// # Errors
+///
+/// Fails if the folder cannot be renamed or removed.
 pub fn remove_folder(path: &Path) -> Result<()> {
     let away = temporary(path);
     fs::rename(path, &away).map_err(Error::io("remove", path))?;
@@ -208,6 +245,10 @@ const MAX_TEMPLATES: usize = 1000;
 
 /// Files of a Hugging Face folder that belong to its text and not to its weights, by their paths below it: tokenizers in every form, chat
 /// templates, what ends a turn. Weights are never among them.
+///
+/// # Errors
+///
+/// Fails if a folder cannot be listed.
 pub fn text_files(folder: &Path) -> Result<Vec<PathBuf>> {
     let names = |folder: &Path| -> Result<Vec<String>> {
         let entries = fs::read_dir(folder).map_err(Error::io("read", folder))?;

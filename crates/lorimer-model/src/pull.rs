@@ -79,6 +79,10 @@ pub fn offline() -> bool {
 }
 
 /// Finds a model by local path, alias or hub id, fetching it if need be.
+///
+/// # Errors
+///
+/// Fails if `name` is no local path, alias or hub id, or if the model is not cached and cannot be fetched whole.
 pub fn pull(name: &str, options: PullOptions) -> Result<Pulled> {
     let local = Path::new(name);
     if local.exists() {

@@ -321,6 +321,11 @@ fn write_safetensors(path: &Path, entries: Vec<Entry<'_>>) -> Result<()> {
 
 /// Merges adapters into a base and writes a folder that transformers loads. `dtype` is for a GGUF base, whose
 /// quantised tensors are expanded; a safetensors base keeps its own types and shards. `progress` hears each tensor.
+///
+/// # Errors
+///
+/// Fails if an adapter does not fit the base or cannot be merged, if `dtype` is nf4 or int8, if `output` is the base's own folder, or if a
+/// file cannot be read or written.
 pub fn merge_to_folder(
     base: &Path,
     adapters: &[(StoredAdapter, f64)],
@@ -480,6 +485,11 @@ fn refuse_own_folder(base: &Path, output: &Path) -> Result<()> {
 
 /// Merges adapters into a GGUF base and writes a GGUF file of the same types: each merged tensor is quantised anew and
 /// the error measured.
+///
+/// # Errors
+///
+/// Fails if an adapter does not fit the base or cannot be merged, if the base is no GGUF file, if the change needs a head of its own that
+/// the base shares with its embedding, or if a file cannot be read or written.
 pub fn merge_to_gguf(
     base: &Path,
     adapters: &[(StoredAdapter, f64)],

@@ -28,12 +28,20 @@ fn ranks(stored: &StoredAdapter) -> Result<BTreeMap<String, usize>> {
 }
 
 /// The largest rank of a module.
+///
+/// # Errors
+///
+/// Fails if the adapter is no plain LoRA.
 pub fn largest_rank(stored: &StoredAdapter) -> Result<usize> {
     Ok(ranks(stored)?.into_values().max().unwrap_or(0))
 }
 
 /// The first `rank` rows of every A and columns of every B; modules with fewer stay. α shrinks with the rank, so that what is left is
 /// what it was, except where the adapter was trained with α/b at rank b (`dylora` with `scaling` = `rank`).
+///
+/// # Errors
+///
+/// Fails if the adapter is no plain LoRA, or if `rank` is 0 or larger than the adapter's.
 pub fn resize(stored: &StoredAdapter, rank: usize) -> Result<StoredAdapter> {
     let ranks = ranks(stored)?;
     let most = ranks.values().copied().max().unwrap_or(0);

@@ -44,6 +44,10 @@ pub struct Overlap {
 
 impl Entries {
     /// Of an adapter whose every change is some entries of a weight.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the adapter changes anything but some entries of weights.
     pub fn of(adapter: &Adapter) -> Result<Self> {
         let name = adapter.method.name();
         if !adapter.parameters().is_empty() {
@@ -149,6 +153,10 @@ impl<'m> Switcher<'m> {
     }
 
     /// Takes all adapters off: the base is what it was, bit for bit.
+    ///
+    /// # Errors
+    ///
+    /// Fails if an entry cannot be written back; the base then still holds a part of the adapters.
     pub fn clear(&mut self) -> Result<()> {
         let sites = sites(self.model);
         while let Some(undo) = self.undo.pop() {
@@ -160,6 +168,10 @@ impl<'m> Switcher<'m> {
     }
 
     /// Puts an adapter on top of what is there, times `scale`.
+    ///
+    /// # Errors
+    ///
+    /// Fails, before anything is written, if the base lacks a weight, keeps it quantised, or an entry lies outside it.
     pub fn add(&mut self, entries: &Entries, scale: f64) -> Result<()> {
         let sites = sites(self.model);
         let one = |m: &Module| -> Result<(String, Arc<Vec<u32>>, Vec<f32>)> {
@@ -180,6 +192,10 @@ impl<'m> Switcher<'m> {
     }
 
     /// One adapter in the place of all that is there.
+    ///
+    /// # Errors
+    ///
+    /// Fails as [`Self::clear`] and [`Self::add`] do; if it is the second, the base is left without an adapter.
     pub fn switch(&mut self, to: &Entries) -> Result<()> {
         self.clear()?;
         self.add(to, 1.0)

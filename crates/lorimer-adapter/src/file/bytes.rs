@@ -7,6 +7,10 @@ use candle_core::{DType, Tensor};
 use crate::error::{Error, Result};
 
 /// Little-endian bytes of a CPU tensor.
+///
+/// # Errors
+///
+/// Fails if the tensor is of a type that adapter files do not hold.
 pub fn raw_bytes(t: &Tensor) -> Result<Vec<u8>> {
     fn le<T, const N: usize>(values: &[T], bytes: impl Fn(&T) -> [u8; N]) -> Vec<u8> {
         let mut out = vec![0; values.len() * N];
@@ -28,6 +32,10 @@ pub fn raw_bytes(t: &Tensor) -> Result<Vec<u8>> {
 }
 
 /// The safetensors name of a tensor's type.
+///
+/// # Errors
+///
+/// Fails if adapter files do not hold the type.
 pub fn safetensors_dtype(dtype: DType) -> Result<safetensors::Dtype> {
     Ok(match dtype {
         DType::U8 => safetensors::Dtype::U8,
@@ -43,6 +51,10 @@ pub fn safetensors_dtype(dtype: DType) -> Result<safetensors::Dtype> {
 }
 
 /// A safetensors file in memory, as PEFT writes it (`format: pt`).
+///
+/// # Errors
+///
+/// Fails if a tensor is of a type that adapter files do not hold.
 pub fn safetensors_bytes(tensors: &BTreeMap<String, Tensor>) -> Result<Vec<u8>> {
     let data = tensors.iter().map(|(n, t)| Ok((n, safetensors_dtype(t.dtype())?, t.dims().to_vec(), raw_bytes(t)?)));
     let data = data.collect::<Result<Vec<_>>>()?;

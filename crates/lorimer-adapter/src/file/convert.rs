@@ -22,6 +22,10 @@ use crate::file::store::StoredAdapter;
 use crate::method::LowRank;
 
 /// The low-rank change of every module; an error names the first module that has more than that.
+///
+/// # Errors
+///
+/// Fails if the configuration is of no known method, if a module has more than two low-rank factors, or if there is no module.
 pub fn low_ranks(stored: &StoredAdapter) -> Result<BTreeMap<String, LowRank>> {
     let method = crate::methods::from_adapter_config(&stored.config)?;
     let mut all = BTreeMap::new();
@@ -46,6 +50,10 @@ pub fn low_ranks(stored: &StoredAdapter) -> Result<BTreeMap<String, LowRank>> {
 }
 
 /// A PEFT adapter from factors, each module with its own rank and α = scaling·rank.
+///
+/// # Errors
+///
+/// Fails if there is no module.
 pub fn to_peft(modules: BTreeMap<String, LowRank>, base: &str) -> Result<StoredAdapter> {
     let Some(first) = modules.values().next() else {
         return Err(Error::Refused("the file holds no low-rank factors".into()));
@@ -99,6 +107,11 @@ fn architecture(config: &DecoderConfig) -> &str {
 }
 
 /// Writes a llama.cpp adapter; the base's configuration says how q and k are laid out.
+///
+/// # Errors
+///
+/// Fails if the adapter is more than low-rank factors, if a module has no name in llama.cpp or does not fit the base, or if the file cannot
+/// be written.
 pub fn write_gguf(stored: &StoredAdapter, config: &DecoderConfig, path: &Path) -> Result<()> {
     let modules = low_ranks(stored)?;
     let alpha = modules.values().next().map_or(1.0, |l| l.scaling * l.a.dim(0).unwrap_or(1) as f64);
@@ -135,6 +148,10 @@ pub fn write_gguf(stored: &StoredAdapter, config: &DecoderConfig, path: &Path) -
 }
 
 /// Reads a llama.cpp adapter.
+///
+/// # Errors
+///
+/// Fails if the file cannot be read, is no GGUF LoRA adapter, is damaged, or is for another architecture than the base's.
 pub fn read_gguf(path: &Path, config: &DecoderConfig) -> Result<BTreeMap<String, LowRank>> {
     let file = Gguf::open(path)?;
     let fail = |problem: String| -> Error { lorimer_model::Error::invalid(path, problem).into() };
@@ -187,6 +204,10 @@ pub fn read_gguf(path: &Path, config: &DecoderConfig) -> Result<BTreeMap<String,
 const KOHYA_PREFIX: &str = "lora_te_";
 
 /// Writes kohya-style keys: `lora_te_<module>.lora_down.weight`, `.lora_up.weight`, `.alpha`.
+///
+/// # Errors
+///
+/// Fails if the adapter is more than low-rank factors, if a module has no kohya-style name, or if the file cannot be written.
 pub fn write_kohya(stored: &StoredAdapter, path: &Path) -> Result<()> {
     let mut tensors = BTreeMap::new();
     for (module, low) in low_ranks(stored)? {
@@ -223,6 +244,10 @@ fn from_kohya_name(name: &str) -> Option<String> {
 }
 
 /// Reads kohya-style keys of a language model.
+///
+/// # Errors
+///
+/// Fails if the file cannot be read, holds a tensor without a kohya-style name, or a module's factors do not belong together.
 pub fn read_kohya(path: &Path) -> Result<BTreeMap<String, LowRank>> {
     let file = SafetensorsFile::open(path)?;
     let fail = |problem: String| -> Error { lorimer_model::Error::invalid(path, problem).into() };

@@ -42,6 +42,10 @@ pub type One = (LowRank, bool, f64, f64);
 
 /// The change of one projection as a product of low-rank factors: its own, where it is one and `rank` allows it, else the best of rank
 /// `rank` (64 where none is given).
+///
+/// # Errors
+///
+/// Fails if the projection has to be approximated and its method has no plain weight, or if a tensor operation fails.
 pub fn low_rank_of(site: &Site, base: &Projection, delta: &dyn Delta, rank: Option<usize>) -> Result<One> {
     let side = site.inputs.min(site.outputs);
     if let Some(Change::LowRank(low)) = delta.change(base, 0, &Step::default())? {
@@ -66,6 +70,10 @@ pub fn low_rank_of(site: &Site, base: &Projection, delta: &dyn Delta, rank: Opti
 
 /// The adapter as a LoRA of PEFT's for `base_name`. With `rank`, no module's is larger; without, exact modules keep their own and
 /// the others get 64.
+///
+/// # Errors
+///
+/// Fails if no projection is adapted, if one has to be approximated and its method has no plain weight, or if a tensor operation fails.
 pub fn to_lora(
     model: &dyn BaseModel,
     adapter: &Adapter,

@@ -35,6 +35,10 @@ fn sketch(t: &Tensor) -> TensorResult<(f32, f32)> {
 
 impl FrozenParts {
     /// Of a module; None where it has none.
+    ///
+    /// # Errors
+    ///
+    /// Fails if a frozen part cannot be read as `f32`.
     pub fn of(delta: &dyn Delta) -> Result<Option<Self>> {
         let frozen = delta.frozen();
         if frozen.is_empty() {
@@ -50,6 +54,10 @@ impl FrozenParts {
     }
 
     /// Refuses a module whose frozen parts are others than the adapter was trained with.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the frozen parts differ from the recorded ones by more than rounding.
     pub fn check(&self, module: &str, delta: &dyn Delta) -> Result<()> {
         let Some(now) = Self::of(delta)? else { return Ok(()) };
         if now.hash == self.hash {

@@ -52,6 +52,10 @@ pub struct Report {
 }
 
 /// Looks into an adapter.
+///
+/// # Errors
+///
+/// Fails if the configuration is of no known method, or if a module's tensors do not belong together.
 pub fn inspect(stored: &StoredAdapter) -> Result<Report> {
     let method = crate::methods::from_adapter_config(&stored.config)?;
     let mut modules = Vec::new();

@@ -97,11 +97,20 @@ pub struct StoredAdapter {
 
 impl StoredAdapter {
     /// Reads an adapter folder.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the folder is no adapter in PEFT's form, if a file is damaged or too large, or if a tensor holds values that are not
+    /// finite.
     pub fn read(folder: &Path) -> Result<Self> {
         Self::read_with(folder, SafetensorsFile::open)
     }
 
     /// [`Self::read`] for a folder that others may change meanwhile, with tensors of at most `limit` bytes.
+    ///
+    /// # Errors
+    ///
+    /// Fails as [`Self::read`] does, and if the tensors take more than `limit` bytes.
     pub fn read_changing(folder: &Path, limit: u64) -> Result<Self> {
         Self::read_with(folder, |path| SafetensorsFile::read(path, limit))
     }
@@ -140,6 +149,10 @@ impl StoredAdapter {
     }
 
     /// Identity of configuration and tensors: `sha256:…`.
+    ///
+    /// # Errors
+    ///
+    /// Fails if a tensor is of a type that adapter files do not hold.
     pub fn content_id(&self) -> Result<String> {
         let mut hash = Sha256::new();
         // The name of the base differs from machine to machine and is not content.
@@ -153,11 +166,19 @@ impl StoredAdapter {
     }
 
     /// The tensors as a safetensors file.
+    ///
+    /// # Errors
+    ///
+    /// Fails if a tensor is of a type that adapter files do not hold.
     pub fn tensor_bytes(&self) -> Result<Vec<u8>> {
         safetensors_bytes(&self.tensors)
     }
 
     /// Writes the folder: tensors first, then configuration and card, `lorimer.json` last; each file atomically.
+    ///
+    /// # Errors
+    ///
+    /// Fails if a tensor is of a type that adapter files do not hold, or if a file cannot be written.
     pub fn write(&self, folder: &Path, card: Option<&str>) -> Result<()> {
         create_folder(folder)?;
         remove_leftovers(folder);

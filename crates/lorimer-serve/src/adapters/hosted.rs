@@ -130,6 +130,11 @@ fn flat(t: &Tensor) -> Result<Vec<f32>> {
 impl Hosted {
     /// The served form of an adapter on a model. `rank` is that of projections whose change is not low-rank as it is; 64 where none is
     /// given.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the adapter brings whole parameters other than biases, changes no projection, has factors that are not finite, or has a
+    /// method with neither a low-rank form nor a plain weight.
     pub fn new(model: &dyn BaseModel, adapter: &Adapter, content_id: String, rank: Option<usize>) -> Result<Self> {
         let projections = model.projections();
         let biases: Vec<String> = projections.iter().map(|(site, _)| site.bias_path()).collect();

@@ -154,6 +154,10 @@ fn open_store(url: &Url, address: &str) -> object_store::Result<(Box<dyn ObjectS
 impl Mirror {
     /// The store at a URL (`s3://bucket/prefix`), set up from the environment (`AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_REGION`,
     /// `AWS_ENDPOINT`, `AWS_ALLOW_HTTP` …), mirrored below `root`.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the address is no URL of a known kind, or if `root` cannot be created.
     pub fn open(address: &str, root: &Path, max_file_bytes: u64) -> Result<Self, StoreError> {
         let url = Url::parse(address).map_err(|e| failed(format!("`{address}` is no URL: {e}")))?;
         lorimer_model::http::install_ring();
@@ -206,6 +210,10 @@ impl Mirror {
 
     /// Names of the adapters in the store, `most` at most, and the names that servers gave; from then on those are asked for every [`NAMES`].
     /// Where the store does not answer, what was here last, and both once it does. Fails where it answers that it may not be read.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the store answers and may not be read, or if the registry is damaged.
     pub fn begin(&self, most: usize) -> Result<(Vec<String>, Registry), StoreError> {
         let first = self.wait(SHORT, async {
             let listing = self.shared.list(most).await?;
@@ -302,6 +310,11 @@ impl Mirror {
     }
 
     /// The folder below [`Self::root`] with what the store has for an adapter, fetched where it is not there; None if the store has none.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the name is not valid, if its files are too large to be read, or if the store does not answer and nothing was
+    /// fetched before.
     pub fn fetch(&self, path: &Path) -> Result<Option<PathBuf>, StoreError> {
         if let Some(folder) = self.current(path) {
             return Ok(Some(folder));
@@ -321,6 +334,10 @@ impl Mirror {
     }
 
     /// As [`Self::fetch`], of now: fails where the store does not answer.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the name is not valid, if its files are too large to be read, or if the store does not answer.
     pub fn fetch_now(&self, path: &Path) -> Result<Option<PathBuf>, StoreError> {
         check_name(&path.to_string_lossy())?;
         self.wait(LONG, self.shared.look_and_note(path))

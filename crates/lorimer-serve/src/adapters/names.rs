@@ -42,6 +42,10 @@ pub(crate) fn refuse<T>(code: Code, message: impl Into<String>) -> Result<T, Sto
 }
 
 /// Names are path-like: parts of letters, digits, `.`, `_`, `-` apart by `/`, none of which begins with a dot.
+///
+/// # Errors
+///
+/// Fails with [`Code::InvalidName`] if it is another, or longer than [`MAX_NAME`].
 pub fn check_name(name: &str) -> Result<(), StoreError> {
     let part = |part: &str| {
         !part.is_empty()

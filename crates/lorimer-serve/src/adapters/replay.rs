@@ -13,6 +13,10 @@ const MOST: usize = 512;
 
 /// The largest |Δ log p| over an adapter's golden prompts, as many as fit into 512 tokens; None where none is recorded. An error where what is
 /// recorded cannot be of this base.
+///
+/// # Errors
+///
+/// Fails if a recorded prompt does not fit the base, or if a tensor operation fails.
 pub fn replay(model: &dyn BaseModel, hosted: &std::sync::Arc<Hosted>) -> Result<Option<f64>> {
     let vocabulary = model.shape().vocabulary;
     let fits = |g: &Golden| {

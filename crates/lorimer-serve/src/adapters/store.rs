@@ -209,6 +209,10 @@ pub struct Store {
 
 impl Store {
     /// Opens a store: the registry, and every folder below the root that holds an adapter (without reading it).
+    ///
+    /// # Errors
+    ///
+    /// Fails if there is no folder at the root, if the object store cannot be opened or may not be read, or if the registry is damaged.
     pub fn open(settings: StoreSettings) -> Result<Self, StoreError> {
         let shown = settings.root.display();
         let mirror = settings.address.as_ref();
@@ -269,12 +273,12 @@ impl Store {
         }
     }
 
-    /// Takes up a registry: what it gives and takes away, and what the one before gave and it does not.
     /// Grows with every change of names: what was found under an older number may no longer be what a name stands for.
     pub fn version(&self) -> u64 {
         self.version.load(Ordering::Acquire)
     }
 
+    /// Takes up a registry: what it gives and takes away, and what the one before gave and it does not.
     fn adopt(&self, inner: &mut Inner, registry: Registry) {
         let before = inner.own.over(&inner.registry);
         inner.registry = registry;
@@ -440,6 +444,11 @@ impl Store {
     }
 
     /// The adapter of a name, read if it is not in memory or its files have changed.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the name is not valid or stands for nothing, if its folder leaves the root, if the adapter is damaged, does not fit the
+    /// base or exceeds a bound, or if an object store does not answer.
     pub fn get(&self, model: &(dyn BaseModel + Sync), name: &str) -> Result<Arc<Hosted>, StoreError> {
         check_name(name)?;
         self.catch_up();
@@ -622,6 +631,11 @@ impl Store {
     }
 
     /// Gives a name to the adapter in a folder below the root, once that was read and found good. Gives its content.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the name is not valid or `how` does not allow it, if the path leaves the root, if the adapter is damaged, does not fit the
+    /// base or exceeds a bound, or if the registry cannot be written.
     pub fn put(
         &self,
         model: &(dyn BaseModel + Sync),
@@ -674,6 +688,10 @@ impl Store {
     }
 
     /// Takes a name away. Its files stay, and requests that run go on.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the name is not valid or stands for nothing, or if the registry cannot be written.
     pub fn remove(&self, name: &str) -> Result<(), StoreError> {
         check_name(name)?;
         self.catch_up();

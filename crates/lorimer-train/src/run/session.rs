@@ -56,6 +56,11 @@ pub struct Session<'a> {
 impl Session<'_> {
     /// Trains and writes the adapter. The output folder then holds the adapter, the log, the plots and the card; or, if
     /// interrupted, a checkpoint to resume from. The adapter itself is returned too.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the settings, the rows or the method do not fit the base or each other, if the output folder holds a run that is neither
+    /// resumed nor overwritten, if training breaks down, or if a file cannot be read or written.
     pub fn run(&self, method: Box<dyn Method>, mut progress: impl FnMut(Event<'_>)) -> Result<(Outcome, Adapter)> {
         self.settings.check()?;
         let begun = self.output.join(CONFIG_FILE).exists() || Checkpoint::any(&self.output)?;
@@ -182,6 +187,10 @@ impl Session<'_> {
 }
 
 /// What became of replaying an adapter's golden prompts.
+///
+/// # Errors
+///
+/// Fails if a recorded prompt does not fit the base, or if a tensor operation fails.
 pub fn replay(base: &Base, adapter: &Adapter, stored: &StoredAdapter) -> Result<Option<f64>> {
     let Some(manifest) = stored.manifest.as_ref().filter(|m| !m.golden.is_empty()) else { return Ok(None) };
     let attached = Attached::one(adapter);
