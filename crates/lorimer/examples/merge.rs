@@ -11,14 +11,14 @@ const QUESTION: &str = "Is this movie review negative, neutral or positive?\n\nA
 fn ask(base: &Base, adaptation: &dyn Adaptation) -> anyhow::Result<String> {
     let text = base.text.needed_template()?.render(&[json!({ "role": "user", "content": QUESTION })], None, true)?;
     let prompt = base.text.encode(&text, false)?.ids;
-    Ok(generate(&base.model, &base.text, adaptation, &prompt, 8, &Sampling::default(), 0, &[], |_| {})?.text)
+    Ok(generate(base.model(), &base.text, adaptation, &prompt, 8, &Sampling::default(), 0, &[], |_| {})?.text)
 }
 
 fn main() -> anyhow::Result<()> {
     let pulled = pull("smollm2-135m", PullOptions::default())?;
     let stored = StoredAdapter::read("runs/example".as_ref())?;
     let base = Base::open(&pulled.path, &OpenOptions::default())?;
-    println!("with the adapter: {}", ask(&base, &Attached::one(&Adapter::load_whole(&base.model, &stored)?))?);
+    println!("with the adapter: {}", ask(&base, &Attached::one(&Adapter::load_whole(base.model(), &stored)?))?);
 
     let output = "runs/example-merged".as_ref();
     let merged = merge_to_folder(&pulled.path, &[(stored, 1.0)], output, LoadDtype::F32, |_| {})?;
