@@ -73,6 +73,17 @@ pub trait BaseModel: Send + Sync {
         Ok(())
     }
 
+    /// Refuses sequences whose keys and values cannot be kept from the first token to the last.
+    fn check_cached_length(&self, length: usize) -> Result<()> {
+        self.check_length(length)?;
+        match self.shape().rotary_border {
+            Some(border) if length > border => bail!(
+                "a sequence of {length} tokens is longer than the {border} after which this model (LongRoPE) turns all positions otherwise; up to there keys and values are kept, so ask for a shorter prompt or answer"
+            ),
+            _ => Ok(()),
+        }
+    }
+
     /// The first block's input for token rows, as the adaptation leaves it.
     fn embed(&self, tokens: &[u32], positions: &[usize], on: &dyn Adaptation) -> Result<Tensor> {
         on.hidden(Point::Embedded, self.stem(Input::Tokens(tokens), positions, on)?)
@@ -83,9 +94,13 @@ pub trait BaseModel: Send + Sync {
         self.hidden_from(Input::Tokens(&batch.tokens), &batch.positions, &batch.segments, on, None)
     }
 
-    /// The next tokens of a sequence whose earlier ones are in `cache`, which then holds these too.
+    /// The next tokens of a sequence whose earlier ones are in `cache`, which then holds these too. Tokens that bring the sequence over
+    /// [`ModelShape::rotary_border`] are refused unless they begin it.
     fn hidden_cached(&self, tokens: &[u32], cache: &mut KvCache, on: &dyn Adaptation) -> Result<Tensor> {
         let (past, n) = (cache.length, tokens.len());
+        if past > 0 && self.shape().rotary_border.is_some_and(|border| past <= border && past + n > border) {
+            self.check_cached_length(past + n)?;
+        }
         let positions: Vec<usize> = (past..past + n).collect();
         let segment = Segment { q_start: 0, q_len: n, keys: vec![(0, past + n)] };
         let h = self.hidden_from(Input::Tokens(tokens), &positions, &[segment], on, Some(cache))?;

@@ -8,7 +8,8 @@ use std::path::Path;
 use serde_json::Value;
 
 use super::config::{Config, Family};
-use crate::decoder::config::{DecoderConfig, Fields};
+use crate::decoder::config::DecoderConfig;
+use crate::decoder::fields::Fields;
 use crate::error::Result;
 
 /// The registry's line.
