@@ -506,7 +506,7 @@ pub fn merge_to_gguf(
         .into_iter()
         .filter_map(|n| {
             let (module, kind) = n.rsplit_once('.')?;
-            Some((format!("{}.{kind}", module_to_gguf(module)?), n.clone()))
+            Some((format!("{}.{kind}", module_to_gguf(file.architecture(), module)?), n.clone()))
         })
         .collect();
     for stored in stored_names {

@@ -278,9 +278,8 @@ impl DecoderConfig {
         Ok(self)
     }
 
-    /// The configuration as transformers reads it (`rope_theta` and `rope_scaling`, which 4 and 5 both accept), of a decoder that was read
-    /// from GGUF. `dtype` is the name for `torch_dtype`.
-    pub fn to_json(&self, dtype: &str) -> Value {
+    /// The keys of a `config.json` that all decoders have (`rope_theta` and `rope_scaling`, which transformers 4 and 5 both accept).
+    pub(crate) fn common_json(&self, dtype: &str) -> Value {
         let architecture = match self.model_type.as_str() {
             "mistral" => "MistralForCausalLM",
             "qwen2" => "Qwen2ForCausalLM",
