@@ -523,6 +523,7 @@ pub fn merge_to_gguf(
                 let merged = plan.merge(name, &before)?.unwrap_or_else(|| before.clone());
                 let order = file.row_order(&stored)?;
                 let to_file = |t: &Tensor| -> Result<Tensor> {
+                    let t = &(t + file.offset(&stored))?;
                     let Some(order) = &order else { return Ok(t.clone()) };
                     let mut inverse = vec![0u32; order.len()];
                     order.iter().enumerate().for_each(|(i, &row)| inverse[row] = i as u32);

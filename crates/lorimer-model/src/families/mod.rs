@@ -9,12 +9,13 @@ use crate::error::{Error, Result};
 use crate::weights::gguf::Gguf;
 
 pub mod config;
+pub mod gemma;
 pub mod llama;
 
 pub use config::{Config, Family, GgufFamily};
 
 /// Every family.
-pub const FAMILIES: &[Family] = &[llama::FAMILY];
+pub const FAMILIES: &[Family] = &[llama::FAMILY, gemma::FAMILY];
 
 impl Config {
     /// Reads what transformers 4 or 5 wrote; `path` is for errors.

@@ -173,6 +173,12 @@ impl Gguf {
         Ok(Some((info.ggml_dtype, dims, bytes)))
     }
 
+    /// What is added to a vector in the file: Gemma's norms are stored as what they multiply by, 1 + their weight.
+    pub fn offset(&self, file_name: &str) -> f64 {
+        let raised = matches!(self.architecture(), "gemma2" | "gemma3") && file_name.ends_with("norm.weight");
+        f64::from(u8::from(raised))
+    }
+
     /// Rows of q and k stand pairwise interleaved in files of architecture `llama`; this gives their order in
     /// Hugging Face's files: element `i` of the result is the row of the file.
     pub fn row_order(&self, file_name: &str) -> Result<Option<Vec<usize>>> {
@@ -241,7 +247,15 @@ const LAYER_NAMES: [(&str, &str); 10] = [
     ("input_layernorm", "attn_norm"),
 ];
 /// Those that are others in some architectures, which go before the others.
-const OWN_NAMES: [(&[&str], &[(&str, &str)]); 1] = [
+const OWN_NAMES: [(&[&str], &[(&str, &str)]); 2] = [
+    (
+        &["gemma2", "gemma3"],
+        &[
+            ("post_attention_layernorm", "post_attention_norm"),
+            ("pre_feedforward_layernorm", "ffn_norm"),
+            ("post_feedforward_layernorm", "post_ffw_norm"),
+        ],
+    ),
     (&[], &[("post_attention_layernorm", "ffn_norm")]),
 ];
 const TOP_NAMES: [(&str, &str); 3] =
@@ -281,11 +295,14 @@ mod tests {
     fn names_go_both_ways() {
         for name in ["model.layers.12.mlp.down_proj", "model.embed_tokens", "lm_head", "model.layers.0.input_layernorm"]
         {
-            for architecture in ["llama"] {
+            for architecture in ["llama", "gemma3"] {
                 let stored = module_to_gguf(architecture, name).unwrap();
                 assert_eq!(module_from_gguf(architecture, &stored).unwrap(), name);
             }
         }
         assert_eq!(module_to_gguf("llama", "model.layers.x.mlp.down_proj"), None);
+        // The same words name another norm.
+        let norm = |architecture| module_to_gguf(architecture, "model.layers.0.post_attention_layernorm").unwrap();
+        assert_eq!((norm("llama").as_str(), norm("gemma2").as_str()), ("blk.0.ffn_norm", "blk.0.post_attention_norm"));
     }
 }

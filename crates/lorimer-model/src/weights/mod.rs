@@ -393,6 +393,7 @@ impl Weights {
                 let Some((dtype, _, bytes)) = file.tensor(&stored)? else { return Err(self.missing(name)) };
                 let t = candle_core::quantized::ggml_file::qtensor_from_ggml(dtype, bytes, vec![length], &Device::Cpu)?
                     .dequantize(&Device::Cpu)?;
+                let t = (t - file.offset(&stored))?;
                 match file.row_order(&stored)? {
                     Some(order) if order.len() == length => {
                         let order: Vec<u32> = order.into_iter().map(|i| i as u32).collect();
