@@ -215,7 +215,7 @@ fn from_kohya_name(name: &str) -> Option<String> {
         None => ("mlp", rest.strip_prefix("mlp_")?),
     };
     let known =
-        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
+        ["q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj"];
     known.contains(&role).then(|| format!("model.layers.{layer}.{block}.{role}"))
 }
 
@@ -264,7 +264,7 @@ mod tests {
 
     #[test]
     fn kohya_names_of_every_projection_go_both_ways() {
-        for role in ["self_attn.q_proj", "mlp.gate_proj", "mlp.down_proj"] {
+        for role in ["self_attn.q_proj", "self_attn.qkv_proj", "mlp.gate_up_proj", "mlp.gate_proj", "mlp.down_proj"] {
             let module = format!("model.layers.11.{role}");
             let name = format!("{KOHYA_PREFIX}{}", module.replace('.', "_"));
             assert_eq!(from_kohya_name(&name).as_deref(), Some(module.as_str()));

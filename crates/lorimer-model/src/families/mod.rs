@@ -11,11 +11,12 @@ use crate::weights::gguf::Gguf;
 pub mod config;
 pub mod gemma;
 pub mod llama;
+pub mod phi;
 
 pub use config::{Config, Family, GgufFamily};
 
 /// Every family.
-pub const FAMILIES: &[Family] = &[llama::FAMILY, gemma::FAMILY];
+pub const FAMILIES: &[Family] = &[llama::FAMILY, gemma::FAMILY, phi::FAMILY];
 
 impl Config {
     /// Reads what transformers 4 or 5 wrote; `path` is for errors.

@@ -247,7 +247,7 @@ const LAYER_NAMES: [(&str, &str); 10] = [
     ("input_layernorm", "attn_norm"),
 ];
 /// Those that are others in some architectures, which go before the others.
-const OWN_NAMES: [(&[&str], &[(&str, &str)]); 2] = [
+const OWN_NAMES: [(&[&str], &[(&str, &str)]); 3] = [
     (
         &["gemma2", "gemma3"],
         &[
@@ -255,6 +255,10 @@ const OWN_NAMES: [(&[&str], &[(&str, &str)]); 2] = [
             ("pre_feedforward_layernorm", "ffn_norm"),
             ("post_feedforward_layernorm", "post_ffw_norm"),
         ],
+    ),
+    (
+        &["phi3"],
+        &[("self_attn.qkv_proj", "attn_qkv"), ("mlp.gate_up_proj", "ffn_up"), ("post_attention_layernorm", "ffn_norm")],
     ),
     (&[], &[("post_attention_layernorm", "ffn_norm")]),
 ];
@@ -295,7 +299,7 @@ mod tests {
     fn names_go_both_ways() {
         for name in ["model.layers.12.mlp.down_proj", "model.embed_tokens", "lm_head", "model.layers.0.input_layernorm"]
         {
-            for architecture in ["llama", "gemma3"] {
+            for architecture in ["llama", "gemma3", "phi3"] {
                 let stored = module_to_gguf(architecture, name).unwrap();
                 assert_eq!(module_from_gguf(architecture, &stored).unwrap(), name);
             }
