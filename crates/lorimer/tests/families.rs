@@ -439,6 +439,29 @@ fn engines_answer_as_plain_generation_does() {
     }
 }
 
+/// Mistral's window: what is before it is not seen, and what is longer is computed.
+#[test]
+fn mistral_sees_a_window() {
+    let with = |window: Value| {
+        let mut config = read(&folder("tiny-llama/config.json"));
+        (config["model_type"], config["sliding_window"]) = (json!("mistral"), window);
+        let weights = Weights::from_folder(&folder("tiny-llama"), LoadDtype::F32).unwrap();
+        Config::from_json(&config, Path::new("config.json")).unwrap().load(&weights).unwrap()
+    };
+    // A change of the first token is heard as far as the window reaches in each layer, and no farther.
+    let layers = tiny("tiny-llama").shape().layers.len();
+    let reach = layers * 3 + 1;
+    let tokens = |first: u32| vec![std::iter::once(first).chain(10..10 + reach as u32).collect::<Vec<_>>()];
+    let heard = |window: Value, row: usize| {
+        let model = with(window);
+        let [a, b] = [5, 6].map(|first| logits(model.as_ref(), &Frozen, &tokens(first)).narrow(0, row, 1).unwrap());
+        distance(&a, &b)
+    };
+    assert!(heard(json!(4), reach - 1) > 1e-6);
+    assert_eq!(heard(json!(4), reach), 0.0);
+    assert!(heard(Value::Null, reach) > 1e-6);
+}
+
 #[test]
 fn chats_and_ends_are_the_models() {
     for name in TINY {
