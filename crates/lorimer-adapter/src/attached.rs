@@ -14,6 +14,7 @@ use crate::file::store::{BASE_WEIGHT, PREFIX, StoredAdapter};
 use crate::method::{
     Bias, CalibrationStats, Change, Delta, GatedLowRank, LowRank, Method, ModuleTensors, ParameterSource, Step,
 };
+use crate::settings::check_targets;
 use crate::targets::Matcher;
 
 /// One adapter on one model.
@@ -162,6 +163,7 @@ impl Adapter {
     pub fn load(model: &dyn BaseModel, stored: &StoredAdapter) -> Result<(Self, Accounting)> {
         let mut method = crate::methods::from_adapter_config(&stored.config)?;
         let projections = model.projections();
+        check_targets(&stored.config, &model.shape().model_type, projections.iter().map(|(site, _)| *site))?;
         let matcher = Matcher::new(method.targeting(), projections.iter().map(|(site, _)| *site))?;
         let sites: HashMap<&str, _> = projections.iter().map(|p| (p.0.path.as_str(), p)).collect();
         let mut modules: BTreeMap<String, ModuleTensors> = BTreeMap::new();

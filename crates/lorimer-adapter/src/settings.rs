@@ -1,5 +1,6 @@
 //! Settings of methods: over their defaults, and from and to `adapter_config.json`.
 
+use lorimer_model::Site;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
@@ -51,6 +52,21 @@ impl PeftKeys {
 
 /// The targets that PEFT takes for the model types of this family where a configuration names none.
 pub const DEFAULT_TARGETS: [&str; 2] = ["q_proj", "v_proj"];
+
+/// Refuses a file that names no targets where those that PEFT would take are no modules of the model: PEFT has none for it then.
+pub fn check_targets<'a>(
+    config: &Map<String, Value>,
+    model_type: &str,
+    mut sites: impl Iterator<Item = &'a Site>,
+) -> Result<()> {
+    let named = config.get("target_modules").is_some_and(|targets| !targets.is_null());
+    if named || sites.any(|site| DEFAULT_TARGETS.contains(&site.role.as_str())) {
+        return Ok(());
+    }
+    Err(Error::Config(format!(
+        "adapter_config.json has no `target_modules`, and PEFT has no defaults for `{model_type}` models; name the modules that the adapter changes"
+    )))
+}
 
 /// Whether a value of a configuration asks for anything.
 fn is_set(value: &Value) -> bool {

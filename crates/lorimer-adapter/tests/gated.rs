@@ -202,6 +202,7 @@ fn model(inputs: usize, outputs: usize) -> one::One {
             max_positions: 64,
             layers: Vec::new(),
             causal: true,
+            rotary_border: None,
         },
     }
 }

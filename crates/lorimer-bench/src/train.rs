@@ -203,7 +203,8 @@ impl BenchTrain {
         let (rows, size) = self.rows(work, &prepared)?;
         let encode_seconds = clock.elapsed().as_secs_f64();
         let method = self.adapter.build(None)?;
-        let independent = method.rows_are_independent();
+        let longest = rows.iter().map(|e| e.tokens.len()).max().unwrap_or(0);
+        let independent = method.rows_are_independent() && prepared.config.shape().prefixes_stand(longest);
         let settings = |batch_size| TrainSettings {
             batch_size,
             shuffle: false,

@@ -3,7 +3,7 @@
 use candle_core::{Result, Tensor};
 use lorimer_tensor::{RotaryTable, Segment};
 
-use crate::batch::only_queries;
+use crate::batch::{Batch, only_queries};
 
 /// Shape of one layer's attention and unit. Layers of one model may differ.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,9 +45,31 @@ pub struct ModelShape {
     pub layers: Vec<LayerShape>,
     /// Whether a row sees only rows before it, so that what sequences begin with in common can be computed once, and tokens can be generated.
     pub causal: bool,
+    /// The longest sequence whose keys stand as it grows: in a longer one every position turns otherwise (LongRoPE). None where keys
+    /// always stand.
+    pub rotary_border: Option<usize>,
 }
 
 impl ModelShape {
+    /// Whether what sequences of at most `longest` tokens begin with in common is computed alike in each of them.
+    pub fn prefixes_stand(&self, longest: usize) -> bool {
+        self.causal && self.rotary_border.is_none_or(|border| longest <= border)
+    }
+
+    /// The longest sequence whose keys and values can be kept from its first token to its last.
+    pub fn cached_positions(&self) -> usize {
+        self.max_positions.min(self.rotary_border.unwrap_or(usize::MAX))
+    }
+
+    /// The sequences as one batch, with what they begin with in common once where that is computed alike.
+    pub fn batch<'a>(&self, sequences: impl Iterator<Item = &'a [u32]>) -> Batch {
+        let sequences: Vec<&[u32]> = sequences.collect();
+        match self.prefixes_stand(sequences.iter().map(|s| s.len()).max().unwrap_or(0)) {
+            true => Batch::share(sequences),
+            false => Batch::pack(sequences),
+        }
+    }
+
     /// The widest keys of all layers.
     pub fn kv_width(&self) -> usize {
         self.layers.iter().map(LayerShape::kv_width).max().unwrap_or(0)
@@ -114,25 +136,51 @@ pub struct LastRows {
     pub rotary: Vec<RotaryTable>,
 }
 
+/// How queries and keys of some layers turn.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Frequencies {
+    /// Radians a position.
+    pub turns: Vec<f64>,
+    /// Multiplies sine and cosine.
+    pub scale: f64,
+    /// Other radians a position for all rows of a sequence that is longer than so many tokens (LongRoPE).
+    pub long: Option<(usize, Vec<f64>)>,
+}
+
+impl Frequencies {
+    /// The table of rows, each in a sequence of so many tokens.
+    fn table(&self, positions: &[usize], lengths: &[usize]) -> RotaryTable {
+        let of = |row: usize| match &self.long {
+            Some((border, turns)) if lengths[row] > *border => turns.as_slice(),
+            _ => self.turns.as_slice(),
+        };
+        RotaryTable::chosen(positions, self.turns.len(), of, self.scale)
+    }
+}
+
 impl Layout {
-    /// A layout with a table for each of the frequencies (radians a position, and the factor on sine and cosine) whose heads are `head` wide.
-    /// With `needed` (ascending), the last block gives these rows only.
+    /// A layout with a table for each of the frequencies, whose heads are `head` wide. With `needed` (ascending), the last block gives these
+    /// rows only. A row's sequence is as long as its segment has keys: rows that sequences on both sides of a border share are nobody's to
+    /// ask for ([`ModelShape::prefixes_stand`]).
     pub fn new(
         positions: &[usize],
         segments: &[Segment],
         needed: Option<&[u32]>,
-        frequencies: &[(Vec<f64>, f64)],
+        frequencies: &[Frequencies],
         head: usize,
     ) -> Self {
-        let tables = |positions: &[usize]| {
-            let table = |(turns, scale): &(Vec<f64>, f64)| RotaryTable::new(positions, turns, *scale).partial(head);
-            frequencies.iter().map(table).collect()
+        let mut lengths = vec![0; positions.len()];
+        for segment in segments {
+            lengths[segment.q_start..segment.q_start + segment.q_len].fill(segment.key_count());
+        }
+        let tables = |positions: &[usize], lengths: &[usize]| -> Vec<RotaryTable> {
+            frequencies.iter().map(|f| f.table(positions, lengths).partial(head)).collect()
         };
-        let last = needed.map(|needed| LastRows {
-            segments: only_queries(segments, needed),
-            rotary: tables(&needed.iter().map(|&row| positions[row as usize]).collect::<Vec<_>>()),
-            needed: needed.to_vec(),
+        let last = needed.map(|needed| {
+            let of = |all: &[usize]| needed.iter().map(|&row| all[row as usize]).collect::<Vec<_>>();
+            let rotary = tables(&of(positions), &of(&lengths));
+            LastRows { segments: only_queries(segments, needed), rotary, needed: needed.to_vec() }
         });
-        Self { segments: segments.to_vec(), rotary: tables(positions), last }
+        Self { segments: segments.to_vec(), rotary: tables(positions, &lengths), last }
     }
 }

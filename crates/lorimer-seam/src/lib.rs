@@ -9,6 +9,6 @@ pub mod site;
 
 pub use adaptation::{Adaptation, AttentionCall, Frozen, Inference, Point};
 pub use batch::Batch;
-pub use layout::{Input, KvCache, LayerShape, Layout, ModelShape};
+pub use layout::{Frequencies, Input, KvCache, LayerShape, Layout, ModelShape};
 pub use model::{BaseModel, Recompute, TooLong, run_blocks};
 pub use site::{Projection, Site};

@@ -15,14 +15,22 @@ use crate::site::{Projection, Site};
 pub struct TooLong {
     /// Tokens of the sequence.
     pub length: usize,
-    /// Most tokens that the model is made for.
+    /// Most tokens that the model is made for, or whose keys and values can be kept.
     pub most: usize,
+    /// Whether it is only that keys and values cannot be kept: beyond so many tokens all positions turn otherwise (LongRoPE).
+    pub cached: bool,
 }
 
 impl std::fmt::Display for TooLong {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { length, most } = self;
-        write!(f, "a sequence of {length} tokens is longer than the {most} the model is made for")
+        let Self { length, most, cached } = self;
+        match cached {
+            false => write!(f, "a sequence of {length} tokens is longer than the {most} the model is made for"),
+            true => write!(
+                f,
+                "a sequence of {length} tokens is longer than the {most} after which this model (LongRoPE) turns all positions otherwise; up to there keys and values are kept, so ask for a shorter prompt or answer"
+            ),
+        }
     }
 }
 
@@ -85,7 +93,16 @@ pub trait BaseModel: Send + Sync {
     /// Refuses sequences that the model is not made for.
     fn check_length(&self, length: usize) -> std::result::Result<(), TooLong> {
         let most = self.shape().max_positions;
-        if length > most { Err(TooLong { length, most }) } else { Ok(()) }
+        if length > most { Err(TooLong { length, most, cached: false }) } else { Ok(()) }
+    }
+
+    /// Refuses sequences whose keys and values cannot be kept from the first token to the last.
+    fn check_cached_length(&self, length: usize) -> std::result::Result<(), TooLong> {
+        self.check_length(length)?;
+        match self.shape().rotary_border {
+            Some(most) if length > most => Err(TooLong { length, most, cached: true }),
+            _ => Ok(()),
+        }
     }
 
     /// The first block's input for token rows, as the adaptation leaves it.
@@ -98,9 +115,13 @@ pub trait BaseModel: Send + Sync {
         self.hidden_from(Input::Tokens(&batch.tokens), &batch.positions, &batch.segments, on, None)
     }
 
-    /// The next tokens of a sequence whose earlier ones are in `cache`, which then holds these too.
+    /// The next tokens of a sequence whose earlier ones are in `cache`, which then holds these too. Tokens that bring the sequence over
+    /// [`ModelShape::rotary_border`] are refused unless they begin it.
     fn hidden_cached(&self, tokens: &[u32], cache: &mut KvCache, on: &dyn Adaptation) -> Result<Tensor> {
         let (past, n) = (cache.length, tokens.len());
+        if past > 0 && self.shape().rotary_border.is_some_and(|border| past <= border && past + n > border) {
+            self.check_cached_length(past + n).map_err(candle_core::Error::wrap)?;
+        }
         let positions: Vec<usize> = (past..past + n).collect();
         let segment = Segment { q_start: 0, q_len: n, keys: vec![(0, past + n)] };
         let h = self.hidden_from(Input::Tokens(tokens), &positions, &[segment], on, Some(cache))?;

@@ -24,6 +24,7 @@ use crate::file::frozen::FrozenParts;
 use crate::file::store::StoredAdapter;
 use crate::file::store::{BASE_WEIGHT, PREFIX};
 use crate::method::{Delta, Method, ModuleTensors, ParameterSource};
+use crate::settings::check_targets;
 use crate::targets::Matcher;
 
 /// What a merge gave.
@@ -75,6 +76,7 @@ impl<'a> Plan<'a> {
         for (place, (stored, weight)) in adapters.iter().enumerate() {
             refuse_embedding(stored)?;
             let mut method = crate::methods::from_adapter_config(&stored.config)?;
+            check_targets(&stored.config, &config.shape().model_type, config.sites().iter())?;
             refuse_sum(method.as_ref(), adapters.len(), *weight)?;
             let mut modules = Modules::new();
             for (key, tensor) in &stored.tensors {
@@ -393,7 +395,7 @@ pub fn merge_to_folder(
             LoadDtype::Bf16 => DType::BF16,
             LoadDtype::F32 | LoadDtype::Stored | LoadDtype::Nf4 | LoadDtype::Int8 => DType::F32,
         };
-        let mut names: Vec<String> = weights.names().into_iter().filter(|n| n != "rope_freqs.weight").collect();
+        let mut names: Vec<String> = weights.names().into_iter().filter(|n| !n.starts_with("rope_f")).collect();
         if untie {
             names.push("lm_head.weight".into());
         }
@@ -516,7 +518,7 @@ pub fn merge_to_gguf(
         .into_iter()
         .filter_map(|n| {
             let (module, kind) = n.rsplit_once('.')?;
-            Some((format!("{}.{kind}", module_to_gguf(module)?), n.clone()))
+            Some((format!("{}.{kind}", module_to_gguf(file.architecture(), module)?), n.clone()))
         })
         .collect();
     for stored in stored_names {
@@ -533,6 +535,7 @@ pub fn merge_to_gguf(
                 let merged = plan.merge(name, &before)?.unwrap_or_else(|| before.clone());
                 let order = file.row_order(&stored)?;
                 let to_file = |t: &Tensor| -> Result<Tensor> {
+                    let t = &(t + file.offset(&stored))?;
                     let Some(order) = &order else { return Ok(t.clone()) };
                     let mut inverse = vec![0u32; order.len()];
                     order.iter().enumerate().for_each(|(i, &row)| inverse[row] = i as u32);

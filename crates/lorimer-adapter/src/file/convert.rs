@@ -101,11 +101,6 @@ fn inverse(order: Vec<usize>) -> Vec<usize> {
     inverse
 }
 
-/// Architecture's name in GGUF.
-fn architecture(config: &DecoderConfig) -> &str {
-    if config.model_type == "mistral" { "llama" } else { &config.model_type }
-}
-
 /// Writes a llama.cpp adapter; the base's configuration says how q and k are laid out.
 ///
 /// # Errors
@@ -117,11 +112,11 @@ pub fn write_gguf(stored: &StoredAdapter, config: &DecoderConfig, path: &Path) -
     let alpha = modules.values().next().map_or(1.0, |l| l.scaling * l.a.dim(0).unwrap_or(1) as f64);
     let mut tensors = Vec::new();
     for (module, low) in &modules {
-        let name = module_to_gguf(module).ok_or_else(|| {
-            Error::Refused(format!("`{module}` has no name in llama.cpp's `{}` models", architecture(config)))
+        let name = module_to_gguf(config.architecture(), module).ok_or_else(|| {
+            Error::Refused(format!("`{module}` has no name in llama.cpp's `{}` models", config.architecture()))
         })?;
         let fold = low.scaling * low.a.dim(0)? as f64 / alpha;
-        let order = row_order(architecture(config), config.head_counts(), &format!("{name}.weight")).map(inverse);
+        let order = row_order(config.architecture(), config.head_counts(), &format!("{name}.weight")).map(inverse);
         let b = reorder(&low.b, order, module)?;
         let b = if (fold - 1.0).abs() > 1e-12 { (b * fold)? } else { b };
         for (t, end) in [(&low.a, "lora_a"), (&b, "lora_b")] {
@@ -131,7 +126,7 @@ pub fn write_gguf(stored: &StoredAdapter, config: &DecoderConfig, path: &Path) -
     }
     let text = |s: &str| GgufValue::String(s.to_string());
     let metadata = [
-        ("general.architecture", text(architecture(config))),
+        ("general.architecture", text(config.architecture())),
         ("general.type", text("adapter")),
         ("general.name", text("lorimer adapter")),
         ("adapter.type", text("lora")),
@@ -158,8 +153,8 @@ pub fn read_gguf(path: &Path, config: &DecoderConfig) -> Result<BTreeMap<String,
     if file.text("general.type") != Some("adapter") || file.text("adapter.type") != Some("lora") {
         return Err(fail("is no GGUF LoRA adapter (general.type, adapter.type)".into()));
     }
-    if file.architecture() != architecture(config) {
-        return Err(fail(format!("is for `{}` models, the base is `{}`", file.architecture(), architecture(config))));
+    if file.architecture() != config.architecture() {
+        return Err(fail(format!("is for `{}` models, the base is `{}`", file.architecture(), config.architecture())));
     }
     let alpha = file
         .number("adapter.lora.alpha")
@@ -181,8 +176,8 @@ pub fn read_gguf(path: &Path, config: &DecoderConfig) -> Result<BTreeMap<String,
             }
             return Err(fail(format!("tensor `{name}` is no part of a LoRA")));
         };
-        let module =
-            module_from_gguf(stem).ok_or_else(|| fail(format!("tensor `{name}` belongs to no known module")))?;
+        let module = module_from_gguf(config.architecture(), stem)
+            .ok_or_else(|| fail(format!("tensor `{name}` belongs to no known module")))?;
         let (Some(a), Some(b)) = (load(name)?, load(&format!("{stem}.weight.lora_b"))?) else {
             return Err(fail(format!("`{stem}` lacks lora_b")));
         };
@@ -194,7 +189,8 @@ pub fn read_gguf(path: &Path, config: &DecoderConfig) -> Result<BTreeMap<String,
                 b.dims()
             )));
         }
-        let b = reorder(&b, row_order(architecture(config), config.head_counts(), &format!("{stem}.weight")), &module)?;
+        let b =
+            reorder(&b, row_order(config.architecture(), config.head_counts(), &format!("{stem}.weight")), &module)?;
         modules.insert(module, LowRank { a, b, scaling: alpha / rank as f64 });
     }
     Ok(modules)
@@ -239,7 +235,8 @@ fn from_kohya_name(name: &str) -> Option<String> {
         Some(role) => ("self_attn", role),
         None => ("mlp", rest.strip_prefix("mlp_")?),
     };
-    let known = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
+    let known =
+        ["q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj"];
     known.contains(&role).then(|| format!("model.layers.{layer}.{block}.{role}"))
 }
 
@@ -292,7 +289,7 @@ mod tests {
 
     #[test]
     fn kohya_names_of_every_projection_go_both_ways() {
-        for role in ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"] {
+        for role in ["self_attn.q_proj", "self_attn.qkv_proj", "mlp.gate_up_proj", "mlp.gate_proj", "mlp.down_proj"] {
             let module = format!("model.layers.11.{role}");
             let name = format!("{KOHYA_PREFIX}{}", module.replace('.', "_"));
             assert_eq!(from_kohya_name(&name).as_deref(), Some(module.as_str()));

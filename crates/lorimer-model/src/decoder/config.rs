@@ -1,12 +1,14 @@
 //! Shape and constants of a decoder, whatever its family calls them.
 
-use std::f64::consts::TAU;
 use std::path::Path;
 
-use lorimer_seam::{LayerShape, ModelShape, Site};
+use lorimer_seam::{Frequencies, LayerShape, ModelShape, Site};
 use lorimer_tensor::Activation;
-use serde_json::{Map, Value};
+use serde_json::Value;
 
+use super::fields::{Fields, short, short_str};
+use super::rope::rope_from_json;
+pub use super::rope::{Rope, RopeScaling};
 use crate::error::{Error, Result};
 use crate::weights::gguf::HeadCounts;
 use crate::weights::{LoadDtype, Weights};
@@ -15,72 +17,6 @@ use crate::weights::{LoadDtype, Weights};
 pub const EMBEDDING: &str = "model.embed_tokens.weight";
 /// More layers than any model has; bounds what a damaged file can ask for.
 const MAX_LAYERS: usize = 1024;
-
-/// How rotary frequencies are stretched to longer contexts.
-#[derive(Clone, Debug, PartialEq)]
-pub enum RopeScaling {
-    /// Not at all.
-    None,
-    /// Every frequency divided by `factor`.
-    Linear {
-        /// Stretch.
-        factor: f64,
-    },
-    /// Llama 3.1: low frequencies divided by `factor`, high ones kept, a smooth ramp between.
-    Llama3 {
-        /// Stretch of the low frequencies.
-        factor: f64,
-        /// Wavelengths over `original/low_freq_factor` are stretched.
-        low_freq_factor: f64,
-        /// Wavelengths under `original/high_freq_factor` are kept.
-        high_freq_factor: f64,
-        /// Context length before stretching.
-        original: f64,
-    },
-    /// YaRN (Peng et al. 2023, arXiv 2309.00071).
-    Yarn {
-        /// Stretch.
-        factor: f64,
-        /// Turns over the original context above which a frequency is kept.
-        beta_fast: f64,
-        /// Turns below which it is fully stretched.
-        beta_slow: f64,
-        /// Context length before stretching.
-        original: f64,
-        /// Multiplies sine and cosine.
-        attention_factor: f64,
-    },
-    /// Each frequency divided by its own factor (GGUF's `rope_freqs.weight`, LongRoPE).
-    Factors {
-        /// One a frequency.
-        factors: Vec<f64>,
-        /// Multiplies sine and cosine.
-        attention_factor: f64,
-    },
-}
-
-impl RopeScaling {
-    /// The longest sequence: YaRN's is its original length times its factor, whatever the configuration calls the longest.
-    pub fn reach(&self, max_positions: usize) -> usize {
-        match self {
-            Self::Yarn { factor, original, .. } => {
-                max_positions.max((factor * original).min(f64::from(u32::MAX)) as usize)
-            }
-            _ => max_positions,
-        }
-    }
-}
-
-/// Rotary frequencies of some layers.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Rope {
-    /// Base of the frequencies.
-    pub theta: f64,
-    /// Their stretching.
-    pub scaling: RopeScaling,
-    /// Elements of a head that turn; the others do not.
-    pub width: usize,
-}
 
 /// What one layer is beside its shape.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -136,70 +72,6 @@ pub struct DecoderConfig {
     pub attention_cap: Option<f64>,
     /// Bound of logits (Gemma 2).
     pub logit_cap: Option<f64>,
-}
-
-/// Typed look-ups in a JSON object with errors that name the key.
-pub(crate) struct Fields<'a> {
-    pub path: &'a Path,
-    pub map: &'a Map<String, Value>,
-}
-
-impl<'a> Fields<'a> {
-    /// The fields of a configuration.
-    pub fn of(json: &'a Value, path: &'a Path) -> Result<Self> {
-        let map = json.as_object().ok_or_else(|| Error::invalid(path, "should hold a JSON object"))?;
-        Ok(Self { path, map })
-    }
-
-    /// A text, short enough to be shown.
-    pub fn text(&self, key: &str) -> Option<String> {
-        self.map.get(key).and_then(Value::as_str).map(short_str)
-    }
-
-    /// Refuses another value than `known` of a key that is a text.
-    pub fn only(&self, key: &str, known: &str) -> Result<()> {
-        match self.text(key) {
-            Some(other) if other != known => {
-                Err(Error::invalid(self.path, format!("{key} `{other}` is not `{known}`")))
-            }
-            _ => Ok(()),
-        }
-    }
-
-    pub fn optional<T>(&self, key: &str, kind: &str, read: impl Fn(&Value) -> Option<T>) -> Result<Option<T>> {
-        match self.map.get(key) {
-            None | Some(Value::Null) => Ok(None),
-            Some(value) => read(value)
-                .map(Some)
-                .ok_or_else(|| Error::invalid(self.path, format!("`{key}` should be {kind}, found {}", short(value)))),
-        }
-    }
-    pub fn size(&self, key: &str) -> Result<Option<usize>> {
-        self.optional(key, "a positive whole number", |v| {
-            v.as_u64().filter(|&n| n > 0 && n < (1 << 32)).map(|n| n as usize)
-        })
-    }
-    /// A whole number that may be zero.
-    pub fn count(&self, key: &str) -> Result<Option<usize>> {
-        self.optional(key, "a whole number", |v| v.as_u64().filter(|&n| n < (1 << 32)).map(|n| n as usize))
-    }
-    pub fn needed(&self, key: &str) -> Result<usize> {
-        self.size(key)?.ok_or_else(|| Error::invalid(self.path, format!("has no `{key}`")))
-    }
-    pub fn number(&self, key: &str) -> Result<Option<f64>> {
-        self.optional(key, "a finite number", |v| v.as_f64().filter(|n| n.is_finite()))
-    }
-    pub fn flag(&self, key: &str) -> Result<bool> {
-        Ok(self.optional(key, "true or false", Value::as_bool)?.unwrap_or(false))
-    }
-}
-
-fn short(value: &Value) -> String {
-    let mut text: String = value.to_string().chars().take(60).collect();
-    if text.len() < value.to_string().len() {
-        text.push('…');
-    }
-    text
 }
 
 impl DecoderConfig {
@@ -311,6 +183,7 @@ impl DecoderConfig {
             max_positions: self.max_positions,
             layers: self.layers.clone(),
             causal: true,
+            rotary_border: self.ropes.iter().filter_map(|rope| rope.border(self.max_positions)).min(),
         }
     }
 
@@ -393,18 +266,20 @@ impl DecoderConfig {
             if !(self.rms_norm_eps >= 0.0 && *theta > 0.0) {
                 return fail(format!("rms_norm_eps {} or rope_theta {theta} is out of range", self.rms_norm_eps));
             }
-            if let RopeScaling::Factors { factors, .. } = scaling
-                && factors.len() != width / 2
-            {
-                return fail(format!("{} rope factors for heads of {width}", factors.len()));
+            let lists = match scaling {
+                RopeScaling::Factors { factors, .. } => vec![factors],
+                RopeScaling::Long { short, long, .. } => vec![short, long],
+                _ => Vec::new(),
+            };
+            if let Some(wrong) = lists.into_iter().find(|list| list.len() != width / 2) {
+                return fail(format!("{} rope factors where {} pairs of elements turn", wrong.len(), width / 2));
             }
         }
         Ok(self)
     }
 
-    /// The configuration as transformers reads it (`rope_theta` and `rope_scaling`, which 4 and 5 both accept), of a decoder that was read
-    /// from GGUF. `dtype` is the name for `torch_dtype`.
-    pub fn to_json(&self, dtype: &str) -> Value {
+    /// The keys of a `config.json` that all decoders have (`rope_theta` and `rope_scaling`, which transformers 4 and 5 both accept).
+    pub(crate) fn common_json(&self, dtype: &str) -> Value {
         let architecture = match self.model_type.as_str() {
             "mistral" => "MistralForCausalLM",
             "qwen2" => "Qwen2ForCausalLM",
@@ -414,6 +289,10 @@ impl DecoderConfig {
         let rope = &self.ropes[0];
         let scaling = match &rope.scaling {
             RopeScaling::None | RopeScaling::Factors { .. } => Value::Null,
+            RopeScaling::Long { short, long, original, attention_factor } => serde_json::json!({
+                "rope_type": "longrope", "short_factor": short, "long_factor": long,
+                "original_max_position_embeddings": original, "attention_factor": attention_factor,
+            }),
             RopeScaling::Linear { factor } => serde_json::json!({ "rope_type": "linear", "factor": factor }),
             RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original } => serde_json::json!({
                 "rope_type": "llama3", "factor": factor, "low_freq_factor": low_freq_factor,
@@ -437,92 +316,10 @@ impl DecoderConfig {
     }
 
     /// Frequencies of each of [`Self::ropes`].
-    pub fn frequencies(&self) -> Vec<(Vec<f64>, f64)> {
-        self.ropes.iter().map(Rope::frequencies).collect()
-    }
-}
-
-impl Rope {
-    /// Radians a position (width/2 of them), and the factor on sine and cosine.
-    pub fn frequencies(&self) -> (Vec<f64>, f64) {
-        let d = self.width as f64;
-        let plain = (0..self.width / 2).map(|i| self.theta.powf(-2.0 * i as f64 / d));
-        match &self.scaling {
-            RopeScaling::None => (plain.collect(), 1.0),
-            RopeScaling::Linear { factor } => (plain.map(|f| f / factor).collect(), 1.0),
-            RopeScaling::Factors { factors, attention_factor } => {
-                (plain.zip(factors).map(|(f, x)| f / x).collect(), *attention_factor)
-            }
-            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original } => {
-                let stretch = |f: f64| {
-                    let turns = original * f / TAU;
-                    let keep = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0.0, 1.0);
-                    keep * f + (1.0 - keep) * f / factor
-                };
-                (plain.map(stretch).collect(), 1.0)
-            }
-            RopeScaling::Yarn { factor, beta_fast, beta_slow, original, attention_factor } => {
-                let dimension = |turns: f64| d * (original / (turns * TAU)).ln() / (2.0 * self.theta.ln());
-                let low = dimension(*beta_fast).floor().max(0.0);
-                let high = dimension(*beta_slow).ceil().min(d - 1.0);
-                let high = if high == low { high + 0.001 } else { high };
-                let stretch = |(i, f): (usize, f64)| {
-                    let stretched = ((i as f64 - low) / (high - low)).clamp(0.0, 1.0);
-                    stretched * f / factor + (1.0 - stretched) * f
-                };
-                (plain.enumerate().map(stretch).collect(), *attention_factor)
-            }
-        }
+    pub fn frequencies(&self) -> Vec<Frequencies> {
+        self.ropes.iter().map(Rope::all_frequencies).collect()
     }
 }
 
 /// Keys of an entry of `layer_shapes`.
 const LAYER_KEYS: [&str; 3] = ["num_attention_heads", "num_key_value_heads", "intermediate_size"];
-
-pub(crate) fn short_str(text: &str) -> String {
-    text.chars().take(40).collect()
-}
-
-pub(crate) fn rope_from_json(f: &Fields<'_>, max_positions: usize) -> Result<(f64, RopeScaling)> {
-    let object = |key: &str| f.optional(key, "an object", |v| v.as_object().cloned());
-    let inner = match object("rope_parameters")? {
-        Some(parameters) => Some(parameters),
-        None => object("rope_scaling")?,
-    };
-    let theta_above = f.number("rope_theta")?;
-    let Some(inner) = inner else { return Ok((theta_above.unwrap_or(10_000.0), RopeScaling::None)) };
-    let r = Fields { path: f.path, map: &inner };
-    let theta = r.number("rope_theta")?.or(theta_above).unwrap_or(10_000.0);
-    let kind = inner.get("rope_type").or_else(|| inner.get("type")).and_then(Value::as_str).unwrap_or("default");
-    let factor = r.number("factor")?.unwrap_or(1.0);
-    if factor < 1.0 {
-        return Err(Error::invalid(f.path, format!("rope factor {factor} should be 1 or more")));
-    }
-    let original = r.number("original_max_position_embeddings")?.unwrap_or(max_positions as f64);
-    let scaling = match kind {
-        "default" => RopeScaling::None,
-        // Up to the length the model was trained for, dynamic scaling is none; longer sequences are refused.
-        "dynamic" => RopeScaling::None,
-        "linear" => RopeScaling::Linear { factor },
-        "llama3" => RopeScaling::Llama3 {
-            factor,
-            low_freq_factor: r.number("low_freq_factor")?.unwrap_or(1.0),
-            high_freq_factor: r.number("high_freq_factor")?.unwrap_or(4.0),
-            original,
-        },
-        "yarn" => RopeScaling::Yarn {
-            factor,
-            beta_fast: r.number("beta_fast")?.unwrap_or(32.0),
-            beta_slow: r.number("beta_slow")?.unwrap_or(1.0),
-            original,
-            attention_factor: r.number("attention_factor")?.unwrap_or(0.1 * factor.ln() + 1.0),
-        },
-        other => {
-            return Err(Error::invalid(
-                f.path,
-                format!("rope scaling `{}` is not one of default, linear, dynamic, llama3, yarn", short_str(other)),
-            ));
-        }
-    };
-    Ok((theta, scaling))
-}

@@ -8,19 +8,8 @@ use crate::error::{Error, Result};
 use crate::weights::gguf::Gguf;
 
 impl DecoderConfig {
-    /// The configuration of the model in a file.
-    pub fn from_gguf(file: &Gguf) -> Result<Self> {
-        let architecture = file.architecture().to_string();
-        let model_type = match architecture.as_str() {
-            "llama" | "qwen2" | "qwen3" => architecture.clone(),
-            other => {
-                let other: String = other.chars().take(40).collect();
-                return Err(Error::invalid(
-                    &file.path,
-                    format!("architecture `{other}` is not one of llama, qwen2, qwen3"),
-                ));
-            }
-        };
+    /// What all decoders have in common.
+    pub(crate) fn common_of_gguf(file: &Gguf, architecture: &str, model_type: &str) -> Result<Self> {
         let key = |name: &str| format!("{architecture}.{name}");
         let needed = |name: &str| {
             file.size(&key(name))?.ok_or_else(|| Error::invalid(&file.path, format!("has no `{}`", key(name))))
@@ -32,14 +21,14 @@ impl DecoderConfig {
             _ => return Err(Error::invalid(&file.path, "has no matrix `token_embd.weight`")),
         };
         let head_dim = file.size(&key("attention.key_length"))?.unwrap_or(hidden_size / heads);
-        let rope_scaling = rope_scaling(file, &architecture, head_dim, max_positions)?;
+        let rope_scaling = rope_scaling(file, architecture, head_dim, max_positions)?;
         let shape = LayerShape {
             heads,
             kv_heads: file.size(&key("attention.head_count_kv"))?.unwrap_or(heads),
             head_dim,
             inner: needed("feed_forward_length")?,
         };
-        let mut config = Self::plain(&model_type, hidden_size, vocab_size, shape, needed("block_count")?);
+        let mut config = Self::plain(model_type, hidden_size, vocab_size, shape, needed("block_count")?);
         config.rms_norm_eps = file.number(&key("attention.layer_norm_rms_epsilon")).unwrap_or(1e-5);
         config.max_positions = rope_scaling.reach(max_positions);
         let theta = file.number(&key("rope.freq_base")).unwrap_or(10_000.0);
@@ -48,8 +37,7 @@ impl DecoderConfig {
         config.qkv_bias = file.content.tensor_infos.contains_key("blk.0.attn_q.bias");
         config.output_bias = file.content.tensor_infos.contains_key("blk.0.attn_output.bias");
         config.mlp_bias = file.content.tensor_infos.contains_key("blk.0.ffn_gate.bias");
-        config.qk_norm = model_type == "qwen3";
-        config.checked(&file.path)
+        Ok(config)
     }
 }
 

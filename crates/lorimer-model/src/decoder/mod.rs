@@ -2,11 +2,14 @@
 //! have of their own is data in [`DecoderConfig`].
 
 pub mod config;
+pub(crate) mod fields;
 pub mod gguf;
+pub mod rope;
 
 use candle_core::{DType, Result as TensorResult, Tensor};
 use lorimer_seam::{
-    Adaptation, AttentionCall, BaseModel, Input, KvCache, LayerShape, Layout, ModelShape, Point, Projection, Site,
+    Adaptation, AttentionCall, BaseModel, Frequencies, Input, KvCache, LayerShape, Layout, ModelShape, Point,
+    Projection, Site,
 };
 use lorimer_tensor::{AttentionForm, FrozenWeight, Mask, Segment};
 
@@ -151,7 +154,7 @@ pub struct Decoder {
     layers: Vec<Layer>,
     norm: Norm,
     head: Linear,
-    frequencies: Vec<(Vec<f64>, f64)>,
+    frequencies: Vec<Frequencies>,
     dtype: DType,
 }
 

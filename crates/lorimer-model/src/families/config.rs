@@ -7,6 +7,7 @@ use serde_json::Value;
 
 use crate::decoder::{Decoder, DecoderConfig};
 use crate::error::Result;
+use crate::weights::gguf::Gguf;
 use crate::weights::{LoadDtype, Weights};
 
 /// One line of the registry.
@@ -15,6 +16,18 @@ pub struct Family {
     pub model_types: &'static [&'static str],
     /// Reads a `config.json`; the path is for errors.
     pub read: fn(&Value, &Path) -> Result<Config>,
+    /// How it stands in GGUF files, where it does.
+    pub gguf: Option<GgufFamily>,
+}
+
+/// A family of decoders in GGUF files.
+pub struct GgufFamily {
+    /// Architectures of the files with the `model_type`s that they are here.
+    pub architectures: &'static [(&'static str, &'static str)],
+    /// Reads what the family has of its own, into what all decoders have in common.
+    pub read: fn(&Gguf, &mut DecoderConfig) -> Result<()>,
+    /// Its keys of a `config.json`, over those that all decoders have.
+    pub write: fn(&DecoderConfig, &mut Value),
 }
 
 /// Shape and constants of a model.

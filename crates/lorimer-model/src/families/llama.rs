@@ -7,12 +7,22 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use super::config::{Config, Family};
-use crate::decoder::config::{DecoderConfig, Fields};
+use super::config::{Config, Family, GgufFamily};
+use crate::decoder::config::DecoderConfig;
+use crate::decoder::fields::Fields;
 use crate::error::Result;
+use crate::weights::gguf::Gguf;
 
 /// The registry's line.
-pub const FAMILY: Family = Family { model_types: &["llama", "mistral", "qwen2", "qwen3"], read };
+pub const FAMILY: Family = Family {
+    model_types: &["llama", "mistral", "qwen2", "qwen3"],
+    read,
+    gguf: Some(GgufFamily {
+        architectures: &[("llama", "llama"), ("qwen2", "qwen2"), ("qwen3", "qwen3")],
+        read: read_gguf,
+        write: |_, _| (),
+    }),
+};
 
 fn read(json: &Value, path: &Path) -> Result<Config> {
     let f = Fields::of(json, path)?;
@@ -36,4 +46,9 @@ fn read(json: &Value, path: &Path) -> Result<Config> {
     config.mlp_bias = f.flag("mlp_bias")?;
     config.qk_norm = model_type == "qwen3";
     Ok(Config::Decoder(config.checked(path)?))
+}
+
+fn read_gguf(_: &Gguf, config: &mut DecoderConfig) -> Result<()> {
+    config.qk_norm = config.model_type == "qwen3";
+    Ok(())
 }

@@ -173,6 +173,12 @@ impl Gguf {
         Ok(Some((info.ggml_dtype, dims, bytes)))
     }
 
+    /// What is added to a vector in the file: Gemma's norms are stored as what they multiply by, 1 + their weight.
+    pub fn offset(&self, file_name: &str) -> f64 {
+        let raised = matches!(self.architecture(), "gemma2" | "gemma3") && file_name.ends_with("norm.weight");
+        f64::from(u8::from(raised))
+    }
+
     /// Rows of q and k stand pairwise interleaved in files of architecture `llama`; this gives their order in
     /// Hugging Face's files: element `i` of the result is the row of the file.
     pub fn row_order(&self, file_name: &str) -> Result<Option<Vec<usize>>> {
@@ -228,7 +234,7 @@ pub fn reorder_rows<'a>(bytes: &'a [u8], order: Option<&[usize]>) -> Cow<'a, [u8
 }
 
 /// Hugging Face's module names and GGUF's, inside a layer.
-const LAYER_NAMES: [(&str, &str); 11] = [
+const LAYER_NAMES: [(&str, &str); 10] = [
     ("self_attn.q_proj", "attn_q"),
     ("self_attn.k_proj", "attn_k"),
     ("self_attn.v_proj", "attn_v"),
@@ -239,28 +245,49 @@ const LAYER_NAMES: [(&str, &str); 11] = [
     ("mlp.up_proj", "ffn_up"),
     ("mlp.down_proj", "ffn_down"),
     ("input_layernorm", "attn_norm"),
-    ("post_attention_layernorm", "ffn_norm"),
+];
+/// Those that are others in some architectures, which go before the others.
+const OWN_NAMES: [(&[&str], &[(&str, &str)]); 3] = [
+    (
+        &["gemma2", "gemma3"],
+        &[
+            ("post_attention_layernorm", "post_attention_norm"),
+            ("pre_feedforward_layernorm", "ffn_norm"),
+            ("post_feedforward_layernorm", "post_ffw_norm"),
+        ],
+    ),
+    (
+        &["phi3"],
+        &[("self_attn.qkv_proj", "attn_qkv"), ("mlp.gate_up_proj", "ffn_up"), ("post_attention_layernorm", "ffn_norm")],
+    ),
+    (&[], &[("post_attention_layernorm", "ffn_norm")]),
 ];
 const TOP_NAMES: [(&str, &str); 3] =
     [("model.embed_tokens", "token_embd"), ("model.norm", "output_norm"), ("lm_head", "output")];
 
+/// Names inside a layer of an architecture, its own first.
+fn layer_names(architecture: &str) -> impl Iterator<Item = &'static (&'static str, &'static str)> {
+    let own = OWN_NAMES.iter().find(|(of, _)| of.is_empty() || of.contains(&architecture));
+    own.map_or(&[][..], |(_, names)| names).iter().chain(&LAYER_NAMES)
+}
+
 /// `model.layers.3.self_attn.q_proj` → `blk.3.attn_q`.
-pub fn module_to_gguf(module: &str) -> Option<String> {
+pub fn module_to_gguf(architecture: &str, module: &str) -> Option<String> {
     if let Some((_, gguf)) = TOP_NAMES.iter().find(|(hf, _)| *hf == module) {
         return Some((*gguf).to_string());
     }
     let (layer, rest) = module.strip_prefix("model.layers.")?.split_once('.')?;
-    let (_, gguf) = LAYER_NAMES.iter().find(|(hf, _)| *hf == rest)?;
+    let (_, gguf) = layer_names(architecture).find(|(hf, _)| *hf == rest)?;
     Some(format!("blk.{}.{gguf}", layer.parse::<usize>().ok()?))
 }
 
 /// `blk.3.attn_q` → `model.layers.3.self_attn.q_proj`.
-pub fn module_from_gguf(module: &str) -> Option<String> {
+pub fn module_from_gguf(architecture: &str, module: &str) -> Option<String> {
     if let Some((hf, _)) = TOP_NAMES.iter().find(|(_, gguf)| *gguf == module) {
         return Some((*hf).to_string());
     }
     let (layer, rest) = module.strip_prefix("blk.")?.split_once('.')?;
-    let (hf, _) = LAYER_NAMES.iter().find(|(_, gguf)| *gguf == rest)?;
+    let (hf, _) = layer_names(architecture).find(|(_, gguf)| *gguf == rest)?;
     Some(format!("model.layers.{}.{hf}", layer.parse::<usize>().ok()?))
 }
 
@@ -272,8 +299,14 @@ mod tests {
     fn names_go_both_ways() {
         for name in ["model.layers.12.mlp.down_proj", "model.embed_tokens", "lm_head", "model.layers.0.input_layernorm"]
         {
-            assert_eq!(module_from_gguf(&module_to_gguf(name).unwrap()).unwrap(), name);
+            for architecture in ["llama", "gemma3", "phi3"] {
+                let stored = module_to_gguf(architecture, name).unwrap();
+                assert_eq!(module_from_gguf(architecture, &stored).unwrap(), name);
+            }
         }
-        assert_eq!(module_to_gguf("model.layers.x.mlp.down_proj"), None);
+        assert_eq!(module_to_gguf("llama", "model.layers.x.mlp.down_proj"), None);
+        // The same words name another norm.
+        let norm = |architecture| module_to_gguf(architecture, "model.layers.0.post_attention_layernorm").unwrap();
+        assert_eq!((norm("llama").as_str(), norm("gemma2").as_str()), ("blk.0.ffn_norm", "blk.0.post_attention_norm"));
     }
 }

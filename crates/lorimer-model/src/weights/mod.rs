@@ -279,7 +279,7 @@ impl Weights {
     pub fn has(&self, name: &str) -> bool {
         match &self.source {
             Source::Safetensors { index, .. } => index.contains_key(name),
-            Source::Gguf(file) => gguf_name(name).is_some_and(|n| file.content.tensor_infos.contains_key(&n)),
+            Source::Gguf(file) => gguf_name(file, name).is_some_and(|n| file.content.tensor_infos.contains_key(&n)),
             Source::Memory(tensors) => tensors.contains_key(name),
         }
     }
@@ -292,7 +292,7 @@ impl Weights {
             Source::Gguf(file) => {
                 let hf = |name: &String| {
                     let (module, kind) = name.rsplit_once('.')?;
-                    Some(format!("{}.{kind}", module_from_gguf(module)?))
+                    Some(format!("{}.{kind}", module_from_gguf(file.architecture(), module)?))
                 };
                 file.content.tensor_infos.keys().map(|n| hf(n).unwrap_or_else(|| n.clone())).collect()
             }
@@ -320,7 +320,7 @@ impl Weights {
         }
         if dtype == LoadDtype::Int8 {
             let four_bits = match &self.source {
-                Source::Gguf(file) => file.tensor(&gguf_name(name).unwrap_or_default())?.map(|(kind, ..)| kind),
+                Source::Gguf(file) => file.tensor(&gguf_name(file, name).unwrap_or_default())?.map(|(kind, ..)| kind),
                 _ => None,
             };
             let four_bits = matches!(four_bits, Some(GgmlDType::Q4_0 | GgmlDType::Q4_1));
@@ -328,7 +328,7 @@ impl Weights {
         }
         let of = |stored: DType| outputs * inputs * dtype.of(stored).size_in_bytes();
         let stored = match &self.source {
-            Source::Gguf(file) => match file.tensor(&gguf_name(name).unwrap_or_default())? {
+            Source::Gguf(file) => match file.tensor(&gguf_name(file, name).unwrap_or_default())? {
                 Some((GgmlDType::F32, ..)) => DType::F32,
                 Some((GgmlDType::F16, ..)) => DType::F16,
                 Some((GgmlDType::BF16, ..)) => DType::BF16,
@@ -351,7 +351,7 @@ impl Weights {
         self.check(name, &[outputs, inputs])?;
         match &self.source {
             Source::Gguf(file) => {
-                let stored = gguf_name(name).unwrap_or_default();
+                let stored = gguf_name(file, name).unwrap_or_default();
                 let Some((dtype, _, bytes)) = file.tensor(&stored)? else { return Err(self.missing(name)) };
                 let order = file.row_order(&stored)?;
                 if order.as_ref().is_some_and(|o| o.len() != outputs) {
@@ -389,10 +389,11 @@ impl Weights {
         self.check(name, &[length])?;
         match &self.source {
             Source::Gguf(file) => {
-                let stored = gguf_name(name).unwrap_or_default();
+                let stored = gguf_name(file, name).unwrap_or_default();
                 let Some((dtype, _, bytes)) = file.tensor(&stored)? else { return Err(self.missing(name)) };
                 let t = candle_core::quantized::ggml_file::qtensor_from_ggml(dtype, bytes, vec![length], &Device::Cpu)?
                     .dequantize(&Device::Cpu)?;
+                let t = (t - file.offset(&stored))?;
                 match file.row_order(&stored)? {
                     Some(order) if order.len() == length => {
                         let order: Vec<u32> = order.into_iter().map(|i| i as u32).collect();
@@ -429,7 +430,7 @@ impl Weights {
             Source::Safetensors { files, index } => {
                 index.get(name).and_then(|&i| files[i].metadata.info(name)).map(|info| info.shape.clone())
             }
-            Source::Gguf(file) => match gguf_name(name) {
+            Source::Gguf(file) => match gguf_name(file, name) {
                 Some(stored) => file.tensor(&stored)?.map(|(_, dims, _)| dims),
                 None => None,
             },
@@ -503,7 +504,7 @@ pub fn hex(bytes: &[u8]) -> String {
 }
 
 /// `model.layers.3.self_attn.q_proj.weight` → `blk.3.attn_q.weight`.
-fn gguf_name(name: &str) -> Option<String> {
+fn gguf_name(file: &Gguf, name: &str) -> Option<String> {
     let (module, kind) = name.rsplit_once('.')?;
-    Some(format!("{}.{kind}", module_to_gguf(module)?))
+    Some(format!("{}.{kind}", module_to_gguf(file.architecture(), module)?))
 }

@@ -23,7 +23,7 @@ pub fn replay(model: &dyn BaseModel, hosted: &std::sync::Arc<Hosted>) -> Result<
         g.first >= 1
             && g.first < g.tokens.len()
             && g.tokens.len() - g.first == g.log_probabilities.len()
-            && g.tokens.len() <= model.shape().max_positions
+            && g.tokens.len() <= model.shape().cached_positions()
             && g.tokens.iter().all(|&t| (t as usize) < vocabulary)
     };
     if !hosted.golden.iter().all(fits) {

@@ -282,7 +282,7 @@ impl<'m> Engine<'m> {
         }
         let adapters: usize = request.adapters.iter().map(|(a, _)| a.pages(self.geometry)).sum();
         let blocks = self.batching.pages().count().saturating_sub(adapters) / self.geometry.layers.max(1);
-        let longest = self.model.shape().max_positions.min(blocks * BLOCK);
+        let longest = self.model.shape().cached_positions().min(blocks * BLOCK);
         let limit = longest.saturating_sub(request.prompt.len()).max(1);
         (limit, limit.min(EXPECTED))
     }
@@ -293,7 +293,7 @@ impl<'m> Engine<'m> {
             return fail("the prompt is empty; there is nothing to go on from".into());
         }
         self.model
-            .check_length(request.prompt.len().saturating_add(request.max_tokens.unwrap_or(1)))
+            .check_cached_length(request.prompt.len().saturating_add(request.max_tokens.unwrap_or(1)))
             .map_err(lorimer_model::Error::from)?;
         let vocabulary = self.model.shape().vocabulary;
         if let Some(bad) = request.prompt.iter().find(|&&t| t as usize >= vocabulary) {

@@ -1,6 +1,6 @@
 //! One prompt, one answer.
 
-use candle_core::DType;
+use candle_core::{DType, Tensor};
 use lorimer_model::{Adaptation, BaseModel, Inference, KvCache, TextModel};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
@@ -35,6 +35,29 @@ pub struct Generation {
     pub prompt_tokens: usize,
 }
 
+/// Hidden states of those of `seen` that the cache lacks, up to the last; it then holds all. Where the sequence has crossed the border up to
+/// which keys stand ([`lorimer_model::ModelShape::rotary_border`]), all are computed again.
+pub fn extend(
+    model: &dyn BaseModel,
+    seen: &[u32],
+    cache: &mut KvCache,
+    on: &dyn Adaptation,
+) -> candle_core::Result<Tensor> {
+    // Tokens that have to be computed at a time, so that their number tells which side they are on.
+    let mut first = PREFILL;
+    if !model.shape().prefixes_stand(seen.len()) && model.shape().prefixes_stand(cache.len()) {
+        *cache = KvCache::default();
+        first = PREFILL.max(model.shape().cached_positions().saturating_add(1));
+    }
+    let rest = &seen[cache.len()..];
+    let (begin, rest) = rest.split_at(first.min(rest.len()));
+    let mut hidden = model.hidden_cached(begin, cache, on)?;
+    for part in rest.chunks(PREFILL) {
+        hidden = model.hidden_cached(part, cache, on)?;
+    }
+    Ok(hidden)
+}
+
 /// Answers a prompt. `stream` hears pieces of text as soon as they are certain not to begin a stop text.
 #[allow(clippy::too_many_arguments)]
 pub fn generate(
@@ -56,10 +79,7 @@ pub fn generate(
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let mut cache = KvCache::default();
     let (mut seen, mut generated) = (prompt.to_vec(), 0);
-    let mut hidden = None;
-    for part in prompt.chunks(PREFILL) {
-        hidden = Some(model.hidden_cached(part, &mut cache, &adaptation)?);
-    }
+    let mut hidden = Some(extend(model, &seen, &mut cache, &adaptation)?);
     let options = TextOptions { stop: stop.to_vec(), ..Default::default() };
     let (mut answer, mut pieces) = (String::new(), TextStream::new(text, &options, prompt));
     let mut finish_reason = FinishReason::Length;
@@ -86,7 +106,7 @@ pub fn generate(
             break;
         }
         if generated < max_tokens {
-            hidden = Some(model.hidden_cached(&[token], &mut cache, &adaptation)?);
+            hidden = Some(extend(model, &seen, &mut cache, &adaptation)?);
         }
     }
     show(pieces.finish()?);

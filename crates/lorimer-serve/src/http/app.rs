@@ -104,7 +104,8 @@ impl App {
         loopback: bool,
     ) -> Arc<Self> {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let longest = base.model().shape().max_positions.saturating_mul(base.text.longest_token().max(TOKEN_BYTES));
+        let longest =
+            base.model().shape().cached_positions().saturating_mul(base.text.longest_token().max(TOKEN_BYTES));
         let queue = |(at_once, seconds), what| WorkQueue::new(at_once, Duration::from_secs(seconds), what);
         Arc::new(Self {
             base,
@@ -154,7 +155,7 @@ impl App {
         if bytes <= self.longest {
             return Ok(());
         }
-        let tokens = self.base.model().shape().max_positions;
+        let tokens = self.base.model().shape().cached_positions();
         let message = format!(
             "a prompt of {bytes} bytes cannot fit into the {tokens} tokens that the model is made for; shorten it"
         );

@@ -36,7 +36,7 @@ impl<T: DeserializeOwned + Send + 'static> FromRequest<Arc<App>> for Body<T> {
             ApiError::new(rejection.status(), "body_unreadable", message)
         })?;
         let most =
-            app.base.model().shape().max_positions.saturating_mul(request::MAX_CHOICES).saturating_add(SMALL_BODY);
+            app.base.model().shape().cached_positions().saturating_mul(request::MAX_CHOICES).saturating_add(SMALL_BODY);
         let large = bytes.len() > SMALL_BODY;
         let parse = move || {
             let values = bodies::values(&bytes);

@@ -43,7 +43,7 @@ pub async fn chat(State(app): State<Arc<App>>, Body(fields): Body<Fields>) -> Re
             let text = conversation(template, &own)?;
             let encoded = base.text.encode(&text, request.common.add_special_tokens.unwrap_or(false));
             let mut ids = encoded.map_err(|e| ApiError::field("messages", e.to_string()))?.ids;
-            request.common.truncate(&mut ids, base.model().shape().max_positions);
+            request.common.truncate(&mut ids, base.model().shape().cached_positions());
             Ok(ids)
         })
         .await?;
@@ -80,7 +80,7 @@ pub async fn completions(State(app): State<Arc<App>>, Body(fields): Body<Fields>
             };
             let prompts = whole
                 .into_iter()
-                .map(|given| prompt(&base.text, &request.common, given, echo, base.model().shape().max_positions));
+                .map(|given| prompt(&base.text, &request.common, given, echo, base.model().shape().cached_positions()));
             prompts.collect::<Result<Vec<_>, _>>()
         })
         .await?;

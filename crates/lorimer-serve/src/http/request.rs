@@ -431,7 +431,7 @@ impl CompletionRequest {
     pub fn check(&self, app: &App) -> Result<(), ApiError> {
         let (bytes, tokens) = self.own.prompt.as_ref().map_or((0, 0), Prompt::longest);
         if self.common.truncate_prompt_tokens.is_none() {
-            app.base.model().check_length(tokens).map_err(|e| ApiError::field("prompt", e.to_string()))?;
+            app.base.model().check_cached_length(tokens).map_err(|e| ApiError::field("prompt", e.to_string()))?;
         }
         app.fits("prompt", bytes)
     }

@@ -24,12 +24,16 @@ impl RotaryTable {
     /// `positions` has one entry a row; `inverse_frequencies` has head_dim/2 entries (radians a position);
     /// `scale` multiplies sine and cosine (YaRN's attention factor; 1 elsewhere).
     pub fn new(positions: &[usize], inverse_frequencies: &[f64], scale: f64) -> Self {
-        let angles = positions.iter().flat_map(|&p| {
+        Self::chosen(positions, inverse_frequencies.len(), |_| inverse_frequencies, scale)
+    }
+
+    /// The same with frequencies of its own for each row: `of(row)` gives `half` of them.
+    pub fn chosen<'a>(positions: &[usize], half: usize, of: impl Fn(usize) -> &'a [f64], scale: f64) -> Self {
+        let angles = positions.iter().enumerate().flat_map(|(row, &p)| {
             // transformers forms the angle in f32; equal inputs must give equal angles at long positions.
-            inverse_frequencies.iter().map(move |&f| f64::from(p as f32 * f as f32))
+            of(row)[..half].iter().map(move |&f| f64::from(p as f32 * f as f32))
         });
         let (cos, sin) = angles.map(|a| (a.cos() * scale, a.sin() * scale)).unzip();
-        let half = inverse_frequencies.len();
         Self { rows: positions.len(), half, head: 2 * half, cos: Arc::new(cos), sin: Arc::new(sin) }
     }
 

@@ -192,7 +192,7 @@ pub fn inputs(
     for step in 0..max_batches {
         let chunk: Vec<&Example> = (0..batch_size).map(|i| rows[(step * batch_size + i) % rows.len()]).collect();
         let tokens = chunk.iter().map(|e| e.tokens.as_slice());
-        let batch = if supervised_only { Batch::share(tokens) } else { Batch::pack(tokens) };
+        let batch = if supervised_only { model.shape().batch(tokens) } else { Batch::pack(tokens) };
         let counted: Vec<u32> = chunk
             .iter()
             .zip(&batch.rows)
@@ -372,7 +372,8 @@ pub fn gradients(
     let mut parts = Vec::new();
     let (head, mut found, mut sums) = (variables(None)?, Gradients::default(), Sums::new());
     for rows in rows.chunks(batch_size.max(1)) {
-        let batch = Batch::share(rows.iter().map(|e| e.seen(true)));
+        let cut = model.shape().prefixes_stand(rows.iter().map(|e| e.tokens.len()).max().unwrap_or(0));
+        let batch = model.shape().batch(rows.iter().map(|e| e.seen(cut)));
         let pairs = rows.iter().zip(&batch.rows);
         let (index, targets): (Vec<u32>, Vec<u32>) =
             pairs.flat_map(|(e, at)| e.targets().map(|i| (at[i - 1], e.tokens[i]))).unzip();

@@ -1,7 +1,7 @@
 //! Loss, exact matches and choice accuracy of a model on encoded rows, from one forward a row.
 
 use candle_core::{DType, Tensor};
-use lorimer_model::{Adaptation, BaseModel, Batch, Inference, TextModel};
+use lorimer_model::{Adaptation, BaseModel, Inference, TextModel};
 use lorimer_tensor::cross_entropy;
 use serde::Serialize;
 
@@ -65,7 +65,7 @@ fn score(
             to += 1;
         }
         let chunk = &items[from..to];
-        let batch = Batch::share(chunk.iter().map(|i| i.tokens.as_slice()));
+        let batch = model.shape().batch(chunk.iter().map(|i| i.tokens.as_slice()));
         let hidden = rayon::scope(|_| model.hidden(&batch, &Inference(adaptation)))?;
         let wanted: Vec<(u32, u32)> = chunk
             .iter()

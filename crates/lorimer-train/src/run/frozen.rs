@@ -109,7 +109,7 @@ impl FrozenLower {
             file = Some(BufWriter::new(tempfile::tempfile_in(folder).map_err(problem)?));
         }
         for (i, rows) in rows.chunks(size.max(1)).enumerate() {
-            let batch = Batch::share(rows.iter().map(|e| e.tokens.as_slice()));
+            let batch = model.shape().batch(rows.iter().map(|e| e.tokens.as_slice()));
             let hidden = rayon::scope(|_| below(model, attached, &batch, layers))?;
             let hidden = hidden.flatten_all()?.to_vec1::<f32>()?;
             for at in batch.rows.iter().flatten() {

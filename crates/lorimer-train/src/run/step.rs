@@ -112,7 +112,8 @@ pub fn accumulate(
     inputs: StepInputs<'_>,
     gradients: &mut Gradients,
 ) -> Result<StepLoss> {
-    let independent = attached.rows_are_independent();
+    let longest = rows.iter().map(|e| e.tokens.len()).max().unwrap_or(0);
+    let independent = attached.rows_are_independent() && model.shape().prefixes_stand(longest);
     let sequences = rows.iter().map(|e| e.seen(independent));
     let batch = match options.share_prefixes && independent {
         true => Batch::share(sequences),

@@ -65,7 +65,8 @@ impl PlanRun {
             ..Default::default()
         };
         settings(self.batch_size).check()?;
-        let independent = method.rows_are_independent();
+        let longest = rows.iter().flatten().map(|e| e.tokens.len()).max().unwrap_or(0);
+        let independent = method.rows_are_independent() && prepared.config.shape().prefixes_stand(longest);
         let work = |batch: usize| match &rows {
             Some(rows) => Work::of_rows(rows, &settings(batch), independent),
             None => Work::worst(batch, self.max_length, self.max_steps.unwrap_or(100)),

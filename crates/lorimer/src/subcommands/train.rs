@@ -199,7 +199,8 @@ impl Train {
         };
         let method = self.adapter.build(Some(settings.first_rate(train.len())))?;
         let with = |batch_size| TrainSettings { batch_size, ..settings.clone() };
-        let independent = method.rows_are_independent();
+        let longest = train.iter().map(|e| e.tokens.len()).max().unwrap_or(0);
+        let independent = method.rows_are_independent() && prepared.config.shape().prefixes_stand(longest);
         let (plan, checkpointing) = self.step.check(&Planned {
             prepared: &prepared,
             method: method.as_ref(),
