@@ -7,13 +7,17 @@ use serde_json::Value;
 use crate::decoder::DecoderConfig;
 use crate::error::{Error, Result};
 
+pub mod bert;
 pub mod config;
 pub mod llama;
 
 pub use config::{Config, Family};
 
 /// Every family.
-pub const FAMILIES: &[Family] = &[llama::FAMILY];
+pub const FAMILIES: &[Family] = &[
+    llama::FAMILY,
+    Family { model_types: &["bert"], read: |json, path| Ok(Config::Encoder(bert::BertConfig::from_json(json, path)?)) },
+];
 
 impl Config {
     /// Reads what transformers 4 or 5 wrote; `path` is for errors.
