@@ -242,7 +242,8 @@ fn ten_steps_and_the_merge_equal_peft() {
         let again = config.load(&weights).unwrap();
         let d = distance(&logits(again.as_ref(), &Frozen, &golden.tokens()), &golden.get("merged_logits"));
         assert!(d < 5e-3, "{case}: merged logits differ by {d:e}");
-        let own = distance(&logits(again.as_ref(), &Frozen, &golden.tokens()), &logits(&model, &attached, &golden.tokens()));
+        let own =
+            distance(&logits(again.as_ref(), &Frozen, &golden.tokens()), &logits(&model, &attached, &golden.tokens()));
         assert!(own < 2e-4, "{case}: merged and unmerged differ by {own:e}");
     }
 }
