@@ -10,7 +10,7 @@ import json, os, pathlib, shutil, subprocess, sys, tempfile, time, urllib.error,
 
 import boto3
 from moto.server import ThreadedMotoServer
-from openai import NotFoundError, OpenAI
+from openai import BadRequestError, NotFoundError, OpenAI
 from playwright.sync_api import expect, sync_playwright
 
 lorimer, chromium = sys.argv[1:3]
@@ -62,6 +62,27 @@ def with_openai(url):
         sys.exit("an adapter that is not there was answered for")
     except NotFoundError as error:
         assert error.code == "adapter_not_found", error
+
+
+def with_encoder():
+    folder = base.parent / "tiny-bert"
+    command = [lorimer, "serve", "--model", folder, "--adapters", base.parent / "family-adapters", "--port", "0", "--json", "--quiet"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    client = OpenAI(base_url=json.loads(server.stdout.readline())["url"] + "/v1", api_key="none", max_retries=0)
+    texts = ["The man was there.", "of the time"]
+    # The client asks for base64 unless it is told otherwise, and reads either.
+    ask = lambda **more: client.embeddings.create(**{"model": "base", "input": texts, **more})
+    packed, plain = ask(), ask(encoding_format="float")
+    near = lambda a, b: max(abs(x - y) for x, y in zip(a, b, strict=True)) < 1e-6
+    assert [d.index for d in packed.data] == [0, 1] and all(near(a.embedding, b.embedding) for a, b in zip(packed.data, plain.data)), packed
+    assert len(ask(dimensions=8).data[0].embedding) == 8 and packed.usage.total_tokens > 4, packed.usage
+    assert not near(ask(model="bert").data[0].embedding, plain.data[0].embedding)
+    try:
+        client.chat.completions.create(model="base", messages=[message("user", "a")])
+        sys.exit("an encoder answered a chat")
+    except BadRequestError as error:
+        assert error.code == "not_a_decoder", error
+    end(server)
 
 
 def with_chromium(url):
@@ -190,5 +211,6 @@ with_openai(url)
 with_chromium(url)
 end(server)
 with_s3()
+with_encoder()
 shutil.rmtree(folder)
 print("the openai client, the page and the object store do what they should")

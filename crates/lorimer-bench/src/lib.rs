@@ -7,12 +7,14 @@ use clap::{Args, Subcommand};
 use lorimer_cli::Global;
 
 pub mod compare;
+pub mod embed;
 pub mod measure;
 pub mod plan;
 pub mod serve;
 pub mod switch;
 pub mod train;
 
+use embed::BenchEmbed;
 use plan::BenchPlan;
 use serve::BenchServe;
 use switch::BenchSwitch;
@@ -33,6 +35,8 @@ enum What {
     Plan(BenchPlan),
     /// Switching sparse adapters under one base, against fusing LoRAs
     Switch(BenchSwitch),
+    /// Embedding: texts/s
+    Embed(BenchEmbed),
     /// Serving: requests/s, tokens/s and latency, for any number of adapters
     Serve(Box<BenchServe>),
 }
@@ -44,6 +48,7 @@ impl Bench {
             What::Train(bench) => bench.run(global),
             What::Plan(bench) => bench.run(global),
             What::Switch(bench) => bench.run(global),
+            What::Embed(v) => v.run(global),
             What::Serve(v) => v.run(global),
         }
     }

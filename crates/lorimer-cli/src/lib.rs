@@ -4,6 +4,7 @@ use clap::Args;
 
 pub mod common;
 pub mod flags;
+pub mod pooling;
 
 /// Flags of every subcommand.
 #[derive(Args, Clone, Copy)]

@@ -50,9 +50,7 @@ pub fn open_weights(path: &Path, dtype: LoadDtype) -> Result<(Config, Weights)> 
         let json: Value = read_json(&config_path, MAX_JSON_BYTES)?;
         let mut config = Config::from_json(&json, &config_path)?;
         let weights = Weights::from_folder(path, dtype)?;
-        // Older configurations leave `tie_word_embeddings` out where their class defaults to true.
-        let Config::Decoder(decoder) = &mut config;
-        decoder.tied |= !weights.has("lm_head.weight");
+        config.settle(&weights);
         return Ok((config, weights));
     }
     if !path.exists() {

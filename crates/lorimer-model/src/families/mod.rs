@@ -8,6 +8,7 @@ use crate::decoder::DecoderConfig;
 use crate::error::{Error, Result};
 use crate::weights::gguf::Gguf;
 
+pub mod bert;
 pub mod config;
 pub mod gemma;
 pub mod llama;
@@ -16,7 +17,16 @@ pub mod phi;
 pub use config::{Config, Family, GgufFamily};
 
 /// Every family.
-pub const FAMILIES: &[Family] = &[llama::FAMILY, gemma::FAMILY, phi::FAMILY];
+pub const FAMILIES: &[Family] = &[
+    llama::FAMILY,
+    gemma::FAMILY,
+    phi::FAMILY,
+    Family {
+        model_types: &["bert"],
+        read: |json, path| Ok(Config::Encoder(bert::BertConfig::from_json(json, path)?)),
+        gguf: None,
+    },
+];
 
 impl Config {
     /// Reads what transformers 4 or 5 wrote; `path` is for errors.

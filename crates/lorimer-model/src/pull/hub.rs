@@ -18,7 +18,7 @@ use crate::files::{MAX_JSON_BYTES, create_folder, is_plain_file_name, write_atom
 /// Bytes asked for at a time.
 const PIECE: u64 = 16 << 20;
 /// What is fetched of a hub repository.
-const PATTERNS: [&str; 7] = [
+const PATTERNS: [&str; 10] = [
     "config.json",
     "generation_config.json",
     "tokenizer.json",
@@ -26,7 +26,12 @@ const PATTERNS: [&str; 7] = [
     "chat_template.jinja",
     "model*.safetensors",
     "model.safetensors.index.json",
+    "modules.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
 ];
+/// The folder of a sentence-transformers repository, and its file, that are fetched too.
+const POOLING: (&str, &str) = ("1_Pooling", "1_Pooling/config.json");
 /// How long the hub has for a connection, and between two pieces of an answer.
 const CONNECT: Duration = Duration::from_secs(10);
 const SILENCE: Duration = Duration::from_secs(30);
@@ -76,7 +81,7 @@ fn wanted(name: &str) -> bool {
         Some((head, tail)) => name.len() >= head.len() + tail.len() && name.starts_with(head) && name.ends_with(tail),
         None => name == pattern,
     };
-    is_plain_file_name(name) && PATTERNS.iter().any(|p| fits(p))
+    name == POOLING.1 || is_plain_file_name(name) && PATTERNS.iter().any(|p| fits(p))
 }
 
 struct Hub<'a> {
@@ -172,14 +177,26 @@ impl<'a> Hub<'a> {
     /// The files that are fetched of a commit.
     fn files(&self, commit: &str) -> Result<Vec<RemoteFile>> {
         let path = format!("{}/{}/tree/{commit}", self.id.owner, self.id.name);
-        let (mut files, mut query) = (Vec::new(), None);
+        let (mut files, folders) = self.listing(&path)?;
+        if folders.iter().any(|name| name == POOLING.0) {
+            files.extend(self.listing(&format!("{path}/{}", POOLING.0))?.0);
+        }
+        Ok(files)
+    }
+
+    /// The files of a folder that are fetched, and its folders.
+    fn listing(&self, path: &str) -> Result<(Vec<RemoteFile>, Vec<String>)> {
+        let (mut files, mut folders, mut query) = (Vec::new(), Vec::new(), None);
         for _ in 0..PAGES {
-            let page = query.as_ref().map_or_else(|| path.clone(), |query| format!("{path}?{query}"));
+            let page = query.as_ref().map_or_else(|| path.to_string(), |query| format!("{path}?{query}"));
             let (entries, next) = self.json(&page)?;
             let entries = entries.as_array().ok_or_else(|| self.failed("the listing is not a list"))?;
-            for entry in entries.iter().filter(|e| e["type"] == "file") {
+            for entry in entries {
                 let name = entry["path"].as_str().unwrap_or_default();
-                if !wanted(name) {
+                if entry["type"] == "directory" {
+                    folders.push(name.to_string());
+                }
+                if entry["type"] != "file" || !wanted(name) {
                     continue;
                 }
                 let large = !entry["lfs"].is_null();
@@ -191,7 +208,7 @@ impl<'a> Hub<'a> {
                 files.push(RemoteFile { name: name.to_string(), size, hash: hash.to_lowercase(), large });
             }
             match next {
-                None => return Ok(files),
+                None => return Ok((files, folders)),
                 some => query = some,
             }
         }
@@ -259,8 +276,12 @@ impl<'a> Hub<'a> {
 /// Makes a snapshot's name for a blob: a relative link, or a copy on systems where links need rights.
 fn name_blob(snapshot: &Path, file: &RemoteFile) -> Result<()> {
     let path = snapshot.join(&file.name);
+    path.parent().map_or(Ok(()), create_folder)?;
     #[cfg(unix)]
-    let made = std::os::unix::fs::symlink(Path::new("../../blobs").join(&file.hash), &path);
+    let made = {
+        let up = if file.name.contains('/') { "../../../blobs" } else { "../../blobs" };
+        std::os::unix::fs::symlink(Path::new(up).join(&file.hash), &path)
+    };
     #[cfg(not(unix))]
     let made = match path.is_file() {
         true => Ok(()),

@@ -11,7 +11,7 @@ use candle_core::quantized::tokenizer::TokenizerFromGguf;
 use serde_json::{Map, Value};
 use tokenizers::decoders::DecoderWrapper;
 use tokenizers::pre_tokenizers::{byte_level::ByteLevel, digits::Digits, sequence::Sequence};
-use tokenizers::{Decoder, Tokenizer};
+use tokenizers::{Decoder, PostProcessor, Tokenizer, TruncationDirection};
 
 use crate::error::{Error, Result, first_line};
 use crate::files::{MAX_JSON_BYTES, read_bounded, read_json};
@@ -223,8 +223,13 @@ impl TextModel {
 
     fn tokenizer_file(path: &Path) -> Result<Tokenizer> {
         let bytes = read_bounded(path, MAX_JSON_BYTES)?;
-        Tokenizer::from_bytes(&bytes)
-            .map_err(|e| Error::invalid(path, format!("is not a readable tokenizer: {}", first_line(&e.to_string()))))
+        let mut tokenizer = Tokenizer::from_bytes(&bytes).map_err(|e| {
+            Error::invalid(path, format!("is not a readable tokenizer: {}", first_line(&e.to_string())))
+        })?;
+        // Files of encoders cut and pad as they were last used; who encodes says how long a text may be.
+        tokenizer.with_padding(None);
+        let _ = tokenizer.with_truncation(None);
+        Ok(tokenizer)
     }
 
     fn assemble(
@@ -280,6 +285,18 @@ impl TextModel {
             Error::Unsupported(format!("the tokenizer refuses the text: {}", first_line(&e.to_string())))
         })?;
         Ok(Encoded { ids: encoding.get_ids().to_vec(), spans: encoding.get_offsets().to_vec() })
+    }
+
+    /// Tokens of a text with what the tokenizer puts around it, `most` in all: what is too much is left out at the text's end.
+    pub fn encode_cut(&self, text: &str, most: usize) -> Result<Vec<u32>> {
+        let refused = |e: tokenizers::Error| {
+            Error::Unsupported(format!("the tokenizer refuses the text: {}", first_line(&e.to_string())))
+        };
+        let mut plain = self.tokenizer.encode_fast(text, false).map_err(refused)?;
+        let around = self.tokenizer.get_post_processor().map_or(0, |p| p.added_tokens(false));
+        plain.truncate(most.saturating_sub(around), 0, TruncationDirection::Right);
+        let whole = self.tokenizer.post_process(plain, None, true).map_err(refused)?;
+        Ok(whole.get_ids().to_vec())
     }
 
     /// Text of tokens; special ones left out unless `special`.

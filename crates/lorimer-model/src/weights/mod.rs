@@ -311,6 +311,12 @@ impl Weights {
         })
     }
 
+    /// A table that is read by rows: never packed, in the compute type.
+    pub fn table(&self, name: &str, shape: (usize, usize)) -> Result<FrozenWeight> {
+        let weight = self.weight_unpacked(name, shape)?;
+        Ok(FrozenWeight::Dense(weight.dense(self.compute_dtype())?))
+    }
+
     /// Bytes that [`Self::weight`] would take in memory under `dtype`, found without reading it.
     pub fn weight_bytes(&self, name: &str, shape: (usize, usize), dtype: LoadDtype) -> Result<usize> {
         let (outputs, inputs) = shape;

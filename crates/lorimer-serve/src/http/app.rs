@@ -10,6 +10,7 @@ use axum::http::StatusCode;
 use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, Shared};
 use lorimer_model::Base;
+use lorimer_model::embed::EmbedOptions;
 use tokio::sync::Semaphore;
 
 use super::error::ApiError;
@@ -29,6 +30,9 @@ const LOADS: (usize, u64) = (32, 30);
 
 /// Most adapters that are asked for and not there yet.
 const MAX_LOADING: usize = 1024;
+
+/// Requests whose texts become vectors at a time, each on all threads, and the seconds for which one waits.
+const EMBEDS: (usize, u64) = (1, 120);
 
 /// Changes of names, and replays of golden prompts, at a time, and the seconds within which each has to be done.
 const CHANGES: (usize, u64) = (2, 120);
@@ -71,6 +75,8 @@ pub struct App {
     pub store: Option<Arc<Store>>,
     /// The engine.
     pub worker: Worker,
+    /// How texts become vectors, where the base is an encoder: then it answers no prompts.
+    pub embed: Option<EmbedOptions>,
     /// Tokens that calls have to bring.
     pub keys: Keys,
     /// Whether only this machine can reach the server.
@@ -78,6 +84,7 @@ pub struct App {
     pub(super) started: u64,
     pub(super) random: AtomicU64,
     pub(super) text: Readers,
+    pub(super) embeds: WorkQueue,
     pub(super) loads: WorkQueue,
     pub(super) changes: WorkQueue,
     /// Adapters on their way into memory, by name.
@@ -103,6 +110,18 @@ impl App {
         keys: Keys,
         loopback: bool,
     ) -> Arc<Self> {
+        Self::embedding((base, None), name, store, worker, keys, loopback)
+    }
+
+    /// An app of an encoder, with how its texts become vectors.
+    pub fn embedding(
+        (base, embed): (Arc<Base>, Option<EmbedOptions>),
+        name: String,
+        store: Option<Arc<Store>>,
+        worker: Worker,
+        keys: Keys,
+        loopback: bool,
+    ) -> Arc<Self> {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let longest =
             base.model().shape().cached_positions().saturating_mul(base.text.longest_token().max(TOKEN_BYTES));
@@ -112,11 +131,13 @@ impl App {
             name,
             store,
             worker,
+            embed,
             keys,
             loopback,
             started: now.as_secs(),
             random: AtomicU64::new(now.as_nanos() as u64 ^ (u64::from(std::process::id()) << 32)),
             text: Readers::new(TEXT.0, Duration::from_secs(TEXT.1), "reading the request"),
+            embeds: queue(EMBEDS, "embedding the texts"),
             loads: queue(LOADS, "loading the adapter"),
             changes: queue(CHANGES, "the change"),
             loading: Mutex::default(),
@@ -129,6 +150,15 @@ impl App {
     /// Whether a name stands for the base alone.
     pub(super) fn is_base(&self, name: &str) -> bool {
         name == self.name || name == "base" || self.name.rsplit('/').next() == Some(name)
+    }
+
+    /// Refuses what asks an encoder for tokens.
+    pub(super) fn predicts(&self) -> Result<(), ApiError> {
+        if self.base.model().shape().causal {
+            return Ok(());
+        }
+        let message = format!("`{}` is an encoder and predicts no tokens; ask /v1/embeddings", self.name);
+        Err(ApiError::new(StatusCode::BAD_REQUEST, "not_a_decoder", message))
     }
 
     /// Refuses tokens that the model does not have.

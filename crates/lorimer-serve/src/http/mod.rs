@@ -6,6 +6,7 @@ mod app;
 mod bodies;
 mod body;
 mod client;
+mod embeddings;
 pub mod error;
 mod fields;
 mod metrics;
@@ -96,6 +97,7 @@ async fn page() -> Response {
         openai::model,
         openai::completions,
         openai::chat,
+        embeddings::embeddings,
         admin::list,
         admin::load,
         admin::unload,
@@ -130,6 +132,7 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/v1/models/{*name}", get(openai::model))
         .route("/v1/completions", post(openai::completions))
         .route("/v1/chat/completions", post(openai::chat))
+        .route("/v1/embeddings", post(embeddings::embeddings))
         .route("/v1/adapters", get(admin::list))
         .route("/v1/state", get(metrics::state))
         .route_layer(from_fn_with_state(app.clone(), bodies::bounded))

@@ -23,6 +23,7 @@ use crate::generation::generate::FinishReason;
 /// `POST /v1/chat/completions`.
 #[utoipa::path(post, path = "/v1/chat/completions", tag = "inference", request_body = ChatRequest, responses((status = 200, description = "OpenAI's `chat.completion`, or server-sent `chat.completion.chunk` events", body = Object), (status = "4XX", description = "Refused", body = Failure), (status = 503, description = "Overloaded or stopping; `Retry-After` says for how long", body = Failure)))]
 pub async fn chat(State(app): State<Arc<App>>, Body(fields): Body<Fields>) -> Result<Response, ApiError> {
+    app.predicts()?;
     let request = ChatRequest::read(fields)?;
     let texts = request.own.messages.iter().flatten().chain(request.own.tools.iter().flatten());
     app.fits("messages", texts.map(length).sum())?;
@@ -64,6 +65,7 @@ fn length(value: &Value) -> usize {
 /// `POST /v1/completions`.
 #[utoipa::path(post, path = "/v1/completions", tag = "inference", request_body = CompletionRequest, responses((status = 200, description = "OpenAI's `text_completion`, whole or as server-sent events", body = Object), (status = "4XX", description = "Refused", body = Failure), (status = 503, description = "Overloaded or stopping; `Retry-After` says for how long", body = Failure)))]
 pub async fn completions(State(app): State<Arc<App>>, Body(fields): Body<Fields>) -> Result<Response, ApiError> {
+    app.predicts()?;
     let request = CompletionRequest::read(fields)?;
     request.check(&app)?;
     let adapters = app.adapters(request.common.adapters(&app)?).await?;

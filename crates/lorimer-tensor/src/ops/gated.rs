@@ -16,6 +16,8 @@ pub enum Activation {
     Gelu,
     /// The same with Φ by a hyperbolic tangent: transformers' `gelu_pytorch_tanh` and `gelu_new`.
     GeluTanh,
+    /// The greater of x and 0.
+    Relu,
 }
 
 /// √(2/π) and the cubic term of [`Activation::GeluTanh`].
@@ -26,6 +28,7 @@ impl Activation {
     pub fn reference(self, x: &Tensor) -> Result<Tensor> {
         match self {
             Self::Silu => x.silu(),
+            Self::Relu => x.relu(),
             Self::Gelu => ((x / 2f64.sqrt())?.erf()? + 1.0)? * (x * 0.5)?,
             Self::GeluTanh => {
                 let inner = ((x + (x.powf(3.0)? * TANH.1)?)? * TANH.0)?;
@@ -43,6 +46,10 @@ impl Activation {
                 let s = sigmoid(x);
                 (x * s, s * (one + x * (one - s)))
             }
+            Self::Relu => match x > T::zero() {
+                true => (x, one),
+                false => (T::zero(), T::zero()),
+            },
             Self::Gelu => {
                 let share = half * (one + (x * T::from_f64(std::f64::consts::FRAC_1_SQRT_2)).erf_fast());
                 let density = (-half * x * x).exp_fast() * T::from_f64(0.398_942_280_401_432_7);
@@ -222,7 +229,7 @@ mod tests {
     use super::*;
     use crate::check::{assert_close, gradient_matches, random};
 
-    const ALL: [Activation; 3] = [Activation::Silu, Activation::Gelu, Activation::GeluTanh];
+    const ALL: [Activation; 4] = [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu];
 
     #[test]
     fn equals_the_reference() -> Result<()> {

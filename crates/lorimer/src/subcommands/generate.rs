@@ -75,6 +75,7 @@ impl Generate {
             std::io::stdin().take(16 << 20).read_to_string(&mut prompt)?;
         }
         let (base, _) = common::open_base(&self.model, global)?;
+        base.config.decoder("`lorimer generate`")?;
         let adapters = common::open_adapters(&base, &self.adapter)?;
         let tokens = match self.raw {
             true => base.text.encode(&prompt, true)?.ids,

@@ -2,6 +2,7 @@
 
 pub mod check;
 pub mod convert;
+pub mod embed;
 pub mod eval;
 pub mod extract;
 pub mod generate;

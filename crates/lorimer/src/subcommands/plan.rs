@@ -50,6 +50,7 @@ impl PlanRun {
         }
         let method = self.adapter.build(None)?;
         let (prepared, pulled) = common::prepare_base(&self.model, global)?;
+        prepared.config.decoder("`lorimer plan`")?;
         let rows = match &self.data {
             Some(path) => {
                 let options = EncodeOptions { max_length: self.max_length, ..Default::default() };

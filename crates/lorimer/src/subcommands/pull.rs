@@ -12,7 +12,7 @@ use lorimer_cli::{Global, common};
 /// Fetch a base model into the cache that Python's huggingface_hub shares
 #[derive(Args)]
 pub struct Pull {
-    /// Alias (smollm2-135m), hub id (owner/name or owner/name@revision), folder or .gguf file
+    /// Alias (smollm2-135m, minilm), hub id (owner/name or owner/name@revision), folder or .gguf file
     #[arg(default_value = "smollm2-135m")]
     model: String,
 }

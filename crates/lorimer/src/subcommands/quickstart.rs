@@ -35,6 +35,7 @@ impl Quickstart {
         let clock = Instant::now();
         let model = ModelArgs { model: "smollm2-135m".into(), dtype: DtypeFlag::F32, tokenizer: None };
         let (base, pulled) = common::open_base(&model, global)?;
+        base.config.decoder("`lorimer quickstart`")?;
         let data = self.output.join("data");
         let mut paths = Vec::new();
         for (name, content) in [("sentiment-movies.train.jsonl", TRAIN), ("sentiment-movies.valid.jsonl", VALID)] {

@@ -14,6 +14,7 @@ use lorimer::serve::{EngineSettings, Policy, Store, StoreSettings, Worker};
 
 use lorimer_cli::common::ModelArgs;
 use lorimer_cli::flags::{free_memory, parse_bytes};
+use lorimer_cli::pooling::PoolingArgs;
 use lorimer_cli::{Global, common};
 
 /// Serve a base and any number of its adapters over HTTP, batched together: OpenAI's calls, vLLM's for loading adapters, metrics, a web page
@@ -21,6 +22,8 @@ use lorimer_cli::{Global, common};
 pub struct Serve {
     #[command(flatten)]
     model: ModelArgs,
+    #[command(flatten)]
+    pooling: PoolingArgs,
     /// Folder of adapters, or the URL of an object store (s3://bucket/prefix, set up by AWS_… variables): each folder below it with an
     /// adapter_config.json is served under its path
     #[arg(long, value_name = "FOLDER|URL")]
@@ -82,6 +85,9 @@ pub struct Serve {
     grace: u64,
 }
 
+/// Bytes of the pool of an encoder's engine, which answers nothing.
+const ENCODER_POOL: u64 = 16 << 20;
+
 /// The folder that mirrors an object store, where none is given.
 fn adapter_cache(address: &str) -> PathBuf {
     use sha2::Digest;
@@ -110,6 +116,7 @@ impl Serve {
         let keys = Keys { api: self.api_key, admin: self.admin_key };
         keys.check(address.ip()).map_err(|e| anyhow!(e))?;
         let (base, pulled) = common::open_base(&self.model, global)?;
+        let embed = if base.model().shape().causal { None } else { Some(self.pooling.options(&base)?) };
         let base = Arc::new(base);
         let store = match self.adapters {
             None => None,
@@ -138,7 +145,9 @@ impl Serve {
                 Some(Arc::new(Store::open(settings)?))
             }
         };
-        let free = free_memory().map_or(1 << 30, |free| (free / 2).min(4 << 30));
+        // An encoder keeps nothing from one request to the next.
+        let most = if embed.is_some() { ENCODER_POOL } else { 4 << 30 };
+        let free = free_memory().map_or(1 << 30, |free| free / 2).min(most);
         let settings = EngineSettings {
             pool_bytes: usize::try_from(self.pool.unwrap_or(free))?,
             policy: Policy {
@@ -158,7 +167,7 @@ impl Serve {
         }
         let worker = Worker::start(base.clone(), settings)?;
         let count = store.as_ref().map_or(0, |store| store.list().len());
-        let app = App::new(base, name.clone(), store, worker, keys, address.ip().is_loopback());
+        let app = App::embedding((base, embed), name.clone(), store, worker, keys, address.ip().is_loopback());
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
         let stop = common::stop_flag();
         let ended = runtime.block_on(async {

@@ -181,6 +181,7 @@ impl Train {
         };
         settings.check()?;
         let (prepared, pulled) = common::prepare_base(&self.model, global)?;
+        prepared.config.decoder("`lorimer train`")?;
         let options = EncodeOptions {
             format: self.format,
             max_length: self.max_length,

@@ -1,0 +1,228 @@
+//! OpenAI's call for vectors of texts, which a server of an encoder answers.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::State;
+use axum::http::StatusCode;
+use candle_core::{Result as TensorResult, Tensor};
+use lorimer_model::embed::{EmbedOptions, embed_tokens, encode};
+use lorimer_model::{Adaptation, Base, Projection, Site};
+use lorimer_tensor::{Addition, Group, Paged, Segmented, project_segmented};
+use serde::Serialize;
+use serde_json::{Value, json};
+use utoipa::ToSchema;
+
+use super::app::App;
+use super::body::Body;
+use super::error::{ApiError, Failure};
+use super::fields::{Fields, unknown};
+use super::request::{Common, Prompt};
+use crate::adapters::hosted::Hosted;
+
+/// Most texts of a request.
+const MAX_TEXTS: usize = 2048;
+/// Fields of other servers that ask for nothing by their value.
+const INERT: [(&str, &str); 3] = [("truncation_side", "right"), ("truncate", "NONE"), ("embed_dtype", "float32")];
+
+/// `POST /v1/embeddings`.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct EmbeddingsRequest {
+    /// A text or its tokens, one or several.
+    pub input: Prompt,
+    /// The base, an adapter, or BASE:ADAPTER.
+    pub model: Option<String>,
+    /// `float`, or `base64` for the numbers' little-endian bytes in single precision.
+    pub encoding_format: Option<String>,
+    /// Only so many of a vector's first numbers, at the length that the whole has.
+    pub dimensions: Option<usize>,
+    /// Only so many of a text's first tokens; -1 for as many as the model takes (vLLM). Longer texts are refused where it is not given.
+    pub truncate_prompt_tokens: Option<i64>,
+    /// For whom it is.
+    pub user: Option<String>,
+}
+
+impl EmbeddingsRequest {
+    fn read(mut body: Fields) -> Result<Self, ApiError> {
+        let request = Self {
+            input: body.needed("input")?,
+            model: body.take("model")?,
+            encoding_format: body.take("encoding_format")?,
+            dimensions: body.take("dimensions")?,
+            truncate_prompt_tokens: body.take("truncate_prompt_tokens")?,
+            user: body.take("user")?,
+        };
+        let asks = |(name, value): &(String, &Value)| !INERT.iter().any(|(own, inert)| own == name && *value == inert);
+        if let Some((name, _)) = body.rest().find(asks) {
+            return Err(unknown(&name));
+        }
+        if !matches!(request.encoding_format.as_deref(), None | Some("float" | "base64")) {
+            return Err(ApiError::field("encoding_format", "`encoding_format` should be float or base64"));
+        }
+        if request.input.count() > MAX_TEXTS {
+            let message = format!("`input` has {} texts, at most {MAX_TEXTS} are taken", request.input.count());
+            return Err(ApiError::field("input", message));
+        }
+        Ok(request)
+    }
+
+    /// Tokens of every text.
+    fn tokens(&self, base: &Base, options: &EmbedOptions) -> Result<Vec<Vec<u32>>, ApiError> {
+        let most = match self.truncate_prompt_tokens {
+            None | Some(-1) => options.max_tokens,
+            Some(n) => usize::try_from(n).ok().filter(|n| (1..=options.max_tokens).contains(n)).ok_or_else(|| {
+                let message = format!("`truncate_prompt_tokens` should be -1, or 1 to {}", options.max_tokens);
+                ApiError::field("truncate_prompt_tokens", message)
+            })?,
+        };
+        // One more than the model takes tells that a text is too long.
+        let cut = if self.truncate_prompt_tokens.is_some() { most } else { most + 1 };
+        let options = EmbedOptions { max_tokens: cut, ..options.clone() };
+        let encoded = |texts: &[String]| encode(&base.text, texts, &options);
+        let all = match &self.input {
+            Prompt::Text(text) => encoded(std::slice::from_ref(text)),
+            Prompt::Texts(texts) => encoded(texts),
+            Prompt::Tokens(ids) => Ok(vec![ids.clone()]),
+            Prompt::ManyTokens(all) => Ok(all.clone()),
+        };
+        let mut all = all.map_err(|e| ApiError::field("input", e.to_string()))?;
+        for (i, ids) in all.iter_mut().enumerate() {
+            if self.truncate_prompt_tokens.is_some() {
+                ids.truncate(most);
+            }
+            if ids.len() > most {
+                let message = format!(
+                    "text {i} of `input` has more than the {most} tokens that the model takes; shorten it or give `truncate_prompt_tokens`"
+                );
+                return Err(ApiError::field("input", message));
+            }
+            if ids.is_empty() {
+                return Err(ApiError::field("input", format!("text {i} of `input` has no tokens")));
+            }
+        }
+        Ok(all)
+    }
+
+    /// As many numbers as are asked for; a vector of length 1 keeps it.
+    fn cut(&self, vector: &mut Vec<f32>, normalize: bool) -> Result<(), ApiError> {
+        let Some(n) = self.dimensions else { return Ok(()) };
+        if n == 0 || n > vector.len() {
+            let message = format!("`dimensions` should be 1 to {}, which the model gives", vector.len());
+            return Err(ApiError::field("dimensions", message));
+        }
+        vector.truncate(n);
+        if normalize {
+            let length = vector.iter().map(|v| v * v).sum::<f32>().sqrt().max(1e-12);
+            vector.iter_mut().for_each(|v| *v /= length);
+        }
+        Ok(())
+    }
+
+    fn written(&self, vector: &[f32]) -> Value {
+        match self.encoding_format.as_deref() {
+            Some("base64") => base64(&vector.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>()).into(),
+            _ => json!(vector),
+        }
+    }
+}
+
+/// RFC 4648's base64, padded.
+fn base64(bytes: &[u8]) -> String {
+    const LETTERS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let mut out = String::with_capacity(bytes.len().div_ceil(3) * 4);
+    for chunk in bytes.chunks(3) {
+        let all = chunk.iter().fold(0u32, |all, &b| all << 8 | u32::from(b)) << (8 * (3 - chunk.len()));
+        for i in 0..4 {
+            let letter = LETTERS[(all >> (18 - 6 * i)) as usize & 63] as char;
+            out.push(if i <= chunk.len() { letter } else { '=' });
+        }
+    }
+    out
+}
+
+/// Adapters as they are hosted, on all rows of a forward.
+struct OnAll<'a>(&'a [(Arc<Hosted>, f32)]);
+
+impl Adaptation for OnAll<'_> {
+    fn touches(&self, site: &Site) -> bool {
+        self.0.iter().any(|(hosted, _)| hosted.places.contains_key(&site.path))
+    }
+
+    fn project(&self, site: &Site, base: &Projection, x: &Tensor) -> TensorResult<Tensor> {
+        let additions = self.0.iter().filter_map(|(hosted, weight)| {
+            let place = hosted.places.get(&site.path)?;
+            let of = |start, count, length| Paged {
+                pool: &hosted.numbers,
+                page: hosted.numbers.len(),
+                pages: &[0],
+                start,
+                count,
+                length,
+            };
+            Some(Addition {
+                a: of(place.a, place.rank, site.inputs),
+                b: of(place.b, place.rank, site.outputs),
+                output_scale: place.output_scale.map(|at| of(at, 1, site.outputs)),
+                bias: place.bias.map(|at| of(at, 1, site.outputs)),
+                gate: place.gate.and_then(|i| Some(hosted.gates.get(i)?.as_ref())),
+                weight: *weight,
+            })
+        });
+        let groups = vec![Group { rows: 0..x.dim(0)?, additions: additions.collect() }];
+        let mut all = project_segmented(x, &[Segmented { weight: &base.weight, bias: base.bias.as_ref(), groups }])?;
+        all.pop().ok_or_else(|| candle_core::Error::Msg("no projection".into()))
+    }
+}
+
+/// `POST /v1/embeddings`.
+#[utoipa::path(post, path = "/v1/embeddings", tag = "inference", request_body = EmbeddingsRequest, responses((status = 200, description = "OpenAI's list of `embedding`s", body = Object), (status = "4XX", description = "Refused", body = Failure), (status = 503, description = "Overloaded or stopping; `Retry-After` says for how long", body = Failure)))]
+pub async fn embeddings(State(app): State<Arc<App>>, Body(fields): Body<Fields>) -> Result<Json<Value>, ApiError> {
+    let Some(options) = app.embed.clone() else {
+        let message = format!(
+            "`{}` predicts tokens and gives no vectors of texts; ask /v1/completions, or serve an encoder",
+            app.name
+        );
+        return Err(ApiError::new(StatusCode::BAD_REQUEST, "not_an_encoder", message));
+    };
+    if app.worker.is_stopping() {
+        return Err(super::error::stopping());
+    }
+    let request = EmbeddingsRequest::read(fields)?;
+    let named = Common { model: request.model.clone(), ..Default::default() }.adapters(&app)?;
+    let (adapters, _) = app.adapters(named).await?;
+    let (base, own, encoding) = (app.base.clone(), request.clone(), options.clone());
+    let tokens = app.text.within(move || own.tokens(&base, &encoding)).await?;
+    for ids in &tokens {
+        app.in_vocabulary("input", ids)?;
+    }
+    let count: usize = tokens.iter().map(Vec::len).sum();
+    let (base, normalize) = (app.base.clone(), options.normalize);
+    let computed = app.embeds.within(move || {
+        embed_tokens(base.model(), &OnAll(&adapters), &tokens, &options)
+            .map_err(|e| ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "computation_failed", e.to_string()))
+    });
+    let mut data = Vec::new();
+    for (index, mut vector) in computed.await?.into_iter().enumerate() {
+        if !vector.iter().all(|v| v.is_finite()) {
+            let message = format!("the vector of text {index} is not finite");
+            return Err(ApiError::new(StatusCode::UNPROCESSABLE_ENTITY, "not_finite", message));
+        }
+        request.cut(&mut vector, normalize)?;
+        data.push(json!({ "object": "embedding", "index": index, "embedding": request.written(&vector) }));
+    }
+    let model = request.model.as_ref().unwrap_or(&app.name);
+    let usage = json!({ "prompt_tokens": count, "total_tokens": count });
+    Ok(Json(json!({ "object": "list", "data": data, "model": model, "usage": usage })))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn base64_is_rfc_4648s() {
+        for (bytes, text) in [("", ""), ("f", "Zg=="), ("fo", "Zm8="), ("foo", "Zm9v"), ("foobar", "Zm9vYmFy")] {
+            assert_eq!(base64(bytes.as_bytes()), text);
+        }
+    }
+}
