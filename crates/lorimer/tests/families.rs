@@ -237,7 +237,7 @@ fn longrope_chooses_by_the_length_of_each_sequence() {
     near("26 tokens", &rows(33, 26), &golden.get("logits"), 2e-5);
     let mut cache = KvCache::default();
     model.hidden_cached(&short, &mut cache, &Frozen).unwrap();
-    let problem = model.hidden_cached(&tokens[16..17], &mut cache, &Frozen).err().expect("refused").to_string();
+    let problem = model.hidden_cached(&tokens[16..17], &mut cache, &Frozen).expect_err("refused").to_string();
     assert!(problem.contains("LongRoPE") && problem.contains("16"), "{problem}");
     model.hidden_cached(&long, &mut KvCache::default(), &Frozen).unwrap();
 }
@@ -412,7 +412,7 @@ fn engines_answer_as_plain_generation_does() {
         };
         let (lengths, n) = if case == "phi3_longrope" { ([10, 7, 3, 11], 5) } else { ([21, 7, 3, 18], 24) };
         if case == "phi3_longrope" {
-            let problem = engine.submit(request(10, false, 7), 0.0).err().expect("refused").to_string();
+            let problem = engine.submit(request(10, false, 7), 0.0).expect_err("refused").to_string();
             assert!(problem.contains("LongRoPE"), "{problem}");
         }
         let mut answers: HashMap<u64, Vec<u32>> = HashMap::new();
@@ -430,7 +430,7 @@ fn engines_answer_as_plain_generation_does() {
         for (id, found) in answers {
             let i = id as usize % 4;
             let prompt = &tokens[..lengths[i]];
-            let expected = match i % 2 == 0 {
+            let expected = match i.is_multiple_of(2) {
                 true => generated(&model, &Attached::one(&adapter), prompt, n).0,
                 false => generated(&model, &Frozen, prompt, n).0,
             };

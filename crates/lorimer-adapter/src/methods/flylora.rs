@@ -13,7 +13,7 @@
 //! included: up to 32 times a step with their script. Rows are not shared between sequences in training, so that every token counts once.
 //!
 //! Which ranks act depends on the token, so no fixed weight gives the same (but for k = r): it cannot be merged, and is served as it is. The
-//! authors' files say `LORA` with a tensor `lora_topk_bias`; stock PEFT refuses them, and they are read here.
+//! authors' files say `LORA` with a tensor `lora_topk_bias` a module; stock PEFT refuses them, and so does Lorimer, by the key `bias_u`.
 //!
 //! Trainable parameters of a projection: `outputs · r`.
 //!

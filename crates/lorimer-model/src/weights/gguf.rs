@@ -233,7 +233,9 @@ pub fn reorder_rows<'a>(bytes: &'a [u8], order: Option<&[usize]>) -> Cow<'a, [u8
     Cow::Owned(order.iter().flat_map(|&row| &bytes[row * length..(row + 1) * length]).copied().collect())
 }
 
-/// Hugging Face's module names and GGUF's, inside a layer.
+/// Hugging Face's module names and GGUF's.
+type Names = &'static [(&'static str, &'static str)];
+/// Those inside a layer.
 const LAYER_NAMES: [(&str, &str); 10] = [
     ("self_attn.q_proj", "attn_q"),
     ("self_attn.k_proj", "attn_k"),
@@ -247,7 +249,7 @@ const LAYER_NAMES: [(&str, &str); 10] = [
     ("input_layernorm", "attn_norm"),
 ];
 /// Those that are others in some architectures, which go before the others.
-const OWN_NAMES: [(&[&str], &[(&str, &str)]); 3] = [
+const OWN_NAMES: [(&[&str], Names); 3] = [
     (
         &["gemma2", "gemma3"],
         &[
