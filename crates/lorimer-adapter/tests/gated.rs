@@ -316,7 +316,7 @@ fn the_bias_evens_out_the_use_of_ranks() {
             settings[key] = rate.into();
             let adapter = attached(method, settings, &model);
             let delta = adapter.sites(&model)[0].2;
-            let mut counts = vec![0f64; 16];
+            let mut counts = [0f64; 16];
             for step in 0..600u64 {
                 // One direction stands out.
                 let mut rng = ChaCha8Rng::seed_from_u64(step);

@@ -52,7 +52,7 @@ pub struct BertConfig {
 }
 
 impl BertConfig {
-    /// Reads a `config.json`; `path` is for errors. What only the weights tell comes with [`Self::settle`].
+    /// Reads a `config.json`; `path` is for errors.
     pub fn from_json(json: &Value, path: &Path) -> Result<Self> {
         let f = Fields::of(json, path)?;
         f.only("position_embedding_type", "absolute")?;
