@@ -94,7 +94,7 @@ impl Work {
 pub struct Request<'a> {
     /// The base's shape.
     pub config: &'a Config,
-    /// Bytes of its weights in memory: [`Decoder::planned_bytes`].
+    /// Bytes of its weights in memory: [`Config::planned_bytes`].
     pub base_bytes: usize,
     /// Bytes of the base's files, which are mapped while the weights are read.
     pub file_bytes: u64,
