@@ -23,7 +23,29 @@ pub enum Activation {
 /// √(2/π) and the cubic term of [`Activation::GeluTanh`].
 const TANH: (f64, f64) = (0.797_884_560_802_865_4, 0.044_715);
 
+/// Calls the form of a function that is made for one activation: a choice inside its loop would keep that out of wide registers.
+macro_rules! made_for {
+    ($activation:expr, $f:ident::<$real:ty>($($argument:expr),*)) => {
+        match $activation {
+            Activation::Silu => $f::<$real, { Activation::Silu as u8 }>($($argument),*),
+            Activation::Gelu => $f::<$real, { Activation::Gelu as u8 }>($($argument),*),
+            Activation::GeluTanh => $f::<$real, { Activation::GeluTanh as u8 }>($($argument),*),
+            Activation::Relu => $f::<$real, { Activation::Relu as u8 }>($($argument),*),
+        }
+    };
+}
+
 impl Activation {
+    /// The activation of a number, as [`made_for`] gives it.
+    const fn of(number: u8) -> Self {
+        match number {
+            n if n == Self::Gelu as u8 => Self::Gelu,
+            n if n == Self::GeluTanh as u8 => Self::GeluTanh,
+            n if n == Self::Relu as u8 => Self::Relu,
+            _ => Self::Silu,
+        }
+    }
+
     /// The reference form out of plain candle operations.
     pub fn reference(self, x: &Tensor) -> Result<Tensor> {
         match self {
@@ -102,21 +124,20 @@ fn sigmoid<T: Real>(v: T) -> T {
 
 pub(crate) struct GatedUnit(pub(crate) Activation);
 
-fn forward<T: Real>(activation: Activation, gate: &[T], up: &[T]) -> CpuStorage {
+fn forward<T: Real, const A: u8>(gate: &[T], up: &[T]) -> CpuStorage {
     let mut y = vec![T::zero(); gate.len()];
     let chunk = rows_per_task(gate.len());
     y.par_chunks_mut(chunk).zip(gate.par_chunks(chunk).zip(up.par_chunks(chunk))).for_each(|(y, (gate, up))| {
         wide(|| {
             for ((y, &g), &u) in y.iter_mut().zip(gate).zip(up) {
-                *y = activation.at(g).0 * u;
+                *y = const { Activation::of(A) }.at(g).0 * u;
             }
         });
     });
     T::to_cpu_storage_owned(y)
 }
 
-fn backward<T: Real>(
-    activation: Activation,
+fn backward<T: Real, const A: u8>(
     gate: &Tensor,
     up: &Tensor,
     grad: &Tensor,
@@ -133,14 +154,14 @@ fn backward<T: Real>(
                     let (dg, du, up, grad) = (&mut dg[..n], &mut du[..n], &up[..n], &grad[..n]);
                     for i in 0..n {
                         // The order of the factors decides the last bit of every training run.
-                        (du[i], dg[i]) = match activation {
+                        (du[i], dg[i]) = match const { Activation::of(A) } {
                             Activation::Silu => {
                                 let s = sigmoid(gate[i]);
                                 let slope = T::one() + gate[i] * (T::one() - s);
                                 (grad[i] * gate[i] * s, grad[i] * up[i] * s * slope)
                             }
                             _ => {
-                                let (value, slope) = activation.at(gate[i]);
+                                let (value, slope) = const { Activation::of(A) }.at(gate[i]);
                                 (grad[i] * value, grad[i] * up[i] * slope)
                             }
                         };
@@ -162,8 +183,8 @@ impl CustomOp2 for GatedUnit {
 
     fn cpu_fwd(&self, g: &CpuStorage, lg: &Layout, u: &CpuStorage, lu: &Layout) -> Result<(CpuStorage, Shape)> {
         let storage = match g {
-            CpuStorage::F32(_) => forward(self.0, slice::<f32>(g, lg)?, slice::<f32>(u, lu)?),
-            CpuStorage::F64(_) => forward(self.0, slice::<f64>(g, lg)?, slice::<f64>(u, lu)?),
+            CpuStorage::F32(_) => made_for!(self.0, forward::<f32>(slice(g, lg)?, slice(u, lu)?)),
+            CpuStorage::F64(_) => made_for!(self.0, forward::<f64>(slice(g, lg)?, slice(u, lu)?)),
             _ => candle_core::bail!("gated unit: inputs must be f32 or f64"),
         };
         Ok((storage, lg.shape().clone()))
@@ -171,32 +192,33 @@ impl CustomOp2 for GatedUnit {
 
     fn bwd(&self, g: &Tensor, u: &Tensor, _: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
         match g.dtype() {
-            DType::F64 => backward::<f64>(self.0, g, u, grad),
-            _ => backward::<f32>(self.0, g, u, grad),
+            DType::F64 => made_for!(self.0, backward::<f64>(g, u, grad)),
+            _ => made_for!(self.0, backward::<f32>(g, u, grad)),
         }
     }
 }
 
 pub(crate) struct Activate(pub(crate) Activation);
 
-impl Activate {
-    fn map<T: Real>(x: &[T], g: Option<&[T]>, f: impl Fn(T) -> T + Sync) -> Vec<T> {
-        let mut y = vec![T::zero(); x.len()];
-        let chunk = rows_per_task(x.len());
-        y.par_chunks_mut(chunk).zip(x.par_chunks(chunk)).enumerate().for_each(|(task, (y, x))| {
-            wide(|| match g {
-                None => y.iter_mut().zip(x).for_each(|(y, &x)| *y = f(x)),
-                Some(g) => {
-                    let g = &g[task * chunk..][..x.len()];
-                    y.iter_mut().zip(x).zip(g).for_each(|((y, &x), &g)| *y = f(x) * g);
-                }
-            });
+/// The values of an activation, or with `g` its slopes times that.
+fn values<T: Real, const A: u8>(x: &[T], g: Option<&[T]>) -> Vec<T> {
+    let mut y = vec![T::zero(); x.len()];
+    let chunk = rows_per_task(x.len());
+    y.par_chunks_mut(chunk).zip(x.par_chunks(chunk)).enumerate().for_each(|(task, (y, x))| {
+        wide(|| match g {
+            None => y.iter_mut().zip(x).for_each(|(y, &x)| *y = const { Activation::of(A) }.at(x).0),
+            Some(g) => {
+                let g = &g[task * chunk..][..x.len()];
+                y.iter_mut().zip(x).zip(g).for_each(|((y, &x), &g)| *y = const { Activation::of(A) }.at(x).1 * g);
+            }
         });
-        y
-    }
+    });
+    y
+}
 
+impl Activate {
     fn gradient<T: Real>(&self, x: &Tensor, grad: &Tensor) -> Result<Tensor> {
-        let dx = with_slices([x, grad], |[x, g]: [&[T]; 2]| Ok(Self::map(x, Some(g), |x| self.0.at(x).1)))?;
+        let dx = with_slices([x, grad], |[x, g]: [&[T]; 2]| Ok(made_for!(self.0, values::<T>(x, Some(g)))))?;
         Tensor::from_vec(dx, x.shape(), x.device())
     }
 }
@@ -208,8 +230,8 @@ impl CustomOp1 for Activate {
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let storage = match x {
-            CpuStorage::F32(_) => CpuStorage::F32(Self::map(slice::<f32>(x, layout)?, None, |x| self.0.at(x).0)),
-            CpuStorage::F64(_) => CpuStorage::F64(Self::map(slice::<f64>(x, layout)?, None, |x| self.0.at(x).0)),
+            CpuStorage::F32(_) => CpuStorage::F32(made_for!(self.0, values::<f32>(slice(x, layout)?, None))),
+            CpuStorage::F64(_) => CpuStorage::F64(made_for!(self.0, values::<f64>(slice(x, layout)?, None))),
             _ => candle_core::bail!("activation: the input must be f32 or f64"),
         };
         Ok((storage, layout.shape().clone()))
