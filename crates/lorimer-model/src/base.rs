@@ -50,7 +50,7 @@ pub fn open_weights(path: &Path, dtype: LoadDtype) -> Result<(Config, Weights)> 
         let json: Value = read_json(&config_path, MAX_JSON_BYTES)?;
         let mut config = Config::from_json(&json, &config_path)?;
         let weights = Weights::from_folder(path, dtype)?;
-        config.settle(&weights);
+        config.resolve(&weights);
         return Ok((config, weights));
     }
     if !path.exists() {

@@ -102,7 +102,7 @@ impl BertConfig {
     }
 
     /// Finds out what only the weights tell.
-    pub(crate) fn settle(&mut self, weights: &Weights) {
+    pub(crate) fn resolve(&mut self, weights: &Weights) {
         if !weights.has(&self.table(0)) && weights.has(&format!("bert.{}", self.table(0))) {
             self.prefix = "bert.".into();
         }

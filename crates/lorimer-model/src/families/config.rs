@@ -90,11 +90,11 @@ impl Config {
     }
 
     /// Finds out what `config.json` leaves to the weights.
-    pub(crate) fn settle(&mut self, weights: &Weights) {
+    pub(crate) fn resolve(&mut self, weights: &Weights) {
         match self {
             // Older configurations leave `tie_word_embeddings` out where their class defaults to true.
             Self::Decoder(config) => config.tied |= !weights.has("lm_head.weight"),
-            Self::Encoder(config) => config.settle(weights),
+            Self::Encoder(config) => config.resolve(weights),
         }
     }
 

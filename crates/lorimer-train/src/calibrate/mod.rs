@@ -348,7 +348,7 @@ pub fn gradients(
     let tape_of = |weights: &HashMap<String, Var>| Tape::new(weights.values().map(Var::as_tensor));
     // With `absolute`, a part's gradients are added up as soon as they are there.
     type Sums = HashMap<String, Tensor>;
-    let settle = |weights: &HashMap<String, Var>, found: &mut Gradients, sums: &mut Sums| -> TensorResult<()> {
+    let add_up = |weights: &HashMap<String, Var>, found: &mut Gradients, sums: &mut Sums| -> TensorResult<()> {
         for (path, weight) in weights {
             let Some(g) = found.remove(weight) else { continue };
             let g = g.abs()?;
@@ -393,7 +393,7 @@ pub fn gradients(
         tape.backward(&loss, seed, &mut found)?;
         let gradient = found.remove(&h);
         if absolute {
-            settle(&head, &mut found, &mut sums)?;
+            add_up(&head, &mut found, &mut sums)?;
         }
         parts.push(Part { layout, again, gradient });
     }
@@ -408,7 +408,7 @@ pub fn gradients(
             let (again, layout) = (&mut part.again, &part.layout);
             part.gradient = rayon::scope(|_| again.backward(model, layout, (&tape, &recorder), g, true, &mut found))?;
             if absolute {
-                settle(&weights, &mut found, &mut sums)?;
+                add_up(&weights, &mut found, &mut sums)?;
             }
         }
         deliver(Some(layer), &weights, found, sums)?;
