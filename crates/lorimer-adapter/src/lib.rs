@@ -1,6 +1,7 @@
 //! Low-rank adapters: the methods ([`methods`], one file each), adapters on a model ([`Adapter`], [`Attached`]),
 //! adapter files ([`StoredAdapter`]), looking into, merging and converting them.
 
+pub mod adapter;
 pub mod algebra;
 pub mod attached;
 pub mod error;
@@ -13,9 +14,11 @@ pub mod settings;
 pub mod targets;
 pub mod training;
 
-pub use attached::{Accounting, Adapter, Attached};
+pub use adapter::Adapter;
+pub use attached::Attached;
 pub use error::{Error, Result};
 pub use file::frozen::FrozenParts;
+pub use file::load::Accounting;
 pub use file::store::{BaseIdentity, Golden, Manifest, StoredAdapter};
 pub use method::{
     Calibration, CalibrationStats, Change, Delta, GatedLowRank, LowRank, Method, NotMergeable, SampledRank, Step,

@@ -17,10 +17,12 @@ use lorimer_model::{Config, LoadDtype, Projection, Site, TextModel, Weights};
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::attached::{Accounting, equal, refuse_embedding, refuse_sum, replaced_by};
+use crate::adapter::{equal, replaced_by};
+use crate::attached::refuse_sum;
 use crate::error::{Error, Result};
 use crate::file::bytes::{raw_bytes, safetensors_dtype};
 use crate::file::frozen::FrozenParts;
+use crate::file::load::{Accounting, refuse_embedding};
 use crate::file::store::StoredAdapter;
 use crate::file::store::{BASE_WEIGHT, PREFIX};
 use crate::method::{Delta, Method, ModuleTensors, ParameterSource};

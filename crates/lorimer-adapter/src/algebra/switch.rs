@@ -11,7 +11,7 @@ use lorimer_tensor::ops::sparse::{exchange_entries, write_entries};
 use rayon::prelude::*;
 use serde::Serialize;
 
-use crate::attached::Adapter;
+use crate::adapter::Adapter;
 use crate::error::{Error, Result};
 
 /// The entries that an adapter changes, ready to be written.

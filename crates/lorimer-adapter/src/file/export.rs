@@ -10,7 +10,7 @@ use rayon::prelude::*;
 use serde::Serialize;
 use serde_json::json;
 
-use crate::attached::Adapter;
+use crate::adapter::Adapter;
 use crate::error::{Error, Result};
 use crate::file::convert::to_peft;
 use crate::file::store::PREFIX;

@@ -6,5 +6,6 @@ pub mod convert;
 pub mod export;
 pub mod frozen;
 pub mod inspect;
+pub mod load;
 mod lora_xs;
 pub mod store;
