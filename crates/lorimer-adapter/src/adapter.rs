@@ -8,10 +8,12 @@ use lorimer_tensor::FrozenWeight;
 use rayon::prelude::*;
 use serde_json::{Map, Value};
 
+use crate::delta::Delta;
 use crate::error::{Error, Result};
 use crate::file::frozen::FrozenParts;
 use crate::file::store::{PREFIX, StoredAdapter};
-use crate::method::{Bias, CalibrationStats, Delta, Method, ParameterSource};
+use crate::method::{Bias, CalibrationStats, Method, ParameterSource};
+use crate::parameter::{Named, Role};
 use crate::targets::Matcher;
 
 /// One adapter on one model.
@@ -154,19 +156,26 @@ impl Adapter {
         Ok(Some(if whole > 0.0 { (change / whole).sqrt() } else { 0.0 }))
     }
 
-    /// Trainable parameters in a fixed order (that of the model's forward), by a name that is unique.
-    pub fn trainable(&self) -> Vec<(String, &Var)> {
+    /// What is checkpointed and resumed, in a fixed order (that of the model's forward; buffers last): trained parameters and those that a
+    /// rule moves.
+    pub fn named(&self) -> Vec<Named<'_>> {
         let deltas = self.order.iter().filter_map(|path| Some((path, self.deltas.get(path)?)));
-        let deltas =
-            deltas.flat_map(|(path, d)| d.trainable().into_iter().map(move |(n, v)| (format!("{path}.{n}"), v)));
+        let own = deltas.flat_map(|(path, delta)| {
+            delta.parameters().into_iter().map(move |p| Named {
+                name: format!("{path}.{}", p.key),
+                var: p.var,
+                role: p.role,
+            })
+        });
+        let (trained, buffers): (Vec<_>, Vec<_>) = own.partition(|p| p.role.is_trained());
         let whole = self.parameters.iter().filter(|(path, _)| !self.fixed.contains(*path));
-        deltas.chain(whole.map(|(path, v)| (path.clone(), v))).collect()
+        let whole = whole.map(|(path, var)| Named { name: path.clone(), var, role: Role::Whole });
+        trained.into_iter().chain(whole).chain(buffers).collect()
     }
 
-    /// What is saved and resumed beside the trainable parameters: buffers that a rule moves, by a name that is unique.
-    pub fn buffers(&self) -> Vec<(String, &Var)> {
-        let deltas = self.deltas.iter();
-        deltas.flat_map(|(path, d)| d.buffers().into_iter().map(move |(n, v)| (format!("{path}.{n}"), v))).collect()
+    /// Trainable parameters in a fixed order (that of the model's forward), by a name that is unique.
+    pub fn trainable(&self) -> Vec<(String, &Var)> {
+        self.named().into_iter().filter(|p| p.role.is_trained()).map(|p| (p.name, p.var)).collect()
     }
 
     /// After the optimiser's step: moves the buffers.

@@ -5,8 +5,10 @@ use lorimer_model::{Adaptation, Projection, Site};
 use lorimer_tensor::{LowRankTerm, Ops, Part, Tape};
 
 use crate::adapter::Adapter;
+use crate::delta::{Change, Delta, GatedLowRank, LowRank};
 use crate::error::{Error, Result};
-use crate::method::{Change, Delta, GatedLowRank, LowRank, Method, Step};
+use crate::method::Method;
+use crate::step::Step;
 
 /// Refuses to sum or scale what is not additive.
 pub(crate) fn refuse_sum(method: &dyn Method, adapters: usize, weight: f64) -> Result<()> {
@@ -80,13 +82,6 @@ impl Attached<'_> {
     fn project_plain(&self, site: &Site, base: &Projection, x: &Tensor) -> TensorResult<Tensor> {
         let ops = self.ops();
         let own = self.parameter(&site.weight_path());
-        if own.is_none()
-            && self.tape.is_some()
-            && let [(_, delta, 1.0)] = self.here(site).collect::<Vec<_>>()[..]
-            && let Some(y) = delta.output(ops, base, x, &self.step)?
-        {
-            return Ok(y);
-        }
         let plain = match own {
             Some(weight) => ops.subgraph(&[x], &[weight], |t| t[0].matmul(&weight.t()?))?,
             None => ops.linear(x, &base.weight)?,
@@ -107,37 +102,16 @@ impl Attached<'_> {
         Ok(y)
     }
 
-    /// The form of the only adapter's change on a site, where it has one that is computed with the frozen projection: recorded as
-    /// a function of its parameters.
-    fn form(&self, delta: &dyn Delta, base: &Projection, x: &Tensor) -> TensorResult<Option<Change>> {
-        let (mut scaling, mut gated) = (None, None);
+    /// The form of the only adapter's change on a site, recorded as a function of its parameters.
+    fn form(&self, delta: &dyn Delta, base: &Projection, x: &Tensor) -> TensorResult<Change> {
         let rows = x.dim(0)?;
+        // The form with its tensors taken out: the tape gives back those that it follows.
+        let mut form = Change::Free;
         let found = self.ops().subgraph_all(&[], &parameters(delta), |_| {
-            Ok(match delta.change(base, rows, &self.step)? {
-                None => vec![],
-                Some(Change::Weight(weight)) => vec![weight],
-                Some(Change::LowRank(low)) => {
-                    scaling = Some(low.scaling);
-                    vec![low.a, low.b]
-                }
-                Some(Change::Gated(GatedLowRank { factors, input_gradient })) => {
-                    (scaling, gated) = (Some(factors.scaling), Some(input_gradient));
-                    vec![factors.a, factors.b]
-                }
-            })
+            form = delta.change(base, rows, &self.step)?;
+            Ok(form.tensors())
         })?;
-        let mut found = found.into_iter();
-        Ok(match (found.next(), found.next(), scaling) {
-            (Some(a), Some(b), Some(scaling)) => {
-                let factors = LowRank { a, b, scaling };
-                Some(match gated {
-                    Some(input_gradient) => Change::Gated(GatedLowRank { factors, input_gradient }),
-                    None => Change::LowRank(factors),
-                })
-            }
-            (Some(weight), None, _) => Some(Change::Weight(weight)),
-            _ => None,
-        })
+        form.with_tensors(found)
     }
 
     /// x Wᵀ + scaling · (g ∘ (x aᵀ)) bᵀ, recorded: the products by themselves, the gates as a subgraph.
@@ -177,6 +151,19 @@ impl Attached<'_> {
     }
 }
 
+/// What is still to be done to the product of a projection with its low-rank change.
+enum Rest {
+    Nothing,
+    /// A factor an output.
+    Scale(Tensor),
+    /// Another change.
+    Add(Tensor),
+}
+
+fn term(LowRank { a, b, scaling }: LowRank, mask: Option<Tensor>) -> LowRankTerm {
+    LowRankTerm { mask, ..LowRankTerm::new(a, b, scaling) }
+}
+
 /// The tensors that a delta trains.
 fn parameters(delta: &dyn Delta) -> Vec<&Tensor> {
     delta.trainable().into_iter().map(|(_, v)| v.as_tensor()).collect()
@@ -202,31 +189,43 @@ impl Adaptation for Attached<'_> {
             if self.parameter(&site.weight_path()).is_some() {
                 continue;
             }
-            let low_rank = match self.here(site).collect::<Vec<_>>()[..] {
-                [] => None,
-                [(_, delta, 1.0)] => match self.form(delta, base, x)? {
-                    Some(Change::LowRank(LowRank { a, b, scaling })) => Some(LowRankTerm {
-                        gradient_scale: delta.gradient_scale()?,
-                        mask: delta.mask(x, &self.step)?,
-                        ..LowRankTerm::new(a, b, scaling)
-                    }),
-                    Some(Change::Weight(weight)) => {
-                        outputs[place] = Some(ops.dense(x, &weight)?);
-                        continue;
+            let (low_rank, rest) = match self.here(site).collect::<Vec<_>>()[..] {
+                [] => (None, Rest::Nothing),
+                [(_, delta, 1.0)] => {
+                    let mask = delta.mask(x, &self.step)?;
+                    match self.form(delta, base, x)? {
+                        Change::LowRank(low) => (Some(term(low, mask)), Rest::Nothing),
+                        Change::RowRate(low, scale) => {
+                            (Some(LowRankTerm { gradient_scale: Some(scale), ..term(low, mask) }), Rest::Nothing)
+                        }
+                        Change::RowScaled(low, scale) if mask.is_none() => (Some(term(low, None)), Rest::Scale(scale)),
+                        Change::RowScaled(..) => continue,
+                        Change::Sparse(index, values) => (None, Rest::Add(ops.sparse(x, &values, &index)?)),
+                        Change::Weight(weight) => {
+                            outputs[place] = Some(ops.dense(x, &weight)?);
+                            continue;
+                        }
+                        Change::Gated(change) => {
+                            outputs[place] = Some(self.project_gated((delta, base), x, &change)?);
+                            continue;
+                        }
+                        Change::Free => {
+                            outputs[place] = Some(delta.output(ops, base, x, &self.step)?);
+                            continue;
+                        }
                     }
-                    Some(Change::Gated(change)) => {
-                        outputs[place] = Some(self.project_gated((delta, base), x, &change)?);
-                        continue;
-                    }
-                    None => continue,
-                },
+                }
                 _ => continue,
             };
             parts.push(Part { weight: Some(&base.weight), low_rank });
-            places.push(place);
+            places.push((place, rest));
         }
-        for (place, y) in places.into_iter().zip(ops.project(x, &parts)?) {
-            outputs[place] = Some(y);
+        for ((place, rest), y) in places.into_iter().zip(ops.project(x, &parts)?) {
+            outputs[place] = Some(match rest {
+                Rest::Nothing => y,
+                Rest::Scale(scale) => ops.scale_columns(&y, &scale)?,
+                Rest::Add(change) => ops.add(&y, &change)?,
+            });
         }
         let all = targets.iter().zip(outputs).map(|((site, base), y)| {
             let y = y.map_or_else(|| self.project_plain(site, base, x), Ok)?;

@@ -6,7 +6,8 @@ use lorimer_tensor::FrozenWeight;
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
-use crate::method::{CalibrationStats, ModuleTensors, ParameterSource, Step};
+use crate::method::{CalibrationStats, ModuleTensors, ParameterSource};
+use crate::step::Step;
 
 /// The output of one projection `weight` (outputs rows of inputs numbers) for one input, with a new adapter of `method` some of whose
 /// parameters have been set (by key, row-major). The merged weight has to give the same.
@@ -79,7 +80,7 @@ fn run(method: &str, settings: &str, weight: &[&[f64]], parameters: &[(&str, &[f
     let y = (&y + delta.forward(&base, &x, &y, &Step::default())?)?;
     let merged = delta.merged(&base)?.map_err(|why| wrong(&why.0))?;
     let other = x.matmul(&merged.t()?)?;
-    if crate::method::largest(&(&y - other)?)? > 1e-9 * (1.0 + crate::method::largest(&y)?) {
+    if crate::delta::largest(&(&y - other)?)? > 1e-9 * (1.0 + crate::delta::largest(&y)?) {
         return Err(wrong("the merged weight gives something else"));
     }
     Ok(y.squeeze(0)?.to_vec1::<f64>()?)

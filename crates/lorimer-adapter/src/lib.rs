@@ -4,23 +4,29 @@
 pub mod adapter;
 pub mod algebra;
 pub mod attached;
+pub mod delta;
+pub mod dropout;
 pub mod error;
 pub mod example;
 pub mod file;
 pub mod method;
 pub mod methods;
+pub mod parameter;
+pub mod row_rate;
 pub mod search;
 pub mod settings;
+pub mod step;
 pub mod targets;
 pub mod training;
 
 pub use adapter::Adapter;
 pub use attached::Attached;
+pub use delta::{Change, Delta, GatedLowRank, LowRank, NotMergeable};
 pub use error::{Error, Result};
 pub use file::frozen::FrozenParts;
 pub use file::load::Accounting;
 pub use file::store::{BaseIdentity, Golden, Manifest, StoredAdapter};
-pub use method::{
-    Calibration, CalibrationStats, Change, Delta, GatedLowRank, LowRank, Method, NotMergeable, SampledRank, Step,
-};
+pub use method::{Calibration, CalibrationStats, Method};
+pub use parameter::{Named, Parameter, Role};
+pub use step::{SampledRank, Step};
 pub use training::Training;

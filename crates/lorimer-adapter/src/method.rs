@@ -1,45 +1,20 @@
 //! What a method is: how it attaches to one projection, what it changes there, what it stores.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 use candle_core::{DType, Result as TensorResult, Tensor, Var};
 use lorimer_model::{Projection, Site};
-use lorimer_tensor::{Ops, RankGate, SparseIndex};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
+use crate::delta::{Delta, LowRank};
 use crate::error::{Error, Result};
 use crate::search::DifforaConfig;
+use crate::step::site_seed;
 use crate::targets::Targeting;
 use crate::training::Training;
-
-/// What one forward is for.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Step {
-    /// In training, the seed that dropout masks of this forward come from.
-    pub training: Option<u64>,
-    /// The rank that this step trains, of methods that have a choice.
-    pub rank: Option<SampledRank>,
-}
-
-impl Step {
-    /// A forward of training with a seed for dropout.
-    pub fn training(seed: u64) -> Self {
-        Self { training: Some(seed), rank: None }
-    }
-}
-
-/// A rank drawn for one step.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct SampledRank {
-    /// The rank.
-    pub rank: usize,
-    /// Whether only its last row of A and column of B learn.
-    pub frozen: bool,
-}
 
 /// Which biases are trained: PEFT's `bias`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -53,175 +28,6 @@ pub enum Bias {
     /// Those of adapted projections.
     #[serde(alias = "MiSS_only", alias = "bone_only", alias = "randlora_only", alias = "vera_only")]
     LoraOnly,
-}
-
-/// Why an adapter has no plain weight that gives the same output.
-#[derive(Debug, Clone)]
-pub struct NotMergeable(pub String);
-
-/// A product of two low-rank factors: ΔW = scaling · B A.
-#[derive(Clone, Debug)]
-pub struct LowRank {
-    /// (rank, inputs).
-    pub a: Tensor,
-    /// (outputs, rank).
-    pub b: Tensor,
-    /// α/r, or what the method has in its place.
-    pub scaling: f64,
-}
-
-/// A low-rank change whose ranks are gated, row by row: Δy = scaling · b (g ∘ (a x)), with gates g (rank) that [`Delta::gates`] computes from
-/// the row's input. No fixed weight gives the same.
-#[derive(Clone, Debug)]
-pub struct GatedLowRank {
-    /// The factors.
-    pub factors: LowRank,
-    /// Whether gradients go through the change to its input.
-    pub input_gradient: bool,
-}
-
-/// A changed projection in a form that is computed together with the frozen one.
-pub enum Change {
-    /// ΔW = scaling · b a.
-    LowRank(LowRank),
-    /// The same with gates that depend on the input.
-    Gated(GatedLowRank),
-    /// The whole weight W' (outputs, inputs).
-    Weight(Tensor),
-}
-
-/// What a method put on one projection.
-///
-/// Most methods say in [`Self::change`] what they are, as a function of their trainable parameters, and have everything else from
-/// the defaults: the forward, the fast form in training, the merged weight, the LoRA that `convert` writes.
-pub trait Delta: Send + Sync {
-    /// The change as a function of the trainable parameters, in candle's graph; None where it has no such form, and
-    /// [`Self::forward`] and [`Self::merged`] are the method's own. `rows`: of the input, for methods that choose by
-    /// arithmetic; 0 where the factors themselves are wanted.
-    fn change(&self, _base: &Projection, _rows: usize, _step: &Step) -> TensorResult<Option<Change>> {
-        Ok(None)
-    }
-    /// What multiplies the input of the change only, (rows, inputs), where the change is [`Change::LowRank`]: dropout.
-    fn mask(&self, _x: &Tensor, _step: &Step) -> TensorResult<Option<Tensor>> {
-        Ok(None)
-    }
-    /// What multiplies the gradient that reaches the change's output (outputs), where the change is [`Change::LowRank`]; the forward knows
-    /// nothing of it.
-    fn gradient_scale(&self) -> TensorResult<Option<Tensor>> {
-        Ok(None)
-    }
-    /// The change Δy of the projection's output. `x` (rows, inputs), `y` = x Wᵀ (rows, outputs) without
-    /// bias, which an adapter may have replaced.
-    fn forward(&self, base: &Projection, x: &Tensor, y: &Tensor, step: &Step) -> TensorResult<Tensor> {
-        match self.change(base, x.dim(0)?, step)? {
-            // The scaling goes onto the low-rank factor, where it costs next to nothing.
-            Some(Change::LowRank(LowRank { a, b, scaling })) => {
-                let x = self.mask(x, step)?.map_or_else(|| Ok(x.clone()), |mask| x * mask)?;
-                let change = (x.matmul(&a.t()?)? * scaling)?.matmul(&b.t()?)?;
-                match self.gradient_scale()? {
-                    // The same numbers with another gradient.
-                    Some(scale) => change.broadcast_mul(&scale)? + change.broadcast_mul(&(1.0 - scale)?)?.detach(),
-                    None => Ok(change),
-                }
-            }
-            Some(Change::Gated(GatedLowRank { factors: LowRank { a, b, scaling }, input_gradient })) => {
-                let x = self.mask(x, step)?.map_or_else(|| Ok(x.clone()), |mask| x * mask)?;
-                let x = if input_gradient { x } else { x.detach() };
-                let u = x.matmul(&a.t()?)?;
-                let gates = self.gates(&x, &u, step)?;
-                ((u * gates)? * scaling)?.matmul(&b.t()?)
-            }
-            Some(Change::Weight(weight)) => x.matmul(&weight.t()?)? - y,
-            None => candle_core::bail!("a method without a form has to bring its forward"),
-        }
-    }
-    /// With [`Change::Gated`]: the gates (rows, rank) of rows with input `x` (rows, inputs) and u = x aᵀ (rows, rank), as a function of these
-    /// and of the trainable parameters. In training it also counts what moves buffers ([`Self::after_step`]): computing the same rows of a
-    /// step again counts nothing twice.
-    fn gates(&self, _x: &Tensor, _u: &Tensor, _step: &Step) -> TensorResult<Tensor> {
-        candle_core::bail!("a method with gates has to compute them")
-    }
-    /// With [`Change::Gated`]: the gates as they are served.
-    fn rank_gate(&self) -> TensorResult<Option<Arc<dyn RankGate>>> {
-        Ok(None)
-    }
-    /// Parameters that are not trained but moved by a rule, by their keys in the file. They are saved, and resumed, like trained ones.
-    fn buffers(&self) -> Vec<(&'static str, &Var)> {
-        Vec::new()
-    }
-    /// After the optimiser's step: moves the buffers by what the step's forwards counted.
-    fn after_step(&self) -> TensorResult<()> {
-        Ok(())
-    }
-    /// The whole output without bias in recorded operations, where that is less work than [`Self::forward`] beside the frozen
-    /// projection. It is used in training where this is the only adapter.
-    fn output(&self, _ops: Ops<'_>, _base: &Projection, _x: &Tensor, _step: &Step) -> TensorResult<Option<Tensor>> {
-        Ok(None)
-    }
-    /// What the change adds to the output of every row (outputs), where the method works on W x + b.
-    fn bias_change(&self, _base: &Projection) -> TensorResult<Option<Tensor>> {
-        Ok(None)
-    }
-    /// Whether the change of a row depends on which other rows are in the batch (dropout does, since its mask goes by the
-    /// element), so that rows which sequences share cannot be computed once for all.
-    fn rows_are_independent(&self, _step: &Step) -> bool {
-        true
-    }
-    /// The plain weight (outputs, inputs) that gives the same output, in f32 (f64 for f64 adapters).
-    fn merged(&self, base: &Projection) -> TensorResult<Result<Tensor, NotMergeable>> {
-        let merged = match self.change(base, 0, &Step::default())? {
-            Some(Change::LowRank(low)) => {
-                let change = (low.b.matmul(&low.a)? * low.scaling)?;
-                (base.dense(change.dtype())? + change)?
-            }
-            Some(Change::Weight(weight)) => weight,
-            Some(Change::Gated(_)) => {
-                return Ok(Err(NotMergeable("its gates depend on the input, which no fixed weight does".into())));
-            }
-            None => return Ok(Err(NotMergeable("the method has no plain weight".into()))),
-        };
-        Ok(Ok(merged.detach()))
-    }
-    /// Trainable parameters, in a fixed order, by their keys in the file (without `.weight`, where PEFT adds that).
-    fn trainable(&self) -> Vec<(&'static str, &Var)>;
-    /// What multiplies the optimiser's step of each row of the trainable parameter `key`.
-    fn step_scale(&self, _key: &str) -> TensorResult<Option<Tensor>> {
-        Ok(None)
-    }
-    /// The scaling of `lora_A` and `lora_B`, where these two are all that is trained and ΔW = scaling · B A up to a constant.
-    fn pair_scaling(&self) -> Option<f64> {
-        None
-    }
-    /// (s b a, o) where the output is `o ∘ (W x) + s b a x` with one factor o (outputs) a row of W: a form that is served beside
-    /// others in one batch.
-    fn scaled(&self, _base: &Projection) -> TensorResult<Option<(LowRank, Tensor)>> {
-        Ok(None)
-    }
-    /// The change as entries of the weight, where only some are changed.
-    fn sparse(&self) -> Option<(Arc<SparseIndex>, Tensor)> {
-        None
-    }
-    /// What is not trained but found from the base, from a seed or from data when the adapter is made, by key. Its hash stands in
-    /// `lorimer.json`, so that a file without it is not used on another base.
-    fn frozen(&self) -> Vec<(&'static str, &Tensor)> {
-        Vec::new()
-    }
-    /// What the file holds for this module, by key below the module's path, for the base as it is on disk.
-    fn stored(&self) -> TensorResult<Vec<(&'static str, Tensor)>> {
-        Ok(self.trainable().into_iter().chain(self.buffers()).map(|(key, var)| (key, var.detach())).collect())
-    }
-    /// Whether the output changes at all.
-    fn has_effect(&self, base: &Projection) -> TensorResult<bool> {
-        let Ok(merged) = self.merged(base)? else { return Ok(true) };
-        let dense = base.dense(merged.dtype())?;
-        // What rounding alone can do to a decomposed weight is no effect.
-        Ok(largest(&(&merged - &dense)?)? > 1e-6 * largest(&dense)?)
-    }
-}
-
-/// The largest absolute value.
-pub(crate) fn largest(t: &Tensor) -> TensorResult<f64> {
-    t.abs()?.flatten_all()?.max(0)?.to_dtype(DType::F64)?.to_scalar::<f64>()
 }
 
 /// Tensors of one module in an adapter file, by the key below the module's path; taking one accounts for it.
@@ -491,13 +297,4 @@ pub trait Method: Send + Sync {
     fn low_rank(&self, _module: &str, _tensors: &BTreeMap<String, Tensor>) -> Result<Option<LowRank>> {
         Ok(None)
     }
-}
-
-/// Seed for one site, so that neither the order of sites nor threads matter (FNV-1a).
-pub fn site_seed(seed: u64, path: &str) -> u64 {
-    let mut hash = 0xcbf2_9ce4_8422_2325 ^ seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    for byte in path.bytes() {
-        hash = (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3);
-    }
-    hash
 }

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
+use crate::row_rate::Allora;
 use crate::settings::configure;
 
 /// What a method's name stands for beside its form.
@@ -112,6 +113,8 @@ impl Default for LoraPro {
 pub enum Callback {
     /// A rank drawn for each step (DyLoRA).
     RankSampling(RankSampling),
+    /// A factor on the step of each row of B (ALLoRA).
+    RowRate(Allora),
     /// Soft threshold on gates after each step (SoRA).
     SoftThreshold(SoftThreshold),
 }

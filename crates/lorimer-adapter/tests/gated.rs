@@ -324,7 +324,7 @@ fn the_bias_evens_out_the_use_of_ranks() {
                     (0..64).map(|_| (0..24).map(|_| rng.random_range(-1.5..1.5)).collect()).collect();
                 x.iter_mut().for_each(|row| row[3] = row[3] * 2.0 + 2.0);
                 let x = Tensor::new(x, &Device::Cpu).unwrap();
-                let forms = delta.change(&model.base, 64, &Step::default()).unwrap().unwrap();
+                let forms = delta.change(&model.base, 64, &Step::default()).unwrap();
                 let lorimer_adapter::Change::Gated(gated) = forms else { panic!("{method} has no gates") };
                 let u = x.matmul(&gated.factors.a.t().unwrap()).unwrap();
                 let gates = delta.gates(&x, &u, &Step::training(step)).unwrap().to_vec2::<f64>().unwrap();

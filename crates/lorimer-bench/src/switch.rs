@@ -78,7 +78,10 @@ impl BenchSwitch {
                 settings.insert("density".into(), json!(self.density));
                 settings.insert("mask_type".into(), json!(mask));
                 settings.insert("init_weights".into(), Value::Bool(false));
-                Ok(Entries::of(&Adapter::attach(base.model(), methods::build("shira", &settings)?, seed)?)?)
+                Ok(Entries::of(
+                    base.model(),
+                    &Adapter::attach(base.model(), methods::build("shira", &settings)?, seed)?,
+                )?)
             };
             sparse.push([of(1)?, of(2)?]);
         }

@@ -228,7 +228,7 @@ impl BenchTrain {
         let parameters = adapter.trainable();
         let options = self.step.options(checkpointing);
         let kind = self.step.optimizer_of(adapter.method.as_ref());
-        let mut optimizer = optimizer::build(&kind, AdamWConfig::default(), &adapter)?;
+        let mut optimizer = optimizer::build(&kind, AdamWConfig::default(), base.model(), &adapter)?;
         let (mut losses, mut step_seconds, mut counted) = (Vec::new(), Vec::new(), 0.0);
         let (mut tokens, mut computed, mut supervised, mut examples) = (0, 0, 0, 0);
         let (mut forward, mut backward, mut optimizing) = (0.0, 0.0, 0.0);

@@ -105,7 +105,7 @@ fn run(
     let settings = settings.as_object().context("settings")?;
     let adapter = Adapter::attach(&model, methods::build(method, settings)?, 0)?;
     let kind = adapter.method.training().optimizer.unwrap_or_default();
-    let mut optimizer = optimizer::build(&kind, AdamWConfig::default(), &adapter)?;
+    let mut optimizer = optimizer::build(&kind, AdamWConfig::default(), &model, &adapter)?;
     let whole = |name: &str| adapter.parameters().contains_key(name);
     let how = |name: &str| {
         Ok(ParamGroup {

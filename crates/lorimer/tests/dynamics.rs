@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use candle_core::{DType, Device, Tensor, Var};
 use lorimer::adapter::algebra::resize::resize;
 use lorimer::adapter::algebra::switch::{Entries, Switcher};
-use lorimer::adapter::method::SampledRank;
+use lorimer::adapter::step::SampledRank;
 use lorimer::adapter::training::{BaLora, BaLoraTask, Galore, GaloreProjection, LoraPro, OptimizerKind, Update};
 use lorimer::model::weights::LoadDtype;
 use lorimer::prelude::*;
@@ -13,6 +13,7 @@ use lorimer::tensor::Gradients;
 use lorimer::train::run::schedule::Shape;
 use lorimer::train::run::step::{StepInputs, StepOptions, accumulate, accumulate_gradients, batch_loss};
 use lorimer::train::run::trainer::{Run, TrainSettings};
+use lorimer::train::ways::callback;
 use lorimer::train::ways::objective::{Moment, Objective, Regularisers};
 use lorimer::train::ways::optimizer::{
     AdamW, AdamWConfig, GaloreOptimizer, LoraProOptimizer, Optimizer, Pair, ParamGroup, lora_pro,
@@ -47,10 +48,11 @@ fn step(model: &dyn BaseModel, adapter: &Adapter, optimizer: &mut dyn Optimizer,
     let (loss, mut found) = gradients(model, adapter, Step::default());
     let parameters = adapter.trainable();
     let gradients: Vec<_> = parameters.iter().map(|(name, _)| found.remove(name)).collect();
+    let named = adapter.named();
+    let callback = callback::build(adapter.method.training().callback.as_ref(), (0, 1, rate), &named);
     let how = |name: &str| {
-        let (path, key) = name.rsplit_once('.').unwrap();
-        let scale = adapter.delta(path).and_then(|d| d.step_scale(key).unwrap());
-        Ok(ParamGroup { row_scale: scale.map(|t| t.to_vec1::<f64>().unwrap()), ..Default::default() })
+        let parameter = named.iter().find(|p| p.name == name).unwrap();
+        Ok(ParamGroup { row_scale: callback.row_scale(parameter.role, parameter.var)?, ..Default::default() })
     };
     optimizer.step_with(&parameters, &gradients, &how, rate).unwrap();
     loss
@@ -217,10 +219,8 @@ fn lora_pros_step_is_nearer_to_the_full_gradient_than_loras() {
     for full in [false, true] {
         let adapter = attach(&model, "lora", r#"{"r": 3}"#);
         let whole = attach(&model, "full", "{}");
-        let pairs: Vec<Pair> = adapter
-            .deltas()
-            .map(|(path, delta)| Pair { module: path.to_string(), scaling: delta.pair_scaling().unwrap() })
-            .collect();
+        let pairs: Vec<Pair> =
+            adapter.deltas().map(|(path, _)| Pair { module: path.to_string(), scaling: 2.0 }).collect();
         let settings = LoraPro { full, ..Default::default() };
         let mut optimizer = LoraProOptimizer::new(settings, AdamWConfig::default(), pairs.clone());
         let mut losses = Vec::new();
@@ -619,7 +619,7 @@ fn ten_thousand_switches_leave_the_base_as_it_was() {
         move_all(&adapter);
         adapters.push(adapter);
     }
-    let entries: Vec<Entries> = adapters.iter().map(|a| Entries::of(a).unwrap()).collect();
+    let entries: Vec<Entries> = adapters.iter().map(|a| Entries::of(&model, a).unwrap()).collect();
     let expected: Vec<Vec<f32>> = adapters
         .iter()
         .map(|a| logits(&model, &Attached::one(a)).flatten_all().unwrap().to_vec1::<f32>().unwrap())
@@ -654,12 +654,12 @@ fn ten_thousand_switches_leave_the_base_as_it_was() {
             let adapter =
                 attach(&model, "shira", &format!(r#"{{"r": 2, "random_seed": 1, "part": {part}, "parts": 2}}"#));
             move_all(&adapter);
-            Entries::of(&adapter).unwrap()
+            Entries::of(&model, &adapter).unwrap()
         })
         .collect();
     assert_eq!(parts[0].overlap(&parts[1]).shared, 0);
     // What is not sparse is refused.
-    assert!(Entries::of(&attach(&model, "lora", r#"{"r": 2}"#)).is_err());
+    assert!(Entries::of(&model, &attach(&model, "lora", r#"{"r": 2}"#)).is_err());
     let rows = examples();
     batch_loss(&model, &Attached::one(&adapters[0]), &rows.iter().collect::<Vec<_>>()).unwrap();
 }

@@ -4,9 +4,11 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Tensor, Var};
-use lorimer::adapter::method::{CalibrationStats, ParameterSource, SampledRank};
+use lorimer::adapter::method::{CalibrationStats, ParameterSource};
 use lorimer::adapter::methods::sora::{Rise, SoraConfig};
+use lorimer::adapter::step::SampledRank;
 use lorimer::adapter::training::{Callback, LoraPro, OptimizerKind, SoftThreshold, Update};
+use lorimer::adapter::{Named, Role};
 use lorimer::model::{Projection, Site};
 use lorimer::prelude::*;
 use lorimer::tensor::FrozenWeight;
@@ -112,6 +114,8 @@ fn soras_gates_go_the_way_of_its_authors_code() {
         let gates: Vec<Var> = (0..3).map(|i| Var::from_tensor(golden.get(&format!("gate.{i}"))).unwrap()).collect();
         let parameters: Vec<(String, &Var)> =
             gates.iter().enumerate().map(|(i, var)| (format!("{i}.gate"), var)).collect();
+        let named: Vec<Named<'_>> =
+            parameters.iter().map(|(name, var)| Named { name: name.clone(), var, role: Role::Gate }).collect();
         let settings = SoftThreshold {
             stages: SoraConfig::default().thresholds(),
             of_rate: true,
@@ -121,15 +125,14 @@ fn soras_gates_go_the_way_of_its_authors_code() {
             penalty: 10.0,
             random_keep: None,
         };
-        let callback = callback::build(Some(&Callback::SoftThreshold(settings)), (0, steps, peak), &parameters);
+        let callback = callback::build(Some(&Callback::SoftThreshold(settings)), (0, steps, peak), &named);
         let mut optimizer = AdamW::new(AdamWConfig::default(), false);
         for step in 0..steps {
             let slope = |i: usize| golden.get(&format!("slope.{i}")).get(step).unwrap();
-            let gradient =
-                |(i, (name, var)): (usize, &(String, &Var))| Some(callback.gradient(name, var, slope(i)).unwrap());
-            let gradients: Vec<_> = parameters.iter().enumerate().map(gradient).collect();
+            let gradient = |(i, p): (usize, &Named<'_>)| Some(callback.gradient(p.role, p.var, slope(i)).unwrap());
+            let gradients: Vec<_> = named.iter().enumerate().map(gradient).collect();
             optimizer.step(&parameters, &gradients, schedule.rate(step)).unwrap();
-            callback.after(step, schedule.rate(step) / peak, &parameters).unwrap();
+            callback.after(step, schedule.rate(step) / peak, &named).unwrap();
             let now = Tensor::cat(&gates.iter().map(Var::as_tensor).collect::<Vec<_>>(), 0).unwrap();
             let d = distance(&now, &golden.get(&format!("{name}.path")).get(step).unwrap());
             assert!(d < 1e-6, "{name}: step {step} differs by {d:e}");

@@ -19,13 +19,14 @@ use serde_json::Value;
 
 use crate::adapter::{equal, replaced_by};
 use crate::attached::refuse_sum;
+use crate::delta::Delta;
 use crate::error::{Error, Result};
 use crate::file::bytes::{raw_bytes, safetensors_dtype};
 use crate::file::frozen::FrozenParts;
 use crate::file::load::{Accounting, refuse_embedding};
 use crate::file::store::StoredAdapter;
 use crate::file::store::{BASE_WEIGHT, PREFIX};
-use crate::method::{Delta, Method, ModuleTensors, ParameterSource};
+use crate::method::{Method, ModuleTensors, ParameterSource};
 use crate::settings::check_targets;
 use crate::targets::Matcher;
 

@@ -5,14 +5,16 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
-use lorimer_model::{BaseModel, Projection};
+use lorimer_model::{BaseModel, Projection, Site};
 use lorimer_tensor::FrozenWeight;
 use lorimer_tensor::ops::sparse::{exchange_entries, write_entries};
 use rayon::prelude::*;
 use serde::Serialize;
 
 use crate::adapter::Adapter;
+use crate::delta::{Change, Delta};
 use crate::error::{Error, Result};
+use crate::step::Step;
 
 /// The entries that an adapter changes, ready to be written.
 #[derive(Clone, Debug)]
@@ -48,27 +50,27 @@ impl Entries {
     /// # Errors
     ///
     /// Fails if the adapter changes anything but some entries of weights.
-    pub fn of(adapter: &Adapter) -> Result<Self> {
+    pub fn of(model: &dyn BaseModel, adapter: &Adapter) -> Result<Self> {
         let name = adapter.method.name();
         if !adapter.parameters().is_empty() {
             return Err(Error::Refused(format!(
                 "the `{name}` adapter brings whole parameters, which cannot be switched in place"
             )));
         }
-        let module = |(path, delta): (&str, &dyn crate::Delta)| {
-            let (index, values) = delta.sparse().ok_or_else(|| {
-                Error::Refused(format!(
+        let module = |(site, base, delta): (&Site, &Projection, &dyn Delta)| {
+            let Change::Sparse(index, values) = delta.change(base, 0, &Step::default())? else {
+                return Err(Error::Refused(format!(
                     "a `{name}` adapter changes whole weights; only sparse ones (shira) are switched in place, others with `lorimer merge` or --adapter"
-                ))
-            })?;
-            let values = values.to_dtype(DType::F32)?.to_vec1::<f32>()?;
+                )));
+            };
+            let values = values.detach().to_dtype(DType::F32)?.to_vec1::<f32>()?;
             // A file in PEFT's form may be filled up with zeros.
             let all = index.flat().into_iter().zip(values).filter(|(_, v)| *v != 0.0);
             let (positions, values): (Vec<u32>, Vec<f32>) = all.unzip();
             let width = index.shape().1 as u32;
-            Ok(Module { path: path.to_string(), width, positions: Arc::new(positions), values })
+            Ok(Module { path: site.path.clone(), width, positions: Arc::new(positions), values })
         };
-        Ok(Self { modules: adapter.deltas().map(module).collect::<Result<_>>()? })
+        Ok(Self { modules: adapter.sites(model).into_iter().map(module).collect::<Result<_>>()? })
     }
 
     /// Number of entries.

@@ -15,11 +15,11 @@ use lorimer_model::weights::SafetensorsFile;
 use lorimer_model::weights::gguf::{Gguf, module_from_gguf, module_to_gguf, row_order};
 use serde_json::{Map, Value, json};
 
+use crate::delta::LowRank;
 use crate::error::{Error, Result};
 use crate::file::bytes::safetensors_bytes;
 use crate::file::store::PREFIX;
 use crate::file::store::StoredAdapter;
-use crate::method::LowRank;
 
 /// The low-rank change of every module; an error names the first module that has more than that.
 ///

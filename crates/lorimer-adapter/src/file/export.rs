@@ -11,11 +11,12 @@ use serde::Serialize;
 use serde_json::json;
 
 use crate::adapter::Adapter;
+use crate::delta::{Delta, LowRank};
 use crate::error::{Error, Result};
 use crate::file::convert::to_peft;
 use crate::file::store::PREFIX;
 use crate::file::store::StoredAdapter;
-use crate::method::{Change, Delta, LowRank, Step};
+use crate::step::Step;
 
 /// Rank of the approximation where none is given.
 const DEFAULT_RANK: usize = 64;
@@ -48,7 +49,7 @@ pub type One = (LowRank, bool, f64, f64);
 /// Fails if the projection has to be approximated and its method has no plain weight, or if a tensor operation fails.
 pub fn low_rank_of(site: &Site, base: &Projection, delta: &dyn Delta, rank: Option<usize>) -> Result<One> {
     let side = site.inputs.min(site.outputs);
-    if let Some(Change::LowRank(low)) = delta.change(base, 0, &Step::default())? {
+    if let Some(low) = delta.change(base, 0, &Step::default())?.factors() {
         let own = low.a.dim(0)?;
         if rank.map_or(own < side, |rank| own <= rank) {
             let (a, b) = (low.a.detach(), low.b.detach());

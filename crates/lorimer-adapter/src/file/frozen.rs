@@ -6,9 +6,9 @@ use lorimer_model::weights::hex;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use crate::delta::Delta;
 use crate::error::{Error, Result};
 use crate::file::bytes::raw_bytes;
-use crate::method::Delta;
 
 /// How far a sketch may be from the recorded one, relative to the norm of the tensor.
 const TOLERANCE: f64 = 1e-3;

@@ -7,9 +7,10 @@ use lorimer_model::{BaseModel, Projection, Site};
 use rayon::prelude::*;
 
 use crate::adapter::{Adapter, base_parameter, equal, replaced_by, resolve};
+use crate::delta::Delta;
 use crate::error::{Error, Result};
 use crate::file::store::{BASE_WEIGHT, PREFIX, StoredAdapter};
-use crate::method::{CalibrationStats, Delta, ModuleTensors, ParameterSource};
+use crate::method::{CalibrationStats, ModuleTensors, ParameterSource};
 use crate::settings::check_targets;
 use crate::targets::Matcher;
 

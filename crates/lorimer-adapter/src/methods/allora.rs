@@ -29,6 +29,7 @@ use super::lora::{Allora, Lora, LoraConfig, lora_file};
 use crate::error::Error;
 use crate::method::Method;
 use crate::settings::{configure, split_off};
+use crate::training::Callback;
 
 /// The registry's line.
 pub const ENTRY: Entry = Entry {
@@ -59,7 +60,8 @@ pub const ENTRY: Entry = Entry {
         if !lora.config.rank_pattern.is_empty() || lora.config.init_lora_weights != json!(true) {
             return Err(Error::Config("`allora` takes one rank, and LoRA's own start".into()));
         }
-        lora.adaptive = Some(own);
+        lora.training.callback = own.post.then(|| Callback::RowRate(own.clone()));
+        lora.row_rate = Some(own);
         Ok(Box::new(lora) as Box<dyn Method>)
     },
     // Its files are ordinary LoRAs.

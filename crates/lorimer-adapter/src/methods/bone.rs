@@ -35,13 +35,16 @@ use lorimer_tensor::block_affine;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use super::dropout::{Dropout, check_dropout};
 use super::entry::{Entry, Served};
 use super::random::kaiming;
 use super::slices::Slices;
+use crate::delta::{Change, Delta};
+use crate::dropout::{Dropout, check_dropout};
 use crate::error::{Error, Result};
-use crate::method::{Bias, Change, Delta, LowRank, Method, ParameterSource, Step};
+use crate::method::{Bias, Method, ParameterSource};
+use crate::parameter::{Parameter, Role};
 use crate::settings::{PeftKeys, configure, from_peft_json, peft_json};
+use crate::step::Step;
 use crate::targets::Targeting;
 
 /// The registry's line.
@@ -274,22 +277,18 @@ struct Row {
 }
 
 impl Delta for Row {
-    fn change(&self, _base: &Projection, _rows: usize, _step: &Step) -> TensorResult<Option<Change>> {
+    fn change(&self, _base: &Projection, _rows: usize, _step: &Step) -> TensorResult<Change> {
         let b = self.block.t()?;
         let b = if self.repeats == 1 { b.contiguous()? } else { b.repeat((self.repeats, 1))? };
-        Ok(Some(Change::LowRank(LowRank { a: self.fold.clone(), b, scaling: 1.0 })))
+        Ok(Change::low_rank(self.fold.clone(), b, 1.0))
     }
 
-    fn mask(&self, x: &Tensor, step: &Step) -> TensorResult<Option<Tensor>> {
-        self.dropout.mask(x, step)
+    fn dropout(&self) -> Option<&Dropout> {
+        Some(&self.dropout)
     }
 
-    fn rows_are_independent(&self, step: &Step) -> bool {
-        self.dropout.is_off(step)
-    }
-
-    fn trainable(&self) -> Vec<(&'static str, &Var)> {
-        vec![(self.key, &self.block)]
+    fn parameters(&self) -> Vec<Parameter<'_>> {
+        vec![Parameter::new(self.key, &self.block, Role::Core)]
     }
 }
 
@@ -301,13 +300,13 @@ struct Bat {
 }
 
 impl Delta for Bat {
-    fn change(&self, base: &Projection, _rows: usize, _step: &Step) -> TensorResult<Option<Change>> {
+    fn change(&self, base: &Projection, _rows: usize, _step: &Step) -> TensorResult<Change> {
         let weight = base.dense(self.block.dtype())?;
-        Ok(Some(Change::Weight(block_affine(&weight, &self.block)?)))
+        Ok(Change::Weight(block_affine(&weight, &self.block)?))
     }
 
-    fn trainable(&self) -> Vec<(&'static str, &Var)> {
-        vec![(self.key, &self.block)]
+    fn parameters(&self) -> Vec<Parameter<'_>> {
+        vec![Parameter::new(self.key, &self.block, Role::Core)]
     }
 }
 
@@ -338,7 +337,7 @@ mod tests {
             for j in 0..3 {
                 let block = |t: &Tensor| t.narrow(0, 4 * i, 4)?.narrow(1, 4 * j, 4)?.contiguous();
                 let back = (block(&merged)? - b.get(i)?)?.matmul(&inverse)?;
-                assert!(crate::method::largest(&(back - block(&w)?)?)? < 1e-10);
+                assert!(crate::delta::largest(&(back - block(&w)?)?)? < 1e-10);
             }
         }
         Ok(())

@@ -31,8 +31,9 @@ use serde_json::{Map, Value, json};
 
 use super::entry::{Entry, Served};
 use super::lora::{FLAGS, Lora, LoraConfig, lora_file};
+use crate::delta::Delta;
 use crate::error::{Error, Result};
-use crate::method::{Bias, Calibration, CalibrationStats, Delta, Method, ParameterSource};
+use crate::method::{Bias, Calibration, CalibrationStats, Method, ParameterSource};
 use crate::search::DifforaConfig;
 use crate::settings::{configure, split_off};
 use crate::targets::{Names, Targeting};

@@ -30,12 +30,15 @@ use lorimer_model::{Projection, Site};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::dropout::Dropout;
 use super::entry::{Entry, Served};
 use super::lora::{FLAGS, Lora, LoraConfig, Start, lora_file};
+use crate::delta::{Change, Delta};
+use crate::dropout::Dropout;
 use crate::error::{Error, Result};
-use crate::method::{Bias, Change, Delta, LowRank, Method, ParameterSource, Step};
+use crate::method::{Bias, Method, ParameterSource};
+use crate::parameter::Parameter;
 use crate::settings::{configure, split_off};
+use crate::step::Step;
 use crate::targets::Targeting;
 use crate::training::{Callback, RankSampling, Training};
 
@@ -224,7 +227,7 @@ impl DyloraDelta {
 }
 
 impl Delta for DyloraDelta {
-    fn change(&self, _base: &Projection, _rows: usize, step: &Step) -> TensorResult<Option<Change>> {
+    fn change(&self, _base: &Projection, _rows: usize, step: &Step) -> TensorResult<Change> {
         let all = self.a.dim(0)?;
         let rank = step.rank.map_or(all, |s| s.rank.clamp(1, all));
         let frozen = step.rank.is_some_and(|s| s.frozen);
@@ -236,19 +239,15 @@ impl Delta for DyloraDelta {
             }
         };
         let (a, b) = (cut(&self.a)?, cut(&self.b)?.t()?.contiguous()?);
-        Ok(Some(Change::LowRank(LowRank { a, b, scaling: self.scaling(rank, all) })))
+        Ok(Change::low_rank(a, b, self.scaling(rank, all)))
     }
 
-    fn mask(&self, x: &Tensor, step: &Step) -> TensorResult<Option<Tensor>> {
-        self.dropout.mask(x, step)
+    fn dropout(&self) -> Option<&Dropout> {
+        Some(&self.dropout)
     }
 
-    fn rows_are_independent(&self, step: &Step) -> bool {
-        self.dropout.is_off(step)
-    }
-
-    fn trainable(&self) -> Vec<(&'static str, &Var)> {
-        vec![("lora_A", &self.a), ("lora_B", &self.b)]
+    fn parameters(&self) -> Vec<Parameter<'_>> {
+        Parameter::pair(&self.a, &self.b).into()
     }
 
     fn stored(&self) -> TensorResult<Vec<(&'static str, Tensor)>> {

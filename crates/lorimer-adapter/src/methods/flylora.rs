@@ -40,13 +40,16 @@ use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::dropout::{Dropout, check_dropout};
 use super::entry::{Entry, Served};
 use super::random::normal;
 use super::routing::{Balance, check_choice, check_rate, choose, top_k};
+use crate::delta::{Change, Delta, GatedLowRank, LowRank};
+use crate::dropout::{Dropout, check_dropout};
 use crate::error::{Error, Result};
-use crate::method::{Change, Delta, GatedLowRank, LowRank, Method, ParameterSource, Step, site_seed};
+use crate::method::{Method, ParameterSource};
+use crate::parameter::{Parameter, Role};
 use crate::settings::{PeftKeys, configure, from_peft_json, peft_json};
+use crate::step::{Step, site_seed};
 use crate::targets::Targeting;
 
 /// Keys of LoRA's configuration that the authors' files have beside ours.
@@ -265,17 +268,17 @@ struct FlyDelta {
 }
 
 impl Delta for FlyDelta {
-    fn change(&self, _base: &Projection, _rows: usize, _step: &Step) -> TensorResult<Option<Change>> {
+    fn change(&self, _base: &Projection, _rows: usize, _step: &Step) -> TensorResult<Change> {
         let factors = LowRank { a: self.a.clone(), b: self.b.as_tensor().clone(), scaling: self.scaling };
         // Where every rank acts it is a low-rank change like any other.
-        Ok(Some(match self.k == self.b.dim(1)? && !self.cut {
+        Ok(match self.k == self.b.dim(1)? && !self.cut {
             true => Change::LowRank(factors),
             false => Change::Gated(GatedLowRank { factors, input_gradient: !self.cut }),
-        }))
+        })
     }
 
-    fn mask(&self, x: &Tensor, step: &Step) -> TensorResult<Option<Tensor>> {
-        self.dropout.mask(x, step)
+    fn dropout(&self) -> Option<&Dropout> {
+        Some(&self.dropout)
     }
 
     fn gates(&self, _x: &Tensor, u: &Tensor, step: &Step) -> TensorResult<Tensor> {
@@ -291,10 +294,6 @@ impl Delta for FlyDelta {
         Ok(Some(Arc::new(FlyGate { bias, k: self.k, magnitude: self.select == Select::Magnitude })))
     }
 
-    fn buffers(&self) -> Vec<(&'static str, &Var)> {
-        vec![("lora_topk_bias", &self.balance.bias)]
-    }
-
     fn after_step(&self) -> TensorResult<()> {
         self.balance.after_step()
     }
@@ -304,8 +303,11 @@ impl Delta for FlyDelta {
         step.training.is_none()
     }
 
-    fn trainable(&self) -> Vec<(&'static str, &Var)> {
-        vec![("lora_B", &self.b)]
+    fn parameters(&self) -> Vec<Parameter<'_>> {
+        vec![
+            Parameter::new("lora_B", &self.b, Role::B),
+            Parameter::new("lora_topk_bias", &self.balance.bias, Role::Buffer),
+        ]
     }
 
     fn stored(&self) -> TensorResult<Vec<(&'static str, Tensor)>> {
@@ -314,7 +316,7 @@ impl Delta for FlyDelta {
     }
 
     fn has_effect(&self, _base: &Projection) -> TensorResult<bool> {
-        Ok(crate::method::largest(&self.b)? > 0.0)
+        Ok(crate::delta::largest(&self.b)? > 0.0)
     }
 }
 

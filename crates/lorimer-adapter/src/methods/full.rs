@@ -24,9 +24,12 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::entry::{Entry, Served};
+use crate::delta::{Change, Delta};
 use crate::error::Result;
-use crate::method::{Bias, Change, Delta, Method, ParameterSource, Step};
+use crate::method::{Bias, Method, ParameterSource};
+use crate::parameter::{Parameter, Role};
 use crate::settings::{PeftKeys, configure, from_peft_json, peft_json};
+use crate::step::Step;
 use crate::targets::Targeting;
 use crate::training::Training;
 
@@ -114,16 +117,16 @@ struct FullDelta {
 }
 
 impl Delta for FullDelta {
-    fn change(&self, _base: &Projection, _rows: usize, _step: &Step) -> TensorResult<Option<Change>> {
-        Ok(Some(Change::Weight(self.weight.as_tensor().clone())))
+    fn change(&self, _base: &Projection, _rows: usize, _step: &Step) -> TensorResult<Change> {
+        Ok(Change::Weight(self.weight.as_tensor().clone()))
     }
 
-    fn trainable(&self) -> Vec<(&'static str, &Var)> {
-        vec![("full_weight", &self.weight)]
+    fn parameters(&self) -> Vec<Parameter<'_>> {
+        vec![Parameter::new("full_weight", &self.weight, Role::Weight)]
     }
 
     fn has_effect(&self, base: &Projection) -> TensorResult<bool> {
         let change = (self.weight.as_tensor() - base.dense(self.weight.dtype())?)?;
-        Ok(crate::method::largest(&change)? > 0.0)
+        Ok(crate::delta::largest(&change)? > 0.0)
     }
 }

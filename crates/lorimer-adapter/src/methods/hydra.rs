@@ -38,9 +38,12 @@ use serde_json::{Map, Value};
 
 use super::entry::{Entry, Served};
 use super::random::kaiming;
+use crate::delta::{Change, Delta};
 use crate::error::{Error, Result};
-use crate::method::{Change, Delta, LowRank, Method, ParameterSource, Step};
+use crate::method::{Method, ParameterSource};
+use crate::parameter::{Parameter, Role};
 use crate::settings::{PeftKeys, configure, from_peft_json, peft_json};
+use crate::step::Step;
 use crate::targets::{Names, Targeting};
 
 /// The registry's line.
@@ -152,7 +155,8 @@ impl Method for Hydra {
             let a = source.trainable(keys.0, &[rank, width], |rng| Ok(kaiming((rank, width), dtype, rng)?))?;
             let zero = Tensor::zeros((site.outputs, rank), dtype, &Device::Cpu)?;
             let b = source.trainable(keys.1, &[site.outputs, rank], |_| Ok(zero))?;
-            Ok(Some(Branch { keys, a, b }))
+            let role_of_a = if keys.0 == KEYS[0] { Role::A } else { Role::Core };
+            Ok(Some(Branch { keys, role_of_a, a, b }))
         };
         let (p, s) = self.config.ranks();
         let parallel = branch((KEYS[0], KEYS[1]), p, site.inputs)?;
@@ -208,6 +212,8 @@ fn condition(a: &Tensor, b: &Tensor, s: f64) -> Result<f64> {
 
 struct Branch {
     keys: (&'static str, &'static str),
+    /// [`Role::A`] where A is the change's own factor; before the base's weight it is not.
+    role_of_a: Role,
     a: Var,
     b: Var,
 }
@@ -219,7 +225,7 @@ struct HydraDelta {
 }
 
 impl Delta for HydraDelta {
-    fn change(&self, base: &Projection, _rows: usize, _step: &Step) -> TensorResult<Option<Change>> {
+    fn change(&self, base: &Projection, _rows: usize, _step: &Step) -> TensorResult<Change> {
         let (mut a, mut b) = (Vec::new(), Vec::new());
         if let Some(branch) = &self.parallel {
             a.push(branch.a.as_tensor().clone());
@@ -229,7 +235,7 @@ impl Delta for HydraDelta {
             a.push(frozen_left(&branch.a, &base.weight)?);
             b.push(branch.b.as_tensor().clone());
         }
-        Ok(Some(Change::LowRank(LowRank { a: Tensor::cat(&a, 0)?, b: Tensor::cat(&b, 1)?, scaling: self.s })))
+        Ok(Change::low_rank(Tensor::cat(&a, 0)?, Tensor::cat(&b, 1)?, self.s))
     }
 
     fn bias_change(&self, base: &Projection) -> TensorResult<Option<Tensor>> {
@@ -238,9 +244,11 @@ impl Delta for HydraDelta {
         Ok(Some((branch.b.matmul(&branch.a.matmul(&bias)?)?.squeeze(1)? * self.s)?))
     }
 
-    fn trainable(&self) -> Vec<(&'static str, &Var)> {
+    fn parameters(&self) -> Vec<Parameter<'_>> {
         let branches = [&self.parallel, &self.sequential].into_iter().flatten();
-        branches.flat_map(|b| [(b.keys.0, &b.a), (b.keys.1, &b.b)]).collect()
+        branches
+            .flat_map(|b| [Parameter::new(b.keys.0, &b.a, b.role_of_a), Parameter::new(b.keys.1, &b.b, Role::B)])
+            .collect()
     }
 }
 
@@ -252,7 +260,8 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::method::{CalibrationStats, largest};
+    use crate::delta::largest;
+    use crate::method::CalibrationStats;
 
     /// Unmerging solves with I + s B_s A_s; the condition that `inspect` shows is that matrix's.
     #[test]

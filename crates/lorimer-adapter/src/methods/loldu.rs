@@ -40,9 +40,12 @@ use serde_json::{Map, Value};
 use super::entry::{Entry, Served};
 use super::lora_xs::check_rank;
 use super::random::{normal, uniform};
+use crate::delta::{Change, Delta};
 use crate::error::{Error, Result};
-use crate::method::{Change, Delta, LowRank, Method, ParameterSource, Step, site_seed};
+use crate::method::{Method, ParameterSource};
+use crate::parameter::{Parameter, Role};
 use crate::settings::{PeftKeys, configure, from_peft_json, peft_json};
+use crate::step::{Step, site_seed};
 use crate::targets::Targeting;
 
 /// The registry's line.
@@ -263,20 +266,20 @@ struct LolduDelta {
 }
 
 impl Delta for LolduDelta {
-    fn change(&self, _base: &Projection, _rows: usize, _step: &Step) -> TensorResult<Option<Change>> {
+    fn change(&self, _base: &Projection, _rows: usize, _step: &Step) -> TensorResult<Change> {
         let sigma = match &self.sigma {
             Sigma::Trained(sigma) => sigma.as_tensor(),
             Sigma::Fixed(sigma) => sigma,
         };
         let moved = (self.z.as_tensor().broadcast_mul(sigma)? - &self.origin)?;
         let b = self.b.broadcast_mul(&moved)?;
-        Ok(Some(Change::LowRank(LowRank { a: self.a.clone(), b, scaling: 1.0 })))
+        Ok(Change::low_rank(self.a.clone(), b, 1.0))
     }
 
-    fn trainable(&self) -> Vec<(&'static str, &Var)> {
-        let mut all = vec![("loldu_z", &self.z)];
+    fn parameters(&self) -> Vec<Parameter<'_>> {
+        let mut all = vec![Parameter::new("loldu_z", &self.z, Role::Magnitude)];
         if let Sigma::Trained(sigma) = &self.sigma {
-            all.push(("loldu_sigma", sigma));
+            all.push(Parameter::new("loldu_sigma", sigma, Role::Magnitude));
         }
         all
     }
@@ -305,7 +308,7 @@ mod tests {
         let w = uniform((9, 6), 1.0, DType::F64, &mut ChaCha8Rng::seed_from_u64(1))?;
         let (l, d, u) = factors(&w, 6)?;
         let again = l.broadcast_mul(&d)?.matmul(&u)?;
-        assert!(crate::method::largest(&(again - &w)?)? < 1e-12);
+        assert!(crate::delta::largest(&(again - &w)?)? < 1e-12);
         Ok(())
     }
 

@@ -29,17 +29,16 @@ mod eva;
 mod factors;
 mod method;
 mod ranks;
-mod row_rate;
 mod start;
 
 use super::entry::{Entry, Served};
+pub use crate::row_rate::{Allora, RowNorm};
 
 pub use config::LoraConfig;
 pub(crate) use config::{FLAGS, is_lora};
 pub use eva::EvaConfig;
 pub(crate) use method::{Lora, lora_file};
 pub use ranks::allocate;
-pub use row_rate::{Allora, RowNorm};
 pub(crate) use start::Start;
 
 /// The registry's line.

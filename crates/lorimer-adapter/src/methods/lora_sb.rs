@@ -31,8 +31,9 @@ use serde_json::{Map, Value};
 
 use super::entry::{Entry, Served};
 use super::lora_xs::{SmallDelta, check_rank};
+use crate::delta::Delta;
 use crate::error::{Error, Result};
-use crate::method::{Calibration, Delta, Method, ModuleStats, ParameterSource};
+use crate::method::{Calibration, Method, ModuleStats, ParameterSource};
 use crate::settings::{PeftKeys, configure, from_peft_json, peft_json};
 use crate::targets::Targeting;
 

@@ -34,9 +34,12 @@ use serde_json::{Map, Value};
 
 use super::entry::{Entry, Served};
 use super::random::normal;
+use crate::delta::{Change, Delta};
 use crate::error::{Error, Result};
-use crate::method::{Change, Delta, LowRank, Method, ParameterSource, Step};
+use crate::method::{Method, ParameterSource};
+use crate::parameter::{Parameter, Role};
 use crate::settings::{PeftKeys, configure, from_peft_json, peft_json};
+use crate::step::Step;
 use crate::targets::Targeting;
 
 /// The registry's line.
@@ -207,13 +210,13 @@ pub(super) struct SmallDelta {
 }
 
 impl Delta for SmallDelta {
-    fn change(&self, _base: &Projection, _rows: usize, _step: &Step) -> TensorResult<Option<Change>> {
+    fn change(&self, _base: &Projection, _rows: usize, _step: &Step) -> TensorResult<Change> {
         let b = self.b.matmul(&self.r)?;
-        Ok(Some(Change::LowRank(LowRank { a: self.a.clone(), b, scaling: self.scaling })))
+        Ok(Change::low_rank(self.a.clone(), b, self.scaling))
     }
 
-    fn trainable(&self) -> Vec<(&'static str, &Var)> {
-        vec![("lora_R", &self.r)]
+    fn parameters(&self) -> Vec<Parameter<'_>> {
+        vec![Parameter::new("lora_R", &self.r, Role::Core)]
     }
 
     fn frozen(&self) -> Vec<(&'static str, &Tensor)> {
@@ -233,6 +236,6 @@ impl Delta for SmallDelta {
         // R starts at noise of 1e-5, which is nothing yet beside W.
         let dense = base.dense(self.a.dtype())?;
         let merged = self.merged(base)?.unwrap_or_else(|_| dense.clone());
-        Ok(crate::method::largest(&(merged - &dense)?)? > 1e-4 * crate::method::largest(&dense)?)
+        Ok(crate::delta::largest(&(merged - &dense)?)? > 1e-4 * crate::delta::largest(&dense)?)
     }
 }

@@ -10,7 +10,6 @@ pub mod ba_lora;
 pub mod bone;
 pub mod diffora;
 pub mod dora;
-pub mod dropout;
 pub mod dylora;
 pub mod entry;
 pub mod eva;

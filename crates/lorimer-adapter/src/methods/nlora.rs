@@ -42,9 +42,12 @@ use serde_json::{Map, Value};
 use super::entry::{Entry, Served};
 use super::lora_xs::check_rank;
 use super::random::kaiming;
+use crate::delta::{Change, Delta};
 use crate::error::{Error, Result};
-use crate::method::{Change, Delta, LowRank, Method, ParameterSource, Step, site_seed};
+use crate::method::{Method, ParameterSource};
+use crate::parameter::{Parameter, Role};
 use crate::settings::{PeftKeys, configure, from_peft_json, peft_json};
+use crate::step::{Step, site_seed};
 use crate::targets::Targeting;
 
 /// The registry's line.
@@ -320,7 +323,7 @@ struct NloraDelta {
 }
 
 impl Delta for NloraDelta {
-    fn change(&self, _base: &Projection, _rows: usize, _step: &Step) -> TensorResult<Option<Change>> {
+    fn change(&self, _base: &Projection, _rows: usize, _step: &Step) -> TensorResult<Change> {
         let low = match (&self.outer, &self.origin) {
             (Outer::Trained(a, b), None) => (a.as_tensor().clone(), b.matmul(&self.n)?),
             (Outer::Trained(a, b), Some((a0, n0, b0))) => {
@@ -333,13 +336,17 @@ impl Delta for NloraDelta {
             // B N₀ and B N would each round, their difference of one product does not.
             (Outer::Frozen(a, b), Some((_, n0, _))) => (a.clone(), b.matmul(&(self.n.as_tensor() - n0)?)?),
         };
-        Ok(Some(Change::LowRank(LowRank { a: low.0, b: low.1, scaling: self.scaling })))
+        Ok(Change::low_rank(low.0, low.1, self.scaling))
     }
 
-    fn trainable(&self) -> Vec<(&'static str, &Var)> {
+    fn parameters(&self) -> Vec<Parameter<'_>> {
         match &self.outer {
-            Outer::Trained(a, b) => vec![("lora_A", a), ("lora_N", &self.n), ("lora_B", b)],
-            Outer::Frozen(..) => vec![("lora_N", &self.n)],
+            Outer::Trained(a, b) => vec![
+                Parameter::new("lora_A", a, Role::A),
+                Parameter::new("lora_N", &self.n, Role::Core),
+                Parameter::new("lora_B", b, Role::B),
+            ],
+            Outer::Frozen(..) => vec![Parameter::new("lora_N", &self.n, Role::Core)],
         }
     }
 
@@ -358,7 +365,8 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::method::{CalibrationStats, largest};
+    use crate::delta::largest;
+    use crate::method::CalibrationStats;
 
     fn attach(settings: Value, w: &Tensor) -> Result<Box<dyn Delta>> {
         let base = Projection { weight: FrozenWeight::Dense(w.clone()), bias: None };

@@ -34,13 +34,16 @@ use lorimer_tensor::scaled_bases;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use super::dropout::{Dropout, check_dropout};
 use super::entry::{Entry, Served};
 use super::mt19937::{TorchGenerator, over_deviation, over_deviation_bf16, tensor_bf16};
 use super::slices::Slices;
+use crate::delta::{Change, Delta, LowRank};
+use crate::dropout::{Dropout, check_dropout};
 use crate::error::{Error, Result};
-use crate::method::{Bias, CalibrationStats, Change, Delta, LowRank, Method, ParameterSource, Step};
+use crate::method::{Bias, CalibrationStats, Method, ParameterSource};
+use crate::parameter::{Parameter, Role};
 use crate::settings::{PeftKeys, configure, from_peft_json, peft_json};
+use crate::step::Step;
 use crate::targets::Targeting;
 
 /// The registry's line.
@@ -379,7 +382,7 @@ struct RandLoraDelta {
 }
 
 impl Delta for RandLoraDelta {
-    fn change(&self, base: &Projection, rows: usize, _step: &Step) -> TensorResult<Option<Change>> {
+    fn change(&self, base: &Projection, rows: usize, _step: &Step) -> TensorResult<Change> {
         let (small, depth) = (self.a.dim(1)?, self.lambda.elem_count());
         let large = if self.wide { base.weight.dims()?.1 } else { base.weight.dims()?.0 };
         let (scaled, b) = (scaled_bases(&self.a, &self.lambda, &self.gamma)?, self.b.clone());
@@ -390,22 +393,21 @@ impl Delta for RandLoraDelta {
         let thin = rows * depth * (3 * small + 2 * large);
         let whole = 2 * large * small * depth + rows * large * small;
         if thin <= whole || self.dropout_is_on() {
-            return Ok(Some(Change::LowRank(low)));
+            return Ok(Change::LowRank(low));
         }
         let change = (low.b.matmul(&low.a)? * low.scaling)?;
-        Ok(Some(Change::Weight((base.dense(change.dtype())? + change)?)))
+        Ok(Change::Weight((base.dense(change.dtype())? + change)?))
     }
 
-    fn mask(&self, x: &Tensor, step: &Step) -> TensorResult<Option<Tensor>> {
-        self.dropout.mask(x, step)
+    fn dropout(&self) -> Option<&Dropout> {
+        Some(&self.dropout)
     }
 
-    fn rows_are_independent(&self, step: &Step) -> bool {
-        self.dropout.is_off(step)
-    }
-
-    fn trainable(&self) -> Vec<(&'static str, &Var)> {
-        vec![("randlora_lambda", &self.lambda), ("randlora_gamma", &self.gamma)]
+    fn parameters(&self) -> Vec<Parameter<'_>> {
+        vec![
+            Parameter::new("randlora_lambda", &self.lambda, Role::Magnitude),
+            Parameter::new("randlora_gamma", &self.gamma, Role::Magnitude),
+        ]
     }
 
     fn frozen(&self) -> Vec<(&'static str, &Tensor)> {

@@ -7,7 +7,8 @@ use candle_core::{DType, Device, Result as TensorResult, Tensor, Var};
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
-use crate::method::{ParameterSource, Step};
+use crate::method::ParameterSource;
+use crate::step::Step;
 
 /// Sets the places of the `k` largest scores to `true`, the lowest place first where scores are equal. An error where a score is no number.
 pub(crate) fn choose<T: PartialOrd + Copy>(scores: &[T], k: usize, chosen: &mut [bool]) -> bool {

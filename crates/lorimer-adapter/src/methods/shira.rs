@@ -32,7 +32,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Result as TensorResult, Tensor, Var};
 use lorimer_model::{Projection, Site};
-use lorimer_tensor::{Ops, SparseIndex};
+use lorimer_tensor::SparseIndex;
 use rand::seq::{SliceRandom, index};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -40,12 +40,13 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::entry::{Entry, Served};
+use crate::delta::{Change, Delta};
 use crate::error::{Error, Result};
 use crate::file::store::StoredAdapter;
-use crate::method::{
-    Calibration, CalibrationStats, Delta, Method, ModuleStats, NotMergeable, ParameterSource, Step, site_seed,
-};
+use crate::method::{Calibration, CalibrationStats, Method, ModuleStats, ParameterSource};
+use crate::parameter::{Parameter, Role};
 use crate::settings::{PeftKeys, configure, from_peft_json, peft_json};
+use crate::step::{Step, site_seed};
 use crate::targets::Targeting;
 
 /// The registry's line.
@@ -609,26 +610,12 @@ impl ShiraDelta {
 }
 
 impl Delta for ShiraDelta {
-    fn forward(&self, _base: &Projection, x: &Tensor, _y: &Tensor, _step: &Step) -> TensorResult<Tensor> {
-        x.matmul(&self.index.matrix(&self.values)?.t()?)
+    fn change(&self, _base: &Projection, _rows: usize, _step: &Step) -> TensorResult<Change> {
+        Ok(Change::Sparse(self.index.clone(), self.values.as_tensor().clone()))
     }
 
-    fn output(&self, ops: Ops<'_>, base: &Projection, x: &Tensor, _step: &Step) -> TensorResult<Option<Tensor>> {
-        let plain = ops.linear(x, &base.weight)?;
-        ops.add(&plain, &ops.sparse(x, &self.values, &self.index)?).map(Some)
-    }
-
-    fn merged(&self, base: &Projection) -> TensorResult<std::result::Result<Tensor, NotMergeable>> {
-        let change = self.index.matrix(&self.values.detach())?;
-        Ok(Ok((base.dense(change.dtype())? + change)?))
-    }
-
-    fn trainable(&self) -> Vec<(&'static str, &Var)> {
-        vec![("shira_weight", &self.values)]
-    }
-
-    fn sparse(&self) -> Option<(Arc<SparseIndex>, Tensor)> {
-        Some((self.index.clone(), self.values.detach()))
+    fn parameters(&self) -> Vec<Parameter<'_>> {
+        vec![Parameter::new("shira_weight", &self.values, Role::Entries)]
     }
 
     fn stored(&self) -> TensorResult<Vec<(&'static str, Tensor)>> {
@@ -650,7 +637,7 @@ impl Delta for ShiraDelta {
     }
 
     fn has_effect(&self, _base: &Projection) -> TensorResult<bool> {
-        Ok(crate::method::largest(&self.values)? > 0.0)
+        Ok(crate::delta::largest(&self.values)? > 0.0)
     }
 }
 

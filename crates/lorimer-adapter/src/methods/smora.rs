@@ -41,13 +41,16 @@ use lorimer_tensor::RankGate;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::dropout::{Dropout, check_dropout};
 use super::entry::{Entry, Served};
 use super::random::kaiming;
 use super::routing::{Balance, check_choice, check_rate, choose, top_k};
+use crate::delta::{Change, Delta, GatedLowRank, LowRank};
+use crate::dropout::{Dropout, check_dropout};
 use crate::error::{Error, Result};
-use crate::method::{Change, Delta, GatedLowRank, LowRank, Method, ParameterSource, Step};
+use crate::method::{Method, ParameterSource};
+use crate::parameter::{Parameter, Role};
 use crate::settings::{PeftKeys, configure, from_peft_json, peft_json};
+use crate::step::Step;
 use crate::targets::Targeting;
 
 /// Least part of a chosen rank in the gates.
@@ -236,14 +239,14 @@ impl SmoraDelta {
 }
 
 impl Delta for SmoraDelta {
-    fn change(&self, _base: &Projection, _rows: usize, _step: &Step) -> TensorResult<Option<Change>> {
+    fn change(&self, _base: &Projection, _rows: usize, _step: &Step) -> TensorResult<Change> {
         let scaling = self.own.lora_alpha / self.own.activate_r as f64;
         let factors = LowRank { a: self.a.as_tensor().clone(), b: self.b.as_tensor().clone(), scaling };
-        Ok(Some(Change::Gated(GatedLowRank { factors, input_gradient: true })))
+        Ok(Change::Gated(GatedLowRank { factors, input_gradient: true }))
     }
 
-    fn mask(&self, x: &Tensor, step: &Step) -> TensorResult<Option<Tensor>> {
-        self.dropout.mask(x, step)
+    fn dropout(&self) -> Option<&Dropout> {
+        Some(&self.dropout)
     }
 
     fn gates(&self, x: &Tensor, _u: &Tensor, step: &Step) -> TensorResult<Tensor> {
@@ -263,10 +266,6 @@ impl Delta for SmoraDelta {
         Ok(Some(Arc::new(Router { router, bias, k, q, biased: self.own.gate == Gates::Code })))
     }
 
-    fn buffers(&self) -> Vec<(&'static str, &Var)> {
-        vec![("lora_biases", &self.balance.bias)]
-    }
-
     fn after_step(&self) -> TensorResult<()> {
         self.balance.after_step()
     }
@@ -276,10 +275,11 @@ impl Delta for SmoraDelta {
         step.training.is_none()
     }
 
-    fn trainable(&self) -> Vec<(&'static str, &Var)> {
-        let mut all = vec![("lora_A", &self.a), ("lora_B", &self.b)];
+    fn parameters(&self) -> Vec<Parameter<'_>> {
+        let mut all = Vec::from(Parameter::pair(&self.a, &self.b));
+        all.push(Parameter::new("lora_biases", &self.balance.bias, Role::Buffer));
         if self.own.train_router {
-            all.push(("lora_router", &self.router));
+            all.push(Parameter::new("lora_router", &self.router, Role::Router));
         }
         all
     }
@@ -294,7 +294,7 @@ impl Delta for SmoraDelta {
     }
 
     fn has_effect(&self, _base: &Projection) -> TensorResult<bool> {
-        Ok(crate::method::largest(&self.b)? > 0.0)
+        Ok(crate::delta::largest(&self.b)? > 0.0)
     }
 }
 

@@ -42,13 +42,16 @@ use lorimer_model::{Projection, Site};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use super::dropout::Dropout;
 use super::entry::{Entry, Served};
 use super::lora::{FLAGS, Lora, LoraConfig, Start, lora_file};
 use super::random::normal;
+use crate::delta::{Change, Delta};
+use crate::dropout::Dropout;
 use crate::error::{Error, Result};
-use crate::method::{Bias, Change, Delta, LowRank, Method, ParameterSource, Step};
+use crate::method::{Bias, Method, ParameterSource};
+use crate::parameter::{Parameter, Role};
 use crate::settings::{configure, split_off};
+use crate::step::Step;
 use crate::targets::Targeting;
 use crate::training::{Callback, SoftThreshold, Training, Update};
 
@@ -323,21 +326,21 @@ struct SoraDelta {
 }
 
 impl Delta for SoraDelta {
-    fn change(&self, _base: &Projection, _rows: usize, _step: &Step) -> TensorResult<Option<Change>> {
+    fn change(&self, _base: &Projection, _rows: usize, _step: &Step) -> TensorResult<Change> {
         let a = self.a.broadcast_mul(&self.gate.unsqueeze(1)?)?;
-        Ok(Some(Change::LowRank(LowRank { a, b: self.b.as_tensor().clone(), scaling: self.scaling })))
+        Ok(Change::low_rank(a, self.b.as_tensor().clone(), self.scaling))
     }
 
-    fn mask(&self, x: &Tensor, step: &Step) -> TensorResult<Option<Tensor>> {
-        self.dropout.mask(x, step)
+    fn dropout(&self) -> Option<&Dropout> {
+        Some(&self.dropout)
     }
 
-    fn rows_are_independent(&self, step: &Step) -> bool {
-        self.dropout.is_off(step)
-    }
-
-    fn trainable(&self) -> Vec<(&'static str, &Var)> {
-        vec![("lora_A", &self.a), ("lora_B", &self.b), ("gate", &self.gate)]
+    fn parameters(&self) -> Vec<Parameter<'_>> {
+        vec![
+            Parameter::new("lora_A", &self.a, Role::A),
+            Parameter::new("lora_B", &self.b, Role::B),
+            Parameter::new("gate", &self.gate, Role::Gate),
+        ]
     }
 
     fn stored(&self) -> TensorResult<Vec<(&'static str, Tensor)>> {

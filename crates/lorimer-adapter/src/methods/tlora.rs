@@ -38,9 +38,12 @@ use serde_json::{Map, Value};
 
 use super::entry::{Entry, Served};
 use super::random::{kaiming, normal};
+use crate::delta::{Change, Delta, NotMergeable};
 use crate::error::{Error, Result};
-use crate::method::{Delta, Method, NotMergeable, ParameterSource, Step};
+use crate::method::{Method, ParameterSource};
+use crate::parameter::{Parameter, Role};
 use crate::settings::{PeftKeys, configure, from_peft_json, peft_json};
+use crate::step::Step;
 use crate::targets::Targeting;
 
 /// The registry's line.
@@ -384,20 +387,20 @@ impl TloraDelta {
 }
 
 impl Delta for TloraDelta {
-    fn forward(&self, base: &Projection, x: &Tensor, y: &Tensor, _step: &Step) -> TensorResult<Tensor> {
-        self.whole(base, x)? - y
+    fn change(&self, _base: &Projection, _rows: usize, _step: &Step) -> TensorResult<Change> {
+        Ok(Change::Free)
     }
 
-    fn output(&self, ops: Ops<'_>, base: &Projection, x: &Tensor, _step: &Step) -> TensorResult<Option<Tensor>> {
-        let [first, second] = &self.cores[..] else { return Ok(None) };
-        if first.dim(0)? * second.dim(0)? != self.width {
-            return Ok(None);
-        }
+    fn output(&self, ops: Ops<'_>, base: &Projection, x: &Tensor, _step: &Step) -> TensorResult<Tensor> {
+        let parameters: Vec<&Tensor> = self.parameters().into_iter().map(|p| p.var.as_tensor()).collect();
+        let (first, second) = match &self.cores[..] {
+            [first, second] if ops.is_recorded() && first.dim(0)? * second.dim(0)? == self.width => (first, second),
+            _ => return ops.subgraph(&[x], &parameters, |t| self.whole(base, &t[0])),
+        };
         let moved = match self.side {
             Side::Input => ops.linear(&ops.ring_transform(x, first, second)?, &base.weight)?,
             Side::Output => ops.ring_transform(&ops.linear(x, &base.weight)?, first, second)?,
         };
-        let parameters: Vec<&Tensor> = self.trainable().into_iter().map(|(_, v)| v.as_tensor()).collect();
         let factors = ops.subgraph_all(&[], &parameters, |_| {
             let (a, b) = self.residual.factors()?;
             Ok(vec![a, b])
@@ -405,22 +408,25 @@ impl Delta for TloraDelta {
         let (a, b) = (factors[0].clone(), factors[1].clone());
         let low_rank = Some(LowRankTerm::new(a, b, 1.0));
         let residual = &ops.project(x, &[Part { weight: None, low_rank }])?[0];
-        ops.add(&moved, residual).map(Some)
+        ops.add(&moved, residual)
     }
 
-    fn merged(&self, base: &Projection) -> TensorResult<Result<Tensor, NotMergeable>> {
+    fn free_weight(&self, base: &Projection) -> TensorResult<Result<Tensor, NotMergeable>> {
         let t = self.dense()?;
         let w = base.dense(t.dtype())?;
         let moved = if self.side == Side::Input { w.matmul(&t)? } else { t.matmul(&w)? };
         let (a, b) = self.residual.factors()?;
-        Ok(Ok((moved + b.matmul(&a)?)?.detach()))
+        Ok(Ok((moved + b.matmul(&a)?)?))
     }
 
-    fn trainable(&self) -> Vec<(&'static str, &Var)> {
-        let mut all: Vec<_> = CORES.into_iter().zip(&self.cores).collect();
+    fn parameters(&self) -> Vec<Parameter<'_>> {
+        let core = |(key, var)| Parameter::new(key, var, Role::Core);
+        let mut all: Vec<_> = CORES.into_iter().zip(&self.cores).map(core).collect();
         match &self.residual {
-            ResidualPart::Lora(a, b) => all.extend([("tlora_A", a), ("tlora_B", b)]),
-            ResidualPart::Tr { ring, .. } => all.extend(RING.into_iter().zip(ring)),
+            ResidualPart::Lora(a, b) => {
+                all.extend([Parameter::new("tlora_A", a, Role::A), Parameter::new("tlora_B", b, Role::B)])
+            }
+            ResidualPart::Tr { ring, .. } => all.extend(RING.into_iter().zip(ring).map(core)),
         }
         all
     }
@@ -435,7 +441,8 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::method::{CalibrationStats, largest};
+    use crate::delta::largest;
+    use crate::method::CalibrationStats;
 
     #[test]
     fn factors_are_near_each_other_or_padded() {

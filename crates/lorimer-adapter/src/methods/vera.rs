@@ -26,13 +26,16 @@ use lorimer_tensor::scaled_bases;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use super::dropout::{Dropout, check_dropout};
 use super::entry::{Entry, Served};
 use super::mt19937::TorchGenerator;
 use super::slices::Slices;
+use crate::delta::{Change, Delta};
+use crate::dropout::{Dropout, check_dropout};
 use crate::error::{Error, Result};
-use crate::method::{Bias, CalibrationStats, Change, Delta, LowRank, Method, ParameterSource, Step};
+use crate::method::{Bias, CalibrationStats, Method, ParameterSource};
+use crate::parameter::{Parameter, Role};
 use crate::settings::{PeftKeys, configure, from_peft_json, peft_json};
+use crate::step::Step;
 use crate::targets::Targeting;
 
 /// The registry's line.
@@ -233,22 +236,21 @@ struct VeraDelta {
 }
 
 impl Delta for VeraDelta {
-    fn change(&self, _base: &Projection, _rows: usize, _step: &Step) -> TensorResult<Option<Change>> {
+    fn change(&self, _base: &Projection, _rows: usize, _step: &Step) -> TensorResult<Change> {
         // Both diagonals on B, so that A stays as it is and needs no gradient.
         let b = scaled_bases(&self.b, &self.lambda_b.unsqueeze(1)?, &self.lambda_d.unsqueeze(0)?)?;
-        Ok(Some(Change::LowRank(LowRank { a: self.a.clone(), b, scaling: 1.0 })))
+        Ok(Change::low_rank(self.a.clone(), b, 1.0))
     }
 
-    fn mask(&self, x: &Tensor, step: &Step) -> TensorResult<Option<Tensor>> {
-        self.dropout.mask(x, step)
+    fn dropout(&self) -> Option<&Dropout> {
+        Some(&self.dropout)
     }
 
-    fn rows_are_independent(&self, step: &Step) -> bool {
-        self.dropout.is_off(step)
-    }
-
-    fn trainable(&self) -> Vec<(&'static str, &Var)> {
-        vec![("vera_lambda_b", &self.lambda_b), ("vera_lambda_d", &self.lambda_d)]
+    fn parameters(&self) -> Vec<Parameter<'_>> {
+        vec![
+            Parameter::new("vera_lambda_b", &self.lambda_b, Role::Magnitude),
+            Parameter::new("vera_lambda_d", &self.lambda_d, Role::Magnitude),
+        ]
     }
 
     fn frozen(&self) -> Vec<(&'static str, &Tensor)> {

@@ -97,30 +97,34 @@ fn served(adapter: &Adapter, site: &Site, base: &Projection, rank: Option<usize>
         });
     }
     let bias = bias.transpose()?;
-    if let Some((low, scale)) = delta.scaled(base)? {
-        return Ok(Some(Served { low, output_scale: Some(scale), bias, gate: None, inexact: None }));
-    }
-    // What is low-rank as it is stays as it is, whatever its rank; one that is as wide as the matrix becomes the matrix.
-    let own = match delta.change(base, 0, &Step::default())? {
-        Some(Change::Gated(GatedLowRank { factors, .. })) => {
-            let gate = delta.rank_gate()?;
-            return Ok(Some(Served { low: factors, output_scale: None, bias, gate, inexact: None }));
+    let exact = |low| Served { low, output_scale: None, bias: bias.clone(), gate: None, inexact: None };
+    let change = delta.change(base, 0, &Step::default())?;
+    let own = match change {
+        Change::RowScaled(LowRank { a, b, scaling }, scale) => {
+            let (a, b, scale) = (a.detach(), b.detach(), scale.detach());
+            let low = LowRank { a, b: b.broadcast_mul(&scale.unsqueeze(1)?)?, scaling };
+            return Ok(Some(Served { output_scale: Some(scale), ..exact(low) }));
         }
-        Some(Change::LowRank(low)) if low.a.dim(0)? < site.inputs.min(site.outputs) => true,
-        Some(Change::LowRank(low)) => {
-            let whole = (low.b.matmul(&low.a)? * low.scaling)?;
-            let identity = |n: usize| Tensor::eye(n, whole.dtype(), whole.device());
-            let (a, b) = match site.outputs <= site.inputs {
-                true => (whole.clone(), identity(site.outputs)?),
-                false => (identity(site.inputs)?, whole.clone()),
-            };
-            let low = LowRank { a, b, scaling: 1.0 };
-            return Ok(Some(Served { low, output_scale: None, bias, gate: None, inexact: None }));
+        Change::Gated(GatedLowRank { factors, .. }) => {
+            return Ok(Some(Served { gate: delta.rank_gate()?, ..exact(factors) }));
         }
-        _ => false,
+        // What is low-rank as it is stays as it is, whatever its rank; one that is as wide as the matrix becomes the matrix.
+        Change::LowRank(low) | Change::RowRate(low, _) => {
+            if low.a.dim(0)? >= site.inputs.min(site.outputs) {
+                let whole = low.weight()?;
+                let identity = |n: usize| Tensor::eye(n, whole.dtype(), whole.device());
+                let (a, b) = match site.outputs <= site.inputs {
+                    true => (whole.clone(), identity(site.outputs)?),
+                    false => (identity(site.inputs)?, whole.clone()),
+                };
+                return Ok(Some(exact(LowRank { a, b, scaling: 1.0 })));
+            }
+            true
+        }
+        Change::Sparse(..) | Change::Weight(_) | Change::Free => false,
     };
-    let (low, exact, whole, wrong) = low_rank_of(site, base, delta, if own { None } else { rank })?;
-    Ok(Some(Served { low, output_scale: None, bias, gate: None, inexact: (!exact).then_some((whole, wrong)) }))
+    let (low, is_exact, whole, wrong) = low_rank_of(site, base, delta, if own { None } else { rank })?;
+    Ok(Some(Served { inexact: (!is_exact).then_some((whole, wrong)), ..exact(low) }))
 }
 
 fn flat(t: &Tensor) -> Result<Vec<f32>> {

@@ -68,6 +68,11 @@ impl<'a> Ops<'a> {
         Self(None)
     }
 
+    /// Whether operations are recorded on a tape.
+    pub fn is_recorded(&self) -> bool {
+        self.0.is_some()
+    }
+
     /// The tape, if it is to record something about these inputs on the CPU.
     fn tape(&self, inputs: &[&Tensor]) -> Option<&'a Tape> {
         self.0.filter(|tape| inputs.iter().any(|t| tape.tracks(t)))

@@ -115,7 +115,7 @@ impl Session<'_> {
     /// What the method wants to know of the data, looked at in an order of its own that follows from the seed.
     fn calibrate(&self, method: &dyn Method, progress: &mut impl FnMut(Event<'_>)) -> Result<CalibrationStats> {
         let mut rows: Vec<&Example> = self.train.iter().collect();
-        let seed = lorimer_adapter::method::site_seed(self.settings.seed, "calibration");
+        let seed = lorimer_adapter::step::site_seed(self.settings.seed, "calibration");
         rows.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));
         let base = format!("{} {}", self.base.fingerprint, self.storage().unwrap_or_default());
         let data = Data { rows, base, cache: Some(own_cache().join("calibration")) };

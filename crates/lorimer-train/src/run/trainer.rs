@@ -5,8 +5,8 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use candle_core::Tensor;
-use lorimer_adapter::{Adapter, Attached, Step, training};
+use candle_core::{Tensor, Var};
+use lorimer_adapter::{Adapter, Attached, Named, Role, Step, training};
 use lorimer_model::decoder::EMBEDDING;
 use lorimer_model::{BaseModel, TextModel};
 use lorimer_tensor::Gradients;
@@ -170,7 +170,7 @@ impl TrainSettings {
     fn order(&self, epoch: usize, examples: usize) -> Vec<usize> {
         let mut order: Vec<usize> = (0..examples).collect();
         if self.shuffle {
-            let seed = lorimer_adapter::method::site_seed(self.seed, &format!("epoch {epoch}"));
+            let seed = lorimer_adapter::step::site_seed(self.seed, &format!("epoch {epoch}"));
             order.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));
         }
         order
@@ -293,12 +293,11 @@ pub struct Outcome {
 }
 
 fn snapshot(adapter: &Adapter) -> Result<BTreeMap<String, Tensor>> {
-    let all = adapter.trainable().into_iter().chain(adapter.buffers());
-    all.map(|(name, var)| Ok((name, var.as_tensor().copy()?.detach()))).collect()
+    adapter.named().into_iter().map(|p| Ok((p.name, p.var.as_tensor().copy()?.detach()))).collect()
 }
 
 fn restore(adapter: &Adapter, parameters: &BTreeMap<String, Tensor>) -> Result<()> {
-    for (name, var) in adapter.trainable().into_iter().chain(adapter.buffers()) {
+    for Named { name, var, .. } in adapter.named() {
         match parameters.get(&name) {
             Some(t) if t.dims() == var.dims() => var.set(t)?,
             _ => {
@@ -326,19 +325,20 @@ impl Run<'_> {
     pub fn train(&self, mut progress: impl FnMut(Event<'_>)) -> Result<Outcome> {
         self.settings.check()?;
         let parameters = self.adapter.trainable();
+        let named = self.adapter.named();
+        let named: Vec<Named<'_>> = named.into_iter().filter(|p| p.role.is_trained()).collect();
+        let roles: BTreeMap<&str, (Role, &Var)> = named.iter().map(|p| (p.name.as_str(), (p.role, p.var))).collect();
         let total = self.settings.total_steps(self.train.len());
         let s = self.settings;
         let warmup = s.warmup(self.train.len());
         let schedule = Schedule { peak: s.learning_rate, warmup, total, shape: s.schedule };
         let own = self.adapter.method.training();
         let kind = s.optimizer.clone().or(own.optimizer).unwrap_or_default();
-        let mut optimizer = optimizer::build(&kind, s.adamw, self.adapter)?;
-        let callback = callback::build(own.callback.as_ref(), (s.seed, total, s.learning_rate), &parameters);
-        self.check_parts(&kind, own.callback.as_ref())?;
+        let mut optimizer = optimizer::build(&kind, s.adamw, self.model, self.adapter)?;
+        let callback = callback::build(own.callback.as_ref(), (s.seed, total, s.learning_rate), &named);
+        self.check_parts(&kind, callback.as_ref(), &named)?;
         let objective = s.objective.as_ref().or(own.objective.as_ref()).map(objective::build);
         let per_layer = matches!(&kind, OptimizerKind::Galore(g) if g.per_layer);
-        let vectors: std::collections::BTreeSet<&str> =
-            parameters.iter().filter(|(_, var)| var.dims().len() == 1).map(|(name, _)| name.as_str()).collect();
         let mut state = State { settings: self.identity.clone(), ..Default::default() };
         let mut best: BTreeMap<String, Tensor> = BTreeMap::new();
         if self.resume
@@ -389,13 +389,13 @@ impl Run<'_> {
             let (mut loss, mut auxiliary, mut tokens) = (0.0, 0.0, 0);
             let rate = schedule.rate(state.step);
             let rank = callback.rank(state.step);
-            let how = |name: &str| self.param_group(callback.as_ref(), state.step, name, vectors.contains(name));
+            let how = |name: &str| self.param_group(callback.as_ref(), state.step, name, roles.get(name).copied());
             // Stepping layer by layer, nobody knows the whole gradient's norm yet; the last step's has to do.
             let last_norm = state.history.iter().rev().find_map(|r| r.gradient_norm).unwrap_or(0.0);
             let mut layers = 0.0;
             for (m, places) in micro.iter().enumerate() {
                 let rows: Vec<&Example> = places.iter().map(|&i| &self.train[i]).collect();
-                let seed = lorimer_adapter::method::site_seed(s.seed, &format!("step {} micro {m}", state.step));
+                let seed = lorimer_adapter::step::site_seed(s.seed, &format!("step {} micro {m}", state.step));
                 let on = attached.at(Step { training: Some(seed), rank });
                 let scale = 1.0 / supervised.max(1) as f64;
                 let own: usize = rows.iter().map(|e| e.targets().count()).sum();
@@ -429,14 +429,14 @@ impl Run<'_> {
                 )));
             }
             let mut gradients = Vec::new();
-            for (name, var) in &parameters {
+            for Named { var, role, .. } in &named {
                 let g = sums.remove(var.as_tensor());
-                gradients.push(g.map(|g| callback.gradient(name, var, g)).transpose()?);
+                gradients.push(g.map(|g| callback.gradient(*role, var, g)).transpose()?);
             }
             let norm = optimizer::check_norm((layers + optimizer::squares(&gradients)?).sqrt())?;
             optimizer::shrink(&mut gradients, if per_layer { last_norm } else { norm }, s.max_grad_norm)?;
             optimizer.step_with(&parameters, &gradients, &how, rate)?;
-            callback.after(state.step, rate / s.learning_rate, &parameters)?;
+            callback.after(state.step, rate / s.learning_rate, &named)?;
             self.adapter.after_step()?;
             let stage = callback.stage_ended(state.step);
             state.step += 1;
@@ -447,7 +447,7 @@ impl Run<'_> {
                 step: state.step,
                 loss: Some(loss),
                 regularizer: objective.is_some().then_some(auxiliary),
-                open_gates: callback::open_gates(&parameters)?.map(|(open, all)| open as f64 / all as f64),
+                open_gates: callback::open_gates(&named)?.map(|(open, all)| open as f64 / all as f64),
                 rank: rank.map(|r| r.rank),
                 learning_rate: Some(rate),
                 gradient_norm: Some(norm),
@@ -502,21 +502,13 @@ impl Run<'_> {
     }
 
     /// Refuses parts that do not go together.
-    fn check_parts(&self, kind: &OptimizerKind, callback: Option<&training::Callback>) -> Result<()> {
+    fn check_parts(&self, kind: &OptimizerKind, callback: &dyn Callback, parameters: &[Named<'_>]) -> Result<()> {
         let (s, method) = (self.settings, self.adapter.method.name());
         let fail = |text: String| Err(Error::Settings(text));
-        if s.loraplus_lr_ratio.is_some() && !self.adapter.trainable().iter().any(|(name, _)| name.ends_with(".lora_B"))
-        {
+        if s.loraplus_lr_ratio.is_some() && !parameters.iter().any(|p| p.role == Role::B) {
             return fail(format!("--loraplus-lr-ratio is for methods that train LoRA's B, and `{method}` does not"));
         }
-        let apart = matches!(callback, Some(training::Callback::RankSampling(_)))
-            || self
-                .adapter
-                .deltas()
-                .map(|(_, delta)| Ok(delta.step_scale("lora_B")?.is_some()))
-                .collect::<Result<Vec<bool>>>()?
-                .contains(&true);
-        if apart && *kind != OptimizerKind::AdamW {
+        if callback.steps_rows_apart() && *kind != OptimizerKind::AdamW {
             return fail(format!(
                 "`{method}` steps rows of A and B apart, which --optimizer {} cannot; use adamw",
                 kind.name()
@@ -531,22 +523,24 @@ impl Run<'_> {
     }
 
     /// How a parameter is stepped.
-    fn param_group(&self, callback: &dyn Callback, step: usize, name: &str, vector: bool) -> Result<ParamGroup> {
-        let of = name.rsplit_once('.').and_then(|(path, key)| Some((self.adapter.delta(path)?, key)));
-        let scale = match of {
-            Some((delta, key)) => delta.step_scale(key)?,
-            None => None,
-        };
-        let row_scale = scale.map(|t| t.to_dtype(candle_core::DType::F64)?.to_vec1::<f64>()).transpose()?;
+    fn param_group(
+        &self,
+        callback: &dyn Callback,
+        step: usize,
+        name: &str,
+        parameter: Option<(Role, &Var)>,
+    ) -> Result<ParamGroup> {
+        let missing = || Error::Settings(format!("`{name}` is no parameter of the adapter"));
+        let (role, var) = parameter.ok_or_else(missing)?;
         // As the reference groups them: B, and every vector (biases, magnitudes, norms), but not SoRA's gates.
-        let faster = name.ends_with(".lora_B") || (vector && !name.ends_with(".gate"));
+        let faster = role == Role::B || (var.dims().len() == 1 && role != Role::Gate);
         let plus = self.settings.loraplus_lr_ratio.filter(|_| faster).unwrap_or(1.0);
         Ok(ParamGroup {
-            rate: callback.rate(name) * plus,
-            decay: callback.decays(name) && optimizer::decays(name),
-            rows: callback.rows(step, name),
-            row_scale,
-            projected: !self.adapter.parameters().contains_key(name),
+            rate: callback.rate(role) * plus,
+            decay: callback.decays(role) && optimizer::decays(name),
+            rows: callback.rows(step, role),
+            row_scale: callback.row_scale(role, var)?,
+            projected: role != Role::Whole,
             // As in bitsandbytes under transformers.
             eight_bit: name != EMBEDDING,
         })

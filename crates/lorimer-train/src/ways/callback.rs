@@ -3,8 +3,10 @@
 use std::ops::Range;
 
 use candle_core::{DType, Tensor, Var};
-use lorimer_adapter::method::{SampledRank, site_seed};
+use lorimer_adapter::row_rate::Allora;
+use lorimer_adapter::step::{SampledRank, site_seed};
 use lorimer_adapter::training::{self, RankSampling, SoftThreshold};
+use lorimer_adapter::{Named, Role};
 use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -17,24 +19,32 @@ pub trait Callback: Send + Sync {
     fn rank(&self, _step: usize) -> Option<SampledRank> {
         None
     }
-    /// Rows of a parameter's first axis that the step touches; None: all.
-    fn rows(&self, _step: usize, _name: &str) -> Option<Range<usize>> {
+    /// Rows of the first axis of a parameter with this role that the step touches; None: all.
+    fn rows(&self, _step: usize, _role: Role) -> Option<Range<usize>> {
         None
     }
+    /// What the step of each row of a parameter is multiplied by; None: 1.
+    fn row_scale(&self, _role: Role, _var: &Var) -> Result<Option<Vec<f64>>> {
+        Ok(None)
+    }
+    /// Whether it steps parts of a parameter apart, which AdamW alone can.
+    fn steps_rows_apart(&self) -> bool {
+        false
+    }
     /// What the learning rate of a parameter is multiplied by.
-    fn rate(&self, _name: &str) -> f64 {
+    fn rate(&self, _role: Role) -> f64 {
         1.0
     }
     /// Whether weight decay may act on a parameter.
-    fn decays(&self, _name: &str) -> bool {
+    fn decays(&self, _role: Role) -> bool {
         true
     }
     /// Changes the gradient of a parameter.
-    fn gradient(&self, _name: &str, _var: &Var, g: Tensor) -> Result<Tensor> {
+    fn gradient(&self, _role: Role, _var: &Var, g: Tensor) -> Result<Tensor> {
         Ok(g)
     }
     /// After the optimiser's step of which `rate` is the learning rate over its peak.
-    fn after(&self, _step: usize, _rate: f64, _parameters: &[(String, &Var)]) -> Result<()> {
+    fn after(&self, _step: usize, _rate: f64, _parameters: &[Named<'_>]) -> Result<()> {
         Ok(())
     }
     /// The stage that ends with step `step` (from 0), counted from 1.
@@ -52,13 +62,14 @@ impl Callback for Idle {}
 pub fn build(
     kind: Option<&training::Callback>,
     (seed, total, peak): (u64, usize, f64),
-    parameters: &[(String, &Var)],
+    parameters: &[Named<'_>],
 ) -> Box<dyn Callback> {
     match kind {
         None => Box::new(Idle),
+        Some(training::Callback::RowRate(settings)) => Box::new(RowRates(settings.clone())),
         Some(training::Callback::RankSampling(settings)) => Box::new(Ranks { settings: settings.clone(), seed }),
         Some(training::Callback::SoftThreshold(settings)) => {
-            let count = parameters.iter().filter(|(name, _)| is_gate(name)).map(|(_, var)| var.elem_count()).sum();
+            let count = gates(parameters).map(|gate| gate.elem_count()).sum();
             let mut lot: Vec<usize> = (0..count).collect();
             lot.shuffle(&mut ChaCha8Rng::seed_from_u64(site_seed(seed, "gates by lot")));
             Box::new(Gates { settings: settings.clone(), total, peak, lot })
@@ -66,8 +77,25 @@ pub fn build(
     }
 }
 
-fn is_gate(name: &str) -> bool {
-    name.ends_with(".gate")
+/// The gates among some parameters.
+fn gates<'a>(parameters: &'a [Named<'_>]) -> impl Iterator<Item = &'a Var> {
+    parameters.iter().filter(|p| p.role == Role::Gate).map(|p| p.var)
+}
+
+/// ALLoRA's factor on the step of each row of B.
+struct RowRates(Allora);
+
+impl Callback for RowRates {
+    fn row_scale(&self, role: Role, var: &Var) -> Result<Option<Vec<f64>>> {
+        match role {
+            Role::B => Ok(Some(self.0.factors(var)?.to_dtype(DType::F64)?.to_vec1::<f64>()?)),
+            _ => Ok(None),
+        }
+    }
+
+    fn steps_rows_apart(&self) -> bool {
+        true
+    }
 }
 
 /// DyLoRA's rank a step.
@@ -95,12 +123,16 @@ impl Callback for Ranks {
         Some(SampledRank { rank: s.ranks[place], frozen: s.frozen })
     }
 
-    fn rows(&self, step: usize, name: &str) -> Option<Range<usize>> {
-        if !(name.ends_with(".lora_A") || name.ends_with(".lora_B")) {
+    fn rows(&self, step: usize, role: Role) -> Option<Range<usize>> {
+        if !role.is_factor() {
             return None;
         }
         let SampledRank { rank, frozen } = self.rank(step)?;
         Some(if frozen { rank - 1..rank } else { 0..rank })
+    }
+
+    fn steps_rows_apart(&self) -> bool {
+        true
     }
 }
 
@@ -139,26 +171,26 @@ impl Gates {
 }
 
 impl Callback for Gates {
-    fn rate(&self, name: &str) -> f64 {
-        self.settings.gate_lr.filter(|_| is_gate(name)).map_or(1.0, |rate| rate / self.peak)
+    fn rate(&self, role: Role) -> f64 {
+        self.settings.gate_lr.filter(|_| role == Role::Gate).map_or(1.0, |rate| rate / self.peak)
     }
 
-    fn decays(&self, name: &str) -> bool {
-        !is_gate(name)
+    fn decays(&self, role: Role) -> bool {
+        role != Role::Gate
     }
 
-    fn gradient(&self, name: &str, var: &Var, g: Tensor) -> Result<Tensor> {
-        match self.settings.penalty > 0.0 && is_gate(name) {
+    fn gradient(&self, role: Role, var: &Var, g: Tensor) -> Result<Tensor> {
+        match self.settings.penalty > 0.0 && role == Role::Gate {
             true => Ok((g + (var.as_tensor().sign()? * (self.settings.penalty / self.lot.len() as f64))?)?),
             false => Ok(g),
         }
     }
 
-    fn after(&self, step: usize, rate: f64, parameters: &[(String, &Var)]) -> Result<()> {
+    fn after(&self, step: usize, rate: f64, parameters: &[Named<'_>]) -> Result<()> {
         let xi = self.threshold(step, rate);
         let closed = self.settings.random_keep.map(|keep| self.closed_by_lot(step, keep));
         let mut place = 0;
-        for (_, var) in parameters.iter().filter(|(name, _)| is_gate(name)) {
+        for var in gates(parameters) {
             let mut gates = var.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
             for gate in &mut gates {
                 *gate = match &closed {
@@ -181,9 +213,9 @@ impl Callback for Gates {
 }
 
 /// Gates that are not zero, and all gates.
-pub fn open_gates(parameters: &[(String, &Var)]) -> Result<Option<(usize, usize)>> {
+pub fn open_gates(parameters: &[Named<'_>]) -> Result<Option<(usize, usize)>> {
     let (mut open, mut all) = (0, 0);
-    for (_, var) in parameters.iter().filter(|(name, _)| is_gate(name)) {
+    for var in gates(parameters) {
         let values = var.to_dtype(DType::F64)?.to_vec1::<f64>()?;
         open += values.iter().filter(|v| **v != 0.0).count();
         all += values.len();
@@ -197,7 +229,7 @@ mod tests {
 
     use super::*;
 
-    fn gates(settings: SoftThreshold, total: usize, count: usize) -> Gates {
+    fn thresholds(settings: SoftThreshold, total: usize, count: usize) -> Gates {
         Gates { settings, total, peak: 2e-3, lot: (0..count).rev().collect() }
     }
 
@@ -226,14 +258,14 @@ mod tests {
 
     #[test]
     fn the_threshold_is_the_stages_or_a_share_of_the_gates_rate() {
-        let of = |settings, rate| gates(settings, 4, 1).threshold(3, rate);
+        let of = |settings, rate| thresholds(settings, 4, 1).threshold(3, rate);
         assert_eq!(of(settings(vec![1e-4, 7e-4]), 0.25), 7e-4);
         assert_eq!(of(SoftThreshold { lr_scaled: true, ..settings(vec![4e-4]) }, 0.25), 1e-4);
         let relative = SoftThreshold { of_rate: true, ..settings(vec![0.375]) };
         assert_eq!(of(relative.clone(), 0.25), 0.375 * 2e-3);
         let own = SoftThreshold { gate_lr: Some(2e-2), ..relative };
         assert_eq!(of(own.clone(), 0.25), 0.375 * 2e-2);
-        assert_eq!((gates(own.clone(), 4, 1).rate("x.gate"), gates(own, 4, 1).rate("x.lora_A")), (10.0, 1.0));
+        assert_eq!((thresholds(own.clone(), 4, 1).rate(Role::Gate), thresholds(own, 4, 1).rate(Role::A)), (10.0, 1.0));
     }
 
     /// Whatever the gates are, the share that is asked for is left at the end, and those that are closed stay closed.
@@ -241,9 +273,10 @@ mod tests {
     fn a_lot_closes_gates_step_by_step() {
         let first = Var::new(&[0.1f32, 0.2, 0.3, 0.4, 0.5, 0.6], &Device::Cpu).unwrap();
         let second = Var::new(&[1f32, 2.0, 3.0, 4.0], &Device::Cpu).unwrap();
+        let of = |name: &str, var, role| Named { name: name.into(), var, role };
         let parameters =
-            [("a.gate".to_string(), &first), ("a.lora_A".to_string(), &second), ("b.gate".to_string(), &second)];
-        let callback = gates(SoftThreshold { random_keep: Some(0.6), ..settings(vec![9.0]) }, 8, 10);
+            [of("a.gate", &first, Role::Gate), of("a.lora_A", &second, Role::A), of("b.gate", &second, Role::Gate)];
+        let callback = thresholds(SoftThreshold { random_keep: Some(0.6), ..settings(vec![9.0]) }, 8, 10);
         let mut open = Vec::new();
         for step in 0..8 {
             callback.after(step, 1.0, &parameters).unwrap();
@@ -254,7 +287,7 @@ mod tests {
         let kind = training::Callback::SoftThreshold(SoftThreshold { random_keep: Some(0.5), ..settings(vec![0.0]) });
         let drawn = |seed| {
             let gate = Var::ones(100, DType::F32, &Device::Cpu).unwrap();
-            let parameters = [("a.gate".to_string(), &gate)];
+            let parameters = [Named { name: "a.gate".into(), var: &gate, role: Role::Gate }];
             build(Some(&kind), (seed, 1, 1e-3), &parameters).after(0, 1.0, &parameters).unwrap();
             gate.to_vec1::<f32>().unwrap()
         };
@@ -278,13 +311,13 @@ mod tests {
             assert!((share(&even, r) - 1.0 / 3.0).abs() < 0.04);
             assert!((share(&uneven, r) - chance).abs() < 0.04);
         }
-        assert_eq!(of(vec![], 1).rows(5, "x.lora_A").map(|r| r.end), of(vec![], 1).rank(5).map(|r| r.rank));
-        assert_eq!(of(vec![], 1).rows(5, "model.norm.weight"), None);
+        assert_eq!(of(vec![], 1).rows(5, Role::A).map(|r| r.end), of(vec![], 1).rank(5).map(|r| r.rank));
+        assert_eq!(of(vec![], 1).rows(5, Role::Whole), None);
     }
 
     #[test]
     fn stages_rise_in_equal_parts() {
-        let gates = gates(settings(vec![0.1, 0.2, 0.3]), 9, 0);
+        let gates = thresholds(settings(vec![0.1, 0.2, 0.3]), 9, 0);
         assert_eq!((0..9).map(|s| gates.stage(s)).collect::<Vec<_>>(), [0, 0, 0, 1, 1, 1, 2, 2, 2]);
         let ends: Vec<_> = (0..9).map(|s| gates.stage_ended(s)).collect();
         assert_eq!(ends.iter().flatten().collect::<Vec<_>>(), [&1, &2, &3]);

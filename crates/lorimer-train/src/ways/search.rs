@@ -4,11 +4,11 @@
 use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Result as TensorResult, Tensor, Var};
-use lorimer_adapter::method::{LowRank, site_seed};
 use lorimer_adapter::methods::mt19937::TorchGenerator;
 use lorimer_adapter::search::{DifforaConfig, Gate, Sharing};
+use lorimer_adapter::step::site_seed;
 use lorimer_adapter::targets::Targeting;
-use lorimer_adapter::{Adapter, Attached, CalibrationStats, Change, Delta, Method, Step};
+use lorimer_adapter::{Adapter, Attached, CalibrationStats, Change, Delta, Method, Parameter, Role, Step};
 use lorimer_model::{BaseModel, Projection, Site};
 use lorimer_tensor::Gradients;
 use serde_json::{Map, Value};
@@ -123,14 +123,15 @@ impl Gated {
 }
 
 impl Delta for Gated {
-    fn change(&self, _base: &Projection, _rows: usize, _step: &Step) -> TensorResult<Option<Change>> {
+    fn change(&self, _base: &Projection, _rows: usize, _step: &Step) -> TensorResult<Change> {
         let b = self.b.broadcast_mul(&self.factor()?)?;
         // α = 2r, as LoRA's default.
-        Ok(Some(Change::LowRank(LowRank { a: self.a.as_tensor().clone(), b, scaling: 2.0 })))
+        Ok(Change::low_rank(self.a.as_tensor().clone(), b, 2.0))
     }
 
-    fn trainable(&self) -> Vec<(&'static str, &Var)> {
-        vec![("lora_A", &self.a), ("lora_B", &self.b), ("gamma", &self.gamma)]
+    fn parameters(&self) -> Vec<Parameter<'_>> {
+        let [a, b] = Parameter::pair(&self.a, &self.b);
+        vec![a, b, Parameter::new("gamma", &self.gamma, Role::Gate)]
     }
 }
 
@@ -158,8 +159,9 @@ pub fn search(
     let adapter = Adapter::attach(model, Box::new(method), 0)?;
     // Shared variables stand there once for each projection.
     let mut seen = std::collections::HashSet::new();
-    let all = adapter.trainable().into_iter().filter(|(_, var)| seen.insert(var.as_tensor().id()));
-    let (gates, factors): (Vec<_>, Vec<_>) = all.partition(|(name, _)| name.ends_with(".gamma"));
+    let all = adapter.named().into_iter().filter(|p| seen.insert(p.var.as_tensor().id()));
+    let (gates, factors): (Vec<_>, Vec<_>) = all.partition(|p| p.role == Role::Gate);
+    let [gates, factors] = [gates, factors].map(|all| all.into_iter().map(|p| (p.name, p.var)).collect::<Vec<_>>());
     let attached = Attached::one(&adapter);
     let mut optimizers = [AdamW::new(AdamWConfig::default(), false), AdamW::new(AdamWConfig::default(), false)];
     for step in 0..settings.search_steps {
@@ -187,8 +189,8 @@ pub fn search(
     let mut places: BTreeMap<Option<usize>, usize> = BTreeMap::new();
     for (site, _, delta) in adapter.sites(model) {
         let place = places.entry(site.layer).or_default();
-        let Some((_, gamma)) = delta.trainable().into_iter().find(|(key, _)| *key == "gamma") else { continue };
-        stats.entry(site.path.clone()).or_default().insert("gamma".into(), gamma.detach().narrow(0, *place, 1)?);
+        let Some(gamma) = delta.parameters().into_iter().find(|p| p.role == Role::Gate) else { continue };
+        stats.entry(site.path.clone()).or_default().insert("gamma".into(), gamma.var.detach().narrow(0, *place, 1)?);
         *place += 1;
     }
     Ok(stats)

@@ -48,7 +48,7 @@ impl Switch {
         let mut loaded = Vec::new();
         for folder in &self.adapters {
             let stored = StoredAdapter::read(folder)?;
-            let entries = Entries::of(&Adapter::load_whole(base.model(), &stored)?)?;
+            let entries = Entries::of(base.model(), &Adapter::load_whole(base.model(), &stored)?)?;
             loaded.push((folder.display().to_string(), entries));
         }
         let tokens = match &self.prompt {

@@ -6,9 +6,9 @@ use serde_json::{Map, Value, json};
 
 use super::eva::EvaConfig;
 use super::start::Start;
+use crate::dropout::check_dropout;
 use crate::error::{Error, Result};
 use crate::method::Bias;
-use crate::methods::dropout::check_dropout;
 use crate::settings::{PeftKeys, configure, from_peft_json};
 use crate::targets::{Targeting, pattern_value};
 

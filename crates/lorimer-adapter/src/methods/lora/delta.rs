@@ -3,9 +3,11 @@
 use candle_core::{DType, Result as TensorResult, Tensor, Var};
 use lorimer_model::Projection;
 
-use super::row_rate::Allora;
-use crate::method::{Change, Delta, LowRank, Step};
-use crate::methods::dropout::Dropout;
+use crate::delta::{Change, Delta, LowRank};
+use crate::dropout::Dropout;
+use crate::parameter::Parameter;
+use crate::row_rate::Allora;
+use crate::step::Step;
 
 /// A, B and their scaling on one projection.
 pub(crate) struct LoraDelta {
@@ -15,20 +17,10 @@ pub(crate) struct LoraDelta {
     pub(crate) dropout: Dropout,
     /// A₀ and B₀, where the start moved the base.
     pub(crate) origin: Option<(Tensor, Tensor)>,
-    pub(crate) adaptive: Option<Allora>,
+    pub(crate) row_rate: Option<Allora>,
 }
 
 impl LoraDelta {
-    /// scaling · (x Aᵀ) Bᵀ, less the same of A₀ and B₀.
-    pub(crate) fn product(&self, x: &Tensor) -> TensorResult<Tensor> {
-        // The scaling goes onto the low-rank factor, where it costs next to nothing.
-        let part = |a: &Tensor, b: &Tensor| (x.matmul(&a.t()?)? * self.scaling)?.matmul(&b.t()?);
-        match &self.origin {
-            Some((a, b)) => part(&self.a, &self.b)? - part(a, b)?,
-            None => part(&self.a, &self.b),
-        }
-    }
-
     /// scaling · (B A − B₀A₀), (outputs, inputs).
     pub(crate) fn weight_change(&self) -> TensorResult<Tensor> {
         let mut change = self.b.matmul(&self.a)?;
@@ -40,39 +32,24 @@ impl LoraDelta {
 }
 
 impl Delta for LoraDelta {
-    fn change(&self, _base: &Projection, _rows: usize, _step: &Step) -> TensorResult<Option<Change>> {
+    fn change(&self, _base: &Projection, _rows: usize, _step: &Step) -> TensorResult<Change> {
         let (mut a, mut b) = (self.a.as_tensor().clone(), self.b.as_tensor().clone());
         if let Some((a0, b0)) = &self.origin {
             (a, b) = (Tensor::cat(&[&a, a0], 0)?, Tensor::cat(&[&b, &b0.neg()?], 1)?);
         }
-        Ok(Some(Change::LowRank(LowRank { a, b, scaling: self.scaling })))
+        let low = LowRank { a, b, scaling: self.scaling };
+        Ok(match &self.row_rate {
+            Some(row_rate) => Change::RowRate(low, row_rate.factors(&self.b)?),
+            None => Change::LowRank(low),
+        })
     }
 
-    fn mask(&self, x: &Tensor, step: &Step) -> TensorResult<Option<Tensor>> {
-        self.dropout.mask(x, step)
+    fn dropout(&self) -> Option<&Dropout> {
+        Some(&self.dropout)
     }
 
-    fn gradient_scale(&self) -> TensorResult<Option<Tensor>> {
-        self.adaptive.as_ref().map(|adaptive| adaptive.factors(&self.b)).transpose()
-    }
-
-    fn step_scale(&self, key: &str) -> TensorResult<Option<Tensor>> {
-        match &self.adaptive {
-            Some(adaptive) if adaptive.post && key == "lora_B" => self.gradient_scale(),
-            _ => Ok(None),
-        }
-    }
-
-    fn pair_scaling(&self) -> Option<f64> {
-        Some(self.scaling)
-    }
-
-    fn rows_are_independent(&self, step: &Step) -> bool {
-        self.dropout.is_off(step)
-    }
-
-    fn trainable(&self) -> Vec<(&'static str, &Var)> {
-        vec![("lora_A", &self.a), ("lora_B", &self.b)]
+    fn parameters(&self) -> Vec<Parameter<'_>> {
+        Parameter::pair(&self.a, &self.b).into()
     }
 
     fn stored(&self) -> TensorResult<Vec<(&'static str, Tensor)>> {

@@ -2,11 +2,15 @@
 
 use candle_core::{DType, Device, Result as TensorResult, Tensor, Var};
 use lorimer_model::{Projection, Site};
-use lorimer_tensor::{LowRankTerm, Ops, Part, frozen_linear};
+use lorimer_tensor::frozen_linear;
 
 use super::delta::LoraDelta;
+use crate::delta::{Change, Delta, LowRank};
+use crate::dropout::Dropout;
 use crate::error::Result;
-use crate::method::{Delta, LowRank, NotMergeable, ParameterSource, Step};
+use crate::method::ParameterSource;
+use crate::parameter::{Parameter, Role};
+use crate::step::Step;
 
 /// LoRA's factors with a magnitude a row.
 pub(crate) struct DoraDelta {
@@ -53,47 +57,19 @@ impl DoraDelta {
 }
 
 impl Delta for DoraDelta {
-    fn forward(&self, base: &Projection, x: &Tensor, y: &Tensor, step: &Step) -> TensorResult<Tensor> {
-        let ratio = self.ratio(base)?;
-        // As in PEFT, dropout acts on all that the magnitude scales.
-        let dropped = self.low_rank.dropout.mask(x, step)?.map(|mask| x * mask).transpose()?;
-        let (low_rank, plain) = match dropped {
-            Some(x) => (self.low_rank.product(&x)?, frozen_linear(&x, &base.weight)?),
-            None => (self.low_rank.product(x)?, y.clone()),
-        };
-        plain.broadcast_mul(&(&ratio - 1.0)?)? + low_rank.broadcast_mul(&ratio)?
-    }
-
-    fn output(&self, ops: Ops<'_>, base: &Projection, x: &Tensor, step: &Step) -> TensorResult<Option<Tensor>> {
-        if !self.low_rank.dropout.is_off(step) {
-            return Ok(None);
-        }
+    fn change(&self, base: &Projection, _rows: usize, _step: &Step) -> TensorResult<Change> {
         let (a, b) = (self.low_rank.a.as_tensor().clone(), self.low_rank.b.as_tensor().clone());
-        let low_rank = Some(LowRankTerm::new(a, b, self.low_rank.scaling));
-        let moved = ops.project(x, &[Part { weight: Some(&base.weight), low_rank }])?;
-        let ratio = ops.subgraph_all(&[], &[self.magnitude.as_tensor()], |_| Ok(vec![self.ratio(base)?]))?;
-        ops.scale_columns(&moved[0], &ratio[0]).map(Some)
+        Ok(Change::RowScaled(LowRank { a, b, scaling: self.low_rank.scaling }, self.ratio(base)?))
     }
 
-    fn rows_are_independent(&self, step: &Step) -> bool {
-        self.low_rank.rows_are_independent(step)
+    /// As in PEFT, it acts on all that the magnitude scales.
+    fn dropout(&self) -> Option<&Dropout> {
+        self.low_rank.dropout()
     }
 
-    fn merged(&self, base: &Projection) -> TensorResult<Result<Tensor, NotMergeable>> {
-        let ratio = self.ratio(base)?.detach().unsqueeze(1)?;
-        let moved = (base.dense(self.low_rank.a.dtype())? + self.low_rank.weight_change()?)?;
-        Ok(Ok(moved.broadcast_mul(&ratio)?))
-    }
-
-    fn scaled(&self, base: &Projection) -> TensorResult<Option<(LowRank, Tensor)>> {
-        let ratio = self.ratio(base)?.detach();
-        let (a, b) = (self.low_rank.a.detach(), self.low_rank.b.detach().broadcast_mul(&ratio.unsqueeze(1)?)?);
-        Ok(Some((LowRank { a, b, scaling: self.low_rank.scaling }, ratio)))
-    }
-
-    fn trainable(&self) -> Vec<(&'static str, &Var)> {
-        let mut all = self.low_rank.trainable();
-        all.push(("lora_magnitude_vector", &self.magnitude));
+    fn parameters(&self) -> Vec<Parameter<'_>> {
+        let mut all = self.low_rank.parameters();
+        all.push(Parameter::new("lora_magnitude_vector", &self.magnitude, Role::Magnitude));
         all
     }
 

@@ -10,11 +10,12 @@ use super::delta::LoraDelta;
 use super::dora;
 use super::eva::EvaConfig;
 use super::ranks;
-use super::row_rate::Allora;
 use super::start::Start;
+use crate::delta::{Delta, LowRank};
+use crate::dropout::Dropout;
 use crate::error::{Error, Result};
-use crate::method::{Bias, Calibration, CalibrationStats, Delta, LowRank, Method, ParameterSource};
-use crate::methods::dropout::Dropout;
+use crate::method::{Bias, Calibration, CalibrationStats, Method, ParameterSource};
+use crate::row_rate::Allora;
 use crate::targets::Targeting;
 use crate::training::Training;
 
@@ -30,12 +31,12 @@ pub(crate) struct Lora {
     /// How it is trained.
     pub(crate) training: Training,
     /// ALLoRA's factor on gradients.
-    pub(crate) adaptive: Option<Allora>,
+    pub(crate) row_rate: Option<Allora>,
 }
 
 impl Lora {
     pub(crate) fn new(name: &'static str, config: LoraConfig) -> Self {
-        Self { config, name, training: Training::default(), adaptive: None }
+        Self { config, name, training: Training::default(), row_rate: None }
     }
 
     fn eva(&self) -> Option<EvaConfig> {
@@ -131,7 +132,7 @@ impl Method for Lora {
         };
         let scaling = self.config.scaling(&site.path)?;
         let dropout = Dropout::new(self.config.lora_dropout, &site.path);
-        let low_rank = LoraDelta { scaling, dropout, a, b, origin, adaptive: self.adaptive.clone() };
+        let low_rank = LoraDelta { scaling, dropout, a, b, origin, row_rate: self.row_rate.clone() };
         Ok(match self.config.use_dora {
             true => Box::new(dora::DoraDelta::new(low_rank, base, site, source)?),
             false => Box::new(low_rank),

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor, Var};
-use lorimer_adapter::method::site_seed;
+use lorimer_adapter::step::site_seed;
 use lorimer_adapter::training::{Galore, GaloreProjection};
 use lorimer_tensor::linalg::{qr, truncated_svd};
 use rand::{Rng, SeedableRng};

@@ -1,4 +1,4 @@
-//! ALLoRA's factor on the gradient of each row.
+//! ALLoRA's factor on the gradient of each row of B, and on its step.
 
 use candle_core::{Result as TensorResult, Tensor};
 use serde::{Deserialize, Serialize};

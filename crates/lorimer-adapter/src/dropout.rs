@@ -4,7 +4,7 @@ use candle_core::{DType, Device, Result as TensorResult, Tensor};
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
-use crate::method::{Step, site_seed};
+use crate::step::{Step, site_seed};
 
 /// Dropout on one projection.
 #[derive(Clone, Copy, Debug)]
