@@ -13,7 +13,6 @@ pub mod method;
 pub mod methods;
 pub mod parameter;
 pub mod row_rate;
-pub mod search;
 pub mod settings;
 pub mod step;
 pub mod targets;

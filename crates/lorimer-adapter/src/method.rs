@@ -11,7 +11,6 @@ use serde_json::{Map, Value};
 
 use crate::delta::{Delta, LowRank};
 use crate::error::{Error, Result};
-use crate::search::DifforaConfig;
 use crate::step::site_seed;
 use crate::targets::Targeting;
 use crate::training::Training;
@@ -86,7 +85,7 @@ pub enum Calibration {
         absolute: bool,
     },
     /// Gates on all targeted projections, learnt in a search of some steps.
-    Search(DifforaConfig),
+    Search(Value),
 }
 
 /// Where an adapter on one projection comes from: a start, or a file.

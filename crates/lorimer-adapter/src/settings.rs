@@ -23,6 +23,14 @@ pub fn peft_json<T: Serialize>(peft_type: &str, config: &T) -> Map<String, Value
     all
 }
 
+/// Settings by name.
+pub fn settings_of<T: Serialize>(settings: &T) -> Map<String, Value> {
+    match serde_json::to_value(settings) {
+        Ok(Value::Object(fields)) => fields,
+        _ => Map::new(),
+    }
+}
+
 /// What becomes of those keys of a PEFT configuration that a method's own configuration does not have. Any other key is refused while
 /// it is set.
 pub struct PeftKeys {

@@ -1,16 +1,17 @@
 //! Flags that several subcommands share: the adapter's, and those of memory and speed.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use anyhow::{Result, anyhow, bail};
 use clap::{Args, ValueEnum};
 use lorimer_adapter::Method;
-use lorimer_adapter::methods::{self, Entry};
+use lorimer_adapter::methods::{self, Entry, OptimizerChoice};
+use lorimer_adapter::training::Adam;
 use lorimer_model::{LoadDtype, Prepared};
 use lorimer_train::run::frozen::FrozenCache;
 use lorimer_train::run::plan::{Plan, Request, Work, plan};
 use lorimer_train::run::step::StepOptions;
-use lorimer_train::ways::optimizer::OptimizerKind;
 use serde_json::{Map, Value, json};
 
 /// What is trained.
@@ -172,7 +173,7 @@ pub struct StepArgs {
     /// adamw, adamw-8bit (2 bytes of state a parameter), galore, galore-8bit, lora-pro or lora-pro-full, with settings behind it:
     /// galore:rank=64,scale=0.25 [default: the method's own, else adamw]
     #[arg(long, value_name = "NAME[:KEY=VALUE,…]", help_heading = "Memory and speed", visible_alias = "optim")]
-    optimizer: Option<OptimizerKind>,
+    optimizer: Option<OptimizerChoice>,
     /// Keep less in memory and compute layers again in the backward
     #[arg(
         long, value_enum, default_value_t, num_args = 0..=1, default_missing_value = "on",
@@ -266,13 +267,13 @@ impl StepArgs {
     }
 
     /// What was asked for, if anything.
-    pub fn optimizer(&self) -> Option<OptimizerKind> {
+    pub fn optimizer(&self) -> Option<OptimizerChoice> {
         self.optimizer.clone()
     }
 
     /// The optimiser of a run.
-    pub fn optimizer_of(&self, method: &dyn Method) -> OptimizerKind {
-        self.optimizer().or(method.training().optimizer).unwrap_or_default()
+    pub fn optimizer_of(&self, method: &dyn Method) -> OptimizerChoice {
+        self.optimizer().or(method.training().optimizer.map(OptimizerChoice)).unwrap_or_default()
     }
 
     fn frozen_cache(&self) -> FrozenCache {
@@ -306,7 +307,7 @@ impl StepArgs {
     fn plan_with(
         &self,
         run: &Planned<'_>,
-        (checkpointing, dtype, batch_size, optimizer): (bool, LoadDtype, usize, OptimizerKind),
+        (checkpointing, dtype, batch_size, optimizer): (bool, LoadDtype, usize, OptimizerChoice),
     ) -> Result<Plan> {
         let Prepared { config, weights, .. } = run.prepared;
         Ok(plan(&Request {
@@ -346,8 +347,8 @@ impl StepArgs {
         let batches = std::iter::successors(Some(run.batch_size), |b| Some(b / 2).filter(|&b| b > 0));
         let own = self.optimizer_of(run.method);
         let mut optimizers = vec![own.clone()];
-        optimizers.extend((own == OptimizerKind::AdamW).then_some(OptimizerKind::AdamW8bit));
-        let tries: Vec<(usize, OptimizerKind)> =
+        optimizers.extend(own.is_adamw().then(|| OptimizerChoice(Arc::new(Adam { eight_bit: true }))));
+        let tries: Vec<(usize, OptimizerChoice)> =
             batches.flat_map(|b| optimizers.iter().map(move |o| (b, o.clone()))).collect();
         let smaller = [LoadDtype::Bf16, LoadDtype::Nf4].into_iter().filter(|_| now == LoadDtype::F32);
         let mut found: Vec<Proposal> = Vec::new();

@@ -1,11 +1,9 @@
-//! Training and evaluation: data to tokens ([`data`]), a look at them before ([`calibrate`]), optimisers and objectives ([`ways`]), and the
-//! loop with its schedule, checkpoints, logs and evaluation ([`run`]), all of it in one call ([`run::session`]).
+//! Training and evaluation: data to tokens ([`data`]), a look at them before ([`calibrate`]), and the loop with its schedule, checkpoints, logs and evaluation ([`run`]), all of it in one call ([`run::session`]).
 
 pub mod calibrate;
 pub mod data;
 pub mod error;
 pub mod run;
-pub mod ways;
 
 pub use data::encode::{DataReport, EncodeOptions, Example, TooLong};
 pub use error::{Error, Result};

@@ -9,13 +9,16 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor};
+use lorimer::adapter::methods::OptimizerChoice;
+use lorimer::adapter::training::{AdamWConfig, ParamGroup};
 use lorimer::model::decoder::config::DecoderConfig;
 use lorimer::model::weights::{LoadDtype, Weights};
 use lorimer::prelude::*;
 use lorimer::tensor::Gradients;
+use lorimer::train::run::optimize;
+use lorimer::train::run::optimize::clip;
 use lorimer::train::run::schedule::{Schedule, Shape};
 use lorimer::train::run::step::{StepOptions, accumulate_gradients};
-use lorimer::train::ways::optimizer::{self, AdamWConfig, ParamGroup, clip};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::json;
@@ -104,8 +107,8 @@ fn run(
         json!(["model.embed_tokens", "lm_head", "model.norm", "input_layernorm", "post_attention_layernorm"]);
     let settings = settings.as_object().context("settings")?;
     let adapter = Adapter::attach(&model, methods::build(method, settings)?, 0)?;
-    let kind = adapter.method.training().optimizer.unwrap_or_default();
-    let mut optimizer = optimizer::build(&kind, AdamWConfig::default(), &model, &adapter)?;
+    let kind = adapter.method.training().optimizer.map(OptimizerChoice).unwrap_or_default();
+    let mut optimizer = optimize::build(&kind, AdamWConfig::default(), &model, &adapter)?;
     let whole = |name: &str| adapter.parameters().contains_key(name);
     let how = |name: &str| {
         Ok(ParamGroup {

@@ -5,21 +5,24 @@ use std::collections::BTreeMap;
 use candle_core::{DType, Device, Tensor, Var};
 use lorimer::adapter::algebra::resize::resize;
 use lorimer::adapter::algebra::switch::{Entries, Switcher};
+use lorimer::adapter::methods::ba_lora::{BaLora, BaLoraTask, Regularisers};
+use lorimer::adapter::methods::galore::{Galore, GaloreOptimizer, GaloreProjection};
+use lorimer::adapter::methods::lora_pro::{self, LoraPro, LoraProOptimizer, Pair};
+use lorimer::adapter::methods::parts;
+use lorimer::adapter::methods::sora::Update;
 use lorimer::adapter::step::SampledRank;
-use lorimer::adapter::training::{BaLora, BaLoraTask, Galore, GaloreProjection, LoraPro, OptimizerKind, Update};
+use lorimer::adapter::training::callback::Idle;
+use lorimer::adapter::training::{AdamW, AdamWConfig, Callback, Moment, Objective, Optimizer, ParamGroup, RunShape};
 use lorimer::model::weights::LoadDtype;
 use lorimer::prelude::*;
 use lorimer::tensor::Gradients;
+use lorimer::train::calibrate::search::SearchRows;
 use lorimer::train::run::schedule::Shape;
 use lorimer::train::run::step::{StepInputs, StepOptions, accumulate, accumulate_gradients, batch_loss};
 use lorimer::train::run::trainer::{Run, TrainSettings};
-use lorimer::train::ways::callback;
-use lorimer::train::ways::objective::{Moment, Objective, Regularisers};
-use lorimer::train::ways::optimizer::{
-    AdamW, AdamWConfig, GaloreOptimizer, LoraProOptimizer, Optimizer, Pair, ParamGroup, lora_pro,
-};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use serde_json::json;
 
 #[path = "common/tiny.rs"]
 mod tiny;
@@ -49,7 +52,9 @@ fn step(model: &dyn BaseModel, adapter: &Adapter, optimizer: &mut dyn Optimizer,
     let parameters = adapter.trainable();
     let gradients: Vec<_> = parameters.iter().map(|(name, _)| found.remove(name)).collect();
     let named = adapter.named();
-    let callback = callback::build(adapter.method.training().callback.as_ref(), (0, 1, rate), &named);
+    let shape = RunShape { seed: 0, steps: 1, peak: rate };
+    let callback = adapter.method.training().callback;
+    let callback = callback.map_or_else(|| Box::new(Idle) as Box<dyn Callback>, |kind| kind.build(shape, &named));
     let how = |name: &str| {
         let parameter = named.iter().find(|p| p.name == name).unwrap();
         Ok(ParamGroup { row_scale: callback.row_scale(parameter.role, parameter.var)?, ..Default::default() })
@@ -177,7 +182,8 @@ fn galore_layer_by_layer_limits_by_the_last_norm() {
     // On whole gradients, limited by the norm that `which` takes of the steps' norms so far.
     let whole = |which: &dyn Fn(&[f64]) -> f64| {
         let adapter = attach(&model, "galore", settings);
-        let Some(OptimizerKind::Galore(galore)) = adapter.method.training().optimizer else { panic!("galore") };
+        let Some(galore) = adapter.method.training().optimizer else { panic!("galore") };
+        let galore: Galore = serde_json::from_value(galore.settings().into()).unwrap();
         let mut optimizer = GaloreOptimizer::new(galore, adamw);
         let parameters = adapter.trainable();
         let supervised = rows.iter().map(|e| e.targets().count()).sum::<usize>() as f64;
@@ -436,7 +442,7 @@ fn every_supervised_position_is_regularised() {
     let rows = [row(1), row(3)];
     let rows: Vec<&Example> = rows.iter().collect();
     let positions: usize = rows.iter().map(|e| e.targets().count()).sum();
-    assert!(positions > lorimer::train::ways::objective::BLOCK_ROWS);
+    assert!(positions > lorimer::adapter::training::objective::BLOCK_ROWS);
     let adapter = attach(&model, "lora", r#"{"r": 3}"#);
     move_all(&adapter);
     let attached = Attached::one(&adapter);
@@ -454,7 +460,7 @@ fn every_supervised_position_is_regularised() {
         let places = Tensor::from_vec(places, positions, &Device::Cpu).unwrap();
         model.logits(&hidden.index_select(&places, 0).unwrap(), on).unwrap()
     };
-    let expected = lorimer::train::ways::objective::divergence(&whole(&Frozen), &whole(&attached)).unwrap();
+    let expected = lorimer::adapter::methods::ba_lora::divergence(&whole(&Frozen), &whole(&attached)).unwrap();
     let gradients = expected.backward().unwrap();
     let expected = expected.to_scalar::<f64>().unwrap();
     assert!((found.auxiliary - expected).abs() < 1e-9 * expected, "{} against {expected}", found.auxiliary);
@@ -488,7 +494,8 @@ fn plant(model: &dyn BaseModel, planted: &[String], rng: &mut ChaCha8Rng) -> Ada
         for _ in 0..30 {
             let middle = 0.5 * (low + high);
             put(path, middle);
-            let moved = lorimer::train::ways::objective::divergence(&base, &logits(&Attached::one(&teacher))).unwrap();
+            let moved =
+                lorimer::adapter::methods::ba_lora::divergence(&base, &logits(&Attached::one(&teacher))).unwrap();
             if moved.to_scalar::<f64>().unwrap() < 0.3 { low = middle } else { high = middle }
         }
         put(path, 0.0);
@@ -532,7 +539,7 @@ fn written(model: &dyn BaseModel, teacher: &Adapter, rng: &mut ChaCha8Rng) -> Ve
 /// however often it is right.) The defaults find hardly more than chance.
 #[test]
 fn the_search_finds_planted_projections() {
-    use lorimer::adapter::search::{DifforaConfig, Sharing};
+    use lorimer::adapter::methods::diffora::{DifforaConfig, Sharing};
     let model = model_with_attention(2.0);
     let paths: Vec<String> = model.projections().into_iter().map(|(site, _)| site.path.clone()).collect();
     let long = DifforaConfig {
@@ -560,8 +567,11 @@ fn the_search_finds_planted_projections() {
         let rows: Vec<&Example> = rows.iter().collect();
         let choose = |search: &DifforaConfig| -> Vec<String> {
             let method = methods::build("diffora", serde_json::json!({ "r": 4 }).as_object().unwrap()).unwrap();
-            let look =
-                || lorimer::train::ways::search::search(&model, method.targeting(), search, &rows, |_, _| {}).unwrap();
+            let find = parts::search("diffora").unwrap();
+            let look = || {
+                find(&SearchRows { model: &model, rows: &rows }, method.targeting(), &json!(search), &mut |_, _| {})
+                    .unwrap()
+            };
             let stats = look();
             if seed == 0 {
                 let again = look();
@@ -595,7 +605,7 @@ fn the_search_finds_planted_projections() {
 fn a_gradient_that_is_no_number_is_told_as_divergence() {
     for bad in [f32::NAN, f32::INFINITY] {
         let mut gradients = [Some(Tensor::new(&[1.0, bad], &Device::Cpu).unwrap())];
-        let told = lorimer::train::ways::optimizer::clip(&mut gradients, 1.0);
+        let told = lorimer::train::run::optimize::clip(&mut gradients, 1.0);
         assert!(matches!(told, Err(lorimer::train::Error::Diverged(_))), "{told:?}");
     }
 }

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 use candle_core::{DType, Tensor};
 use lorimer::adapter::algebra::merge::{merge_to_folder, merge_to_gguf};
 use lorimer::adapter::file::convert;
+use lorimer::adapter::training::{AdamW, AdamWConfig, Optimizer};
 use lorimer::model::base::open_weights;
 use lorimer::model::decoder::config::{DecoderConfig, LayerKind};
 use lorimer::model::weights::{SafetensorsFile, Weights};
@@ -17,7 +18,6 @@ use lorimer::serve::generation::generate::extend;
 use lorimer::serve::{Engine, EngineSettings, Event, Hosted, Request};
 use lorimer::tensor::Gradients;
 use lorimer::train::run::step::{StepOptions, accumulate_gradients, batch_loss};
-use lorimer::train::ways::optimizer::{AdamW, AdamWConfig, Optimizer};
 use serde_json::{Value, json};
 
 const TINY: [&str; 4] = ["tiny-gemma2", "tiny-gemma3", "tiny-phi3", "tiny-phi3-longrope"];

@@ -3,13 +3,13 @@
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Tensor};
+use lorimer::adapter::training::{AdamW, AdamWConfig, Optimizer};
 use lorimer::model::decoder::config::DecoderConfig;
 use lorimer::model::text::chat::ChatTemplate;
 use lorimer::model::weights::SafetensorsFile;
 use lorimer::prelude::*;
 use lorimer::train::calibrate::{Data, calibrate};
 use lorimer::train::run::step::batch_loss;
-use lorimer::train::ways::optimizer::{AdamW, AdamWConfig, Optimizer};
 use serde_json::Value;
 
 fn folder(name: &str) -> PathBuf {
@@ -782,8 +782,8 @@ fn the_real_model_equals_transformers_and_peft() {
 /// Twenty steps of galore-torch, with its space renewed on the way, on each side that it projects on.
 #[test]
 fn twenty_steps_equal_galore_torch() {
-    use lorimer::adapter::training::{Galore, GaloreProjection};
-    use lorimer::train::ways::optimizer::GaloreOptimizer;
+    use lorimer::adapter::methods::galore::GaloreOptimizer;
+    use lorimer::adapter::methods::galore::{Galore, GaloreProjection};
     let file = SafetensorsFile::open(&folder("galore.safetensors")).unwrap();
     let get = |name: &str| file.load(name).unwrap().unwrap();
     let (x, target) = (get("x"), get("target"));
@@ -914,7 +914,8 @@ fn lora_xs_folders_of_the_authors_are_read() {
 /// DiffoRA's gates after a search, from its equations in torch (see tests/goldens/make_diffora.py).
 #[test]
 fn difforas_search_equals_torchs() {
-    use lorimer::adapter::search::{DifforaConfig, Gate, Sharing};
+    use lorimer::adapter::methods::diffora::{DifforaConfig, Gate, Sharing};
+    use lorimer::train::calibrate::search::SearchRows;
     let model = tiny("tiny-llama");
     let file = SafetensorsFile::open(&folder("diffora.safetensors")).unwrap();
     let get = |name: &str| file.load(name).unwrap().unwrap();
@@ -938,8 +939,9 @@ fn difforas_search_equals_torchs() {
         ("none", of(5, 2, 3, 1e-2, 2e-2, Gate::Sigmoid, Sharing::None)),
     ] {
         let method = methods::build("diffora", &serde_json::Map::new()).unwrap();
-        let found =
-            lorimer::train::ways::search::search(&model, method.targeting(), &settings, &rows, |_, _| {}).unwrap();
+        let find = methods::parts::search("diffora").unwrap();
+        let data = SearchRows { model: &model, rows: &rows };
+        let found = find(&data, method.targeting(), &serde_json::json!(settings), &mut |_, _| {}).unwrap();
         let expected = get(name).to_vec2::<f32>().unwrap();
         let kinds = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
         for (path, found) in &found {

@@ -5,14 +5,16 @@ use std::collections::BTreeMap;
 use candle_core::{DType, Device, Result, Tensor};
 use lorimer::adapter::Change;
 use lorimer::adapter::file::export::to_lora;
+use lorimer::adapter::methods::OptimizerChoice;
+use lorimer::adapter::training::AdamWConfig;
 use lorimer::model::Site;
 use lorimer::model::weights::LoadDtype;
 use lorimer::prelude::*;
 use lorimer::tensor::Gradients;
 use lorimer::train::calibrate::gradients;
 use lorimer::train::run::frozen::{FrozenCache, FrozenLower};
+use lorimer::train::run::optimize;
 use lorimer::train::run::step::{StepOptions, accumulate_gradients, batch_loss};
-use lorimer::train::ways::optimizer::{self, AdamWConfig};
 use rand::SeedableRng;
 use serde_json::Value;
 
@@ -510,8 +512,8 @@ fn law_10_a_tiny_task_is_learnt() {
         let adapter = attach(model, name, settings);
         let attached = Attached::one(&adapter);
         let parameters = adapter.trainable();
-        let kind = adapter.method.training().optimizer.unwrap_or_default();
-        let mut optimizer = optimizer::build(&kind, AdamWConfig::default(), model, &adapter).unwrap();
+        let kind = adapter.method.training().optimizer.map(OptimizerChoice).unwrap_or_default();
+        let mut optimizer = optimize::build(&kind, AdamWConfig::default(), model, &adapter).unwrap();
         let mut losses = Vec::new();
         for _ in 0..100 {
             let (loss, _, _) = batch_loss(model, &attached, &rows).unwrap();

@@ -2,11 +2,11 @@
 
 use candle_core::{DType, Device, Tensor};
 use lorimer::adapter::method::{CalibrationStats, ParameterSource};
+use lorimer::adapter::training::{AdamW, AdamWConfig, Optimizer};
 use lorimer::model::{Projection, Site};
 use lorimer::prelude::*;
 use lorimer::tensor::FrozenWeight;
 use lorimer::tensor::linalg::{qr, svd};
-use lorimer::train::ways::optimizer::{AdamW, AdamWConfig, Optimizer};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 

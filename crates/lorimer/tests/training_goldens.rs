@@ -5,9 +5,15 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Tensor, Var};
 use lorimer::adapter::method::{CalibrationStats, ParameterSource};
+use lorimer::adapter::methods::lora_pro::LoraPro;
+use lorimer::adapter::methods::lora_pro::{LoraProOptimizer, Pair};
 use lorimer::adapter::methods::sora::{Rise, SoraConfig};
+use lorimer::adapter::methods::sora::{SoftThreshold, Update};
+use lorimer::adapter::methods::{ObjectiveChoice, OptimizerChoice};
 use lorimer::adapter::step::SampledRank;
-use lorimer::adapter::training::{Callback, LoraPro, OptimizerKind, SoftThreshold, Update};
+use lorimer::adapter::training::Moment;
+use lorimer::adapter::training::{AdamW, AdamWConfig, Optimizer};
+use lorimer::adapter::training::{CallbackKind, RunShape};
 use lorimer::adapter::{Named, Role};
 use lorimer::model::{Projection, Site};
 use lorimer::prelude::*;
@@ -15,9 +21,6 @@ use lorimer::tensor::FrozenWeight;
 use lorimer::train::calibrate::{Data, calibrate};
 use lorimer::train::run::schedule::{Schedule, Shape};
 use lorimer::train::run::step::batch_loss;
-use lorimer::train::ways::callback;
-use lorimer::train::ways::objective::{self, Moment};
-use lorimer::train::ways::optimizer::{AdamW, AdamWConfig, LoraProOptimizer, Optimizer, Pair};
 
 fn folder(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/goldens").join(name)
@@ -125,7 +128,7 @@ fn soras_gates_go_the_way_of_its_authors_code() {
             penalty: 10.0,
             random_keep: None,
         };
-        let callback = callback::build(Some(&Callback::SoftThreshold(settings)), (0, steps, peak), &named);
+        let callback = settings.build(RunShape { seed: 0, steps, peak }, &named);
         let mut optimizer = AdamW::new(AdamWConfig::default(), false);
         for step in 0..steps {
             let slope = |i: usize| golden.get(&format!("slope.{i}")).get(step).unwrap();
@@ -164,7 +167,7 @@ fn ba_loras_terms_have_their_values_and_gradients() {
     let second = steps.map(|step| (format!("second.{step}"), "ba-lora:version=2,k=5".to_string(), step));
     let first = ["nlg", "nlu"].map(|task| (task.to_string(), format!("ba-lora:task={task}"), 0));
     for (name, spec, step) in first.into_iter().chain(second) {
-        let objective = objective::build(&spec.parse().unwrap());
+        let objective = spec.parse::<ObjectiveChoice>().unwrap().0.build();
         let leaf = Var::from_tensor(logits).unwrap();
         let value = objective.value(leaf.as_tensor(), base, &Moment::new(step, 100, per_row)).unwrap();
         let found = value.to_scalar::<f64>().unwrap();
@@ -186,7 +189,7 @@ fn lora_pros_full_variant_steps_as_its_authors_code_does() {
         let settings = serde_json::json!({ "variant": variant });
         assert_eq!(methods::learning_rate("lora-pro", settings.as_object().unwrap()).unwrap(), expected);
     }
-    assert_eq!("lora-pro-full".parse::<OptimizerKind>().unwrap().learning_rate(), Some(2e-5));
+    assert_eq!("lora-pro-full".parse::<OptimizerChoice>().unwrap().0.learning_rate(), Some(2e-5));
     for kind in ["zero", "moved"] {
         let a = Var::from_tensor(golden.get("a")).unwrap();
         let b = Var::from_tensor(golden.get(&format!("{kind}.b"))).unwrap();

@@ -22,14 +22,18 @@
 //! assert_eq!(c.to_vec1::<f64>().unwrap(), [2.0, 0.5]);
 //! ```
 
+use std::sync::Arc;
+
+use candle_core::{DType, Var};
 use serde_json::json;
 
 use super::entry::{Entry, Served};
 use super::lora::{Allora, Lora, LoraConfig, lora_file};
-use crate::error::Error;
+use crate::error::{Error, Result};
 use crate::method::Method;
+use crate::parameter::{Named, Role};
 use crate::settings::{configure, split_off};
-use crate::training::Callback;
+use crate::training::{Callback, CallbackKind, RunShape};
 
 /// The registry's line.
 pub const ENTRY: Entry = Entry {
@@ -42,6 +46,7 @@ pub const ENTRY: Entry = Entry {
     mergeable: true,
     served: Served::Batched,
     lr: 1e-3,
+    parts: &[],
     flags: &[("rank", "r"), ("bias", "bias")],
     source: include_str!("allora.rs"),
     laws: &[(r#"{"r": 3}"#, 0.0), (r#"{"r": 2, "eta2": 8, "norm": "l2_squared", "post": false}"#, 0.0)],
@@ -60,7 +65,9 @@ pub const ENTRY: Entry = Entry {
         if !lora.config.rank_pattern.is_empty() || lora.config.init_lora_weights != json!(true) {
             return Err(Error::Config("`allora` takes one rank, and LoRA's own start".into()));
         }
-        lora.training.callback = own.post.then(|| Callback::RowRate(own.clone()));
+        if own.post {
+            lora.training.callback = Some(Arc::new(own.clone()));
+        }
         lora.row_rate = Some(own);
         Ok(Box::new(lora) as Box<dyn Method>)
     },
@@ -68,3 +75,25 @@ pub const ENTRY: Entry = Entry {
     recognises: |_| false,
     from_file: lora_file,
 };
+
+impl CallbackKind for Allora {
+    fn build(&self, _run: RunShape, _parameters: &[Named<'_>]) -> Box<dyn Callback> {
+        Box::new(RowRates(self.clone()))
+    }
+}
+
+/// ALLoRA's factor on the step of each row of B.
+struct RowRates(Allora);
+
+impl Callback for RowRates {
+    fn row_scale(&self, role: Role, var: &Var) -> Result<Option<Vec<f64>>> {
+        match role {
+            Role::B => Ok(Some(self.0.factors(var)?.to_dtype(DType::F64)?.to_vec1::<f64>()?)),
+            _ => Ok(None),
+        }
+    }
+
+    fn steps_rows_apart(&self) -> bool {
+        true
+    }
+}

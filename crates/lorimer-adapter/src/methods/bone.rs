@@ -58,6 +58,7 @@ pub const ENTRY: Entry = Entry {
     mergeable: true,
     served: Served::Batched,
     lr: 5e-4,
+    parts: &[],
     flags: &[("rank", "r"), ("dropout", "miss_dropout"), ("bias", "bias"), ("init", "init_weights")],
     source: include_str!("bone.rs"),
     laws: &[

@@ -35,6 +35,7 @@ pub const ENTRY: Entry = Entry {
     mergeable: true,
     served: Served::Batched,
     lr: 2e-3,
+    parts: &[],
     flags: super::lora::FLAGS,
     source: include_str!("dora.rs"),
     laws: &[(r#"{"r": 3}"#, 1e-12), (r#"{"r": 2, "target_modules": ".*self_attn.*", "bias": "lora_only"}"#, 1e-12)],

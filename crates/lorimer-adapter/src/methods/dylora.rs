@@ -25,8 +25,13 @@
 //! assert_eq!(y, [4.0, 1.0]);
 //! ```
 
+use std::ops::Range;
+use std::sync::Arc;
+
 use candle_core::{Device, Result as TensorResult, Tensor, Var};
 use lorimer_model::{Projection, Site};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -36,11 +41,11 @@ use crate::delta::{Change, Delta};
 use crate::dropout::Dropout;
 use crate::error::{Error, Result};
 use crate::method::{Bias, Method, ParameterSource};
-use crate::parameter::Parameter;
+use crate::parameter::{Named, Parameter, Role};
 use crate::settings::{configure, split_off};
-use crate::step::Step;
+use crate::step::{SampledRank, Step, site_seed};
 use crate::targets::Targeting;
-use crate::training::{Callback, RankSampling, Training};
+use crate::training::{Callback, CallbackKind, RunShape, Training};
 
 /// The registry's line.
 pub const ENTRY: Entry = Entry {
@@ -53,6 +58,7 @@ pub const ENTRY: Entry = Entry {
     mergeable: true,
     served: Served::Batched,
     lr: 2e-3,
+    parts: &[],
     flags: FLAGS,
     source: include_str!("dylora.rs"),
     laws: &[(r#"{"r": 4}"#, 0.0), (r#"{"r": 3, "frozen": true, "scaling": "fixed", "lora_dropout": 0.2}"#, 0.0)],
@@ -176,7 +182,7 @@ impl Method for Dylora {
     }
 
     fn training(&self) -> Training {
-        Training { callback: Some(Callback::RankSampling(self.sampling.clone())), ..Default::default() }
+        Training { callback: Some(Arc::new(self.sampling.clone())), ..Default::default() }
     }
 
     fn attach(&self, site: &Site, base: &Projection, source: &mut ParameterSource<'_>) -> Result<Box<dyn Delta>> {
@@ -252,5 +258,84 @@ impl Delta for DyloraDelta {
 
     fn stored(&self) -> TensorResult<Vec<(&'static str, Tensor)>> {
         Ok(vec![("lora_A.weight", self.a.detach()), ("lora_B.weight", self.b.detach().t()?.contiguous()?)])
+    }
+}
+
+/// How ranks are drawn.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RankSampling {
+    /// The ranks, rising.
+    pub ranks: Vec<usize>,
+    /// Chance of each; empty: equal.
+    pub weights: Vec<f64>,
+    /// Only the last row of A and column of B learn.
+    pub frozen: bool,
+}
+
+impl CallbackKind for RankSampling {
+    fn build(&self, run: RunShape, _parameters: &[Named<'_>]) -> Box<dyn Callback> {
+        Box::new(Ranks { settings: self.clone(), seed: run.seed })
+    }
+}
+
+/// DyLoRA's rank a step.
+struct Ranks {
+    settings: RankSampling,
+    seed: u64,
+}
+
+impl Callback for Ranks {
+    fn rank(&self, step: usize) -> Option<SampledRank> {
+        let s = &self.settings;
+        let mut rng = ChaCha8Rng::seed_from_u64(site_seed(self.seed, &format!("rank {step}")));
+        let total: f64 = s.weights.iter().sum();
+        let place = match s.weights.is_empty() {
+            true => rng.random_range(0..s.ranks.len()),
+            false => {
+                let mut left = rng.random_range(0.0..total);
+                let found = s.weights.iter().position(|w| {
+                    left -= w;
+                    left < 0.0
+                });
+                found.unwrap_or(s.ranks.len() - 1)
+            }
+        };
+        Some(SampledRank { rank: s.ranks[place], frozen: s.frozen })
+    }
+
+    fn rows(&self, step: usize, role: Role) -> Option<Range<usize>> {
+        if !role.is_factor() {
+            return None;
+        }
+        let SampledRank { rank, frozen } = self.rank(step)?;
+        Some(if frozen { rank - 1..rank } else { 0..rank })
+    }
+
+    fn steps_rows_apart(&self) -> bool {
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranks_follow_seed_and_step_and_their_chances() {
+        let of = |weights: Vec<f64>, seed| Ranks {
+            settings: RankSampling { ranks: vec![1, 2, 4], weights, frozen: false },
+            seed,
+        };
+        let draw = |r: &Ranks| (0..3000).map(|step| r.rank(step).unwrap().rank).collect::<Vec<_>>();
+        assert_eq!(draw(&of(vec![], 1)), draw(&of(vec![], 1)));
+        assert_ne!(draw(&of(vec![], 1)), draw(&of(vec![], 2)));
+        let share = |ranks: &[usize], r| ranks.iter().filter(|x| **x == r).count() as f64 / ranks.len() as f64;
+        let (even, uneven) = (draw(&of(vec![], 3)), draw(&of(vec![0.6, 0.3, 0.1], 3)));
+        for (r, chance) in [(1, 0.6), (2, 0.3), (4, 0.1)] {
+            assert!((share(&even, r) - 1.0 / 3.0).abs() < 0.04);
+            assert!((share(&uneven, r) - chance).abs() < 0.04);
+        }
+        assert_eq!(of(vec![], 1).rows(5, Role::A).map(|r| r.end), of(vec![], 1).rank(5).map(|r| r.rank));
+        assert_eq!(of(vec![], 1).rows(5, Role::Whole), None);
     }
 }

@@ -1,9 +1,13 @@
 //! What a line of the registry says of a method.
 
+use std::sync::Arc;
+
 use serde_json::{Map, Value};
 
 use crate::error::Result;
 use crate::method::Method;
+use crate::training::search::Search;
+use crate::training::{ObjectiveKind, OptimizerKind};
 
 /// How a method is served beside others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
@@ -19,6 +23,17 @@ pub enum Served {
 
 /// Makes a method out of a configuration.
 pub type Build = fn(&Map<String, Value>) -> Result<Box<dyn Method>>;
+
+/// A part of training that a method's file brings, to be named apart from the method.
+#[derive(Clone, Copy)]
+pub enum Part {
+    /// What `--optimizer` takes.
+    Optimizer(fn(&Map<String, Value>) -> Result<Arc<dyn OptimizerKind>>),
+    /// What `--objective` takes.
+    Objective(fn(&Map<String, Value>) -> Result<Arc<dyn ObjectiveKind>>),
+    /// What runs before the adapter is attached ([`crate::Calibration::Search`]).
+    Search(Search),
+}
 
 /// One line of the registry.
 pub struct Entry {
@@ -40,6 +55,8 @@ pub struct Entry {
     pub served: Served,
     /// Learning rate that `train` takes unless told otherwise; settings may want another: [`super::learning_rate`].
     pub lr: f64,
+    /// Parts of training by the name that the command line takes.
+    pub parts: &'static [(&'static str, Part)],
     /// The command line's flags that the method has, each with the setting it stands for.
     pub flags: &'static [(&'static str, &'static str)],
     /// Its source, whose header is its page in `docs/`.

@@ -38,6 +38,7 @@ pub const ENTRY: Entry = Entry {
     mergeable: true,
     served: Served::Batched,
     lr: 5e-4,
+    parts: &[],
     flags: FLAGS,
     source: include_str!("eva.rs"),
     laws: &[

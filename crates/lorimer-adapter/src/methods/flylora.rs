@@ -85,6 +85,7 @@ pub const ENTRY: Entry = Entry {
     mergeable: false,
     served: Served::Batched,
     lr: 5e-3,
+    parts: &[],
     flags: &[("rank", "r"), ("alpha", "lora_alpha"), ("dropout", "lora_dropout")],
     source: include_str!("flylora.rs"),
     laws: &[

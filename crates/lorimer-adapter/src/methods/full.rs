@@ -44,6 +44,7 @@ pub const ENTRY: Entry = Entry {
     mergeable: true,
     served: Served::Converted,
     lr: 1e-4,
+    parts: &[],
     flags: &[("bias", "bias")],
     source: include_str!("full.rs"),
     laws: &[("{}", 1e-12), (r#"{"target_modules": ["q_proj", "down_proj"], "bias": "lora_only"}"#, 1e-12)],

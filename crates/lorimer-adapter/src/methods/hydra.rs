@@ -57,6 +57,7 @@ pub const ENTRY: Entry = Entry {
     mergeable: true,
     served: Served::Batched,
     lr: 2e-3,
+    parts: &[],
     flags: &[("rank", "r")],
     source: include_str!("hydra.rs"),
     laws: &[

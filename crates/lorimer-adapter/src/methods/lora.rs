@@ -52,6 +52,7 @@ pub const ENTRY: Entry = Entry {
     mergeable: true,
     served: Served::Batched,
     lr: 2e-3,
+    parts: &[],
     flags: FLAGS,
     source: concat!(include_str!("lora.rs"), include_str!("lora/config.rs")),
     laws: &[

@@ -48,6 +48,7 @@ pub const ENTRY: Entry = Entry {
     mergeable: true,
     served: Served::Batched,
     lr: 5e-4,
+    parts: &[],
     flags: &[("rank", "r"), ("lr", "init_lr")],
     source: include_str!("lora_sb.rs"),
     laws: &[

@@ -53,6 +53,7 @@ pub const ENTRY: Entry = Entry {
     mergeable: true,
     served: Served::Batched,
     lr: 5e-4,
+    parts: &[],
     flags: &[("rank", "r"), ("alpha", "lora_alpha")],
     source: include_str!("lora_xs.rs"),
     laws: &[

@@ -24,6 +24,7 @@ pub mod lora_sb;
 pub mod lora_xs;
 pub mod mt19937;
 pub mod nlora;
+pub mod parts;
 pub mod randlora;
 pub mod random;
 mod routing;
@@ -34,7 +35,8 @@ pub mod sora;
 pub mod tlora;
 pub mod vera;
 
-pub use entry::{Build, Entry, Served};
+pub use entry::{Build, Entry, Part, Served};
+pub use parts::{ObjectiveChoice, OptimizerChoice};
 
 /// Every method, in the order of `lorimer methods`.
 pub const REGISTRY: &[Entry] = &[

@@ -61,6 +61,7 @@ pub const ENTRY: Entry = Entry {
     mergeable: true,
     served: Served::Batched,
     lr: 5e-6,
+    parts: &[],
     flags: &[("rank", "r"), ("alpha", "lora_alpha"), ("init", "start")],
     source: include_str!("nlora.rs"),
     laws: &[

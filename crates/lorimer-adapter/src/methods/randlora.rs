@@ -57,6 +57,7 @@ pub const ENTRY: Entry = Entry {
     mergeable: true,
     served: Served::Converted,
     lr: 5e-4,
+    parts: &[],
     flags: &[("rank", "r"), ("alpha", "randlora_alpha"), ("dropout", "randlora_dropout"), ("bias", "bias")],
     source: include_str!("randlora.rs"),
     laws: &[

@@ -60,6 +60,7 @@ pub const ENTRY: Entry = Entry {
     mergeable: true,
     served: Served::Converted,
     lr: 2e-3,
+    parts: &[],
     flags: &[("rank", "r")],
     source: include_str!("shira.rs"),
     laws: &[

@@ -87,6 +87,7 @@ pub const ENTRY: Entry = Entry {
     mergeable: false,
     served: Served::Batched,
     lr: 2e-3,
+    parts: &[],
     flags: &[("rank", "r"), ("alpha", "lora_alpha"), ("dropout", "lora_dropout")],
     source: include_str!("smora.rs"),
     laws: &[

@@ -36,9 +36,13 @@
 //! ```
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use candle_core::{DType, Device, Result as TensorResult, Tensor, Var};
 use lorimer_model::{Projection, Site};
+use rand::SeedableRng;
+use rand::seq::SliceRandom;
+use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
@@ -49,11 +53,12 @@ use crate::delta::{Change, Delta};
 use crate::dropout::Dropout;
 use crate::error::{Error, Result};
 use crate::method::{Bias, Method, ParameterSource};
-use crate::parameter::{Parameter, Role};
+use crate::parameter::{Named, Parameter, Role};
 use crate::settings::{configure, split_off};
-use crate::step::Step;
+use crate::step::{Step, site_seed};
 use crate::targets::Targeting;
-use crate::training::{Callback, SoftThreshold, Training, Update};
+use crate::training::callback::gates;
+use crate::training::{Callback, CallbackKind, RunShape, Training};
 
 /// The registry's line.
 pub const ENTRY: Entry = Entry {
@@ -66,6 +71,7 @@ pub const ENTRY: Entry = Entry {
     mergeable: true,
     served: Served::Batched,
     lr: 8e-4,
+    parts: &[],
     flags: FLAGS,
     source: include_str!("sora.rs"),
     laws: &[(r#"{"r": 4}"#, 0.0), (r#"{"r": 3, "gate": "ones", "use_rslora": true, "lora_dropout": 0.2}"#, 0.0)],
@@ -259,7 +265,7 @@ impl Method for Sora {
             penalty: self.own.penalty,
             random_keep: self.own.random_keep,
         };
-        Training { callback: Some(Callback::SoftThreshold(callback)), ..Default::default() }
+        Training { callback: Some(Arc::new(callback)), ..Default::default() }
     }
 
     /// The ranks that are left, with α so that its ratio to the rank stays.
@@ -354,3 +360,136 @@ impl Delta for SoraDelta {
         Ok(vec![("lora_A.weight", a), ("lora_B.weight", self.b.detach().index_select(&kept, 1)?)])
     }
 }
+
+/// How gates are thinned out.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SoftThreshold {
+    /// The threshold ξ of each stage.
+    pub stages: Vec<f64>,
+    /// Whether these are multiples of the gates' highest learning rate.
+    pub of_rate: bool,
+    /// Whether ξ is multiplied by the learning rate over its peak (the paper's), or stays (the reference code's).
+    pub lr_scaled: bool,
+    /// What becomes of a gate after each step.
+    pub update: Update,
+    /// The gates' highest learning rate; None: the run's.
+    pub gate_lr: Option<f64>,
+    /// λ of λ · Σ|g| / p in the loss, p the number of all gates.
+    pub penalty: f64,
+    /// In place of the threshold: gates drawn by lot are closed over the run until this share is left.
+    pub random_keep: Option<f64>,
+}
+
+/// What becomes of a gate g after each step.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Update {
+    /// The reference code's: where |g| > ξ it loses ξ, and what is then below ξ is zero.
+    #[default]
+    Masked,
+    /// sign(g) · max(|g| − ξ, 0), the paper's.
+    Soft,
+}
+
+impl Update {
+    /// What a gate becomes.
+    pub fn of(self, g: f64, xi: f64) -> f64 {
+        let size = g.abs();
+        match self {
+            Self::Soft if size > xi => (size - xi).copysign(g),
+            Self::Soft => 0.0,
+            Self::Masked => {
+                let left = if size > xi { size - xi } else { size };
+                if left < xi { 0.0 } else { left.copysign(g) }
+            }
+        }
+    }
+}
+
+impl CallbackKind for SoftThreshold {
+    fn build(&self, run: RunShape, parameters: &[Named<'_>]) -> Box<dyn Callback> {
+        let count = gates(parameters).map(|gate| gate.elem_count()).sum();
+        let mut lot: Vec<usize> = (0..count).collect();
+        lot.shuffle(&mut ChaCha8Rng::seed_from_u64(site_seed(run.seed, "gates by lot")));
+        Box::new(Gates { settings: self.clone(), total: run.steps, peak: run.peak, lot })
+    }
+}
+
+/// SoRA's threshold on gates.
+struct Gates {
+    settings: SoftThreshold,
+    total: usize,
+    /// The run's highest learning rate.
+    peak: f64,
+    /// All gates, in the order in which a lot closes them.
+    lot: Vec<usize>,
+}
+
+impl Gates {
+    /// The stage of a step, counted from 0.
+    fn stage(&self, step: usize) -> usize {
+        let stages = self.settings.stages.len().max(1);
+        (step * stages / self.total.max(1)).min(stages - 1)
+    }
+
+    /// ξ of a step of which `rate` is the learning rate over its peak.
+    fn threshold(&self, step: usize, rate: f64) -> f64 {
+        let s = &self.settings;
+        let xi = s.stages.get(self.stage(step)).copied().unwrap_or(0.0);
+        let xi = if s.of_rate { xi * s.gate_lr.unwrap_or(self.peak) } else { xi };
+        if s.lr_scaled { xi * rate } else { xi }
+    }
+
+    /// Whether each gate is closed after a step by lot: as many more after every step.
+    fn closed_by_lot(&self, step: usize, keep: f64) -> Vec<bool> {
+        let count = self.lot.len() as f64 * (1.0 - keep) * (step + 1) as f64 / self.total.max(1) as f64;
+        let mut closed = vec![false; self.lot.len()];
+        self.lot.iter().take(count.round() as usize).for_each(|&i| closed[i] = true);
+        closed
+    }
+}
+
+impl Callback for Gates {
+    fn rate(&self, role: Role) -> f64 {
+        self.settings.gate_lr.filter(|_| role == Role::Gate).map_or(1.0, |rate| rate / self.peak)
+    }
+
+    fn decays(&self, role: Role) -> bool {
+        role != Role::Gate
+    }
+
+    fn gradient(&self, role: Role, var: &Var, g: Tensor) -> Result<Tensor> {
+        match self.settings.penalty > 0.0 && role == Role::Gate {
+            true => Ok((g + (var.as_tensor().sign()? * (self.settings.penalty / self.lot.len() as f64))?)?),
+            false => Ok(g),
+        }
+    }
+
+    fn after(&self, step: usize, rate: f64, parameters: &[Named<'_>]) -> Result<()> {
+        let xi = self.threshold(step, rate);
+        let closed = self.settings.random_keep.map(|keep| self.closed_by_lot(step, keep));
+        let mut place = 0;
+        for var in gates(parameters) {
+            let mut gates = var.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
+            for gate in &mut gates {
+                *gate = match &closed {
+                    None => self.settings.update.of(*gate, xi),
+                    Some(closed) if closed[place] => 0.0,
+                    Some(_) => *gate,
+                };
+                place += 1;
+            }
+            var.set(&Tensor::from_vec(gates, var.shape(), var.device())?.to_dtype(var.dtype())?)?;
+        }
+        Ok(())
+    }
+
+    fn stage_ended(&self, step: usize) -> Option<usize> {
+        let stage = self.stage(step);
+        let last = step + 1 >= self.total || self.stage(step + 1) > stage;
+        (self.settings.stages.len() > 1 && last).then_some(stage + 1)
+    }
+}
+
+#[cfg(test)]
+mod tests;

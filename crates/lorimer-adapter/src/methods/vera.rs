@@ -49,6 +49,7 @@ pub const ENTRY: Entry = Entry {
     mergeable: true,
     served: Served::Batched,
     lr: 1e-2,
+    parts: &[],
     flags: &[("rank", "r"), ("dropout", "vera_dropout"), ("bias", "bias")],
     source: include_str!("vera.rs"),
     laws: &[

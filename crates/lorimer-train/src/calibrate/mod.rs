@@ -9,6 +9,8 @@
 //!
 //! [`calibrate`] does what a method asks for and keeps the result in a cache on disk, by the content of all that decides it.
 
+pub mod search;
+
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
@@ -24,9 +26,9 @@ use lorimer_tensor::{Gradients, Ops, Tape};
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
+use crate::calibrate::search::SearchRows;
 use crate::data::encode::Example;
 use crate::error::{Error, Result};
-use crate::ways::search::search;
 
 /// Version of what is cached.
 const CACHE_VERSION: u32 = 1;
@@ -474,7 +476,12 @@ pub fn calibrate(
             gradients(model, method, &looked_at, (batch_size, absolute), reduce, progress)?;
             stats
         }
-        Calibration::Search(settings) => search(model, method.targeting(), &settings, &looked_at, progress)?,
+        Calibration::Search(settings) => {
+            let missing = || Error::Settings(format!("`{}` has no search", method.name()));
+            let search = lorimer_adapter::methods::parts::search(method.name()).ok_or_else(missing)?;
+            let mut progress = progress;
+            search(&SearchRows { model, rows: &looked_at }, method.targeting(), &settings, &mut progress)?
+        }
         _ => {
             let all = targeted(model, method)?.len();
             inputs(model, method, &looked_at, |_, done| progress(done, all))?

@@ -4,6 +4,7 @@ pub mod checkpoint;
 pub mod evaluate;
 pub mod frozen;
 pub mod log;
+pub mod optimize;
 pub mod plan;
 pub mod schedule;
 pub mod session;

@@ -5,8 +5,9 @@
 //! largest batch computes, exactly where the data are at hand.
 
 use lorimer_adapter::method::Bias;
+use lorimer_adapter::methods::OptimizerChoice;
 use lorimer_adapter::targets::Matcher;
-use lorimer_adapter::training::GaloreProjection;
+use lorimer_adapter::training::objective::BLOCK_ROWS;
 use lorimer_adapter::{Calibration, Method};
 use lorimer_model::{Batch, Config, Site};
 use lorimer_tensor::ops::loss::CHUNK_BYTES;
@@ -16,8 +17,6 @@ use crate::data::encode::Example;
 use crate::error::Result;
 use crate::run::frozen::FrozenCache;
 use crate::run::trainer::TrainSettings;
-use crate::ways::objective::BLOCK_ROWS;
-use crate::ways::optimizer::OptimizerKind;
 
 /// Micro-batches that are looked at; longer runs are scaled up from these.
 const LOOKED_AT: usize = 2048;
@@ -105,7 +104,7 @@ pub struct Request<'a> {
     /// Whether layers are computed again in the backward.
     pub checkpointing: bool,
     /// The optimiser.
-    pub optimizer: OptimizerKind,
+    pub optimizer: OptimizerChoice,
     /// Whether there is a further term of the loss, which looks at the frozen base's logits too.
     pub objective: bool,
     /// What becomes of frozen lower layers' output.
@@ -171,36 +170,6 @@ const TOKENIZER: u64 = 330;
 /// Share of memory taken and freed that is not in one piece and so not used again; measured.
 const SLACK: f64 = 0.05;
 
-/// Bytes of moments a parameter.
-fn plain_state(kind: &OptimizerKind) -> f64 {
-    match kind {
-        OptimizerKind::AdamW8bit => 2.04,
-        OptimizerKind::Galore(g) if g.bits == 8 => 2.04,
-        _ => 8.0,
-    }
-}
-
-/// Bytes of the optimiser's state for a projection's own `parameters`.
-fn state_bytes(kind: &OptimizerKind, site: &Site, parameters: u64) -> f64 {
-    let (m, n) = (site.outputs as f64, site.inputs as f64);
-    match kind {
-        OptimizerKind::Galore(g) => {
-            let (least, most) = (m.min(n), m.max(n));
-            let r = (g.rank as f64).min(least);
-            let (moments, spaces) = match g.proj_type {
-                GaloreProjection::ReverseStd => (r * least, r * most),
-                GaloreProjection::Left => (r * n, r * m),
-                GaloreProjection::Right => (r * m, r * n),
-                GaloreProjection::Full => (r * r, r * (m + n)),
-                GaloreProjection::Std => (r * most, r * least),
-            };
-            plain_state(kind) * moments + 4.0 * spaces
-        }
-        OptimizerKind::LoraPro(p) if p.full => 8.0 * m * n,
-        _ => plain_state(kind) * parameters as f64,
-    }
-}
-
 /// Predicts a run's memory and arithmetic.
 pub fn plan(request: &Request<'_>) -> Result<Plan> {
     let (c, work) = (request.config.shape(), &request.work);
@@ -213,7 +182,7 @@ pub fn plan(request: &Request<'_>) -> Result<Plan> {
             let own = request.method.parameters(site)? as u64;
             parameters += own;
             stepped += own;
-            state += state_bytes(&request.optimizer, site, own);
+            state += request.optimizer.0.bytes((site.outputs, site.inputs), own);
             held += request.method.activations_fixed(site) as u64;
         }
         if matcher.saves(&site.path) {
@@ -259,12 +228,12 @@ pub fn plan(request: &Request<'_>) -> Result<Plan> {
     let logits = chunk * c.vocabulary as u64;
     // Whole parameters beside the adapter.
     let embedded = if embedding { (c.vocabulary * c.hidden) as u64 } else { 0 };
-    state += plain_state(&request.optimizer) * parameters.saturating_sub(stepped + embedded) as f64;
+    state += request.optimizer.0.bytes_per_number() * parameters.saturating_sub(stepped + embedded) as f64;
     // An embedding's moments are kept in full whatever the optimiser.
     state += 8.0 * embedded as f64;
     // Stepped layer by layer, only the largest layer's gradients are alive at a time.
-    let gradients = match &request.optimizer {
-        OptimizerKind::Galore(g) if g.per_layer => {
+    let gradients = match request.optimizer.0.per_layer() {
+        true => {
             let mut largest = 0;
             for i in 0..layers {
                 let mut layer = 0u64;
@@ -275,7 +244,7 @@ pub fn plan(request: &Request<'_>) -> Result<Plan> {
             }
             largest + parameters.saturating_sub(stepped)
         }
-        _ => parameters,
+        false => parameters,
     };
     // Logits of both models, their logarithms, exponentials and gradients.
     let further = if request.objective { 10 * (work.predicting.min(BLOCK_ROWS) * c.vocabulary) as u64 } else { 0 };

@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor, Var};
 use lorimer_adapter::Attached;
+use lorimer_adapter::training::objective::{BLOCK_ROWS, Moment, Objective};
 use lorimer_model::{Adaptation, BaseModel, Batch, Frozen, Inference, Layout, Recompute, run_blocks};
 use lorimer_tensor::{Gradients, Ops, Tape};
 use serde::{Deserialize, Serialize};
@@ -11,7 +12,6 @@ use serde::{Deserialize, Serialize};
 use crate::data::encode::Example;
 use crate::error::Result;
 use crate::run::frozen::{FrozenCache, FrozenLower};
-use crate::ways::objective::{BLOCK_ROWS, Moment, Objective};
 
 /// How the fast form goes about it. None of these changes the result beyond rounding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -6,7 +6,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use candle_core::{Tensor, Var};
-use lorimer_adapter::{Adapter, Attached, Named, Role, Step, training};
+use lorimer_adapter::methods::{ObjectiveChoice, OptimizerChoice};
+use lorimer_adapter::training::callback::{self, Callback, Idle, RunShape};
+use lorimer_adapter::training::{AdamWConfig, Moment, Optimizer, ParamGroup};
+use lorimer_adapter::{Adapter, Attached, Named, Role, Step};
 use lorimer_model::decoder::EMBEDDING;
 use lorimer_model::{BaseModel, TextModel};
 use lorimer_tensor::Gradients;
@@ -21,11 +24,9 @@ use crate::run::checkpoint::{Checkpoint, State};
 use crate::run::evaluate::{Evaluation, evaluate};
 use crate::run::frozen::FrozenLower;
 use crate::run::log::{Log, Record, plot};
+use crate::run::optimize;
 use crate::run::schedule::{Schedule, Shape};
 use crate::run::step::{StepInputs, StepOptions, accumulate};
-use crate::ways::callback::{self, Callback};
-use crate::ways::objective::{self, Moment};
-use crate::ways::optimizer::{self, AdamWConfig, Optimizer, OptimizerKind, ParamGroup};
 
 /// Settings that stand at zero are not written, so that what an earlier version began can be resumed.
 fn is_zero(value: &f64) -> bool {
@@ -53,9 +54,9 @@ pub struct TrainSettings {
     /// Shape of the rate after that.
     pub schedule: Shape,
     /// Which optimiser; None: the method's own.
-    pub optimizer: Option<OptimizerKind>,
+    pub optimizer: Option<OptimizerChoice>,
     /// What is minimised beside the loss of the task; None: the method's own.
-    pub objective: Option<training::Objective>,
+    pub objective: Option<ObjectiveChoice>,
     /// LoRA+ (Hayou et al. 2024, arXiv 2402.12354): what the rate of B is multiplied by.
     pub loraplus_lr_ratio: Option<f64>,
     /// The optimiser's constants.
@@ -333,12 +334,14 @@ impl Run<'_> {
         let warmup = s.warmup(self.train.len());
         let schedule = Schedule { peak: s.learning_rate, warmup, total, shape: s.schedule };
         let own = self.adapter.method.training();
-        let kind = s.optimizer.clone().or(own.optimizer).unwrap_or_default();
-        let mut optimizer = optimizer::build(&kind, s.adamw, self.model, self.adapter)?;
-        let callback = callback::build(own.callback.as_ref(), (s.seed, total, s.learning_rate), &named);
-        self.check_parts(&kind, callback.as_ref(), &named)?;
-        let objective = s.objective.as_ref().or(own.objective.as_ref()).map(objective::build);
-        let per_layer = matches!(&kind, OptimizerKind::Galore(g) if g.per_layer);
+        let choice = s.optimizer.clone().or(own.optimizer.map(OptimizerChoice)).unwrap_or_default();
+        let mut optimizer = optimize::build(&choice, s.adamw, self.model, self.adapter)?;
+        let shape = RunShape { seed: s.seed, steps: total, peak: s.learning_rate };
+        let callback =
+            own.callback.map_or_else(|| Box::new(Idle) as Box<dyn Callback>, |kind| kind.build(shape, &named));
+        self.check_parts(&choice, callback.as_ref(), &named)?;
+        let objective = s.objective.as_ref().map(|o| &o.0).or(own.objective.as_ref()).map(|kind| kind.build());
+        let per_layer = choice.0.per_layer();
         let mut state = State { settings: self.identity.clone(), ..Default::default() };
         let mut best: BTreeMap<String, Tensor> = BTreeMap::new();
         if self.resume
@@ -405,9 +408,9 @@ impl Run<'_> {
                         .filter(|(name, _)| !self.adapter.parameters().contains_key(name))
                         .filter_map(|(name, var)| Some(((name.clone(), *var), Some(sums.remove(var.as_tensor())?))))
                         .unzip();
-                    layers += optimizer::squares(&gradients)?;
-                    optimizer::shrink(&mut gradients, last_norm, s.max_grad_norm)?;
-                    optimizer.step_with(&some, &gradients, &how, rate)
+                    layers += optimize::squares(&gradients)?;
+                    optimize::shrink(&mut gradients, last_norm, s.max_grad_norm)?;
+                    Ok(optimizer.step_with(&some, &gradients, &how, rate)?)
                 };
                 let inputs = StepInputs {
                     lower: lower.as_ref().map(|lower| (lower, places.as_slice())),
@@ -433,8 +436,8 @@ impl Run<'_> {
                 let g = sums.remove(var.as_tensor());
                 gradients.push(g.map(|g| callback.gradient(*role, var, g)).transpose()?);
             }
-            let norm = optimizer::check_norm((layers + optimizer::squares(&gradients)?).sqrt())?;
-            optimizer::shrink(&mut gradients, if per_layer { last_norm } else { norm }, s.max_grad_norm)?;
+            let norm = optimize::check_norm((layers + optimize::squares(&gradients)?).sqrt())?;
+            optimize::shrink(&mut gradients, if per_layer { last_norm } else { norm }, s.max_grad_norm)?;
             optimizer.step_with(&parameters, &gradients, &how, rate)?;
             callback.after(state.step, rate / s.learning_rate, &named)?;
             self.adapter.after_step()?;
@@ -502,19 +505,19 @@ impl Run<'_> {
     }
 
     /// Refuses parts that do not go together.
-    fn check_parts(&self, kind: &OptimizerKind, callback: &dyn Callback, parameters: &[Named<'_>]) -> Result<()> {
+    fn check_parts(&self, choice: &OptimizerChoice, callback: &dyn Callback, parameters: &[Named<'_>]) -> Result<()> {
         let (s, method) = (self.settings, self.adapter.method.name());
         let fail = |text: String| Err(Error::Settings(text));
         if s.loraplus_lr_ratio.is_some() && !parameters.iter().any(|p| p.role == Role::B) {
             return fail(format!("--loraplus-lr-ratio is for methods that train LoRA's B, and `{method}` does not"));
         }
-        if callback.steps_rows_apart() && *kind != OptimizerKind::AdamW {
+        if callback.steps_rows_apart() && !choice.is_adamw() {
             return fail(format!(
                 "`{method}` steps rows of A and B apart, which --optimizer {} cannot; use adamw",
-                kind.name()
+                choice.0.name()
             ));
         }
-        if matches!(kind, OptimizerKind::Galore(g) if g.per_layer) && s.gradient_accumulation > 1 {
+        if choice.0.per_layer() && s.gradient_accumulation > 1 {
             return fail(
                 "galore with per_layer drops each layer's gradient at once; use --gradient-accumulation 1".into(),
             );
@@ -529,15 +532,15 @@ impl Run<'_> {
         step: usize,
         name: &str,
         parameter: Option<(Role, &Var)>,
-    ) -> Result<ParamGroup> {
-        let missing = || Error::Settings(format!("`{name}` is no parameter of the adapter"));
+    ) -> lorimer_adapter::Result<ParamGroup> {
+        let missing = || lorimer_adapter::Error::Config(format!("`{name}` is no parameter of the adapter"));
         let (role, var) = parameter.ok_or_else(missing)?;
         // As the reference groups them: B, and every vector (biases, magnitudes, norms), but not SoRA's gates.
         let faster = role == Role::B || (var.dims().len() == 1 && role != Role::Gate);
         let plus = self.settings.loraplus_lr_ratio.filter(|_| faster).unwrap_or(1.0);
         Ok(ParamGroup {
             rate: callback.rate(role) * plus,
-            decay: callback.decays(role) && optimizer::decays(name),
+            decay: callback.decays(role) && optimize::decays(name),
             rows: callback.rows(step, role),
             row_scale: callback.row_scale(role, var)?,
             projected: role != Role::Whole,

@@ -6,11 +6,11 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Args, ValueEnum};
 use lorimer::adapter::Adapter;
-use lorimer::adapter::training::Objective;
+use lorimer::adapter::methods::ObjectiveChoice;
+use lorimer::adapter::training::AdamWConfig;
 use lorimer::train::data::Format;
 use lorimer::train::run::plan::Work;
 use lorimer::train::run::schedule::Shape;
-use lorimer::train::ways::optimizer::AdamWConfig;
 use lorimer::train::{EncodeOptions, Event, Outcome, Session, TooLong, TrainSettings};
 use serde_json::{Value, json};
 
@@ -108,7 +108,7 @@ pub struct Train {
     loraplus_lr_ratio: Option<f64>,
     /// Further terms of the loss: ba-lora, with settings behind it (ba-lora:lambda1=1e-4,task=nlu) [default: the method's own]
     #[arg(long, value_name = "NAME[:KEY=VALUE,…]", help_heading = "Training")]
-    objective: Option<Objective>,
+    objective: Option<ObjectiveChoice>,
     /// Limit on the gradient's norm; 0 for none
     #[arg(long, default_value_t = 1.0, help_heading = "Training")]
     max_grad_norm: f64,
@@ -147,7 +147,7 @@ pub struct Train {
 
 impl Train {
     pub fn run(self, global: Global) -> Result<ExitCode> {
-        let own = self.step.optimizer().and_then(|optimizer| optimizer.learning_rate());
+        let own = self.step.optimizer().and_then(|optimizer| optimizer.0.learning_rate());
         let lr = match self.lr.or(own) {
             Some(lr) => lr,
             None => self.adapter.learning_rate()?,

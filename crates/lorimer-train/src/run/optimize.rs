@@ -1,21 +1,12 @@
-//! Optimisers: from gradients to new parameters.
+//! From gradients to a step: the optimiser for an adapter, norms and clipping, which parameters decay.
 
 use candle_core::{DType, Tensor};
-pub use lorimer_adapter::training::OptimizerKind;
-use lorimer_adapter::{Adapter, Delta, Role, Step};
-use lorimer_model::{BaseModel, Projection, Site};
+use lorimer_adapter::Adapter;
+use lorimer_adapter::methods::OptimizerChoice;
+use lorimer_adapter::training::{AdamWConfig, Optimizer};
+use lorimer_model::BaseModel;
 
 use crate::error::{Error, Result};
-
-mod adamw;
-mod galore;
-pub mod lora_pro;
-mod stepping;
-
-pub use adamw::{AdamW, AdamWConfig};
-pub use galore::GaloreOptimizer;
-pub use lora_pro::{LoraProOptimizer, Pair};
-pub use stepping::{Optimizer, ParamGroup};
 
 /// Whether weight decay acts on a parameter of this name, by transformers' rule: on all but biases and norms.
 pub fn decays(name: &str) -> bool {
@@ -24,53 +15,18 @@ pub fn decays(name: &str) -> bool {
     !norm && !["bias", "layernorm", "rmsnorm"].iter().any(|part| name.contains(part))
 }
 
-/// The optimiser of a kind for an adapter, or why the two do not go together.
+/// The optimiser of a choice for an adapter, or why the two do not go together.
 ///
 /// # Errors
 ///
 /// Fails if the optimiser needs parameters that the method does not train.
 pub fn build(
-    kind: &OptimizerKind,
+    choice: &OptimizerChoice,
     config: AdamWConfig,
     model: &dyn BaseModel,
     adapter: &Adapter,
 ) -> Result<Box<dyn Optimizer>> {
-    let method = adapter.method.name();
-    Ok(match kind {
-        OptimizerKind::AdamW => Box::new(AdamW::new(config, false)),
-        OptimizerKind::AdamW8bit => Box::new(AdamW::new(config, true)),
-        OptimizerKind::Galore(settings) => {
-            if adapter.deltas().any(|(_, delta)| delta.parameters().iter().any(|p| p.role != Role::Weight)) {
-                return Err(Error::Settings(format!(
-                    "galore projects gradients of whole weights, which `{method}` does not train; use --method full or --method galore"
-                )));
-            }
-            Box::new(GaloreOptimizer::new(settings.clone(), config))
-        }
-        OptimizerKind::LoraPro(settings) => {
-            let pair = |(site, base, delta): (&Site, &Projection, &dyn Delta)| {
-                let scaling = pair_scaling(base, delta)?.ok_or_else(|| {
-                    Error::Settings(format!(
-                        "lora-pro corrects the gradients of LoRA's A and B, and `{method}` trains something else; use --method lora or eva"
-                    ))
-                })?;
-                Ok(Pair { module: site.path.clone(), scaling })
-            };
-            let pairs = adapter.sites(model).into_iter().map(pair).collect::<Result<Vec<_>>>()?;
-            Box::new(LoraProOptimizer::new(settings.clone(), config, pairs))
-        }
-    })
-}
-
-/// s, where A and B are all that is trained and ΔW = s · B A up to a constant.
-fn pair_scaling(base: &Projection, delta: &dyn Delta) -> Result<Option<f64>> {
-    let parameters = delta.parameters();
-    let [a, b] = &parameters[..] else { return Ok(None) };
-    let change = delta.change(base, 0, &Step::default())?;
-    let Some(low) = change.factors().filter(|_| (a.role, b.role) == (Role::A, Role::B)) else { return Ok(None) };
-    // A start that moves the base stands beside A and B in the factors; a B that is kept otherwise is no B.
-    let fits = a.var.dims().get(1) == low.a.dims().get(1) && b.var.dims().first() == low.b.dims().first();
-    Ok(fits.then_some(low.scaling))
+    Ok(choice.0.build(config, adapter.method.name(), &adapter.sites(model))?)
 }
 
 /// Σ of the squares of all gradients.

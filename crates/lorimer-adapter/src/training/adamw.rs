@@ -6,29 +6,33 @@ use candle_core::{DType, Device, Tensor, Var, WithDType};
 use lorimer_tensor::storage::blockwise::{Code, SIGNED, UNSIGNED};
 use num_traits::Float;
 use rayon::prelude::*;
-use serde::{Deserialize, Serialize};
 
-use super::{Optimizer, ParamGroup};
+use super::optimizer::{AdamWConfig, Module, Optimizer, OptimizerKind, ParamGroup};
 use crate::error::{Error, Result};
 
-/// AdamW's constants.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-pub struct AdamWConfig {
-    /// Decay of the first moment.
-    pub beta1: f64,
-    /// Decay of the second moment.
-    pub beta2: f64,
-    /// Added to the root of the second moment.
-    pub eps: f64,
-    /// Decoupled weight decay.
-    pub weight_decay: f64,
+/// AdamW as a choice: with moments in the parameters' type, or with block-wise 8-bit moments.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Adam {
+    /// Whether moments are kept in 8 bits.
+    pub eight_bit: bool,
 }
 
-impl Default for AdamWConfig {
-    fn default() -> Self {
-        Self { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0 }
+impl OptimizerKind for Adam {
+    fn name(&self) -> &'static str {
+        if self.eight_bit { "adamw-8bit" } else { "adamw" }
+    }
+
+    fn build(&self, config: AdamWConfig, _method: &str, _modules: &[Module<'_>]) -> Result<Box<dyn Optimizer>> {
+        Ok(Box::new(AdamW::new(config, self.eight_bit)))
+    }
+
+    fn bytes_per_number(&self) -> f64 {
+        if self.eight_bit { EIGHT_BIT_BYTES } else { 8.0 }
     }
 }
+
+/// Bytes of both moments of a number in 8 bits, with their scales.
+pub(crate) const EIGHT_BIT_BYTES: f64 = 2.04;
 
 /// Numbers that share a scale in 8-bit moments.
 const BLOCK: usize = 256;
@@ -40,7 +44,7 @@ const CHUNK: usize = 1 << 15;
 /// AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101), in the order of operations of torch. With 8-bit state (Dettmers et al.
 /// 2022, arXiv 2110.02861) the moments are kept in blocks of 256 with the dynamic code, 2.03 bytes a parameter in place of 8.
 pub struct AdamW {
-    pub(super) config: AdamWConfig,
+    pub(crate) config: AdamWConfig,
     eight_bit: bool,
     /// By parameter name.
     moments: BTreeMap<String, Moments>,
@@ -129,7 +133,7 @@ impl AdamW {
     }
 
     /// Steps that a parameter has taken.
-    pub(super) fn steps(&self, name: &str) -> usize {
+    pub(crate) fn steps(&self, name: &str) -> usize {
         self.moments.get(name).map_or(0, |m| match &m.steps {
             Steps::All(n) => *n,
             Steps::Rows(rows) => rows.iter().copied().max().unwrap_or(0),
@@ -140,7 +144,7 @@ impl AdamW {
     fn update(&mut self, name: &str, p: &Tensor, g: &Tensor, how: &ParamGroup, rate: f64) -> Result<Tensor> {
         let in_blocks = self.eight_bit && how.eight_bit && p.elem_count() >= LEAST && p.dtype() == DType::F32;
         if in_blocks && (how.rows.is_some() || how.row_scale.is_some()) {
-            return Err(Error::Settings(
+            return Err(Error::Config(
                 "8-bit moments and rows that are stepped apart do not go together; use --optimizer adamw".into(),
             ));
         }
@@ -175,7 +179,7 @@ impl AdamW {
     }
 
     /// m̂ / (√v̂ + ε) of a gradient, which takes part in the moments of `name`.
-    pub(super) fn direction(&mut self, name: &str, g: &Tensor) -> Result<Tensor> {
+    pub(crate) fn direction(&mut self, name: &str, g: &Tensor) -> Result<Tensor> {
         let how = ParamGroup { decay: false, ..Default::default() };
         self.update(name, &g.zeros_like()?, g, &how, -1.0)
     }
@@ -238,7 +242,7 @@ impl AdamW {
     ) -> Result<Tensor> {
         let shape = p.shape().clone();
         let (mut p, g) = (flat::<f32>(p)?, flat::<f32>(g)?);
-        let Steps::All(steps) = steps else { return Err(Error::Settings("8-bit moments have no rows".into())) };
+        let Steps::All(steps) = steps else { return Err(Error::Config("8-bit moments have no rows".into())) };
         let constants = Constants::<f32>::new(&self.config, *steps, rate, decay, 1.0);
         let moments = m.blocks().zip(v.blocks());
         p.par_chunks_mut(BLOCK).zip(g.par_chunks(BLOCK)).zip(moments).with_min_len(16).for_each(
@@ -301,12 +305,12 @@ impl Optimizer for AdamW {
     fn restore(&mut self, state: &BTreeMap<String, Tensor>) -> Result<()> {
         self.moments.clear();
         let get = |key: &str| {
-            state.get(key).ok_or_else(|| Error::Settings(format!("the checkpoint's optimiser has no `{key}`")))
+            state.get(key).ok_or_else(|| Error::Config(format!("the checkpoint's optimiser has no `{key}`")))
         };
         let blocks = |key: &str| -> Result<Blockwise> {
             let (indices, scales) = (flat::<u8>(get(key)?)?, flat::<f32>(get(&format!("{key}{SCALES}"))?)?);
             if scales.len() != indices.len().div_ceil(BLOCK) {
-                return Err(Error::Settings(format!("the checkpoint's `{key}` has too few scales")));
+                return Err(Error::Config(format!("the checkpoint's `{key}` has too few scales")));
             }
             Ok(Blockwise { indices, scales })
         };
@@ -322,7 +326,7 @@ impl Optimizer for AdamW {
             let steps = match steps.dims() {
                 [] => Steps::All(counts[0]),
                 [rows] if m.dims().first() == Some(rows) => Steps::Rows(counts),
-                _ => return Err(Error::Settings(format!("the checkpoint's `{name}{STEP}` does not fit"))),
+                _ => return Err(Error::Config(format!("the checkpoint's `{name}{STEP}` does not fit"))),
             };
             self.moments.insert(name.to_string(), Moments { kept, steps });
         }
