@@ -3,7 +3,7 @@
 
 usage: peft_train.py FOLDER_OF_SMOLLM2_GGUF WORK STEPS BATCH
 
-WORK is `dense` (4 rows of 256 random tokens, all learnt) or a JSONL file of chat rows (only answers learnt, rows padded to the
+WORK is `dense` (4 rows of 256 random tokens, all supervised) or a JSONL file of chat rows (only answers supervised, rows padded to the
 longest of their batch, in the file's order). Prints one JSON object; the first step is not counted in the speed.
 """
 import json, resource, sys, time

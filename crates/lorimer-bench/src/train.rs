@@ -30,7 +30,7 @@ use lorimer_cli::flags::{AdapterArgs, Planned, StepArgs};
 pub struct BenchTrain {
     #[command(flatten)]
     model: ModelArgs,
-    /// What to train on: `dense` (4 rows of 256 random tokens, all learnt) or a file of rows; repeatable
+    /// What to train on: `dense` (4 rows of 256 random tokens, all supervised) or a file of rows; repeatable
     #[arg(long, default_value = "dense")]
     work: Vec<String>,
     /// Optimiser steps of a measurement; the first is not counted in the speed

@@ -214,7 +214,7 @@ pub fn load_data(path: &Path, text: &TextModel, options: &EncodeOptions) -> Resu
     }
     let notes = if notes.is_empty() { String::new() } else { format!("; {}", notes.join(", ")) };
     tracing::info!(
-        "{}: {} format, {} rows, {:.1} tokens each of which {:.1} are learnt{notes}",
+        "{}: {} format, {} rows, {:.1} tokens each of which {:.1} are supervised{notes}",
         path.display(),
         report.format,
         report.examples,

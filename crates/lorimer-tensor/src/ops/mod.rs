@@ -165,7 +165,7 @@ impl<'a> Ops<'a> {
 
     /// [`Self::subgraph`] of a scalar whose gradients are found at once, so that its graph is gone when this returns; the backward
     /// only multiplies them. For a part of a large sum.
-    pub fn settled(
+    pub fn subgraph_eager(
         &self,
         inputs: &[&Tensor],
         parameters: &[&Tensor],

@@ -265,7 +265,7 @@ pub fn inputs(
     );
     if learners.is_empty() {
         return Err(Error::Settings(
-            "no row of the data has a learnt token, so that there is nothing to calibrate on".into(),
+            "no row of the data has a supervised token, so that there is nothing to calibrate on".into(),
         ));
     }
     learners
@@ -334,7 +334,7 @@ pub fn gradients(
     let total: usize = rows.iter().map(|e| e.targets().count()).sum();
     if total == 0 {
         return Err(Error::Settings(
-            "no row of the data has a learnt token, so that there is nothing to calibrate on".into(),
+            "no row of the data has a supervised token, so that there is nothing to calibrate on".into(),
         ));
     }
     struct Part {

@@ -70,7 +70,7 @@ impl Conversation<'_> {
         if answers.is_empty() {
             return Err(match self.assistants(true).is_empty() {
                 true => "has no assistant message to learn from".into(),
-                false => "has only assistant messages of weight 0, which are not learnt".into(),
+                false => "has only assistant messages of weight 0, which are not trained on".into(),
             });
         }
         if self.template.marks_answers() {

@@ -337,6 +337,6 @@ mod tests {
             .filter(|&i| !whole[0].supervised[i])
             .map(|i| text.decode(&whole[0].tokens[i..=i], true).unwrap())
             .collect();
-        assert_eq!(masked, "es</s>", "everything else of the prompt is learnt");
+        assert_eq!(masked, "es</s>", "everything else of the prompt is supervised");
     }
 }

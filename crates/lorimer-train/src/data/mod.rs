@@ -391,7 +391,7 @@ fn messages(list: Value, key: &str) -> Result<Vec<Value>, String> {
             return Err(Refused::message(i, format!("has the `weight` {weight}; expected 0 or 1")).to_string());
         }
         if message["role"] != "assistant" && weight.as_f64() != Some(0.0) {
-            let problem = "has a `weight` of 1, though only an assistant's answers are learnt; take it away";
+            let problem = "has a `weight` of 1, though only an assistant's answers are trained on; take it away";
             return Err(Refused::message(i, problem).to_string());
         }
     }
@@ -611,7 +611,7 @@ mod tests {
         }
         assert!(
             of("user", json!(0)).is_ok()
-                && of("user", json!(1)).unwrap_err().contains("only an assistant's answers are learnt")
+                && of("user", json!(1)).unwrap_err().contains("only an assistant's answers are trained on")
         );
     }
 

@@ -233,7 +233,7 @@ fn draw<B: DrawingBackend>(
     chart
         .configure_mesh()
         .x_desc("step")
-        .y_desc("loss (nats a learnt token)")
+        .y_desc("loss (nats a supervised token)")
         .label_style(("sans-serif", 15))
         .axis_desc_style(("sans-serif", 16))
         .light_line_style(TRANSPARENT)

@@ -242,7 +242,7 @@ impl Pass<'_> {
             let share = block.len() as f64 / self.place.len() as f64;
             let rows = on.ops().rows(hidden, block)?;
             let base = self.model.logits(&Ops::plain().rows(&auxiliary.base, block)?, &frozen)?.detach();
-            let value = on.ops().settled(&[&rows], &parameters, |t| {
+            let value = on.ops().subgraph_eager(&[&rows], &parameters, |t| {
                 auxiliary.objective.value(&self.model.logits(&t[0], self.attached)?, &base, &auxiliary.at)? * share
             })?;
             sum = Some(match sum {

@@ -76,7 +76,7 @@ impl Eval {
         json["seconds"] = clock.elapsed().as_secs_f64().into();
         common::print(global, &json, || {
             let mut out = format!(
-                "rows             {}\nloss             {:.4} a learnt token ({} of them)\nperplexity       {:.3}\nexact match      {:.1} %\n",
+                "rows             {}\nloss             {:.4} a supervised token ({} of them)\nperplexity       {:.3}\nexact match      {:.1} %\n",
                 e.examples,
                 e.loss,
                 e.supervised_tokens,

@@ -22,7 +22,7 @@ const EFFICIENCY: f64 = 0.65;
 pub struct PlanRun {
     #[command(flatten)]
     model: ModelArgs,
-    /// Training rows: the plan then counts what they really need. Without them every row is full and learnt throughout
+    /// Training rows: the plan then counts what they really need. Without them every row is full and supervised throughout
     #[arg(long, help_heading = "Data")]
     data: Option<PathBuf>,
     /// Longest sequence in tokens

@@ -108,7 +108,7 @@ impl Quickstart {
                 "accuracy, %",
                 accuracy(&before),
                 accuracy(&after),
-                "loss a learnt token",
+                "loss a supervised token",
                 before.loss,
                 after.loss,
                 train.len(),

@@ -14,7 +14,7 @@ pub struct EvaConfig {
     pub rho: f64,
     /// τ: cosine from which on a component holds still.
     pub tau: f64,
-    /// Only positions whose token is learnt.
+    /// Only positions whose token is supervised.
     pub use_label_mask: bool,
     /// What PEFT marks other positions with; ours are marked by the data.
     pub label_mask_value: i64,
