@@ -69,7 +69,8 @@ fn what_adds_up_adds_up_and_what_does_not_does_not() {
             let x = random(&[3, site.inputs], 1.0, &mut rng);
             let y = Frozen.project(site, base, &x).unwrap();
             let change = |a: &Adapter| (Attached::one(a).project(site, base, &x).unwrap() - &y).unwrap();
-            let expected = ((&y + (change(adapter) * 0.5).unwrap()).unwrap() - (change(&other) * 2.0).unwrap()).unwrap();
+            let expected =
+                ((&y + (change(adapter) * 0.5).unwrap()).unwrap() - (change(&other) * 2.0).unwrap()).unwrap();
             let apart = distance(&both.project(site, base, &x).unwrap(), &expected);
             assert!(apart < 1e-10, "{what}: {}: {apart:e}", site.path);
         }
@@ -127,9 +128,9 @@ fn parameters_are_what_their_roles_say() {
         let seed = random(x.dims(), 1.0, &mut rng);
         let gradients = (x * seed).unwrap().sum_all().unwrap().backward().unwrap();
         for p in &named {
-            let moved = gradients.get(p.var.as_tensor()).is_some_and(|g: &Tensor| {
-                g.abs().unwrap().sum_all().unwrap().to_scalar::<f64>().unwrap() > 0.0
-            });
+            let moved = gradients
+                .get(p.var.as_tensor())
+                .is_some_and(|g: &Tensor| g.abs().unwrap().sum_all().unwrap().to_scalar::<f64>().unwrap() > 0.0);
             assert_eq!(moved, p.role.is_trained(), "{what}: {} is {:?}", p.name, p.role);
         }
     });
