@@ -8,6 +8,7 @@ use lorimer_tensor::FrozenWeight;
 use rayon::prelude::*;
 use serde_json::{Map, Value};
 
+use crate::block::{BlockDelta, BlockSite};
 use crate::error::{Error, Result};
 use crate::file::frozen::FrozenParts;
 use crate::file::store::{PREFIX, StoredAdapter};
@@ -19,6 +20,8 @@ pub struct Adapter {
     /// The method with its configuration.
     pub method: Box<dyn Method>,
     pub(crate) deltas: BTreeMap<String, Box<dyn Delta>>,
+    /// Layers after the attention of blocks, in the blocks' order.
+    pub(crate) blocks: Vec<(BlockSite, Box<dyn BlockDelta>)>,
     /// Whole parameters in place of the base's (biases, `modules_to_save`), by on-disk name.
     pub(crate) parameters: BTreeMap<String, Var>,
     /// Those of them that are not trained: PEFT saves the weight under an adapter on the head or the embedding.
@@ -75,7 +78,7 @@ impl Adapter {
                 unknown.join(", ")
             )));
         }
-        if targeted.is_empty() {
+        if targeted.is_empty() && method.blocks().is_none() {
             let mut roles: Vec<_> = projections.iter().map(|(s, _)| s.role.as_str()).collect();
             roles.sort_unstable();
             roles.dedup();
@@ -108,9 +111,20 @@ impl Adapter {
                 }
             }
         }
+        let mut blocks = Vec::new();
+        for block in block_sites(model, method.as_ref())? {
+            let mut source = ParameterSource::start(&block.site, dtype, seed, stats);
+            if let Some(delta) = method.blocks().map(|m| m.attach(&block, &mut source)).transpose()?.flatten() {
+                blocks.push((block, delta));
+            }
+        }
+        if method.blocks().is_some() && blocks.is_empty() {
+            let layers = model.shape().layers.len();
+            return Err(Error::Config(format!("layers_to_transform names none of the base's {layers} layers")));
+        }
         let order = projections.iter().map(|(s, _)| s.path.clone()).collect();
         let (fixed, replaced) = Default::default();
-        Ok(Self { method, deltas, parameters, fixed, replaced, order })
+        Ok(Self { method, deltas, blocks, parameters, fixed, replaced, order })
     }
 
     /// Whether any output changes.
@@ -119,6 +133,11 @@ impl Adapter {
             if let Some(delta) = self.deltas.get(&site.path)
                 && delta.has_effect(self.own(site, base))?
             {
+                return Ok(true);
+            }
+        }
+        for (_, delta) in &self.blocks {
+            if delta.has_effect()? {
                 return Ok(true);
             }
         }
@@ -136,6 +155,9 @@ impl Adapter {
     /// ‖ΔW‖ / ‖W‖ over all adapted projections (Frobenius); None where a delta has no plain weight.
     pub fn effect(&self, model: &dyn BaseModel) -> Result<Option<f64>> {
         let norm = |t: &Tensor| -> TensorResult<f64> { t.to_dtype(DType::F64)?.sqr()?.sum_all()?.to_scalar::<f64>() };
+        if !self.blocks.is_empty() {
+            return Ok(None);
+        }
         let (mut change, mut whole) = (0.0, 0.0);
         for (site, base) in model.projections() {
             let Some(delta) = self.deltas.get(&site.path) else { continue };
@@ -160,18 +182,22 @@ impl Adapter {
         let deltas =
             deltas.flat_map(|(path, d)| d.trainable().into_iter().map(move |(n, v)| (format!("{path}.{n}"), v)));
         let whole = self.parameters.iter().filter(|(path, _)| !self.fixed.contains(*path));
-        deltas.chain(whole.map(|(path, v)| (path.clone(), v))).collect()
+        let blocks = self.blocks.iter().flat_map(|(block, d)| d.trainable().into_iter().map(move |t| (block, t)));
+        let blocks = blocks.map(|(block, (n, v))| (format!("{}.{n}", block.site.path), v));
+        deltas.chain(blocks).chain(whole.map(|(path, v)| (path.clone(), v))).collect()
     }
 
     /// What is saved and resumed beside the trainable parameters: buffers that a rule moves, by a name that is unique.
     pub fn buffers(&self) -> Vec<(String, &Var)> {
-        let deltas = self.deltas.iter();
-        deltas.flat_map(|(path, d)| d.buffers().into_iter().map(move |(n, v)| (format!("{path}.{n}"), v))).collect()
+        let deltas = self.deltas.iter().map(|(path, d)| (path, d.buffers()));
+        let all = deltas.chain(self.blocks.iter().map(|(block, d)| (&block.site.path, d.buffers())));
+        all.flat_map(|(path, own)| own.into_iter().map(move |(n, v)| (format!("{path}.{n}"), v))).collect()
     }
 
     /// After the optimiser's step: moves the buffers.
     pub fn after_step(&self) -> TensorResult<()> {
-        self.deltas.values().try_for_each(|delta| delta.after_step())
+        self.deltas.values().try_for_each(|delta| delta.after_step())?;
+        self.blocks.iter().try_for_each(|(_, delta)| delta.after_step())
     }
 
     /// Number of trainable parameters.
@@ -193,6 +219,11 @@ impl Adapter {
     /// Every module's path with its delta, in the order of the paths.
     pub fn deltas(&self) -> impl Iterator<Item = (&str, &dyn Delta)> {
         self.deltas.iter().map(|(path, delta)| (path.as_str(), delta.as_ref()))
+    }
+
+    /// The layers after blocks' attention, in the blocks' order.
+    pub fn blocks(&self) -> impl Iterator<Item = (&BlockSite, &dyn BlockDelta)> {
+        self.blocks.iter().map(|(block, delta)| (block, delta.as_ref()))
     }
 
     /// The delta on a projection.
@@ -253,6 +284,11 @@ impl Adapter {
                 tensors.insert(format!("{PREFIX}{path}.{key}"), detached(&tensor)?);
             }
         }
+        for (block, delta) in &self.blocks {
+            for (key, tensor) in delta.stored()? {
+                tensors.insert(format!("{PREFIX}{}.{key}", block.site.path), detached(&tensor)?);
+            }
+        }
         for (name, tensor) in self.method.shared()? {
             tensors.insert(name, detached(&tensor)?);
         }
@@ -267,6 +303,12 @@ impl Adapter {
         }
         Ok(StoredAdapter { path: "memory".into(), config, tensors, manifest: None })
     }
+}
+
+/// The blocks that a method may put a layer on; none where it puts none on any.
+pub(crate) fn block_sites(model: &dyn BaseModel, method: &dyn Method) -> Result<Vec<BlockSite>> {
+    let Some(blocks) = method.blocks() else { return Ok(Vec::new()) };
+    BlockSite::all(model.shape(), model.projections().into_iter().map(|(site, _)| site), blocks.module())
 }
 
 /// Tells a method which projections it targets.

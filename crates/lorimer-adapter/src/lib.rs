@@ -4,6 +4,7 @@
 pub mod adapter;
 pub mod algebra;
 pub mod attached;
+pub mod block;
 pub mod error;
 pub mod example;
 pub mod file;
@@ -11,11 +12,13 @@ pub mod method;
 pub mod methods;
 pub mod search;
 pub mod settings;
+pub mod step;
 pub mod targets;
 pub mod training;
 
 pub use adapter::Adapter;
 pub use attached::Attached;
+pub use block::{BlockDelta, BlockSite};
 pub use error::{Error, Result};
 pub use file::frozen::FrozenParts;
 pub use file::load::Accounting;

@@ -11,35 +11,12 @@ use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
+use crate::block::{BlockDelta, BlockSite};
 use crate::error::{Error, Result};
 use crate::search::DifforaConfig;
+pub use crate::step::{SampledRank, Step};
 use crate::targets::Targeting;
 use crate::training::Training;
-
-/// What one forward is for.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Step {
-    /// In training, the seed that dropout masks of this forward come from.
-    pub training: Option<u64>,
-    /// The rank that this step trains, of methods that have a choice.
-    pub rank: Option<SampledRank>,
-}
-
-impl Step {
-    /// A forward of training with a seed for dropout.
-    pub fn training(seed: u64) -> Self {
-        Self { training: Some(seed), rank: None }
-    }
-}
-
-/// A rank drawn for one step.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct SampledRank {
-    /// The rank.
-    pub rank: usize,
-    /// Whether only its last row of A and column of B learn.
-    pub frozen: bool,
-}
 
 /// Which biases are trained: PEFT's `bias`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -460,6 +437,10 @@ pub trait Method: Send + Sync {
     }
     /// The adapter on one projection, new or out of a file.
     fn attach(&self, site: &Site, base: &Projection, source: &mut ParameterSource<'_>) -> Result<Box<dyn Delta>>;
+    /// What it does to whole blocks, if it does: a layer that follows each block's attention.
+    fn blocks(&self) -> Option<&dyn BlockMethod> {
+        None
+    }
     /// Number of trainable parameters on a projection: the formula of the method's header.
     fn parameters(&self, site: &Site) -> Result<usize>;
     /// Whether, in training, the output of a row depends on that row alone: see [`Delta::rows_are_independent`].
@@ -491,6 +472,20 @@ pub trait Method: Send + Sync {
     fn low_rank(&self, _module: &str, _tensors: &BTreeMap<String, Tensor>) -> Result<Option<LowRank>> {
         Ok(None)
     }
+}
+
+/// What a method does to whole blocks.
+pub trait BlockMethod {
+    /// The name of its module in each block, below the block's own path: what its keys in a file begin with.
+    fn module(&self) -> &'static str;
+    /// The layer on one block, new or out of a file; None where the block is left alone.
+    fn attach(&self, block: &BlockSite, source: &mut ParameterSource<'_>) -> Result<Option<Box<dyn BlockDelta>>>;
+    /// Whether [`Self::attach`] gives this block a layer.
+    fn targets(&self, layer: usize) -> bool;
+    /// Number of trainable parameters on a block: the formula of the method's header.
+    fn parameters(&self, block: &BlockSite) -> usize;
+    /// Floats that training keeps for each row of a block until the backward.
+    fn activations_per_row(&self, block: &BlockSite) -> usize;
 }
 
 /// Seed for one site, so that neither the order of sites nor threads matter (FNV-1a).

@@ -136,6 +136,12 @@ impl Hosted {
     /// Fails if the adapter brings whole parameters other than biases, changes no projection, has factors that are not finite, or has a
     /// method with neither a low-rank form nor a plain weight.
     pub fn new(model: &dyn BaseModel, adapter: &Adapter, content_id: String, rank: Option<usize>) -> Result<Self> {
+        if adapter.blocks().next().is_some() {
+            return Err(Error::Request(format!(
+                "a `{}` adapter is not served: it keeps rows of its own for every token, for which the pool has no pages; use `lorimer generate`",
+                adapter.method.name()
+            )));
+        }
         let projections = model.projections();
         let biases: Vec<String> = projections.iter().map(|(site, _)| site.bias_path()).collect();
         if let Some(path) = adapter.parameters().keys().find(|path| !biases.contains(path)) {

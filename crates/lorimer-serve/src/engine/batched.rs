@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::{PoisonError, RwLock};
 
 use candle_core::{Result, Tensor};
-use lorimer_model::{Adaptation, AttentionCall, BaseModel, Point, Projection, Site, run_blocks};
+use lorimer_model::{Adaptation, AttentionCall, BaseModel, BlockScope, Point, Projection, Site, run_blocks};
 use lorimer_tensor::{
     Addition, Group, KeyPool, Ops, Paged, Segment, Segmented, Tape, attention_in_pool, project_segmented, store_rows,
 };
@@ -186,7 +186,7 @@ impl Adaptation for Batched<'_> {
         project_segmented(x, &parts.collect::<Result<Vec<_>>>()?)
     }
 
-    fn attend(&self, point: Point, call: AttentionCall<'_>) -> Result<Tensor> {
+    fn attend(&self, point: Point, call: AttentionCall<'_>, _: &mut BlockScope<'_>) -> Result<Tensor> {
         let Point::Layer(layer) = point else { candle_core::bail!("attention outside of a layer") };
         let mut places = Vec::with_capacity(call.k.dim(0)?);
         for (i, s) in self.sequences.iter().enumerate() {

@@ -30,7 +30,9 @@ pub fn build(kind: &OptimizerKind, config: AdamWConfig, adapter: &Adapter) -> Re
         OptimizerKind::AdamW => Box::new(AdamW::new(config, false)),
         OptimizerKind::AdamW8bit => Box::new(AdamW::new(config, true)),
         OptimizerKind::Galore(settings) => {
-            if adapter.deltas().any(|(_, delta)| delta.trainable().iter().any(|(key, _)| *key != "full_weight")) {
+            let other =
+                adapter.deltas().any(|(_, delta)| delta.trainable().iter().any(|(key, _)| *key != "full_weight"));
+            if other || adapter.blocks().next().is_some() {
                 return Err(Error::Settings(format!(
                     "galore projects gradients of whole weights, which `{method}` does not train; use --method full or --method galore"
                 )));
@@ -38,12 +40,16 @@ pub fn build(kind: &OptimizerKind, config: AdamWConfig, adapter: &Adapter) -> Re
             Box::new(GaloreOptimizer::new(settings.clone(), config))
         }
         OptimizerKind::LoraPro(settings) => {
+            let other = || {
+                Error::Settings(format!(
+                    "lora-pro corrects the gradients of LoRA's A and B, and `{method}` trains something else; use --method lora or eva"
+                ))
+            };
+            if adapter.blocks().next().is_some() {
+                return Err(other());
+            }
             let pair = |(path, delta): (&str, &dyn lorimer_adapter::Delta)| {
-                let scaling = delta.pair_scaling().ok_or_else(|| {
-                    Error::Settings(format!(
-                        "lora-pro corrects the gradients of LoRA's A and B, and `{method}` trains something else; use --method lora or eva"
-                    ))
-                })?;
+                let scaling = delta.pair_scaling().ok_or_else(other)?;
                 Ok(Pair { module: path.to_string(), scaling })
             };
             let pairs = adapter.deltas().map(pair).collect::<Result<Vec<_>>>()?;
