@@ -1,6 +1,7 @@
 //! An adapter on a model: attached new, looked at, written to a file. Reading one is `file::load`, running it `attached`.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use candle_core::{DType, Result as TensorResult, Tensor, Var};
 use lorimer_model::{BaseModel, Projection, Site};
@@ -21,7 +22,7 @@ pub struct Adapter {
     pub method: Box<dyn Method>,
     pub(crate) deltas: BTreeMap<String, Box<dyn Delta>>,
     /// Layers after the attention of blocks, in the blocks' order.
-    pub(crate) blocks: Vec<(BlockSite, Box<dyn BlockDelta>)>,
+    pub(crate) blocks: Vec<(BlockSite, Arc<dyn BlockDelta>)>,
     /// Whole parameters in place of the base's (biases, `modules_to_save`), by on-disk name.
     pub(crate) parameters: BTreeMap<String, Var>,
     /// Those of them that are not trained: PEFT saves the weight under an adapter on the head or the embedding.
@@ -115,7 +116,7 @@ impl Adapter {
         for block in block_sites(model, method.as_ref())? {
             let mut source = ParameterSource::start(&block.site, dtype, seed, stats);
             if let Some(delta) = method.blocks().map(|m| m.attach(&block, &mut source)).transpose()?.flatten() {
-                blocks.push((block, delta));
+                blocks.push((block, delta.into()));
             }
         }
         if method.blocks().is_some() && blocks.is_empty() {
@@ -222,8 +223,8 @@ impl Adapter {
     }
 
     /// The layers after blocks' attention, in the blocks' order.
-    pub fn blocks(&self) -> impl Iterator<Item = (&BlockSite, &dyn BlockDelta)> {
-        self.blocks.iter().map(|(block, delta)| (block, delta.as_ref()))
+    pub fn blocks(&self) -> impl Iterator<Item = (&BlockSite, &Arc<dyn BlockDelta>)> {
+        self.blocks.iter().map(|(block, delta)| (block, delta))
     }
 
     /// The delta on a projection.

@@ -86,7 +86,7 @@ impl Attached<'_> {
     /// The layer after a block's attention: an adapter that has one is alone ([`Method::not_additive`]).
     fn block(&self, layer: usize) -> Option<&dyn BlockDelta> {
         let mut all = self.adapters.iter().flat_map(|(a, _)| a.blocks());
-        all.find(|(block, _)| block.layer == layer).map(|(_, delta)| delta)
+        all.find(|(block, _)| block.layer == layer).map(|(_, delta)| delta.as_ref())
     }
 
     /// What the adapters put on a site, with their weights.

@@ -53,13 +53,15 @@ impl BlockSite {
 }
 
 /// A layer that a method put on one block.
-pub trait BlockDelta: Send + Sync {
+pub trait BlockDelta: std::fmt::Debug + Send + Sync {
     /// Which edges of the attention's map it wants to see: [`BlockScope::edges`].
     fn edges(&self) -> Option<EdgeRule> {
         None
     }
     /// The hidden state after the attention's residual, `h` (rows, hidden), with the layer's change, in recorded operations.
     fn attended(&self, ops: Ops<'_>, h: &Tensor, block: &mut BlockScope<'_>, step: &Step) -> TensorResult<Tensor>;
+    /// Numbers that it keeps of each token for those after it: the width of what it gives to [`BlockScope::keep`], 0 where it keeps nothing.
+    fn kept_width(&self) -> usize;
     /// Whether a row's change depends on other rows of its sequence, so that the last block has to be computed whole.
     fn reads_other_rows(&self) -> bool;
     /// Whether the change of a row depends on nothing but what its sequence has before it: see [`crate::Delta::rows_are_independent`].

@@ -12,5 +12,5 @@ pub use adaptation::{Adaptation, AttentionCall, Frozen, Inference, Point};
 pub use batch::Batch;
 pub use layout::{Frequencies, Input, KvCache, LayerShape, Layout, ModelShape};
 pub use model::{BaseModel, Recompute, TooLong, run_blocks};
-pub use scope::BlockScope;
+pub use scope::{BlockScope, KeepRows};
 pub use site::{Projection, Site};

@@ -5,11 +5,22 @@ use lorimer_tensor::Edges;
 
 use crate::layout::KvCache;
 
+/// Where rows of an adaptation's own are kept from token to token.
+pub trait KeepRows {
+    /// Adds rows, one for each new token (rows, width), to a layer's; all of them, in the order of the attention's key rows.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the earlier tokens have none, or if there is no room.
+    fn keep(&mut self, layer: usize, rows: Tensor) -> Result<Tensor>;
+}
+
 /// One block's forward, from its attention to the end of the block.
 pub struct BlockScope<'a> {
     layer: usize,
     whole: bool,
     cache: Option<&'a mut KvCache>,
+    keeper: Option<&'a mut dyn KeepRows>,
     /// The edges of the attention's map, where the adaptation took them ([`crate::Adaptation::attend`]). Their columns are the attention's
     /// key rows.
     pub edges: Option<Edges>,
@@ -18,7 +29,12 @@ pub struct BlockScope<'a> {
 impl<'a> BlockScope<'a> {
     /// Of a layer, counted from 0. `whole`: whether the block's queries are all its rows, and not those that are needed after the last block.
     pub fn new(layer: usize, whole: bool, cache: Option<&'a mut KvCache>) -> Self {
-        Self { layer, whole, cache, edges: None }
+        Self { layer, whole, cache, keeper: None, edges: None }
+    }
+
+    /// Of all rows of a layer, whose adaptation's own are kept elsewhere than keys and values.
+    pub fn kept_by(layer: usize, keeper: &'a mut dyn KeepRows) -> Self {
+        Self { layer, whole: true, cache: None, keeper: Some(keeper), edges: None }
     }
 
     /// The layer, counted from 0.
@@ -49,9 +65,10 @@ impl<'a> BlockScope<'a> {
         if !self.whole {
             bail!("a layer that looks at all rows of block {} was given some of them", self.layer);
         }
-        match &mut self.cache {
-            Some(cache) => cache.keep(self.layer, rows),
-            None => Ok(rows),
+        match (&mut self.cache, &mut self.keeper) {
+            (Some(cache), _) => cache.keep(self.layer, rows),
+            (None, Some(keeper)) => keeper.keep(self.layer, rows),
+            (None, None) => Ok(rows),
         }
     }
 }

@@ -1,6 +1,7 @@
 //! From the tensors of a file to an adapter on a model, with an account of each tensor.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::sync::Arc;
 
 use candle_core::Var;
 use lorimer_model::{BaseModel, Projection, Site};
@@ -195,7 +196,7 @@ fn load_blocks(
     dtype: candle_core::DType,
     modules: &mut BTreeMap<String, ModuleTensors>,
     accounting: &mut Accounting,
-) -> Result<Vec<(BlockSite, Box<dyn BlockDelta>)>> {
+) -> Result<Vec<(BlockSite, Arc<dyn BlockDelta>)>> {
     let mut found = Vec::new();
     let Some(own) = method.blocks() else { return Ok(found) };
     for block in blocks {
@@ -215,7 +216,7 @@ fn load_blocks(
                 false => accounting.used.push(name),
             }
         }
-        found.extend(delta.map(|delta| (block, delta)));
+        found.extend(delta.map(|delta| (block, delta.into())));
     }
     Ok(found)
 }

@@ -23,7 +23,7 @@
 //! beside the unit.
 //!
 //! Trainable parameters of a block: `2Hd + 2d² + 3d + 2H + 3`. Decoding keeps p, d numbers a token and block, beside keys and values. There is no weight
-//! that gives the same: it cannot be merged, exported or switched in place, is used alone, and is not served.
+//! that gives the same: it cannot be merged, exported or switched in place, and is used alone.
 //!
 //! Good for: looking at what attention's graph is worth. Step time is above LoRA's of as many parameters, as the map is formed a second time.
 //!
@@ -73,7 +73,7 @@ pub const ENTRY: Entry = Entry {
     variants: &[],
     peft_type: "SPARSE_GIN",
     mergeable: false,
-    served: Served::Refused,
+    served: Served::Batched,
     lr: 1e-3,
     flags: &[("rank", "gin_dim"), ("dropout", "gin_dropout"), ("init", "start")],
     source: include_str!("sparse_gin.rs"),
@@ -399,6 +399,7 @@ impl BlockMethod for SparseGinConfig {
 }
 
 /// A linear layer of the graph layer.
+#[derive(Debug)]
 struct Linear {
     /// (outputs, inputs).
     weight: Var,
@@ -414,6 +415,7 @@ impl Linear {
 }
 
 /// The layer on one block.
+#[derive(Debug)]
 struct SparseGin {
     /// W_in, W₁, W₂ and W_out.
     linears: [Linear; 4],
@@ -476,6 +478,10 @@ impl BlockDelta for SparseGin {
         let g = ops.rms_norm(&out.forward(ops, &z)?, self.gain.as_tensor(), EPS)?;
         let scale = self.scale.as_tensor();
         ops.subgraph(&[h, &g], &[scale], |t| &t[0] + t[1].broadcast_mul(scale)?)
+    }
+
+    fn kept_width(&self) -> usize {
+        if self.reads_other_rows() { self.linears[0].bias.elem_count() } else { 0 }
     }
 
     fn reads_other_rows(&self) -> bool {
