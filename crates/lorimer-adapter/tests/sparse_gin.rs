@@ -218,7 +218,7 @@ fn settings_that_cannot_be_are_refused_by_name() {
         (json!({ "gin_scale": "0.5" }), "gin_scale"),
         (json!({ "gin_scale": [1] }), "gin_scale"),
         (json!({ "gin_scale": [0, 1e9] }), "gin_scale"),
-        (json!({ "direction": "both" }), "direction"),
+        (json!({ "direction": "both" }), "`both`"),
         (json!({ "target_modules": ["q_proj"] }), "layers_to_transform"),
         (json!({ "adj_construction_method": "mean" }), "adj_construction_method"),
         (json!({ "gnn_mode": "per_head" }), "gnn_mode"),
