@@ -1,6 +1,7 @@
 //! An adapter on a model: attached new, looked at, written to a file. Reading one is `file::load`, running it `attached`.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use candle_core::{DType, Result as TensorResult, Tensor, Var};
 use lorimer_model::{BaseModel, Projection, Site};
@@ -8,6 +9,7 @@ use lorimer_tensor::FrozenWeight;
 use rayon::prelude::*;
 use serde_json::{Map, Value};
 
+use crate::block::{BlockDelta, BlockSite};
 use crate::delta::Delta;
 use crate::error::{Error, Result};
 use crate::file::frozen::FrozenParts;
@@ -21,6 +23,8 @@ pub struct Adapter {
     /// The method with its configuration.
     pub method: Box<dyn Method>,
     pub(crate) deltas: BTreeMap<String, Box<dyn Delta>>,
+    /// Layers after the attention of blocks, in the blocks' order.
+    pub(crate) blocks: Vec<(BlockSite, Arc<dyn BlockDelta>)>,
     /// Whole parameters in place of the base's (biases, `modules_to_save`), by on-disk name.
     pub(crate) parameters: BTreeMap<String, Var>,
     /// Those of them that are not trained: PEFT saves the weight under an adapter on the head or the embedding.
@@ -77,7 +81,7 @@ impl Adapter {
                 unknown.join(", ")
             )));
         }
-        if targeted.is_empty() {
+        if targeted.is_empty() && method.blocks().is_none() {
             let mut roles: Vec<_> = projections.iter().map(|(s, _)| s.role.as_str()).collect();
             roles.sort_unstable();
             roles.dedup();
@@ -110,9 +114,20 @@ impl Adapter {
                 }
             }
         }
+        let mut blocks = Vec::new();
+        for block in block_sites(model, method.as_ref())? {
+            let mut source = ParameterSource::start(&block.site, dtype, seed, stats);
+            if let Some(delta) = method.blocks().map(|m| m.attach(&block, &mut source)).transpose()?.flatten() {
+                blocks.push((block, delta.into()));
+            }
+        }
+        if method.blocks().is_some() && blocks.is_empty() {
+            let layers = model.shape().layers.len();
+            return Err(Error::Config(format!("layers_to_transform names none of the base's {layers} layers")));
+        }
         let order = projections.iter().map(|(s, _)| s.path.clone()).collect();
         let (fixed, replaced) = Default::default();
-        Ok(Self { method, deltas, parameters, fixed, replaced, order })
+        Ok(Self { method, deltas, blocks, parameters, fixed, replaced, order })
     }
 
     /// Whether any output changes.
@@ -121,6 +136,11 @@ impl Adapter {
             if let Some(delta) = self.deltas.get(&site.path)
                 && delta.has_effect(self.own(site, base))?
             {
+                return Ok(true);
+            }
+        }
+        for (_, delta) in &self.blocks {
+            if delta.has_effect()? {
                 return Ok(true);
             }
         }
@@ -138,6 +158,9 @@ impl Adapter {
     /// ‖ΔW‖ / ‖W‖ over all adapted projections (Frobenius); None where a delta has no plain weight.
     pub fn effect(&self, model: &dyn BaseModel) -> Result<Option<f64>> {
         let norm = |t: &Tensor| -> TensorResult<f64> { t.to_dtype(DType::F64)?.sqr()?.sum_all()?.to_scalar::<f64>() };
+        if !self.blocks.is_empty() {
+            return Ok(None);
+        }
         let (mut change, mut whole) = (0.0, 0.0);
         for (site, base) in model.projections() {
             let Some(delta) = self.deltas.get(&site.path) else { continue };
@@ -167,7 +190,12 @@ impl Adapter {
                 role: p.role,
             })
         });
-        let (trained, buffers): (Vec<_>, Vec<_>) = own.partition(|p| p.role.is_trained());
+        let blocks = self.blocks.iter().flat_map(|(block, delta)| {
+            let trained = delta.trainable().into_iter().map(|(key, var)| (key, var, Role::Core));
+            let all = trained.chain(delta.buffers().into_iter().map(|(key, var)| (key, var, Role::Buffer)));
+            all.map(move |(key, var, role)| Named { name: format!("{}.{key}", block.site.path), var, role })
+        });
+        let (trained, buffers): (Vec<_>, Vec<_>) = own.chain(blocks).partition(|p| p.role.is_trained());
         let whole = self.parameters.iter().filter(|(path, _)| !self.fixed.contains(*path));
         let whole = whole.map(|(path, var)| Named { name: path.clone(), var, role: Role::Whole });
         trained.into_iter().chain(whole).chain(buffers).collect()
@@ -180,7 +208,8 @@ impl Adapter {
 
     /// After the optimiser's step: moves the buffers.
     pub fn after_step(&self) -> TensorResult<()> {
-        self.deltas.values().try_for_each(|delta| delta.after_step())
+        self.deltas.values().try_for_each(|delta| delta.after_step())?;
+        self.blocks.iter().try_for_each(|(_, delta)| delta.after_step())
     }
 
     /// Number of trainable parameters.
@@ -202,6 +231,11 @@ impl Adapter {
     /// Every module's path with its delta, in the order of the paths.
     pub fn deltas(&self) -> impl Iterator<Item = (&str, &dyn Delta)> {
         self.deltas.iter().map(|(path, delta)| (path.as_str(), delta.as_ref()))
+    }
+
+    /// The layers after blocks' attention, in the blocks' order.
+    pub fn blocks(&self) -> impl Iterator<Item = (&BlockSite, &Arc<dyn BlockDelta>)> {
+        self.blocks.iter().map(|(block, delta)| (block, delta))
     }
 
     /// The delta on a projection.
@@ -262,6 +296,11 @@ impl Adapter {
                 tensors.insert(format!("{PREFIX}{path}.{key}"), detached(&tensor)?);
             }
         }
+        for (block, delta) in &self.blocks {
+            for (key, tensor) in delta.stored()? {
+                tensors.insert(format!("{PREFIX}{}.{key}", block.site.path), detached(&tensor)?);
+            }
+        }
         for (name, tensor) in self.method.shared()? {
             tensors.insert(name, detached(&tensor)?);
         }
@@ -276,6 +315,12 @@ impl Adapter {
         }
         Ok(StoredAdapter { path: "memory".into(), config, tensors, manifest: None })
     }
+}
+
+/// The blocks that a method may put a layer on; none where it puts none on any.
+pub(crate) fn block_sites(model: &dyn BaseModel, method: &dyn Method) -> Result<Vec<BlockSite>> {
+    let Some(blocks) = method.blocks() else { return Ok(Vec::new()) };
+    BlockSite::all(model.shape(), model.projections().into_iter().map(|(site, _)| site), blocks.module())
 }
 
 /// Tells a method which projections it targets.

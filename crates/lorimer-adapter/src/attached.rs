@@ -1,10 +1,11 @@
 //! Adapters at work: their changes of a model's projections, several at once with weights.
 
 use candle_core::{Result as TensorResult, Tensor, Var};
-use lorimer_model::{Adaptation, Projection, Site};
+use lorimer_model::{Adaptation, AttentionCall, BlockScope, Point, Projection, Site};
 use lorimer_tensor::{LowRankTerm, Ops, Part, Tape};
 
 use crate::adapter::Adapter;
+use crate::block::BlockDelta;
 use crate::delta::{Change, Delta, GatedLowRank, LowRank};
 use crate::error::{Error, Result};
 use crate::method::Method;
@@ -68,11 +69,28 @@ impl<'a> Attached<'a> {
     /// Whether the output of a row depends on that row alone, so that what sequences share may be computed once.
     pub fn rows_are_independent(&self) -> bool {
         let mut deltas = self.adapters.iter().flat_map(|(a, _)| a.deltas.values());
-        deltas.all(|d| d.rows_are_independent(&self.step))
+        let mut blocks = self.adapters.iter().flat_map(|(a, _)| a.blocks());
+        deltas.all(|d| d.rows_are_independent(&self.step)) && blocks.all(|(_, d)| d.rows_are_independent(&self.step))
+    }
+
+    /// Whether what follows the attention of a block reads other rows, so that the last block has to give them all.
+    pub fn reads_other_rows(&self) -> bool {
+        self.adapters.iter().flat_map(|(a, _)| a.blocks()).any(|(_, d)| d.reads_other_rows())
+    }
+
+    /// The first block that has a layer of an adapter's.
+    pub fn first_block(&self) -> Option<usize> {
+        self.adapters.iter().flat_map(|(a, _)| a.blocks()).map(|(block, _)| block.layer).min()
     }
 }
 
 impl Attached<'_> {
+    /// The layer after a block's attention: an adapter that has one is alone ([`Method::not_additive`]).
+    fn block(&self, layer: usize) -> Option<&dyn BlockDelta> {
+        let mut all = self.adapters.iter().flat_map(|(a, _)| a.blocks());
+        all.find(|(block, _)| block.layer == layer).map(|(_, delta)| delta.as_ref())
+    }
+
     /// What the adapters put on a site, with their weights.
     fn here(&self, site: &Site) -> impl Iterator<Item = (&Adapter, &dyn Delta, f64)> {
         self.adapters.iter().filter_map(|(a, weight)| Some((*a, a.deltas.get(&site.path)?.as_ref(), *weight)))
@@ -232,6 +250,21 @@ impl Adaptation for Attached<'_> {
             self.with_biases(site, base, y)
         });
         all.collect()
+    }
+
+    fn attend(&self, _: Point, call: AttentionCall<'_>, block: &mut BlockScope<'_>) -> TensorResult<Tensor> {
+        if let Some(rule) = self.block(block.layer()).and_then(BlockDelta::edges) {
+            let edges = self.ops().attention_edges((&call.q, &call.k), call.segments, &call.form, rule)?;
+            block.edges = Some(edges);
+        }
+        call.run(self.ops())
+    }
+
+    fn attended(&self, h: Tensor, block: &mut BlockScope<'_>) -> TensorResult<Tensor> {
+        match self.block(block.layer()) {
+            Some(delta) => delta.attended(self.ops(), &h, block, &self.step),
+            None => Ok(h),
+        }
     }
 
     fn touches(&self, site: &Site) -> bool {

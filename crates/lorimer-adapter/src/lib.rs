@@ -4,6 +4,7 @@
 pub mod adapter;
 pub mod algebra;
 pub mod attached;
+pub mod block;
 pub mod delta;
 pub mod dropout;
 pub mod error;
@@ -20,6 +21,7 @@ pub mod training;
 
 pub use adapter::Adapter;
 pub use attached::Attached;
+pub use block::{BlockDelta, BlockSite};
 pub use delta::{Change, Delta, GatedLowRank, LowRank, NotMergeable};
 pub use error::{Error, Result};
 pub use file::frozen::FrozenParts;

@@ -9,6 +9,7 @@ use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
+use crate::block::{BlockDelta, BlockSite};
 use crate::delta::{Delta, LowRank};
 use crate::error::{Error, Result};
 use crate::step::site_seed;
@@ -265,6 +266,10 @@ pub trait Method: Send + Sync {
     }
     /// The adapter on one projection, new or out of a file.
     fn attach(&self, site: &Site, base: &Projection, source: &mut ParameterSource<'_>) -> Result<Box<dyn Delta>>;
+    /// What it does to whole blocks, if it does: a layer that follows each block's attention.
+    fn blocks(&self) -> Option<&dyn BlockMethod> {
+        None
+    }
     /// Number of trainable parameters on a projection: the formula of the method's header.
     fn parameters(&self, site: &Site) -> Result<usize>;
     /// Whether, in training, the output of a row depends on that row alone: see [`Delta::rows_are_independent`].
@@ -296,4 +301,18 @@ pub trait Method: Send + Sync {
     fn low_rank(&self, _module: &str, _tensors: &BTreeMap<String, Tensor>) -> Result<Option<LowRank>> {
         Ok(None)
     }
+}
+
+/// What a method does to whole blocks.
+pub trait BlockMethod {
+    /// The name of its module in each block, below the block's own path: what its keys in a file begin with.
+    fn module(&self) -> &'static str;
+    /// The layer on one block, new or out of a file; None where the block is left alone.
+    fn attach(&self, block: &BlockSite, source: &mut ParameterSource<'_>) -> Result<Option<Box<dyn BlockDelta>>>;
+    /// Whether [`Self::attach`] gives this block a layer.
+    fn targets(&self, layer: usize) -> bool;
+    /// Number of trainable parameters on a block: the formula of the method's header.
+    fn parameters(&self, block: &BlockSite) -> usize;
+    /// Floats that training keeps for each row of a block until the backward.
+    fn activations_per_row(&self, block: &BlockSite) -> usize;
 }

@@ -3,6 +3,7 @@
 use candle_core::{Result, Tensor};
 use lorimer_tensor::{AttentionForm, Ops, Segment};
 
+use crate::scope::BlockScope;
 use crate::site::{Projection, Site};
 
 /// Where a hidden state or an attention stands in the model.
@@ -56,9 +57,14 @@ pub trait Adaptation {
         targets.iter().map(|(site, base)| self.project(site, base, x)).collect()
     }
 
-    /// One attention.
-    fn attend(&self, _point: Point, call: AttentionCall<'_>) -> Result<Tensor> {
+    /// One attention. What it shows is put into the block's scope, for [`Self::attended`].
+    fn attend(&self, _point: Point, call: AttentionCall<'_>, _block: &mut BlockScope<'_>) -> Result<Tensor> {
         call.run(self.ops())
+    }
+
+    /// The hidden state after the attention's residual of a block (rows, hidden), which a layer that follows the attention may change.
+    fn attended(&self, h: Tensor, block: &mut BlockScope<'_>) -> Result<Tensor> {
+        self.hidden(Point::Attended(block.layer()), h)
     }
 
     /// A hidden state between layers or within one (rows, hidden): to record, to route on, to change.
@@ -93,8 +99,11 @@ impl Adaptation for Inference<'_> {
     fn project(&self, site: &Site, base: &Projection, x: &Tensor) -> Result<Tensor> {
         Ok(self.0.project(site, base, x)?.detach())
     }
-    fn attend(&self, point: Point, call: AttentionCall<'_>) -> Result<Tensor> {
-        Ok(self.0.attend(point, call)?.detach())
+    fn attend(&self, point: Point, call: AttentionCall<'_>, block: &mut BlockScope<'_>) -> Result<Tensor> {
+        Ok(self.0.attend(point, call, block)?.detach())
+    }
+    fn attended(&self, h: Tensor, block: &mut BlockScope<'_>) -> Result<Tensor> {
+        Ok(self.0.attended(h, block)?.detach())
     }
     fn hidden(&self, point: Point, h: Tensor) -> Result<Tensor> {
         Ok(self.0.hidden(point, h)?.detach())

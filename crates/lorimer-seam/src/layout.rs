@@ -1,6 +1,8 @@
 //! Shapes of a model and its layers, and what its blocks need to know of a batch's rows.
 
-use candle_core::{Result, Tensor};
+use std::collections::BTreeMap;
+
+use candle_core::{Result, Tensor, bail};
 use lorimer_tensor::{RotaryTable, Segment};
 
 use crate::batch::{Batch, only_queries};
@@ -84,10 +86,12 @@ pub enum Input<'a> {
     Embeddings(&'a Tensor),
 }
 
-/// Keys and values of one sequence, layer by layer.
+/// Keys and values of one sequence, layer by layer, and what an adaptation keeps of each token beside them.
 #[derive(Clone, Default)]
 pub struct KvCache {
     layers: Vec<(Tensor, Tensor)>,
+    /// Rows of the adaptation's own, by layer.
+    own: BTreeMap<usize, Tensor>,
     pub(crate) length: usize,
 }
 
@@ -113,6 +117,45 @@ impl KvCache {
             None => self.layers.push(all.clone()),
         }
         Ok(all)
+    }
+
+    /// Adds rows of an adaptation's own, one for each new token (rows, width), to a layer's; all of them, without gradients.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the earlier tokens have none: they were read without the adaptation.
+    pub fn keep(&mut self, layer: usize, rows: Tensor) -> Result<Tensor> {
+        let rows = rows.detach();
+        let all = match self.own.get(&layer) {
+            Some(old) => Tensor::cat(&[old, &rows], 0)?,
+            None => rows,
+        };
+        let tokens = self.layers.get(layer).map_or(Ok(0), |(k, _)| k.dim(0))?;
+        if all.dim(0)? != tokens {
+            bail!("of {tokens} tokens {} were read with the adapter; begin with an empty cache", all.dim(0)?);
+        }
+        self.own.insert(layer, all.clone());
+        Ok(all)
+    }
+
+    /// Forgets all tokens but the first `length`, of all layers and of what is kept beside them.
+    pub fn truncate(&mut self, length: usize) -> Result<()> {
+        if length >= self.length {
+            return Ok(());
+        }
+        if length == 0 {
+            *self = Self::default();
+            return Ok(());
+        }
+        let cut = |t: &Tensor| t.narrow(0, 0, length)?.contiguous();
+        for (k, v) in &mut self.layers {
+            (*k, *v) = (cut(k)?, cut(v)?);
+        }
+        for rows in self.own.values_mut() {
+            *rows = cut(rows)?;
+        }
+        self.length = length;
+        Ok(())
     }
 }
 

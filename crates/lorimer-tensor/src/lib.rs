@@ -15,6 +15,8 @@ pub mod storage;
 pub mod tape;
 
 pub use ops::Ops;
+pub use ops::attention::along::along_edges;
+pub use ops::attention::edges::{EdgeKeys, EdgeRule, Edges, attention_edges, edges_in_pool};
 pub use ops::attention::{AttentionForm, KeyPool, Mask, Segment, attention, attention_in_pool};
 pub use ops::bases::scaled_bases;
 pub use ops::block_affine::block_affine;

@@ -152,6 +152,7 @@ fn killed_runs_of_other_dynamics_resume_to_the_same_bytes() {
         "--method lora-pro --set variant=full --loraplus-lr-ratio 4",
         "--method dylora --rank 6",
         "--method sora --set stages=3 --set xi=0.02 --set xi_min=0.001",
+        "--method sparse-gin --dropout 0.2",
     ] {
         resumes_exactly(&format!("--max-steps 60 --save-steps 7 --resume {method}"));
     }

@@ -465,6 +465,8 @@ fn law_7_trainable_parameters_are_those_of_the_formula() {
         let adapter = attach(model, name, settings);
         let sites = model.projections().into_iter().filter(|(s, _)| adapter.delta(&s.path).is_some());
         let formula: usize = sites.map(|(s, _)| adapter.method.parameters(s).unwrap()).sum();
+        let blocks = adapter.blocks().map(|(block, _)| adapter.method.blocks().unwrap().parameters(block));
+        let formula = formula + blocks.sum::<usize>();
         let whole: usize = adapter.parameters().values().map(|v| v.elem_count()).sum();
         assert_eq!(adapter.parameter_count(), formula + whole);
     });

@@ -50,8 +50,9 @@ fn together(model: &dyn BaseModel, sequences: &[Asked]) -> Vec<Tensor> {
                 pages
             });
         }
-        let pages = free.take(geometry.pages_of_tokens(tokens.len())).unwrap();
-        blocks.push(pages.chunks(geometry.layers).map(<[u32]>::to_vec).collect::<Vec<_>>());
+        let more = adapters.iter().map(|(a, _)| a.pages_per_block(geometry)).sum();
+        let pages = free.take(geometry.pages_with(tokens.len(), more)).unwrap();
+        blocks.push(pages.chunks(geometry.layers + more).map(<[u32]>::to_vec).collect::<Vec<_>>());
     }
     let rows = sequences.iter().zip(&blocks).map(|((tokens, adapters), blocks)| Rows {
         count: tokens.len(),

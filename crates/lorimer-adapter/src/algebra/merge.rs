@@ -19,6 +19,7 @@ use serde_json::Value;
 
 use crate::adapter::{equal, replaced_by};
 use crate::attached::refuse_sum;
+use crate::block::refuse;
 use crate::delta::Delta;
 use crate::error::{Error, Result};
 use crate::file::bytes::{raw_bytes, safetensors_dtype};
@@ -79,6 +80,9 @@ impl<'a> Plan<'a> {
         for (place, (stored, weight)) in adapters.iter().enumerate() {
             refuse_embedding(stored)?;
             let mut method = crate::methods::from_adapter_config(&stored.config)?;
+            if method.blocks().is_some() {
+                return Err(refuse(method.name(), "merged"));
+            }
             check_targets(&stored.config, &config.shape().model_type, config.sites().iter())?;
             refuse_sum(method.as_ref(), adapters.len(), *weight)?;
             let mut modules = Modules::new();

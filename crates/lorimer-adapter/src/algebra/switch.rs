@@ -12,6 +12,7 @@ use rayon::prelude::*;
 use serde::Serialize;
 
 use crate::adapter::Adapter;
+use crate::block::refuse;
 use crate::delta::{Change, Delta};
 use crate::error::{Error, Result};
 use crate::step::Step;
@@ -52,6 +53,9 @@ impl Entries {
     /// Fails if the adapter changes anything but some entries of weights.
     pub fn of(model: &dyn BaseModel, adapter: &Adapter) -> Result<Self> {
         let name = adapter.method.name();
+        if adapter.blocks().next().is_some() {
+            return Err(refuse(name, "switched in place"));
+        }
         if !adapter.parameters().is_empty() {
             return Err(Error::Refused(format!(
                 "the `{name}` adapter brings whole parameters, which cannot be switched in place"

@@ -15,6 +15,7 @@ use lorimer_model::weights::SafetensorsFile;
 use lorimer_model::weights::gguf::{Gguf, module_from_gguf, module_to_gguf, row_order};
 use serde_json::{Map, Value, json};
 
+use crate::block::refuse;
 use crate::delta::LowRank;
 use crate::error::{Error, Result};
 use crate::file::bytes::safetensors_bytes;
@@ -28,6 +29,9 @@ use crate::file::store::StoredAdapter;
 /// Fails if the configuration is of no known method, if a module has more than two low-rank factors, or if there is no module.
 pub fn low_ranks(stored: &StoredAdapter) -> Result<BTreeMap<String, LowRank>> {
     let method = crate::methods::from_adapter_config(&stored.config)?;
+    if method.blocks().is_some() {
+        return Err(refuse(method.name(), "converted"));
+    }
     let mut all = BTreeMap::new();
     for (module, tensors) in stored.modules() {
         match method.low_rank(&module, &tensors)? {

@@ -11,6 +11,7 @@ use serde::Serialize;
 use serde_json::json;
 
 use crate::adapter::Adapter;
+use crate::block::refuse;
 use crate::delta::{Delta, LowRank};
 use crate::error::{Error, Result};
 use crate::file::convert::to_peft;
@@ -81,6 +82,9 @@ pub fn to_lora(
     rank: Option<usize>,
     base_name: &str,
 ) -> Result<(StoredAdapter, Exported)> {
+    if adapter.blocks().next().is_some() {
+        return Err(refuse(adapter.method.name(), "written as a LoRA"));
+    }
     let sites = adapter.sites(model);
     let found = sites
         .par_iter()

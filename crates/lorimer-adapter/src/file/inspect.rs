@@ -2,11 +2,13 @@
 
 use std::collections::BTreeMap;
 
+use candle_core::Tensor;
 use lorimer_tensor::linalg::product_singular_values;
 use serde::Serialize;
 
 use crate::error::Result;
 use crate::file::store::StoredAdapter;
+use crate::method::Method;
 
 /// One adapted module.
 #[derive(Clone, Debug, Serialize)]
@@ -51,6 +53,19 @@ pub struct Report {
     pub modules: Vec<ModuleReport>,
 }
 
+/// Tensors by module. A layer on a block is one module, whatever parts it has.
+fn modules_of(stored: &StoredAdapter, method: &dyn Method) -> BTreeMap<String, BTreeMap<String, Tensor>> {
+    let Some(own) = method.blocks().map(|m| format!(".{}", m.module())) else { return stored.modules() };
+    let mut modules: BTreeMap<String, BTreeMap<String, Tensor>> = BTreeMap::new();
+    for (name, tensors) in stored.modules() {
+        let end = name.find(&own).map_or(name.len(), |at| at + own.len());
+        let part = name[end..].trim_start_matches('.');
+        let key = |key: String| if part.is_empty() { key } else { format!("{part}.{key}") };
+        modules.entry(name[..end].to_string()).or_default().extend(tensors.into_iter().map(|(k, t)| (key(k), t)));
+    }
+    modules
+}
+
 /// Looks into an adapter.
 ///
 /// # Errors
@@ -59,7 +74,7 @@ pub struct Report {
 pub fn inspect(stored: &StoredAdapter) -> Result<Report> {
     let method = crate::methods::from_adapter_config(&stored.config)?;
     let mut modules = Vec::new();
-    for (name, tensors) in stored.modules() {
+    for (name, tensors) in modules_of(stored, method.as_ref()) {
         let low_rank = method.low_rank(&name, &tensors)?;
         let (mut rank, mut norm, mut effective_rank) = (None, None, None);
         if let Some(low) = &low_rank {

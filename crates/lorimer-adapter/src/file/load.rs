@@ -1,16 +1,18 @@
 //! From the tensors of a file to an adapter on a model, with an account of each tensor.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::sync::Arc;
 
 use candle_core::Var;
 use lorimer_model::{BaseModel, Projection, Site};
 use rayon::prelude::*;
 
-use crate::adapter::{Adapter, base_parameter, equal, replaced_by, resolve};
+use crate::adapter::{Adapter, base_parameter, block_sites, equal, replaced_by, resolve};
+use crate::block::{BlockDelta, BlockSite};
 use crate::delta::Delta;
 use crate::error::{Error, Result};
 use crate::file::store::{BASE_WEIGHT, PREFIX, StoredAdapter};
-use crate::method::{CalibrationStats, ModuleTensors, ParameterSource};
+use crate::method::{CalibrationStats, Method, ModuleTensors, ParameterSource};
 use crate::settings::check_targets;
 use crate::targets::Matcher;
 
@@ -62,7 +64,10 @@ impl Adapter {
     pub fn load(model: &dyn BaseModel, stored: &StoredAdapter) -> Result<(Self, Accounting)> {
         let mut method = crate::methods::from_adapter_config(&stored.config)?;
         let projections = model.projections();
-        check_targets(&stored.config, &model.shape().model_type, projections.iter().map(|(site, _)| *site))?;
+        let blocks = block_sites(model, method.as_ref())?;
+        if method.blocks().is_none() {
+            check_targets(&stored.config, &model.shape().model_type, projections.iter().map(|(site, _)| *site))?;
+        }
         let matcher = Matcher::new(method.targeting(), projections.iter().map(|(site, _)| *site))?;
         let sites: HashMap<&str, _> = projections.iter().map(|p| (p.0.path.as_str(), p)).collect();
         let mut modules: BTreeMap<String, ModuleTensors> = BTreeMap::new();
@@ -111,7 +116,8 @@ impl Adapter {
                 continue;
             }
             // The longest site path that the key begins with.
-            let site = path.match_indices('.').map(|(i, _)| &path[..i]).rev().find(|p| sites.contains_key(p));
+            let known = |p: &&str| sites.contains_key(p) || blocks.iter().any(|block| block.site.path == *p);
+            let site = path.match_indices('.').map(|(i, _)| &path[..i]).rev().find(known);
             match site {
                 Some(site) => {
                     let rest = path[site.len() + 1..].to_string();
@@ -163,8 +169,9 @@ impl Adapter {
                 }
             }
         }
+        let blocks = load_blocks(method.as_ref(), blocks, dtype, &mut modules, &mut accounting)?;
         let order = projections.iter().map(|(s, _)| s.path.clone()).collect();
-        Ok((Self { method, deltas, parameters, fixed, replaced, order }, accounting))
+        Ok((Self { method, deltas, blocks, parameters, fixed, replaced, order }, accounting))
     }
 
     /// [`Self::load`], where every tensor must be in use, none missing, and the adapter must do something.
@@ -181,6 +188,38 @@ impl Adapter {
         }
         Ok(adapter)
     }
+}
+
+/// Layers on blocks out of their modules' tensors, which are accounted for.
+fn load_blocks(
+    method: &dyn Method,
+    blocks: Vec<BlockSite>,
+    dtype: candle_core::DType,
+    modules: &mut BTreeMap<String, ModuleTensors>,
+    accounting: &mut Accounting,
+) -> Result<Vec<(BlockSite, Arc<dyn BlockDelta>)>> {
+    let mut found = Vec::new();
+    let Some(own) = method.blocks() else { return Ok(found) };
+    for block in blocks {
+        let mut tensors = modules.remove(&block.site.path).unwrap_or_default();
+        let before: Vec<String> = tensors.tensors.keys().cloned().collect();
+        if before.is_empty() {
+            if own.targets(block.layer) {
+                accounting.missing.push(block.site.path.clone());
+            }
+            continue;
+        }
+        let delta = own.attach(&block, &mut ParameterSource::file(&block.site, dtype, &mut tensors))?;
+        for key in before {
+            let name = format!("{PREFIX}{}.{key}", block.site.path);
+            match tensors.tensors.contains_key(&key) {
+                true => accounting.refused.push(name),
+                false => accounting.used.push(name),
+            }
+        }
+        found.extend(delta.map(|delta| (block, delta.into())));
+    }
+    Ok(found)
 }
 
 /// Refuses low-rank changes of the embedding, which has no projection's form.

@@ -43,7 +43,7 @@ pub struct Entry {
     pub title: &'static str,
     /// Where it was published.
     pub paper: &'static str,
-    /// `projection`, `start`, `optimizer`, `control` or `objective`.
+    /// `projection`, `block`, `start`, `optimizer`, `control` or `objective`.
     pub kind: &'static str,
     /// Values of `--set variant=…`.
     pub variants: &'static [&'static str],

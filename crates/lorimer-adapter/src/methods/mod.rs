@@ -32,6 +32,7 @@ pub mod shira;
 pub mod slices;
 pub mod smora;
 pub mod sora;
+pub mod sparse_gin;
 pub mod tlora;
 pub mod vera;
 
@@ -52,6 +53,7 @@ pub const REGISTRY: &[Entry] = &[
     tlora::ENTRY,
     flylora::ENTRY,
     smora::ENTRY,
+    sparse_gin::ENTRY,
     hydra::ENTRY,
     vera::ENTRY,
     full::ENTRY,

@@ -26,6 +26,10 @@ impl OptimizerKind for Adam {
         Ok(Box::new(AdamW::new(config, self.eight_bit)))
     }
 
+    fn takes_any_parameter(&self) -> bool {
+        true
+    }
+
     fn bytes_per_number(&self) -> f64 {
         if self.eight_bit { EIGHT_BIT_BYTES } else { 8.0 }
     }

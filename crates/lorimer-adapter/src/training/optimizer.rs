@@ -102,6 +102,10 @@ pub trait OptimizerKind: std::fmt::Debug + Send + Sync {
     ///
     /// Fails if it needs parameters that the method does not train.
     fn build(&self, config: AdamWConfig, method: &str, modules: &[Module<'_>]) -> Result<Box<dyn Optimizer>>;
+    /// Whether it steps parameters of any role: AdamW.
+    fn takes_any_parameter(&self) -> bool {
+        false
+    }
     /// Whether it steps each layer as soon as its gradients are there.
     fn per_layer(&self) -> bool {
         false

@@ -256,7 +256,11 @@ impl Spec {
     pub fn run(&self, task: &Task, method: Option<&MethodSpec>, lr: f64, seed: u64) -> RunSpec {
         let mut set = method.map(|m| m.set.clone()).unwrap_or_default();
         if let Some(method) = method {
-            set.entry("target_modules").or_insert_with(|| self.target_modules.clone());
+            // What changes blocks has no projections to name.
+            let plain = methods::build(method.method(), &Map::new());
+            if plain.is_ok_and(|plain| plain.blocks().is_none()) {
+                set.entry("target_modules").or_insert_with(|| self.target_modules.clone());
+            }
             set.extend(self.start_rate(method).filter(|(key, _)| !method.set.contains_key(key)));
         }
         RunSpec {

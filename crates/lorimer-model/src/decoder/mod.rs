@@ -8,8 +8,8 @@ pub mod rope;
 
 use candle_core::{DType, Result as TensorResult, Tensor};
 use lorimer_seam::{
-    Adaptation, AttentionCall, BaseModel, Frequencies, Input, KvCache, LayerShape, Layout, ModelShape, Point,
-    Projection, Site,
+    Adaptation, AttentionCall, BaseModel, BlockScope, Frequencies, Input, KvCache, LayerShape, Layout, ModelShape,
+    Point, Projection, Site,
 };
 use lorimer_tensor::{AttentionForm, FrozenWeight, Mask, Segment};
 
@@ -280,15 +280,14 @@ impl BaseModel for Decoder {
             k = self.norm_heads(k, k_norm, layer.shape.head_dim, on)?;
         }
         (q, k) = (ops.rotary(&q, &turns[layer.rope])?, ops.rotary(&k, &layout.rotary[layer.rope])?);
-        if let Some(cache) = cache {
-            (k, v) = cache.extend(i, k, v)?;
-        }
-        let attended = on.attend(Point::Layer(i), AttentionCall { q, k, v, segments, form: layer.form })?;
+        let mut scope = BlockScope::new(i, last.is_none(), cache);
+        (k, v) = scope.extend(k, v)?;
+        let attended = on.attend(Point::Layer(i), AttentionCall { q, k, v, segments, form: layer.form }, &mut scope)?;
         let mut change = layer.o.forward(&attended, on)?;
         if let Some(norm) = &layer.attended_norm {
             change = norm.forward(&change, on)?;
         }
-        let h = on.hidden(Point::Attended(i), ops.add(&h, &change)?)?;
+        let h = on.attended(ops.add(&h, &change)?, &mut scope)?;
         let x = layer.unit_norm.forward(&h, on)?;
         let [gate, up] = layer.gate_and_up(&x, on)?;
         let gated = ops.gated(self.config.activation, &gate, &up)?;

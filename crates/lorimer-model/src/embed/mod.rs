@@ -3,7 +3,7 @@
 mod options;
 
 use candle_core::{DType, Result as TensorResult, Tensor};
-use lorimer_seam::{Adaptation, AttentionCall, BaseModel, Batch, Point, Projection, Site};
+use lorimer_seam::{Adaptation, AttentionCall, BaseModel, Batch, BlockScope, Point, Projection, Site};
 use lorimer_tensor::{Ops, Segment, Segmented, Tape, project_segmented};
 use rayon::prelude::*;
 
@@ -44,8 +44,12 @@ impl Adaptation for Swift<'_> {
         project_segmented(x, &parts)
     }
 
-    fn attend(&self, point: Point, call: AttentionCall<'_>) -> TensorResult<Tensor> {
-        Ok(self.on.attend(point, call)?.detach())
+    fn attend(&self, point: Point, call: AttentionCall<'_>, block: &mut BlockScope<'_>) -> TensorResult<Tensor> {
+        Ok(self.on.attend(point, call, block)?.detach())
+    }
+
+    fn attended(&self, h: Tensor, block: &mut BlockScope<'_>) -> TensorResult<Tensor> {
+        Ok(self.on.attended(h, block)?.detach())
     }
 
     fn hidden(&self, point: Point, h: Tensor) -> TensorResult<Tensor> {

@@ -7,7 +7,8 @@ use std::path::Path;
 
 use candle_core::{DType, Result as TensorResult, Tensor, bail};
 use lorimer_seam::{
-    Adaptation, AttentionCall, BaseModel, Input, KvCache, LayerShape, Layout, ModelShape, Point, Projection, Site,
+    Adaptation, AttentionCall, BaseModel, BlockScope, Input, KvCache, LayerShape, Layout, ModelShape, Point,
+    Projection, Site,
 };
 use lorimer_tensor::{Activation, AttentionForm, FrozenWeight, Mask, Segment};
 use serde_json::Value;
@@ -363,10 +364,12 @@ impl BaseModel for Bert {
         let head_dim = self.config.hidden_size / self.config.heads;
         let scale = (head_dim as f64).powf(-0.5);
         let form = AttentionForm { head_dim, scale, mask: Mask::Full, cap: None };
-        let attended = on.attend(Point::Layer(i), AttentionCall { q, k, v, segments: &layout.segments, form })?;
+        let mut scope = BlockScope::new(i, true, None);
+        let call = AttentionCall { q, k, v, segments: &layout.segments, form };
+        let attended = on.attend(Point::Layer(i), call, &mut scope)?;
         let change = layer.attended.forward(&attended, on)?;
         let x = layer.attended_norm.forward(&ops.add(&change, h)?, on)?;
-        let x = on.hidden(Point::Attended(i), x)?;
+        let x = on.attended(x, &mut scope)?;
         let inner = ops.activate(self.config.activation, &layer.up.forward(&x, on)?)?;
         let change = layer.down.forward(&inner, on)?;
         on.hidden(Point::Layer(i), layer.output_norm.forward(&ops.add(&change, &x)?, on)?)

@@ -5,13 +5,13 @@ use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
 use lorimer_adapter::file::export::low_rank_of;
-use lorimer_adapter::{Adapter, Change, GatedLowRank, Golden, LowRank, Step};
+use lorimer_adapter::{Adapter, BlockDelta, Change, GatedLowRank, Golden, LowRank, Step};
 use lorimer_model::text::chat::ChatTemplate;
 use lorimer_model::{BaseModel, Projection, Site};
 use lorimer_tensor::RankGate;
 use rayon::prelude::*;
 
-use crate::engine::pool::Geometry;
+use crate::engine::pool::{BLOCK, Geometry};
 use crate::error::{Error, Result};
 
 /// Where the factors of one projection lie in the adapter's numbers.
@@ -29,6 +29,15 @@ pub struct Place {
     pub bias: Option<usize>,
     /// Which of [`Hosted::gates`] multiplies x Aᵀ.
     pub gate: Option<usize>,
+}
+
+/// A layer after a block's attention, as it is served: it stays in host memory.
+#[derive(Clone, Debug)]
+pub struct HostedLayer {
+    /// The block, counted from 0.
+    pub layer: usize,
+    /// What is done there.
+    pub delta: Arc<dyn BlockDelta>,
 }
 
 /// How an adapter came into this form.
@@ -57,6 +66,8 @@ pub struct Hosted {
     pub gates: Vec<Arc<dyn RankGate>>,
     /// By the projection's path.
     pub places: HashMap<String, Place>,
+    /// Layers after blocks' attention, in the blocks' order.
+    pub layers: Vec<HostedLayer>,
     /// How exact it is.
     pub conversion: Conversion,
     /// Why it may only be used alone and at weight 1, if so.
@@ -158,6 +169,7 @@ impl Hosted {
             numbers: Vec::new(),
             gates: Vec::new(),
             places: HashMap::new(),
+            layers: Vec::new(),
             conversion: Conversion { exact: 0, modules: 0, error: 0.0 },
             not_additive: adapter.method.not_additive(),
             template: None,
@@ -191,8 +203,18 @@ impl Hosted {
             });
             hosted.places.insert(path, Place { rank, a, b, output_scale, bias, gate });
         }
+        for (block, delta) in adapter.blocks() {
+            hosted.layers.push(HostedLayer { layer: block.layer, delta: delta.clone() });
+            for (_, var) in delta.trainable() {
+                if !flat(var)?.iter().all(|v| v.is_finite()) {
+                    return Err(Error::Request(format!("the numbers of `{}` are not finite", block.site.path)));
+                }
+            }
+        }
+        hosted.conversion.modules += hosted.layers.len();
+        hosted.conversion.exact += hosted.layers.len();
         hosted.conversion.error = if whole > 0.0 { (wrong / whole).sqrt() } else { 0.0 };
-        if hosted.places.is_empty() {
+        if hosted.places.is_empty() && hosted.layers.is_empty() {
             return Err(Error::Request("the adapter changes no projection of this base".into()));
         }
         if !hosted.numbers.iter().all(|v| v.is_finite()) {
@@ -209,7 +231,25 @@ impl Hosted {
 
     /// Bytes in host memory.
     pub fn bytes(&self) -> usize {
-        self.numbers.len() * size_of::<f32>() + self.gates.iter().map(|gate| gate.bytes()).sum::<usize>()
+        let layers = self.layers.iter().flat_map(|layer| layer.delta.trainable());
+        let numbers = self.numbers.len() + layers.map(|(_, var)| var.elem_count()).sum::<usize>();
+        numbers * size_of::<f32>() + self.gates.iter().map(|gate| gate.bytes()).sum::<usize>()
+    }
+
+    /// The layer after a block's attention, and the first of its pages among those of a block of tokens: they come after the pages of keys and
+    /// values, those of one layer after those of another.
+    pub fn layer(&self, layer: usize, geometry: Geometry) -> Option<(&HostedLayer, usize)> {
+        let at = self.layers.iter().position(|own| own.layer == layer)?;
+        Some((&self.layers[at], geometry.layers + Self::kept_pages(&self.layers[..at], geometry)))
+    }
+
+    /// Pages that a block of tokens takes beside those of keys and values, for what layers keep.
+    pub fn pages_per_block(&self, geometry: Geometry) -> usize {
+        Self::kept_pages(&self.layers, geometry)
+    }
+
+    fn kept_pages(layers: &[HostedLayer], geometry: Geometry) -> usize {
+        layers.iter().map(|layer| geometry.pages_of_numbers(BLOCK * layer.delta.kept_width())).sum()
     }
 
     /// Pages that it takes in a pool.

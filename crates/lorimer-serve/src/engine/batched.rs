@@ -1,15 +1,17 @@
 //! Many adapters in one forward: the seam's implementation for serving.
 
 use std::ops::Range;
-use std::sync::{PoisonError, RwLock};
+use std::sync::{Mutex, PoisonError, RwLock};
 
 use candle_core::{Result, Tensor};
-use lorimer_model::{Adaptation, AttentionCall, BaseModel, Point, Projection, Site, run_blocks};
+use lorimer_model::{Adaptation, AttentionCall, BaseModel, BlockScope, Point, Projection, Site, run_blocks};
 use lorimer_tensor::{
-    Addition, Group, KeyPool, Ops, Paged, Segment, Segmented, Tape, attention_in_pool, project_segmented, store_rows,
+    Addition, AttentionForm, Edges, Group, KeyPool, Ops, Paged, Segment, Segmented, Tape, attention_in_pool,
+    edges_in_pool, project_segmented, store_rows,
 };
 
-use crate::adapters::hosted::Hosted;
+use crate::adapters::hosted::{Hosted, HostedLayer};
+use crate::engine::kept::{Kept, Place, apply, over_kept_rows};
 use crate::engine::pool::{BLOCK, Geometry};
 
 /// Distance between the first keys of two sequences in the segments that the model hands on; longer than any sequence.
@@ -32,7 +34,7 @@ pub struct Rows<'a> {
     pub count: usize,
     /// Position of the first.
     pub position: usize,
-    /// Pages of its blocks of tokens, a page a layer; as many as the last row's position needs.
+    /// Pages of its blocks of tokens, a page a layer and what its adapters keep; as many as the last row's position needs.
     pub blocks: &'a [Vec<u32>],
     /// Its adapters.
     pub adapters: Vec<Used<'a>>,
@@ -47,6 +49,8 @@ pub struct Batched<'a> {
     ranges: Vec<Range<usize>>,
     /// The same, of the rows that the last layer gives.
     needed_ranges: Vec<Range<usize>>,
+    /// What the attention of the block that is computed showed to each run of sequences with a layer after it.
+    seen: Mutex<Vec<Option<Edges>>>,
     /// Nothing is recorded on it: with a tape operations run in our own kernels and build no graph.
     tape: Tape,
 }
@@ -62,7 +66,8 @@ impl<'a> Batched<'a> {
             needed_ranges.push(at..at + inside);
             (row, at) = (end, at + inside);
         }
-        Self { pool: RwLock::new(pool), geometry, sequences, ranges, needed_ranges, tape: Tape::new([]) }
+        let seen = Mutex::default();
+        Self { pool: RwLock::new(pool), geometry, sequences, ranges, needed_ranges, seen, tape: Tape::new([]) }
     }
 
     /// Positions of all rows.
@@ -83,13 +88,17 @@ impl<'a> Batched<'a> {
     /// The logits of the rows `needed`, which are those that [`Self::new`] was given, of the batch's `tokens`; None where no row is needed.
     pub fn logits(&self, model: &dyn BaseModel, tokens: &[u32], needed: &[u32]) -> Result<Option<Tensor>> {
         let h = model.embed(tokens, &self.positions(), self)?;
-        let some = (needed.len() < tokens.len()).then_some(needed);
+        // A layer after the attention has to have all rows.
+        let mut used = self.sequences.iter().flat_map(|s| &s.adapters);
+        let whole = used.any(|used| !used.hosted.layers.is_empty());
+        let some = (needed.len() < tokens.len() && !whole).then_some(needed);
         let layout = model.layout(&self.positions(), &self.segments(), some);
         // Only keys and values of the last layer are wanted where no token is drawn.
         let h = run_blocks(model, h, 0..model.shape().layers.len(), &layout, self, None, |_, _| {})?;
         if needed.is_empty() {
             return Ok(None);
         }
+        let h = if whole { self.ops().rows(&h, needed)? } else { h };
         model.logits(&model.end(&h, self)?, self).map(Some)
     }
 
@@ -115,6 +124,56 @@ impl<'a> Batched<'a> {
             }
         }
         Ok(spans)
+    }
+
+    /// Sequences next to each other with the same adapter that has a layer after a block's attention, with the layer and the first of its pages in
+    /// a block of tokens.
+    fn layers_after(&self, layer: usize) -> Vec<(Range<usize>, &HostedLayer, usize)> {
+        let mut runs: Vec<(Range<usize>, &HostedLayer, usize)> = Vec::new();
+        for (i, s) in self.sequences.iter().enumerate() {
+            let Some((own, first)) = s.adapters.iter().find_map(|used| used.hosted.layer(layer, self.geometry)) else {
+                continue;
+            };
+            match runs.last_mut().filter(|(run, other, _)| run.end == i && std::ptr::eq(*other, own)) {
+                Some((run, ..)) => run.end = i + 1,
+                None => runs.push((i..i + 1, own, first)),
+            }
+        }
+        runs
+    }
+
+    /// Where the rows of some sequences lie.
+    fn places_of(&self, run: &Range<usize>) -> Vec<Place<'_>> {
+        let of = |s: &Rows<'a>| Place { blocks: s.blocks, position: s.position, count: s.count };
+        self.sequences[run.clone()].iter().map(of).collect()
+    }
+
+    /// What the attention of a block shows to the layers after it: `q` (rows, …) over `keys` in `segments`, one a sequence.
+    fn show(
+        &self,
+        layer: usize,
+        q: &Tensor,
+        keys: KeyPool<'_>,
+        segments: &[Segment],
+        form: &AttentionForm,
+    ) -> Result<()> {
+        let mut seen = Vec::new();
+        for (run, own, _) in self.layers_after(layer) {
+            let Some(rule) = own.delta.edges() else {
+                seen.push(None);
+                continue;
+            };
+            let rows = self.ranges[run.start].start..self.ranges[run.end - 1].end;
+            let moved = |s: &Segment| Segment { q_start: s.q_start - rows.start, ..s.clone() };
+            let (Some(own), true) = (segments.get(run.clone()), q.dim(0)? >= rows.end) else {
+                candle_core::bail!("a layer after block {layer} has to see all rows")
+            };
+            let segments: Vec<Segment> = own.iter().map(moved).collect();
+            let edges = edges_in_pool(&q.narrow(0, rows.start, rows.len())?, keys, &segments, form, rule)?;
+            seen.push(Some(over_kept_rows(edges, &self.places_of(&run), layer)?));
+        }
+        *self.seen.lock().unwrap_or_else(PoisonError::into_inner) = seen;
+        Ok(())
     }
 
     /// The rows of x by adapter: the ranges that fit their number.
@@ -186,7 +245,7 @@ impl Adaptation for Batched<'_> {
         project_segmented(x, &parts.collect::<Result<Vec<_>>>()?)
     }
 
-    fn attend(&self, point: Point, call: AttentionCall<'_>) -> Result<Tensor> {
+    fn attend(&self, point: Point, call: AttentionCall<'_>, _: &mut BlockScope<'_>) -> Result<Tensor> {
         let Point::Layer(layer) = point else { candle_core::bail!("attention outside of a layer") };
         let mut places = Vec::with_capacity(call.k.dim(0)?);
         for (i, s) in self.sequences.iter().enumerate() {
@@ -207,6 +266,38 @@ impl Adaptation for Batched<'_> {
             .map(|s| Ok(Segment { q_start: s.q_start, q_len: s.q_len, keys: self.spans(&s.keys, layer)? }));
         let segments = segments.collect::<Result<Vec<_>>>()?;
         let keys = KeyPool { numbers: &pool, stride, width: call.k.dim(1)?, values_at: BLOCK };
+        self.show(layer, &call.q, keys, &segments, &call.form)?;
         attention_in_pool(&call.q, keys, &segments, &call.form)
+    }
+
+    fn attended(&self, h: Tensor, block: &mut BlockScope<'_>) -> Result<Tensor> {
+        let layer = block.layer();
+        let runs = self.layers_after(layer);
+        if runs.is_empty() {
+            return Ok(h);
+        }
+        let rows = h.dim(0)?;
+        let ranges = self.ranges(rows)?;
+        let mut seen = std::mem::take(&mut *self.seen.lock().unwrap_or_else(PoisonError::into_inner)).into_iter();
+        let (mut parts, mut at) = (Vec::new(), 0);
+        for (run, own, first) in runs {
+            let own_rows = ranges[run.start].start..ranges[run.end - 1].end;
+            if own_rows.is_empty() {
+                seen.next();
+                continue;
+            }
+            if own_rows.start > at {
+                parts.push(h.narrow(0, at, own_rows.start - at)?);
+            }
+            let places = self.places_of(&run);
+            let mut kept = Kept { pool: &self.pool, geometry: self.geometry, first, places };
+            let part = h.narrow(0, own_rows.start, own_rows.len())?;
+            parts.push(apply(self.ops(), (layer, own.delta.as_ref()), &part, seen.next().flatten(), &mut kept)?);
+            at = own_rows.end;
+        }
+        if at < rows {
+            parts.push(h.narrow(0, at, rows - at)?);
+        }
+        Tensor::cat(&parts, 0)
     }
 }

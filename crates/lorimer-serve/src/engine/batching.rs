@@ -27,6 +27,8 @@ pub struct Asked {
     pub expected: Option<usize>,
     /// Adapters, each by its content and the pages it takes.
     pub adapters: Vec<(Arc<str>, usize)>,
+    /// Pages that a block of its tokens takes beside a page a layer, for what its adapters keep of them.
+    pub pages_per_block: usize,
     /// What keys and values depend on beside the tokens.
     pub content: String,
     /// Whom it is for.
@@ -41,12 +43,14 @@ pub struct Sequence {
     pub prompt: usize,
     /// Tokens whose keys and values are in the pool.
     pub computed: usize,
-    /// Pages of its blocks of tokens, a page a layer.
+    /// Pages of its blocks of tokens: a page a layer, and what adapters keep of them.
     pub blocks: Vec<Vec<u32>>,
     /// Whether it runs.
     pub runs: bool,
     /// Whether nothing is taken from the prefix cache.
     whole: bool,
+    /// Pages that a block of its tokens takes.
+    per_block: usize,
     /// What its keys and values depend on beside the tokens.
     content: String,
     adapters: Vec<(Arc<str>, usize)>,
@@ -88,6 +92,7 @@ fn job(id: u64, asked: &Asked, arrived: f64) -> Job {
         id,
         tenant: asked.tenant.clone(),
         adapters: asked.adapters.clone(),
+        pages_per_block: asked.pages_per_block,
         prompt: asked.prompt.len(),
         max_output: asked.max_tokens,
         expected: asked.expected.unwrap_or(asked.max_tokens).min(asked.max_tokens),
@@ -146,6 +151,7 @@ impl Batching {
             blocks: Vec::new(),
             runs: false,
             whole: asked.whole,
+            per_block: self.geometry.layers + asked.pages_per_block,
             content: asked.content,
             adapters: asked.adapters,
             leased: 0,
@@ -252,7 +258,8 @@ impl Batching {
             // It may have been preempted to make room for another.
             let Some(s) = self.sequences.get(&id).filter(|s| s.runs) else { continue };
             let blocks = (s.computed + rows).div_ceil(BLOCK);
-            let wanted = blocks.saturating_sub(s.blocks.len()) * self.geometry.layers;
+            let per_block = s.per_block;
+            let wanted = blocks.saturating_sub(s.blocks.len()) * per_block;
             let leased = s.leased == s.adapters.len();
             let taken = match leased && self.make_room(wanted, id) {
                 true => self.pages.take(wanted),
@@ -261,7 +268,7 @@ impl Batching {
             let Some(s) = self.sequences.get_mut(&id).filter(|s| s.runs) else { continue };
             match taken {
                 Some(taken) => {
-                    s.blocks.extend(taken.chunks(self.geometry.layers.max(1)).map(<[u32]>::to_vec));
+                    s.blocks.extend(taken.chunks(per_block.max(1)).map(<[u32]>::to_vec));
                     step.work.push((id, rows));
                 }
                 // It runs and nothing can make room for it: better an end than waiting for ever.

@@ -7,6 +7,7 @@ pub mod adapter_account;
 pub mod adapter_cache;
 pub mod batched;
 pub mod batching;
+pub mod kept;
 pub mod pool;
 pub mod prefix;
 pub mod scheduler;
@@ -270,9 +271,15 @@ impl<'m> Engine<'m> {
             max_tokens,
             expected: Some(in_flight.expected.min(max_tokens)),
             adapters: request.adapters.iter().map(pages).collect(),
+            pages_per_block: self.pages_per_block(request),
             content: content.join("+"),
             tenant: request.tenant.clone(),
         }
+    }
+
+    /// Pages that a block of a request's tokens takes beside a page a layer.
+    fn pages_per_block(&self, request: &Request) -> usize {
+        request.adapters.iter().map(|(a, _)| a.pages_per_block(self.geometry)).sum()
     }
 
     /// Most tokens of a request's answer, and how many are expected.
@@ -281,7 +288,8 @@ impl<'m> Engine<'m> {
             return (asked, asked);
         }
         let adapters: usize = request.adapters.iter().map(|(a, _)| a.pages(self.geometry)).sum();
-        let blocks = self.batching.pages().count().saturating_sub(adapters) / self.geometry.layers.max(1);
+        let blocks = self.batching.pages().count().saturating_sub(adapters)
+            / (self.geometry.layers + self.pages_per_block(request)).max(1);
         let longest = self.model.shape().cached_positions().min(blocks * BLOCK);
         let limit = longest.saturating_sub(request.prompt.len()).max(1);
         (limit, limit.min(EXPECTED))

@@ -38,7 +38,12 @@ impl Geometry {
 
     /// Pages that so many tokens of one sequence take.
     pub fn pages_of_tokens(&self, tokens: usize) -> usize {
-        tokens.div_ceil(BLOCK) * self.layers
+        self.pages_with(tokens, 0)
+    }
+
+    /// Pages that so many tokens take where a block of them takes `more` beside a page a layer.
+    pub fn pages_with(&self, tokens: usize, more: usize) -> usize {
+        tokens.div_ceil(BLOCK) * (self.layers + more)
     }
 
     /// Pages that so many numbers of an adapter take.

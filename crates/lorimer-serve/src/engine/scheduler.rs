@@ -73,6 +73,8 @@ pub struct Job {
     pub tenant: Tenant,
     /// Its adapters, each by its content and the pages it takes.
     pub adapters: Vec<(Arc<str>, usize)>,
+    /// Pages that a block of its tokens takes beside a page a layer.
+    pub pages_per_block: usize,
     /// Tokens of the prompt (of a request that was preempted: those generated too).
     pub prompt: usize,
     /// Most tokens that are still to be generated.
@@ -258,7 +260,7 @@ impl Scheduler {
         }
         self.latest[0] = (job.tenant.client.clone(), job.arrived);
         let adapters: usize = job.adapters.iter().map(|(_, pages)| pages).sum();
-        if adapters + self.geometry.pages_of_tokens(job.prompt + job.max_output) > self.pages {
+        if adapters + self.geometry.pages_with(job.prompt + job.max_output, job.pages_per_block) > self.pages {
             return Err(Refusal::TooLarge);
         }
         if self.waiting_count >= self.policy.max_waiting && !self.give_way(&job.tenant) {
@@ -396,19 +398,21 @@ impl Scheduler {
 
     /// Pages that keys and values of some requests take at most before the last is done, if each generates all that it may: after the
     /// request with the i-th most tokens to go is done, only those before it are left, each with as many tokens more.
-    fn most_pages(&self, requests: &mut [(usize, usize)]) -> usize {
-        requests.sort_unstable_by_key(|&(_, remaining)| std::cmp::Reverse(remaining));
+    /// Each request: its tokens, those to go, and the pages that a block takes beside a page a layer.
+    fn most_pages(&self, requests: &mut [(usize, usize, usize)]) -> usize {
+        requests.sort_unstable_by_key(|&(_, remaining, _)| std::cmp::Reverse(remaining));
         let at = |i: usize| {
             let steps = requests[i].1;
-            requests[..=i].iter().map(|&(tokens, _)| self.geometry.pages_of_tokens(tokens + steps)).sum()
+            requests[..=i].iter().map(|&(tokens, _, more)| self.geometry.pages_with(tokens + steps, more)).sum()
         };
         (0..requests.len()).map(at).max().unwrap_or(0)
     }
 
     /// Whether the pool holds this one too until all are done.
     fn fits(&self, job: &Job) -> bool {
-        let mut requests: Vec<_> = self.running.iter().map(|r| (r.tokens(), r.remaining())).collect();
-        requests.push((job.prompt, job.expected));
+        let mut requests: Vec<_> =
+            self.running.iter().map(|r| (r.tokens(), r.remaining(), r.job.pages_per_block)).collect();
+        requests.push((job.prompt, job.expected, job.pages_per_block));
         let new = |(key, pages): &(Arc<str>, usize)| if self.adapters.contains_key(key) { 0 } else { *pages };
         let adapters = self.adapter_pages + job.adapters.iter().map(new).sum::<usize>();
         adapters + self.most_pages(&mut requests) <= self.pages

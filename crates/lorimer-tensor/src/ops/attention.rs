@@ -1,5 +1,8 @@
 //! Attention with grouped heads over packed, variable-length segments: causal, in a sliding window, or of all keys; no `T × T` matrix is kept.
 
+pub mod along;
+pub mod edges;
+
 use std::borrow::Cow;
 
 use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor};

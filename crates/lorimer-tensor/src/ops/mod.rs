@@ -24,6 +24,8 @@ use crate::kernels::real::Real;
 use crate::kernels::slices::with_slices;
 use crate::storage::FrozenWeight;
 use crate::tape::{Gradients, SERIAL, Tape, add};
+use attention::along::Along;
+use attention::edges::{EdgeRule, Edges, find_edges};
 use attention::{Attention, AttentionForm, Segment};
 use gated::{Activate, Activation, GatedUnit};
 use layer_norm::LayerNorm;
@@ -298,6 +300,42 @@ impl<'a> Ops<'a> {
             Ok(())
         });
         Ok(y)
+    }
+
+    /// [`crate::attention_edges`].
+    pub fn attention_edges(
+        &self,
+        (q, k): (&Tensor, &Tensor),
+        segments: &[Segment],
+        form: &AttentionForm,
+        rule: EdgeRule,
+    ) -> Result<Edges> {
+        if !self.on_cpu(q) {
+            return crate::attention_edges((q, k), segments, form, rule);
+        }
+        let (op, edges) = find_edges((q, k), segments, form, rule)?;
+        if let Some(tape) = self.tape(&[q, k]) {
+            let ids = [q, k].map(|t| tape.tracks(t).then(|| t.id()));
+            let (q, k) = (q.contiguous()?, k.contiguous()?);
+            tape.record(&edges.sums, move |g, gradients| {
+                let (dq, dk) = op.bwd(&q, &k, &q, &g.contiguous()?)?;
+                for (id, gradient) in ids.into_iter().zip([dq, dk]) {
+                    if let (Some(id), Some(gradient)) = (id, gradient) {
+                        gradients.add(id, gradient)?;
+                    }
+                }
+                Ok(())
+            });
+        }
+        Ok(edges)
+    }
+
+    /// [`crate::along_edges`].
+    pub fn along_edges(&self, edges: &Edges, weights: &Tensor, x: &Tensor) -> Result<Tensor> {
+        match self.on_cpu(x) {
+            true => self.two(weights, x, Along::new(edges, weights, x)?),
+            false => crate::along_edges(edges, weights, x),
+        }
     }
 
     /// `a + b`, of one shape.

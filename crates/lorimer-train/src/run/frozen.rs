@@ -70,7 +70,7 @@ pub fn frozen_layers(model: &dyn BaseModel, attached: &Attached<'_>) -> usize {
     let names = model.parameter_names().into_iter().filter(|name| attached.parameter(name).is_some());
     let stem = model.stem_parameters();
     let names = names.map(|name| if stem.contains(&name) { 0 } else { layer(&name).unwrap_or(all) });
-    sites.chain(names).min().unwrap_or(all).min(all.saturating_sub(1))
+    sites.chain(names).chain(attached.first_block()).min().unwrap_or(all).min(all.saturating_sub(1))
 }
 
 /// Bytes that the hidden states of all rows take.

@@ -26,7 +26,14 @@ pub fn build(
     model: &dyn BaseModel,
     adapter: &Adapter,
 ) -> Result<Box<dyn Optimizer>> {
-    Ok(choice.0.build(config, adapter.method.name(), &adapter.sites(model))?)
+    let method = adapter.method.name();
+    if !choice.0.takes_any_parameter() && adapter.blocks().next().is_some() {
+        return Err(Error::Settings(format!(
+            "--optimizer {} is for changes of projections, and `{method}` changes blocks; use adamw",
+            choice.0.name()
+        )));
+    }
+    Ok(choice.0.build(config, method, &adapter.sites(model))?)
 }
 
 /// Σ of the squares of all gradients.

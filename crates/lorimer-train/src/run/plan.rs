@@ -8,7 +8,7 @@ use lorimer_adapter::method::Bias;
 use lorimer_adapter::methods::OptimizerChoice;
 use lorimer_adapter::targets::Matcher;
 use lorimer_adapter::training::objective::BLOCK_ROWS;
-use lorimer_adapter::{Calibration, Method};
+use lorimer_adapter::{BlockSite, Calibration, Method};
 use lorimer_model::{Batch, Config, Site};
 use lorimer_tensor::ops::loss::CHUNK_BYTES;
 use serde::Serialize;
@@ -193,6 +193,14 @@ pub fn plan(request: &Request<'_>) -> Result<Plan> {
             parameters += site.outputs as u64;
         }
     }
+    let own = request.method.blocks();
+    let blocks = own.map(|m| BlockSite::all(&c, &sites, m.module())).transpose()?.unwrap_or_default();
+    let on_block = |i: usize| {
+        let own = own.filter(|m| m.targets(i))?;
+        blocks.iter().find(|block| block.layer == i).map(|block| (own, block))
+    };
+    let in_blocks = |i: usize| on_block(i).map_or(0, |(own, block)| own.parameters(block) as u64);
+    parameters += (0..c.layers.len()).map(in_blocks).sum::<u64>();
     let embedding = matcher.saves("model.embed_tokens");
     if embedding {
         parameters += (c.vocabulary * c.hidden) as u64;
@@ -210,11 +218,14 @@ pub fn plan(request: &Request<'_>) -> Result<Plan> {
         let changes: u64 =
             in_layer(i).filter(|s| adapted(s)).map(|s| request.method.activations_per_row(s) as u64).sum();
         let (q, kv, heads, inner) = widths(i);
-        2 * h + 2 * q + 2 * kv + heads + 2 * inner + changes
+        let after = on_block(i).map_or(0, |(own, block)| own.activations_per_row(block) as u64);
+        2 * h + 2 * q + 2 * kv + heads + 2 * inner + changes + after
     };
     let first = match embedding {
         true => 0,
-        false => (0..layers).find(|&i| in_layer(i).any(adapted)).unwrap_or(layers.saturating_sub(1)),
+        false => {
+            (0..layers).find(|&i| in_layer(i).any(adapted) || on_block(i).is_some()).unwrap_or(layers.saturating_sub(1))
+        }
     };
     let rows = work.rows as u64;
     let row = match request.checkpointing {

@@ -134,7 +134,7 @@ pub fn accumulate(
     let mut needed = predicting.clone();
     needed.sort_unstable();
     needed.dedup();
-    let (needed, place) = match independent {
+    let (needed, place) = match independent && !attached.reads_other_rows() {
         true => {
             let place = predicting.iter().map(|row| needed.partition_point(|n| n < row) as u32).collect();
             (Some(needed), place)

@@ -162,10 +162,10 @@ impl Methods {
             })
             .collect();
         common::print(global, &rows, || {
-            let head = format!("{:9} {:58} {:17} {:9} {:6} variants\n", "method", "what", "paper", "files", "lr");
+            let head = format!("{:10} {:58} {:17} {:10} {:6} variants\n", "method", "what", "paper", "files", "lr");
             let line = |e: &Entry| {
                 let variants = e.variants.join(", ");
-                format!("{:9} {:58} {:17} {:9} {:6} {variants}", e.name, e.title, e.paper, e.peft_type, rate(e.lr))
+                format!("{:10} {:58} {:17} {:10} {:6} {variants}", e.name, e.title, e.paper, e.peft_type, rate(e.lr))
             };
             head + &REGISTRY.iter().map(line).map(|l| l.trim_end().to_string()).collect::<Vec<_>>().join("\n")
         })
