@@ -10,8 +10,9 @@ use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
 use crate::file::frozen::FrozenParts;
-use crate::file::store::{PREFIX, StoredAdapter};
+use crate::file::store::{Mixture, PREFIX, StoredAdapter};
 use crate::method::{Bias, CalibrationStats, Delta, Method, ParameterSource};
+use crate::router::Router;
 use crate::targets::Matcher;
 
 /// One adapter on one model.
@@ -27,6 +28,8 @@ pub struct Adapter {
     pub(crate) replaced: BTreeMap<String, Projection>,
     /// Order of the projections in the model.
     pub(crate) order: Vec<String>,
+    /// What is computed once a forward for all projections.
+    pub(crate) router: Option<Box<dyn Router>>,
 }
 
 /// A parameter of the base, whoever it belongs to, in the compute type.
@@ -58,6 +61,7 @@ impl Adapter {
         stats: &CalibrationStats,
         seed: u64,
     ) -> Result<Self> {
+        bind(method.as_mut(), model)?;
         resolve(method.as_mut(), model, stats)?;
         method.targeting().check()?;
         let projections = model.projections();
@@ -110,7 +114,9 @@ impl Adapter {
         }
         let order = projections.iter().map(|(s, _)| s.path.clone()).collect();
         let (fixed, replaced) = Default::default();
-        Ok(Self { method, deltas, parameters, fixed, replaced, order })
+        let place = router_site(model);
+        let router = method.router(&mut ParameterSource::start(&place, dtype, seed, stats))?;
+        Ok(Self { method, deltas, parameters, fixed, replaced, order, router })
     }
 
     /// Whether any output changes.
@@ -160,7 +166,20 @@ impl Adapter {
         let deltas =
             deltas.flat_map(|(path, d)| d.trainable().into_iter().map(move |(n, v)| (format!("{path}.{n}"), v)));
         let whole = self.parameters.iter().filter(|(path, _)| !self.fixed.contains(*path));
-        deltas.chain(whole.map(|(path, v)| (path.clone(), v))).collect()
+        let router = self.router.iter().flat_map(|router| router.trainable());
+        deltas.chain(whole.map(|(path, v)| (path.clone(), v))).chain(router).collect()
+    }
+
+    /// What is computed once a forward for all projections, where the adapter has such.
+    pub fn router(&self) -> Option<&dyn Router> {
+        self.router.as_deref()
+    }
+
+    /// For `lorimer.json`: of an adapter made of others, the projections in the order of its routes, and what it is made of.
+    pub fn mixture(&self) -> Option<Mixture> {
+        let experts: Vec<String> = self.method.parts().iter().map(|part| part.content_id.clone()).collect();
+        let sites = self.order.iter().filter(|path| self.deltas.contains_key(*path)).cloned().collect();
+        (!experts.is_empty()).then_some(Mixture { sites, experts })
     }
 
     /// What is saved and resumed beside the trainable parameters: buffers that a rule moves, by a name that is unique.
@@ -253,7 +272,8 @@ impl Adapter {
                 tensors.insert(format!("{PREFIX}{path}.{key}"), detached(&tensor)?);
             }
         }
-        for (name, tensor) in self.method.shared()? {
+        let router = self.router.iter().flat_map(|router| router.stored());
+        for (name, tensor) in self.method.shared()?.into_iter().chain(router) {
             tensors.insert(name, detached(&tensor)?);
         }
         for (path, var) in &self.parameters {
@@ -265,8 +285,20 @@ impl Adapter {
             };
             tensors.insert(key, detached(var.as_tensor())?);
         }
-        Ok(StoredAdapter { path: "memory".into(), config, tensors, manifest: None })
+        let parts = self.method.parts().to_vec();
+        Ok(StoredAdapter { path: "memory".into(), config, tensors, manifest: None, parts })
     }
+}
+
+/// Tells a method which base it is for.
+pub(crate) fn bind(method: &mut dyn Method, model: &dyn BaseModel) -> Result<()> {
+    let sites: Vec<&Site> = model.projections().into_iter().map(|(site, _)| site).collect();
+    method.bind(model.shape(), &sites)
+}
+
+/// Where a router stands: on hidden states, and on no projection.
+pub(crate) fn router_site(model: &dyn BaseModel) -> Site {
+    Site::new("router", (0, model.shape().hidden))
 }
 
 /// Tells a method which projections it targets.

@@ -9,6 +9,8 @@ pub mod example;
 pub mod file;
 pub mod method;
 pub mod methods;
+pub mod part;
+pub mod router;
 pub mod search;
 pub mod settings;
 pub mod targets;
@@ -23,4 +25,6 @@ pub use file::store::{BaseIdentity, Golden, Manifest, StoredAdapter};
 pub use method::{
     Calibration, CalibrationStats, Change, Delta, GatedLowRank, LowRank, Method, NotMergeable, SampledRank, Step,
 };
+pub use part::Part;
+pub use router::{Router, Routes};
 pub use training::Training;

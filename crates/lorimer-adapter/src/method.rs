@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use candle_core::{DType, Result as TensorResult, Tensor, Var};
-use lorimer_model::{Projection, Site};
+use lorimer_model::{ModelShape, Projection, Site};
 use lorimer_tensor::{Ops, RankGate, SparseIndex};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -12,6 +12,8 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
+use crate::part::Part;
+use crate::router::Router;
 use crate::search::DifforaConfig;
 use crate::targets::Targeting;
 use crate::training::Training;
@@ -140,6 +142,10 @@ pub trait Delta: Send + Sync {
     /// step again counts nothing twice.
     fn gates(&self, _x: &Tensor, _u: &Tensor, _step: &Step) -> TensorResult<Tensor> {
         candle_core::bail!("a method with gates has to compute them")
+    }
+    /// With [`Change::Gated`] of an adapter that has a [`Router`]: the gates (rows, rank) from the projection's route (rows, n).
+    fn route_gates(&self, _route: &Tensor) -> TensorResult<Tensor> {
+        candle_core::bail!("a method with a router has to say what its routes do")
     }
     /// With [`Change::Gated`]: the gates as they are served.
     fn rank_gate(&self) -> TensorResult<Option<Arc<dyn RankGate>>> {
@@ -457,6 +463,32 @@ pub trait Method: Send + Sync {
     /// Tensors that belong to no module, by full name, to be written beside the modules' own.
     fn shared(&self) -> TensorResult<Vec<(String, Tensor)>> {
         Ok(Vec::new())
+    }
+    /// Takes the adapters that this one is made of, in their order, before anything else is asked.
+    fn take_parts(&mut self, parts: &[Part]) -> Result<()> {
+        match parts.is_empty() {
+            true => Ok(()),
+            false => {
+                Err(Error::Refused(format!("`{}` is not made of other adapters; leave --adapter out", self.name())))
+            }
+        }
+    }
+    /// The adapters that this one is made of. Where there are any, what it puts on projections comes out of them, and a file has no tensors
+    /// for these.
+    fn parts(&self) -> &[Part] {
+        &[]
+    }
+    /// Told which base it is for and what projections that has, before it is asked for its targets.
+    fn bind(&mut self, _shape: &ModelShape, _sites: &[&Site]) -> Result<()> {
+        Ok(())
+    }
+    /// What is computed once a forward for all projections, new or out of a file; after [`Self::resolve`].
+    fn router(&self, _source: &mut ParameterSource<'_>) -> Result<Option<Box<dyn Router>>> {
+        Ok(None)
+    }
+    /// Number of the router's trainable parameters over so many projections of a base of some hidden width; None where the method has none.
+    fn router_parameters(&self, _hidden: usize, _sites: usize) -> Option<usize> {
+        None
     }
     /// The adapter on one projection, new or out of a file.
     fn attach(&self, site: &Site, base: &Projection, source: &mut ParameterSource<'_>) -> Result<Box<dyn Delta>>;

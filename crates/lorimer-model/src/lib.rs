@@ -17,8 +17,8 @@ pub use decoder::{Decoder, DecoderConfig};
 pub use error::{Error, Result};
 pub use families::Config;
 pub use lorimer_seam::{
-    Adaptation, AttentionCall, BaseModel, Batch, Frequencies, Frozen, Inference, Input, KvCache, LayerShape, Layout,
-    ModelShape, Point, Projection, Recompute, Site, run_blocks,
+    Adaptation, AttentionCall, BaseModel, Batch, Frequencies, Frozen, Inference, Input, KvCache, LastPass, LayerShape,
+    Layout, ModelShape, PassDone, Point, Projection, Recompute, Site, earlier_passes, last_pass, run_blocks,
 };
 pub use text::TextModel;
 pub use weights::{LoadDtype, Weights};

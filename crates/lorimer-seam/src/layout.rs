@@ -77,6 +77,7 @@ impl ModelShape {
 }
 
 /// What a forward begins with, one a row.
+#[derive(Clone, Copy)]
 pub enum Input<'a> {
     /// Token ids.
     Tokens(&'a [u32]),
@@ -89,6 +90,8 @@ pub enum Input<'a> {
 pub struct KvCache {
     layers: Vec<(Tensor, Tensor)>,
     pub(crate) length: usize,
+    /// Of the passes before the last, where a forward takes several: each sees its own keys and values.
+    pub(crate) earlier: Vec<KvCache>,
 }
 
 impl KvCache {

@@ -77,6 +77,7 @@ impl<'a> Plan<'a> {
         let mut plan = Self { weights, tied: config.tied(), adapters: Vec::new(), parameters: BTreeMap::new() };
         for (place, (stored, weight)) in adapters.iter().enumerate() {
             refuse_embedding(stored)?;
+            stored.refuse_mixture("merged")?;
             let mut method = crate::methods::from_adapter_config(&stored.config)?;
             check_targets(&stored.config, &config.shape().model_type, config.sites().iter())?;
             refuse_sum(method.as_ref(), adapters.len(), *weight)?;

@@ -6,7 +6,7 @@ use candle_core::Var;
 use lorimer_model::{BaseModel, Projection, Site};
 use rayon::prelude::*;
 
-use crate::adapter::{Adapter, base_parameter, equal, replaced_by, resolve};
+use crate::adapter::{Adapter, base_parameter, bind, equal, replaced_by, resolve, router_site};
 use crate::error::{Error, Result};
 use crate::file::store::{BASE_WEIGHT, PREFIX, StoredAdapter};
 use crate::method::{CalibrationStats, Delta, ModuleTensors, ParameterSource};
@@ -60,6 +60,9 @@ impl Adapter {
     /// incomplete account is an error is the caller's choice (see [`Self::load_whole`]).
     pub fn load(model: &dyn BaseModel, stored: &StoredAdapter) -> Result<(Self, Accounting)> {
         let mut method = crate::methods::from_adapter_config(&stored.config)?;
+        method.take_parts(&stored.parts)?;
+        bind(method.as_mut(), model)?;
+        let of_parts = !method.parts().is_empty();
         let projections = model.projections();
         check_targets(&stored.config, &model.shape().model_type, projections.iter().map(|(site, _)| *site))?;
         let matcher = Matcher::new(method.targeting(), projections.iter().map(|(site, _)| *site))?;
@@ -130,7 +133,7 @@ impl Adapter {
         let load = |(site, base, tensors): &mut (&Site, &Projection, ModuleTensors)| -> Result<_> {
             let before: Vec<String> = tensors.tensors.keys().cloned().collect();
             // What the configuration does not name would be left out by others who read the file.
-            if before.is_empty() || !matcher.targets(site) {
+            if (before.is_empty() && !of_parts) || !matcher.targets(site) {
                 return Ok((before, None));
             }
             let replaced = parameters.get(&site.weight_path()).map(|own| replaced_by(own.as_tensor(), base));
@@ -163,7 +166,11 @@ impl Adapter {
             }
         }
         let order = projections.iter().map(|(s, _)| s.path.clone()).collect();
-        Ok((Self { method, deltas, parameters, fixed, replaced, order }, accounting))
+        let place = router_site(model);
+        let router = method.router(&mut ParameterSource::file(&place, dtype, &mut ModuleTensors::default()))?;
+        let adapter = Self { method, deltas, parameters, fixed, replaced, order, router };
+        check_mixture(&adapter, stored)?;
+        Ok((adapter, accounting))
     }
 
     /// [`Self::load`], where every tensor must be in use, none missing, and the adapter must do something.
@@ -179,6 +186,30 @@ impl Adapter {
             )));
         }
         Ok(adapter)
+    }
+}
+
+/// Refuses an adapter made of others where these are not those that it was made of, or the base orders its projections otherwise: each weight
+/// of a mixture belongs to a place among both.
+fn check_mixture(adapter: &Adapter, stored: &StoredAdapter) -> Result<()> {
+    let then = stored.manifest.as_ref().and_then(|manifest| manifest.xlora.as_ref());
+    let (Some(then), Some(now)) = (then, adapter.mixture()) else { return Ok(()) };
+    let fail = |text: String| Err(Error::Mismatch(format!("`{}`: {text}", stored.path.display())));
+    if then.sites != now.sites {
+        return fail(
+            "lorimer.json names other projections, or in another order, than the experts have on this base".into(),
+        );
+    }
+    let same = then.experts.iter().zip(&now.experts).position(|(then, now)| then != now);
+    match (same, stored.parts.get(same.unwrap_or_default())) {
+        (Some(number), Some(part)) => fail(format!(
+            "expert {number}, `{}`, is not the adapter that the head was trained with",
+            part.path.display()
+        )),
+        _ if then.experts.len() != now.experts.len() => {
+            fail(format!("lorimer.json names {} experts, there are {}", then.experts.len(), now.experts.len()))
+        }
+        _ => Ok(()),
     }
 }
 

@@ -34,6 +34,7 @@ pub mod smora;
 pub mod sora;
 pub mod tlora;
 pub mod vera;
+pub mod xlora;
 
 pub use entry::{Build, Entry, Served};
 
@@ -51,6 +52,7 @@ pub const REGISTRY: &[Entry] = &[
     tlora::ENTRY,
     flylora::ENTRY,
     smora::ENTRY,
+    xlora::ENTRY,
     hydra::ENTRY,
     vera::ENTRY,
     full::ENTRY,

@@ -136,6 +136,12 @@ impl Hosted {
     /// Fails if the adapter brings whole parameters other than biases, changes no projection, has factors that are not finite, or has a
     /// method with neither a low-rank form nor a plain weight.
     pub fn new(model: &dyn BaseModel, adapter: &Adapter, content_id: String, rank: Option<usize>) -> Result<Self> {
+        if adapter.router().is_some() {
+            return Err(Error::Request(format!(
+                "a `{}` adapter takes two passes over every row and is not served; `lorimer generate` runs it",
+                adapter.method.name()
+            )));
+        }
         let projections = model.projections();
         let biases: Vec<String> = projections.iter().map(|(site, _)| site.bias_path()).collect();
         if let Some(path) = adapter.parameters().keys().find(|path| !biases.contains(path)) {

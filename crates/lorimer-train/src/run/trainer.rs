@@ -522,6 +522,12 @@ impl Run<'_> {
                 kind.name()
             ));
         }
+        if self.adapter.router().is_some() && !matches!(kind, OptimizerKind::AdamW | OptimizerKind::AdamW8bit) {
+            return fail(format!(
+                "`{method}` trains a head that belongs to no projection, which --optimizer {} cannot; use adamw",
+                kind.name()
+            ));
+        }
         if matches!(kind, OptimizerKind::Galore(g) if g.per_layer) && s.gradient_accumulation > 1 {
             return fail(
                 "galore with per_layer drops each layer's gradient at once; use --gradient-accumulation 1".into(),
