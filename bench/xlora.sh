@@ -34,10 +34,10 @@ for seed in ${@:-0 1 2}; do
   done
   measure uniform-$seed --adapter "$kind=0.5" --adapter "$define=0.5"
   mix() {
-    name=$1
+    head=$1
     shift
-    train $name-$seed --data "$folder/mixed.jsonl" --method xlora --adapter "$kind" --adapter "$define" --lr 5e-4 "$@"
-    measure $name-$seed --adapter "$folder/$name-$seed"
+    train $head-$seed --data "$folder/mixed.jsonl" --method xlora --adapter "$kind" --adapter "$define" --lr 5e-4 "$@"
+    measure $head-$seed --adapter "$folder/$head-$seed"
   }
   mix layerwise --set layerwise_scalings=true
   mix bias --set layerwise_scalings=true --set bias_only=true

@@ -1,6 +1,7 @@
 //! An adapter on a model: attached new, looked at, written to a file. Reading one is `file::load`, running it `attached`.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use candle_core::{DType, Result as TensorResult, Tensor, Var};
 use lorimer_model::{BaseModel, Projection, Site};
@@ -29,7 +30,7 @@ pub struct Adapter {
     /// Order of the projections in the model.
     pub(crate) order: Vec<String>,
     /// What is computed once a forward for all projections.
-    pub(crate) router: Option<Box<dyn Router>>,
+    pub(crate) router: Option<Arc<dyn Router>>,
 }
 
 /// A parameter of the base, whoever it belongs to, in the compute type.
@@ -116,7 +117,7 @@ impl Adapter {
         let (fixed, replaced) = Default::default();
         let place = router_site(model);
         let router = method.router(&mut ParameterSource::start(&place, dtype, seed, stats))?;
-        Ok(Self { method, deltas, parameters, fixed, replaced, order, router })
+        Ok(Self { method, deltas, parameters, fixed, replaced, order, router: router.map(Arc::from) })
     }
 
     /// Whether any output changes.
@@ -171,8 +172,8 @@ impl Adapter {
     }
 
     /// What is computed once a forward for all projections, where the adapter has such.
-    pub fn router(&self) -> Option<&dyn Router> {
-        self.router.as_deref()
+    pub fn router(&self) -> Option<&Arc<dyn Router>> {
+        self.router.as_ref()
     }
 
     /// For `lorimer.json`: of an adapter made of others, the projections in the order of its routes, and what it is made of.

@@ -77,7 +77,7 @@ impl<'a> Attached<'a> {
 
     /// The router of the adapter, which is the only one where it has one.
     fn router(&self) -> Option<&'a dyn Router> {
-        self.adapters.iter().find_map(|(adapter, _)| adapter.router())
+        self.adapters.iter().find_map(|(adapter, _)| adapter.router.as_deref())
     }
 }
 

@@ -30,7 +30,7 @@ impl Routes {
     }
 
     /// Of a pass whose last block gives some rows (ascending) only.
-    pub(crate) fn with_needed(self, needed: Option<&[u32]>) -> Self {
+    pub fn with_needed(self, needed: Option<&[u32]>) -> Self {
         Self { needed: needed.map(<[u32]>::to_vec), ..self }
     }
 
@@ -55,6 +55,8 @@ impl Routes {
 /// A part of an adapter that belongs to no projection: it reads the hidden states of the first of two passes over the rows, and gives each
 /// projection its routes in the second.
 pub trait Router: Send + Sync {
+    /// Numbers n that a projection's route has for each row.
+    fn width(&self) -> usize;
     /// Trainable parameters in a fixed order, by a name that is unique.
     fn trainable(&self) -> Vec<(String, &Var)>;
     /// What a file holds of it, by full name.

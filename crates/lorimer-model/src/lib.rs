@@ -19,6 +19,7 @@ pub use families::Config;
 pub use lorimer_seam::{
     Adaptation, AttentionCall, BaseModel, Batch, Frequencies, Frozen, Inference, Input, KvCache, LastPass, LayerShape,
     Layout, ModelShape, PassDone, Point, Projection, Recompute, Site, earlier_passes, last_pass, run_blocks,
+    whole_pass,
 };
 pub use text::TextModel;
 pub use weights::{LoadDtype, Weights};

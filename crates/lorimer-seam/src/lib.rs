@@ -12,5 +12,5 @@ pub use adaptation::{Adaptation, AttentionCall, Frozen, Inference, PassDone, Poi
 pub use batch::Batch;
 pub use layout::{Frequencies, Input, KvCache, LayerShape, Layout, ModelShape};
 pub use model::{BaseModel, Recompute, TooLong, run_blocks};
-pub use passes::{LastPass, earlier_passes, last_pass};
+pub use passes::{LastPass, earlier_passes, last_pass, whole_pass};
 pub use site::{Projection, Site};

@@ -28,19 +28,34 @@ pub fn earlier_passes<M: BaseModel + ?Sized>(
     for number in 0..on.passes().saturating_sub(1) {
         let done = hidden.as_ref().map(|hidden| PassDone { hidden, needed: None });
         let pass = on.pass(number, done.as_ref())?;
-        let layout = model.layout(positions, segments, None);
-        let (first, h) = bottom(pass.as_ref())?;
         let cache = caches.as_deref_mut().map(|caches| {
             caches.resize_with(caches.len().max(number + 1), KvCache::default);
             &mut caches[number]
         });
-        let h = run_blocks(model, h, first..model.shape().layers.len(), &layout, pass.as_ref(), cache, |_, _| {})?;
+        let h = whole_pass(model, pass.as_ref(), (positions, segments), bottom, cache)?;
         if let Some(caches) = caches.as_deref_mut() {
             caches[number].length += positions.len();
         }
-        hidden = Some(model.end(&h, pass.as_ref())?.detach());
+        hidden = Some(h);
     }
     Ok(hidden)
+}
+
+/// One pass before the last: hidden states of all rows after the end (rows, hidden), without a gradient.
+///
+/// # Errors
+/// What the model or the adaptation fails with.
+pub fn whole_pass<M: BaseModel + ?Sized>(
+    model: &M,
+    pass: &dyn Adaptation,
+    (positions, segments): (&[usize], &[Segment]),
+    bottom: Bottom<'_>,
+    cache: Option<&mut KvCache>,
+) -> Result<Tensor> {
+    let layout = model.layout(positions, segments, None);
+    let (first, h) = bottom(pass)?;
+    let h = run_blocks(model, h, first..model.shape().layers.len(), &layout, pass, cache, |_, _| {})?;
+    Ok(model.end(&h, pass)?.detach())
 }
 
 /// The adaptation of a forward's last pass.

@@ -143,6 +143,7 @@ fn run(seed: u64, events: u64) -> u64 {
                 expected: rng.random_bool(0.3).then(|| rng.random_range(0..=max_tokens)),
                 content: chosen.iter().map(|(a, _)| a.to_string()).collect(),
                 adapters: chosen,
+                passes: rng.random_range(0..3),
                 answered: rng.random_range(0..prompt),
                 tenant: Tenant {
                     client: format!("c{}", rng.random_range(0..2)).into(),

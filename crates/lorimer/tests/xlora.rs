@@ -2,17 +2,21 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor, Var};
 use lorimer::adapter::{Part, Routes};
 use lorimer::model::weights::SafetensorsFile;
 use lorimer::model::{Inference, earlier_passes};
 use lorimer::prelude::*;
+use lorimer::serve::engine::pool::Geometry;
+use lorimer::serve::engine::scheduler::{Policy, Tenant};
+use lorimer::serve::{Engine, EngineSettings, Event, Hosted, Request};
 use lorimer::tensor::{Gradients, Ops};
 use lorimer::train::run::frozen::{FrozenCache, FrozenLower};
 use lorimer::train::run::step::{StepOptions, accumulate_gradients, batch_loss};
 use lorimer::train::ways::optimizer::{AdamW, AdamWConfig, Optimizer};
-use rand::SeedableRng;
+use rand::{Rng, SeedableRng};
 use serde_json::{Value, json};
 
 #[path = "common/tiny.rs"]
@@ -600,4 +604,113 @@ fn what_cannot_be_mixed_is_refused() {
     let (site, base) = model.projections()[0];
     let x = Tensor::zeros((2, 16), DType::F64, &Device::Cpu).unwrap();
     assert!(Attached::one(&adapter).project(site, base, &x).is_err());
+}
+
+/// log p of a sequence's tokens after the first, by the code that trains.
+fn log_probabilities(model: &dyn BaseModel, on: &dyn Adaptation, tokens: &[u32]) -> Vec<f64> {
+    let all = logits(model, on, &[tokens.to_vec()]).to_dtype(DType::F64).unwrap().to_vec2::<f64>().unwrap();
+    let one = |(row, &token): (&Vec<f64>, &u32)| {
+        let largest = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        row[token as usize] - largest - row.iter().map(|l| (l - largest).exp()).sum::<f64>().ln()
+    };
+    all.iter().zip(&tokens[1..]).map(one).collect()
+}
+
+/// Mixtures, one of their experts and the bare base in one batch, prompts in parts and beginning alike, through a pool that holds not all of
+/// them: everyone's tokens have the log-probabilities that they have alone, and no page is lost.
+#[test]
+fn served_in_the_batch_is_alone() {
+    let model = tiny::model_as(DType::F32, LoadDtype::F32);
+    let parts = experts(&model, 3);
+    let mut adapters: Vec<Adapter> = kinds()
+        .iter()
+        .map(|settings| {
+            let adapter = mixture(&model, &parts, settings);
+            tiny::move_all(&adapter);
+            adapter
+        })
+        .collect();
+    adapters.push(expert(&model, &parts[0]));
+    let hosted: Vec<Arc<Hosted>> = adapters
+        .iter()
+        .enumerate()
+        .map(|(i, a)| Arc::new(Hosted::new(&model, a, format!("sha256:{i}"), None).unwrap()))
+        .collect();
+    assert!(hosted[0].passes() == 2 && hosted[8].passes() == 1);
+    assert!(hosted.iter().all(|h| h.conversion.exact == h.conversion.modules));
+    let geometry = Geometry::of(model.shape());
+    let largest = hosted.iter().map(|h| h.pages(geometry)).max().unwrap();
+    let policy = Policy { batch_tokens: 24, max_running: 9, ..Default::default() };
+    let pool_bytes = (3 * largest + geometry.pages_of_tokens(400)) * geometry.page_bytes();
+    let mut engine = Engine::new(&model, EngineSettings { pool_bytes, policy, prefix_cache: true }).unwrap();
+    let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(2);
+    let shared: Vec<u32> = (0..40).map(|_| rng.random_range(6..40)).collect();
+    let mut asked = BTreeMap::new();
+    let mut told: BTreeMap<u64, Vec<(u32, Option<f32>)>> = BTreeMap::new();
+    let (mut now, mut submitted) = (0.0, 0);
+    while submitted < 120 || !engine.is_idle() {
+        for _ in 0..if submitted < 120 { rng.random_range(0..4) } else { 0 } {
+            submitted += 1;
+            let which = rng.random_range(0..=adapters.len());
+            let mut prompt = shared[..rng.random_range(0..shared.len())].to_vec();
+            prompt.extend((0..rng.random_range(1..30)).map(|_| rng.random_range(6..40u32)));
+            let request = Request {
+                prompt: prompt.clone(),
+                adapters: hosted.get(which).map(|h| (h.clone(), 1.0)).into_iter().collect(),
+                max_tokens: Some(rng.random_range(1..12)),
+                sampling: Sampling { temperature: 1.0, ..Default::default() },
+                seed: submitted,
+                stop: vec![],
+                log_probabilities: Some(0),
+                of_prompt: rng.random_range(0..3) == 0,
+                tenant: Tenant { client: "one".into(), user: format!("t{}", which % 3).into() },
+                names: vec![],
+            };
+            let of_prompt = request.of_prompt;
+            asked.insert(engine.submit(request, now).unwrap().unwrap(), (which, prompt, of_prompt));
+        }
+        now += 0.01;
+        for event in engine.step(now) {
+            match event {
+                Event::Prompt(id, tokens, _) => {
+                    told.entry(id).or_default().extend(tokens.iter().map(|t| (t.token, t.log_probability)));
+                }
+                Event::Token(id, token, _) => told.entry(id).or_default().push((token.token, token.log_probability)),
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+    let state = engine.state();
+    assert_eq!(state.free_pages + state.adapter_pages + state.cached_pages, state.pages);
+    assert!(state.adapter_evictions > 0 && state.cached_tokens > 0, "{state:?}");
+    for (id, (which, prompt, of_prompt)) in &asked {
+        let told = &told[id];
+        let before: &[u32] = if *of_prompt { &[] } else { prompt };
+        let tokens: Vec<u32> = before.iter().copied().chain(told.iter().map(|t| t.0)).collect();
+        assert!(tokens.starts_with(prompt));
+        let expected = match adapters.get(*which) {
+            Some(adapter) => log_probabilities(&model, &Attached::one(adapter), &tokens),
+            None => log_probabilities(&model, &Frozen, &tokens),
+        };
+        let found: Vec<f32> = told.iter().filter_map(|t| t.1).collect();
+        for (found, expected) in found.iter().rev().zip(expected.iter().rev()) {
+            assert!((f64::from(*found) - expected).abs() < 1e-4, "request {id} of {which}: {found} {expected}");
+        }
+    }
+    // Alone and at weight 1 only.
+    let mut request = Request {
+        prompt: vec![7, 8],
+        adapters: vec![(hosted[0].clone(), 0.5)],
+        max_tokens: Some(1),
+        sampling: Sampling::default(),
+        seed: 0,
+        stop: vec![],
+        log_probabilities: None,
+        of_prompt: false,
+        tenant: Tenant::default(),
+        names: vec![],
+    };
+    assert!(engine.submit(request.clone(), now).is_err());
+    request.adapters = vec![(hosted[0].clone(), 1.0), (hosted[8].clone(), 1.0)];
+    assert!(engine.submit(request, now).is_err());
 }

@@ -1,6 +1,7 @@
 //! From the tensors of a file to an adapter on a model, with an account of each tensor.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::sync::Arc;
 
 use candle_core::Var;
 use lorimer_model::{BaseModel, Projection, Site};
@@ -168,6 +169,7 @@ impl Adapter {
         let order = projections.iter().map(|(s, _)| s.path.clone()).collect();
         let place = router_site(model);
         let router = method.router(&mut ParameterSource::file(&place, dtype, &mut ModuleTensors::default()))?;
+        let router = router.map(Arc::from);
         let adapter = Self { method, deltas, parameters, fixed, replaced, order, router };
         check_mixture(&adapter, stored)?;
         Ok((adapter, accounting))

@@ -71,7 +71,7 @@ pub const ENTRY: Entry = Entry {
     variants: &[],
     peft_type: "XLORA",
     mergeable: false,
-    served: Served::Refused,
+    served: Served::Batched,
     lr: 5e-4,
     flags: &[("dropout", "xlora_dropout_p"), ("init", "init")],
     source: include_str!("xlora.rs"),

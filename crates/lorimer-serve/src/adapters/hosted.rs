@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
 use lorimer_adapter::file::export::low_rank_of;
-use lorimer_adapter::{Adapter, Change, GatedLowRank, Golden, LowRank, Step};
+use lorimer_adapter::{Adapter, Change, GatedLowRank, Golden, LowRank, Router, Step};
 use lorimer_model::text::chat::ChatTemplate;
 use lorimer_model::{BaseModel, Projection, Site};
 use lorimer_tensor::RankGate;
@@ -55,6 +55,8 @@ pub struct Hosted {
     pub numbers: Vec<f32>,
     /// Gates of low-rank changes that depend on their input. They stay in host memory.
     pub gates: Vec<Arc<dyn RankGate>>,
+    /// What computes the gates of all projections once a forward, from the hidden states of a pass before. It stays in host memory.
+    pub router: Option<HostedRouter>,
     /// By the projection's path.
     pub places: HashMap<String, Place>,
     /// How exact it is.
@@ -65,6 +67,44 @@ pub struct Hosted {
     pub template: Option<ChatTemplate>,
     /// Prompts with the log-probabilities that it gave when it was trained.
     pub golden: Vec<Golden>,
+}
+
+/// A router as it is served.
+pub struct HostedRouter {
+    /// The head.
+    pub router: Arc<dyn Router>,
+    /// (n, rank): gates of a projection out of its route, by its path.
+    spread: HashMap<String, Tensor>,
+}
+
+impl std::fmt::Debug for HostedRouter {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "a router of {} projections", self.spread.len())
+    }
+}
+
+impl HostedRouter {
+    fn new(adapter: &Adapter, router: &Arc<dyn Router>) -> Result<Self> {
+        let each = Tensor::eye(router.width(), DType::F32, &candle_core::Device::Cpu)?;
+        let spread = adapter.deltas().map(|(path, delta)| Ok((path.to_string(), delta.route_gates(&each)?)));
+        Ok(Self { router: router.clone(), spread: spread.collect::<Result<_>>()? })
+    }
+
+    /// Whether it has gates for a projection.
+    pub fn touches(&self, site: &str) -> bool {
+        self.spread.contains_key(site)
+    }
+
+    /// Gates (rows, rank) of a projection from its route (rows, n), row by row; none where it changes nothing.
+    pub fn gates(&self, site: &str, route: &Tensor) -> candle_core::Result<Option<Vec<f32>>> {
+        let Some(spread) = self.spread.get(site) else { return Ok(None) };
+        route.matmul(spread)?.flatten_all()?.to_vec1::<f32>().map(Some)
+    }
+
+    fn bytes(&self) -> usize {
+        let head = self.router.trainable().iter().map(|(_, var)| var.elem_count()).sum::<usize>();
+        (head + self.spread.values().map(Tensor::elem_count).sum::<usize>()) * size_of::<f32>()
+    }
 }
 
 /// What an adapter does to one projection, as it is served.
@@ -136,9 +176,9 @@ impl Hosted {
     /// Fails if the adapter brings whole parameters other than biases, changes no projection, has factors that are not finite, or has a
     /// method with neither a low-rank form nor a plain weight.
     pub fn new(model: &dyn BaseModel, adapter: &Adapter, content_id: String, rank: Option<usize>) -> Result<Self> {
-        if adapter.router().is_some() {
+        if adapter.router().is_some() && !model.shape().causal {
             return Err(Error::Request(format!(
-                "a `{}` adapter takes two passes over every row and is not served; `lorimer generate` runs it",
+                "a `{}` adapter takes two passes over every row, which is served of models that generate only",
                 adapter.method.name()
             )));
         }
@@ -159,6 +199,7 @@ impl Hosted {
             rank: 0,
             numbers: Vec::new(),
             gates: Vec::new(),
+            router: adapter.router().map(|router| HostedRouter::new(adapter, router)).transpose()?,
             places: HashMap::new(),
             conversion: Conversion { exact: 0, modules: 0, error: 0.0 },
             not_additive: adapter.method.not_additive(),
@@ -211,7 +252,13 @@ impl Hosted {
 
     /// Bytes in host memory.
     pub fn bytes(&self) -> usize {
-        self.numbers.len() * size_of::<f32>() + self.gates.iter().map(|gate| gate.bytes()).sum::<usize>()
+        let router = self.router.as_ref().map_or(0, HostedRouter::bytes);
+        self.numbers.len() * size_of::<f32>() + self.gates.iter().map(|gate| gate.bytes()).sum::<usize>() + router
+    }
+
+    /// Passes that it takes over every row.
+    pub fn passes(&self) -> usize {
+        if self.router.is_some() { 2 } else { 1 }
     }
 
     /// Pages that it takes in a pool.

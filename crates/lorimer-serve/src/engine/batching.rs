@@ -29,6 +29,8 @@ pub struct Asked {
     pub adapters: Vec<(Arc<str>, usize)>,
     /// What keys and values depend on beside the tokens.
     pub content: String,
+    /// Passes over its rows, each with keys and values of its own; 0 is 1.
+    pub passes: usize,
     /// Whom it is for.
     pub tenant: Tenant,
 }
@@ -41,8 +43,10 @@ pub struct Sequence {
     pub prompt: usize,
     /// Tokens whose keys and values are in the pool.
     pub computed: usize,
-    /// Pages of its blocks of tokens, a page a layer.
+    /// Pages of its blocks of tokens, a page a layer of each pass, the last pass first.
     pub blocks: Vec<Vec<u32>>,
+    /// Passes over its rows.
+    passes: usize,
     /// Whether it runs.
     pub runs: bool,
     /// Whether nothing is taken from the prefix cache.
@@ -92,6 +96,7 @@ fn job(id: u64, asked: &Asked, arrived: f64) -> Job {
         max_output: asked.max_tokens,
         expected: asked.expected.unwrap_or(asked.max_tokens).min(asked.max_tokens),
         arrived,
+        passes: asked.passes.max(1),
     }
 }
 
@@ -144,6 +149,7 @@ impl Batching {
             tokens: asked.prompt,
             computed: 0,
             blocks: Vec::new(),
+            passes: asked.passes.max(1),
             runs: false,
             whole: asked.whole,
             content: asked.content,
@@ -252,7 +258,8 @@ impl Batching {
             // It may have been preempted to make room for another.
             let Some(s) = self.sequences.get(&id).filter(|s| s.runs) else { continue };
             let blocks = (s.computed + rows).div_ceil(BLOCK);
-            let wanted = blocks.saturating_sub(s.blocks.len()) * self.geometry.layers;
+            let block = self.geometry.layers * s.passes;
+            let wanted = blocks.saturating_sub(s.blocks.len()) * block;
             let leased = s.leased == s.adapters.len();
             let taken = match leased && self.make_room(wanted, id) {
                 true => self.pages.take(wanted),
@@ -261,7 +268,7 @@ impl Batching {
             let Some(s) = self.sequences.get_mut(&id).filter(|s| s.runs) else { continue };
             match taken {
                 Some(taken) => {
-                    s.blocks.extend(taken.chunks(self.geometry.layers.max(1)).map(<[u32]>::to_vec));
+                    s.blocks.extend(taken.chunks(block.max(1)).map(<[u32]>::to_vec));
                     step.work.push((id, rows));
                 }
                 // It runs and nothing can make room for it: better an end than waiting for ever.

@@ -271,6 +271,7 @@ impl<'m> Engine<'m> {
             expected: Some(in_flight.expected.min(max_tokens)),
             adapters: request.adapters.iter().map(pages).collect(),
             content: content.join("+"),
+            passes: passes(request),
             tenant: request.tenant.clone(),
         }
     }
@@ -281,7 +282,8 @@ impl<'m> Engine<'m> {
             return (asked, asked);
         }
         let adapters: usize = request.adapters.iter().map(|(a, _)| a.pages(self.geometry)).sum();
-        let blocks = self.batching.pages().count().saturating_sub(adapters) / self.geometry.layers.max(1);
+        let blocks =
+            self.batching.pages().count().saturating_sub(adapters) / (self.geometry.layers * passes(request)).max(1);
         let longest = self.model.shape().cached_positions().min(blocks * BLOCK);
         let limit = longest.saturating_sub(request.prompt.len()).max(1);
         (limit, limit.min(EXPECTED))
@@ -580,6 +582,11 @@ impl<'m> Engine<'m> {
             }
         }
     }
+}
+
+/// Passes over a request's rows.
+fn passes(request: &Request) -> usize {
+    request.adapters.iter().map(|(hosted, _)| hosted.passes()).max().unwrap_or(1)
 }
 
 /// Rows whose logits are needed: each one's request, and the place of the token that comes after it.

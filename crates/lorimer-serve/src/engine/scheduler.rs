@@ -82,6 +82,15 @@ pub struct Job {
     pub expected: usize,
     /// When it came, in seconds.
     pub arrived: f64,
+    /// Passes over its rows, each with keys and values of its own.
+    pub passes: usize,
+}
+
+impl Job {
+    /// Pages of its keys and values, with so many tokens.
+    fn pages(&self, geometry: Geometry, tokens: usize) -> usize {
+        self.passes * geometry.pages_of_tokens(tokens)
+    }
 }
 
 /// Why a request is not served.
@@ -258,7 +267,7 @@ impl Scheduler {
         }
         self.latest[0] = (job.tenant.client.clone(), job.arrived);
         let adapters: usize = job.adapters.iter().map(|(_, pages)| pages).sum();
-        if adapters + self.geometry.pages_of_tokens(job.prompt + job.max_output) > self.pages {
+        if adapters + job.pages(self.geometry, job.prompt + job.max_output) > self.pages {
             return Err(Refusal::TooLarge);
         }
         if self.waiting_count >= self.policy.max_waiting && !self.give_way(&job.tenant) {
@@ -396,19 +405,22 @@ impl Scheduler {
 
     /// Pages that keys and values of some requests take at most before the last is done, if each generates all that it may: after the
     /// request with the i-th most tokens to go is done, only those before it are left, each with as many tokens more.
-    fn most_pages(&self, requests: &mut [(usize, usize)]) -> usize {
-        requests.sort_unstable_by_key(|&(_, remaining)| std::cmp::Reverse(remaining));
+    fn most_pages(&self, requests: &mut [(usize, usize, usize)]) -> usize {
+        requests.sort_unstable_by_key(|&(_, remaining, _)| std::cmp::Reverse(remaining));
         let at = |i: usize| {
             let steps = requests[i].1;
-            requests[..=i].iter().map(|&(tokens, _)| self.geometry.pages_of_tokens(tokens + steps)).sum()
+            requests[..=i]
+                .iter()
+                .map(|&(tokens, _, passes)| passes * self.geometry.pages_of_tokens(tokens + steps))
+                .sum()
         };
         (0..requests.len()).map(at).max().unwrap_or(0)
     }
 
     /// Whether the pool holds this one too until all are done.
     fn fits(&self, job: &Job) -> bool {
-        let mut requests: Vec<_> = self.running.iter().map(|r| (r.tokens(), r.remaining())).collect();
-        requests.push((job.prompt, job.expected));
+        let mut requests: Vec<_> = self.running.iter().map(|r| (r.tokens(), r.remaining(), r.job.passes)).collect();
+        requests.push((job.prompt, job.expected, job.passes));
         let new = |(key, pages): &(Arc<str>, usize)| if self.adapters.contains_key(key) { 0 } else { *pages };
         let adapters = self.adapter_pages + job.adapters.iter().map(new).sum::<usize>();
         adapters + self.most_pages(&mut requests) <= self.pages

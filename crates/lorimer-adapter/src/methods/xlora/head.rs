@@ -225,6 +225,10 @@ fn check_names(file: &BTreeMap<String, Tensor>, depth: usize, step: usize) -> Re
 }
 
 impl Router for Head {
+    fn width(&self) -> usize {
+        self.experts
+    }
+
     fn trainable(&self) -> Vec<(String, &Var)> {
         let all = self.variables().map(|(name, var)| (format!("internal_xlora_classifier.layers.{name}"), var));
         // The last bias comes last.
