@@ -38,7 +38,8 @@ SETTINGS = {
     "depth2": dict(layerwise_scalings=True, xlora_depth=2, xlora_size=16),
     "depth3-no-dropout": dict(xlora_depth=3, xlora_size=16, xlora_dropout_p=0),
     "top-k": dict(layerwise_scalings=True, top_k_lora=2),
-    "top-k-softmax": dict(layerwise_scalings=True, top_k_lora=2, enable_softmax=False, enable_softmax_topk=True),
+    # Without the first softmax a head of zeros would weigh every expert 0, which is refused.
+    "top-k-softmax": dict(layerwise_scalings=True, top_k_lora=2, enable_softmax=False, enable_softmax_topk=True, init="peft"),
     "temperature": dict(layerwise_scalings=True, softmax_temperature=0.5),
     "weight": dict(layerwise_scalings=True, global_scaling_weight=0.5),
     "pass-value": dict(layerwise_scalings=True, scaling_pass_value=0.5),

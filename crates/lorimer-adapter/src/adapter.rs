@@ -13,9 +13,10 @@ use crate::block::{BlockDelta, BlockSite};
 use crate::delta::Delta;
 use crate::error::{Error, Result};
 use crate::file::frozen::FrozenParts;
-use crate::file::store::{PREFIX, StoredAdapter};
+use crate::file::store::{Mixture, PREFIX, StoredAdapter};
 use crate::method::{Bias, CalibrationStats, Method, ParameterSource};
 use crate::parameter::{Named, Role};
+use crate::router::Router;
 use crate::targets::Matcher;
 
 /// One adapter on one model.
@@ -33,6 +34,8 @@ pub struct Adapter {
     pub(crate) replaced: BTreeMap<String, Projection>,
     /// Order of the projections in the model.
     pub(crate) order: Vec<String>,
+    /// What is computed once a forward for all projections.
+    pub(crate) router: Option<Arc<dyn Router>>,
 }
 
 /// A parameter of the base, whoever it belongs to, in the compute type.
@@ -64,6 +67,7 @@ impl Adapter {
         stats: &CalibrationStats,
         seed: u64,
     ) -> Result<Self> {
+        bind(method.as_mut(), model)?;
         resolve(method.as_mut(), model, stats)?;
         method.targeting().check()?;
         let projections = model.projections();
@@ -127,7 +131,9 @@ impl Adapter {
         }
         let order = projections.iter().map(|(s, _)| s.path.clone()).collect();
         let (fixed, replaced) = Default::default();
-        Ok(Self { method, deltas, blocks, parameters, fixed, replaced, order })
+        let place = router_site(model);
+        let router = method.router(&mut ParameterSource::start(&place, dtype, seed, stats))?;
+        Ok(Self { method, deltas, blocks, parameters, fixed, replaced, order, router: router.map(Arc::from) })
     }
 
     /// Whether any output changes.
@@ -198,7 +204,21 @@ impl Adapter {
         let (trained, buffers): (Vec<_>, Vec<_>) = own.chain(blocks).partition(|p| p.role.is_trained());
         let whole = self.parameters.iter().filter(|(path, _)| !self.fixed.contains(*path));
         let whole = whole.map(|(path, var)| Named { name: path.clone(), var, role: Role::Whole });
-        trained.into_iter().chain(whole).chain(buffers).collect()
+        let router = self.router.iter().flat_map(|router| router.trainable());
+        let router = router.map(|(name, var)| Named { name, var, role: Role::Router });
+        trained.into_iter().chain(whole).chain(router).chain(buffers).collect()
+    }
+
+    /// What is computed once a forward for all projections, where the adapter has such.
+    pub fn router(&self) -> Option<&Arc<dyn Router>> {
+        self.router.as_ref()
+    }
+
+    /// For `lorimer.json`: of an adapter made of others, the projections in the order of its routes, and what it is made of.
+    pub fn mixture(&self) -> Option<Mixture> {
+        let experts: Vec<String> = self.method.parts().iter().map(|part| part.content_id.clone()).collect();
+        let sites = self.order.iter().filter(|path| self.deltas.contains_key(*path)).cloned().collect();
+        (!experts.is_empty()).then_some(Mixture { sites, experts })
     }
 
     /// Trainable parameters in a fixed order (that of the model's forward), by a name that is unique.
@@ -301,7 +321,8 @@ impl Adapter {
                 tensors.insert(format!("{PREFIX}{}.{key}", block.site.path), detached(&tensor)?);
             }
         }
-        for (name, tensor) in self.method.shared()? {
+        let router = self.router.iter().flat_map(|router| router.stored());
+        for (name, tensor) in self.method.shared()?.into_iter().chain(router) {
             tensors.insert(name, detached(&tensor)?);
         }
         for (path, var) in &self.parameters {
@@ -313,7 +334,8 @@ impl Adapter {
             };
             tensors.insert(key, detached(var.as_tensor())?);
         }
-        Ok(StoredAdapter { path: "memory".into(), config, tensors, manifest: None })
+        let parts = self.method.parts().to_vec();
+        Ok(StoredAdapter { path: "memory".into(), config, tensors, manifest: None, parts })
     }
 }
 
@@ -321,6 +343,17 @@ impl Adapter {
 pub(crate) fn block_sites(model: &dyn BaseModel, method: &dyn Method) -> Result<Vec<BlockSite>> {
     let Some(blocks) = method.blocks() else { return Ok(Vec::new()) };
     BlockSite::all(model.shape(), model.projections().into_iter().map(|(site, _)| site), blocks.module())
+}
+
+/// Tells a method which base it is for.
+pub(crate) fn bind(method: &mut dyn Method, model: &dyn BaseModel) -> Result<()> {
+    let sites: Vec<&Site> = model.projections().into_iter().map(|(site, _)| site).collect();
+    method.bind(model.shape(), &sites)
+}
+
+/// Where a router stands: on hidden states, and on no projection.
+pub(crate) fn router_site(model: &dyn BaseModel) -> Site {
+    Site::new("router", (0, model.shape().hidden))
 }
 
 /// Tells a method which projections it targets.

@@ -1,7 +1,9 @@
 //! Adapters at work: their changes of a model's projections, several at once with weights.
 
+use std::sync::Arc;
+
 use candle_core::{Result as TensorResult, Tensor, Var};
-use lorimer_model::{Adaptation, AttentionCall, BlockScope, Point, Projection, Site};
+use lorimer_model::{Adaptation, AttentionCall, BlockScope, PassDone, Point, Projection, Site};
 use lorimer_tensor::{LowRankTerm, Ops, Part, Tape};
 
 use crate::adapter::Adapter;
@@ -9,6 +11,7 @@ use crate::block::BlockDelta;
 use crate::delta::{Change, Delta, GatedLowRank, LowRank};
 use crate::error::{Error, Result};
 use crate::method::Method;
+use crate::router::{Router, Routes};
 use crate::step::Step;
 
 /// Refuses to sum or scale what is not additive.
@@ -26,12 +29,14 @@ pub struct Attached<'a> {
     adapters: Vec<(&'a Adapter, f64)>,
     step: Step,
     tape: Option<&'a Tape>,
+    /// In a pass of an adapter with a router: the routes of its projections.
+    routes: Option<Arc<Routes>>,
 }
 
 impl<'a> Attached<'a> {
     /// One adapter at full weight.
     pub fn one(adapter: &'a Adapter) -> Self {
-        Self { adapters: vec![(adapter, 1.0)], step: Step::default(), tape: None }
+        Self { adapters: vec![(adapter, 1.0)], step: Step::default(), tape: None, routes: None }
     }
 
     /// Several adapters with weights. Whole parameters cannot be mixed, so at most one adapter may bring any of a name,
@@ -53,24 +58,27 @@ impl<'a> Attached<'a> {
                 }
             }
         }
-        Ok(Self { adapters, step: Step::default(), tape: None })
+        Ok(Self { adapters, step: Step::default(), tape: None, routes: None })
     }
 
     /// The same adapters in a forward of another kind.
     pub fn at(&self, step: Step) -> Self {
-        Self { adapters: self.adapters.clone(), step, tape: self.tape }
+        Self { adapters: self.adapters.clone(), step, tape: self.tape, routes: self.routes.clone() }
     }
 
     /// The same adapters with their forward recorded on a tape.
     pub fn recorded<'b>(&'b self, tape: &'b Tape) -> Attached<'b> {
-        Attached { adapters: self.adapters.clone(), step: self.step, tape: Some(tape) }
+        Attached { adapters: self.adapters.clone(), step: self.step, tape: Some(tape), routes: self.routes.clone() }
     }
 
     /// Whether the output of a row depends on that row alone, so that what sequences share may be computed once.
     pub fn rows_are_independent(&self) -> bool {
         let mut deltas = self.adapters.iter().flat_map(|(a, _)| a.deltas.values());
         let mut blocks = self.adapters.iter().flat_map(|(a, _)| a.blocks());
-        deltas.all(|d| d.rows_are_independent(&self.step)) && blocks.all(|(_, d)| d.rows_are_independent(&self.step))
+        let router = self.router().filter(|_| self.step.training.is_some());
+        deltas.all(|d| d.rows_are_independent(&self.step))
+            && blocks.all(|(_, d)| d.rows_are_independent(&self.step))
+            && router.is_none_or(Router::rows_are_independent)
     }
 
     /// Whether what follows the attention of a block reads other rows, so that the last block has to give them all.
@@ -81,6 +89,11 @@ impl<'a> Attached<'a> {
     /// The first block that has a layer of an adapter's.
     pub fn first_block(&self) -> Option<usize> {
         self.adapters.iter().flat_map(|(a, _)| a.blocks()).map(|(block, _)| block.layer).min()
+    }
+
+    /// The router of the adapter, which is the only one where it has one.
+    fn router(&self) -> Option<&'a dyn Router> {
+        self.adapters.iter().find_map(|(adapter, _)| adapter.router.as_deref())
     }
 }
 
@@ -105,7 +118,7 @@ impl Attached<'_> {
             None => ops.linear(x, &base.weight)?,
         };
         let mut y = plain.clone();
-        for (adapter, delta, weight) in self.here(site) {
+        for (adapter, delta, weight) in self.here(site).filter(|_| self.routes.is_none()) {
             // Another adapter's weight takes the place of the base's; what this one changes is still the base's.
             let from = match own.is_some() && !adapter.parameters.contains_key(&site.weight_path()) {
                 true => ops.linear(x, &base.weight)?,
@@ -152,6 +165,20 @@ impl Attached<'_> {
         ops.add(&ops.linear(x, &base.weight)?, &ops.dense(&gated, b)?)
     }
 
+    /// With routes: the output and what they let through, scaling · (g ∘ (x aᵀ)) bᵀ.
+    fn with_routes(&self, site: &Site, base: &Projection, y: Tensor, x: &Tensor) -> TensorResult<Tensor> {
+        let (Some(routes), Some((_, delta, _))) = (&self.routes, self.here(site).next()) else { return Ok(y) };
+        let (ops, rows) = (self.ops(), x.dim(0)?);
+        let Change::Gated(GatedLowRank { factors: LowRank { a, b, scaling }, .. }) =
+            delta.change(base, rows, &self.step)?
+        else {
+            candle_core::bail!("`{}` has a route and no gates", site.path)
+        };
+        let (route, u) = (routes.at(ops, &site.path, rows)?, ops.dense(x, &a)?);
+        let gated = ops.subgraph(&[&u, &route], &[], |t| (&t[0] * delta.route_gates(&t[1])?)? * scaling)?;
+        ops.add(&y, &ops.dense(&gated, &b)?)
+    }
+
     /// The output with all biases, from the one without.
     fn with_biases(&self, site: &Site, base: &Projection, mut y: Tensor) -> TensorResult<Tensor> {
         let ops = self.ops();
@@ -188,6 +215,23 @@ fn parameters(delta: &dyn Delta) -> Vec<&Tensor> {
 }
 
 impl Adaptation for Attached<'_> {
+    fn passes(&self) -> usize {
+        if self.routes.is_none() && self.router().is_some() { 2 } else { 1 }
+    }
+
+    fn pass<'s>(&'s self, number: usize, before: Option<&PassDone<'_>>) -> TensorResult<Box<dyn Adaptation + 's>> {
+        let Some(router) = self.router() else { candle_core::bail!("pass {number} of an adapter that takes one") };
+        let (mut adapters, step, tape) = (self.adapters.clone(), self.step, self.tape);
+        let routes = match before {
+            Some(done) => Some(router.routes(self.ops(), done.hidden, step.training)?.with_needed(done.needed)),
+            None => router.first_pass()?.map(Routes::constant),
+        };
+        if routes.is_none() {
+            adapters.clear();
+        }
+        Ok(Box::new(Attached { adapters, step, tape, routes: routes.map(Arc::new) }))
+    }
+
     fn ops(&self) -> Ops<'_> {
         self.tape.map_or(Ops::plain(), Ops::recorded)
     }
@@ -199,6 +243,10 @@ impl Adaptation for Attached<'_> {
 
     fn project_all(&self, targets: &[(&Site, &Projection)], x: &Tensor) -> TensorResult<Vec<Tensor>> {
         let ops = self.ops();
+        let touched = || targets.iter().any(|(site, _)| self.here(site).next().is_some());
+        if self.routes.is_none() && self.router().is_some() && touched() {
+            candle_core::bail!("an adapter with a router takes two passes over the rows, of which there was none");
+        }
         let mut parts = Vec::new();
         let mut places = Vec::new();
         let mut outputs: Vec<Option<Tensor>> = vec![None; targets.len()];
@@ -209,6 +257,7 @@ impl Adaptation for Attached<'_> {
             }
             let (low_rank, rest) = match self.here(site).collect::<Vec<_>>()[..] {
                 [] => (None, Rest::Nothing),
+                _ if self.routes.is_some() => (None, Rest::Nothing),
                 [(_, delta, 1.0)] => {
                     let mask = delta.mask(x, &self.step)?;
                     match self.form(delta, base, x)? {
@@ -247,7 +296,7 @@ impl Adaptation for Attached<'_> {
         }
         let all = targets.iter().zip(outputs).map(|((site, base), y)| {
             let y = y.map_or_else(|| self.project_plain(site, base, x), Ok)?;
-            self.with_biases(site, base, y)
+            self.with_biases(site, base, self.with_routes(site, base, y, x)?)
         });
         all.collect()
     }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use candle_core::{DType, Result as TensorResult, Tensor, Var};
-use lorimer_model::{Projection, Site};
+use lorimer_model::{ModelShape, Projection, Site};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
@@ -12,6 +12,8 @@ use serde_json::{Map, Value};
 use crate::block::{BlockDelta, BlockSite};
 use crate::delta::{Delta, LowRank};
 use crate::error::{Error, Result};
+use crate::part::Part;
+use crate::router::Router;
 use crate::step::site_seed;
 use crate::targets::Targeting;
 use crate::training::Training;
@@ -263,6 +265,32 @@ pub trait Method: Send + Sync {
     /// Tensors that belong to no module, by full name, to be written beside the modules' own.
     fn shared(&self) -> TensorResult<Vec<(String, Tensor)>> {
         Ok(Vec::new())
+    }
+    /// Takes the adapters that this one is made of, in their order, before anything else is asked.
+    fn take_parts(&mut self, parts: &[Part]) -> Result<()> {
+        match parts.is_empty() {
+            true => Ok(()),
+            false => {
+                Err(Error::Refused(format!("`{}` is not made of other adapters; leave --adapter out", self.name())))
+            }
+        }
+    }
+    /// The adapters that this one is made of. Where there are any, what it puts on projections comes out of them, and a file has no tensors
+    /// for these.
+    fn parts(&self) -> &[Part] {
+        &[]
+    }
+    /// Told which base it is for and what projections that has, before it is asked for its targets.
+    fn bind(&mut self, _shape: &ModelShape, _sites: &[&Site]) -> Result<()> {
+        Ok(())
+    }
+    /// What is computed once a forward for all projections, new or out of a file; after [`Self::resolve`].
+    fn router(&self, _source: &mut ParameterSource<'_>) -> Result<Option<Box<dyn Router>>> {
+        Ok(None)
+    }
+    /// Number of the router's trainable parameters over so many projections of a base of some hidden width; None where the method has none.
+    fn router_parameters(&self, _hidden: usize, _sites: usize) -> Option<usize> {
+        None
     }
     /// The adapter on one projection, new or out of a file.
     fn attach(&self, site: &Site, base: &Projection, source: &mut ParameterSource<'_>) -> Result<Box<dyn Delta>>;

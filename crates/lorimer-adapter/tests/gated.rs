@@ -114,13 +114,13 @@ fn served_gates_are_those_that_train() {
         let expected = (&u * case.delta.gates(&x, &u, &Step::default()).unwrap()).unwrap();
         let mut numbers = u.flatten_all().unwrap().to_vec1::<f32>().unwrap();
         let inputs = x.dim(1).unwrap();
-        gate.apply(&x.flatten_all().unwrap().to_vec1::<f32>().unwrap(), inputs, &mut numbers);
+        gate.apply(0, &x.flatten_all().unwrap().to_vec1::<f32>().unwrap(), inputs, &mut numbers);
         let found = Tensor::from_vec(numbers.clone(), u.shape(), &Device::Cpu).unwrap();
         assert!(distance(&found, &expected) < 1e-5, "{}", case.name);
         // A row alone gives the same bits.
         let (row, rank) = (x.narrow(0, 3, 1).unwrap(), u.dim(1).unwrap());
         let mut alone = u.narrow(0, 3, 1).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
-        gate.apply(&row.flatten_all().unwrap().to_vec1::<f32>().unwrap(), inputs, &mut alone);
+        gate.apply(0, &row.flatten_all().unwrap().to_vec1::<f32>().unwrap(), inputs, &mut alone);
         assert_eq!(alone, numbers[3 * rank..4 * rank], "{}", case.name);
     }
 }

@@ -1,13 +1,13 @@
 //! Flags that several subcommands share: the adapter's, and those of memory and speed.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Result, anyhow, bail};
 use clap::{Args, ValueEnum};
-use lorimer_adapter::Method;
 use lorimer_adapter::methods::{self, Entry, OptimizerChoice};
 use lorimer_adapter::training::Adam;
+use lorimer_adapter::{Method, StoredAdapter};
 use lorimer_model::{LoadDtype, Prepared};
 use lorimer_train::run::frozen::FrozenCache;
 use lorimer_train::run::plan::{Plan, Request, Work, plan};
@@ -51,6 +51,9 @@ pub struct AdapterArgs {
     /// Biases that are trained: none, all, lora_only
     #[arg(long, help_heading = "Adapter")]
     bias: Option<String>,
+    /// Folder of a trained LoRA that the new adapter mixes (xlora); repeatable, their order counts
+    #[arg(long = "adapter", value_name = "FOLDER", help_heading = "Adapter")]
+    experts: Vec<PathBuf>,
     /// Any field of the method's configuration: KEY=VALUE, the value in JSON or plain; repeatable
     #[arg(long, value_name = "KEY=VALUE", help_heading = "Adapter")]
     set: Vec<String>,
@@ -85,6 +88,7 @@ impl AdapterArgs {
         flags.extend(optional.into_iter().filter_map(|(flag, value)| Some(format!("{flag}={}", value?))));
         flags.extend(self.rslora.then(|| "--rslora".to_string()));
         flags.extend(self.set.iter().map(|pair| format!("--set={pair}")));
+        flags.extend(self.experts.iter().map(|folder| format!("--adapter={}", folder.display())));
         flags
     }
 
@@ -138,7 +142,10 @@ impl AdapterArgs {
             let (key, value) = pair.split_once('=').ok_or_else(|| anyhow!("--set {pair} should be KEY=VALUE"))?;
             map.insert(key.to_string(), serde_json::from_str(value).unwrap_or_else(|_| json!(value)));
         }
-        Ok(methods::build(&self.method, &map)?)
+        let mut method = methods::build(&self.method, &map)?;
+        let part = |folder: &PathBuf| StoredAdapter::read(folder)?.into_part();
+        method.take_parts(&self.experts.iter().map(part).collect::<Result<Vec<_>, _>>()?)?;
+        Ok(method)
     }
 }
 

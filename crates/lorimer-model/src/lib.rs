@@ -18,7 +18,8 @@ pub use error::{Error, Result};
 pub use families::Config;
 pub use lorimer_seam::{
     Adaptation, AttentionCall, BaseModel, Batch, BlockScope, Frequencies, Frozen, Inference, Input, KeepRows, KvCache,
-    LayerShape, Layout, ModelShape, Point, Projection, Recompute, Site, run_blocks,
+    LastPass, LayerShape, Layout, ModelShape, PassDone, Point, Projection, Recompute, Site, earlier_passes, last_pass,
+    run_blocks, whole_pass,
 };
 pub use text::TextModel;
 pub use weights::{LoadDtype, Weights};

@@ -1,6 +1,6 @@
 //! What happens to a frozen model while it runs.
 
-use candle_core::{Result, Tensor};
+use candle_core::{Result, Tensor, bail};
 use lorimer_tensor::{AttentionForm, Ops, Segment};
 
 use crate::scope::BlockScope;
@@ -40,8 +40,31 @@ impl AttentionCall<'_> {
     }
 }
 
+/// What a pass of a forward left for the one after it.
+#[derive(Clone, Copy)]
+pub struct PassDone<'a> {
+    /// Hidden states after the end, of all rows (rows, hidden). No gradient goes through them.
+    pub hidden: &'a Tensor,
+    /// The rows (ascending) that the last block of the next pass gives, where it need not give all.
+    pub needed: Option<&'a [u32]>,
+}
+
 /// What happens to a frozen model while it runs. Every default leaves the model as it is.
 pub trait Adaptation {
+    /// How many times the rows of one forward go through the model. Where that is more than once, [`Self::pass`] takes the place of this
+    /// adaptation in each pass: see [`crate::passes`].
+    fn passes(&self) -> usize {
+        1
+    }
+
+    /// The adaptation of one pass of a forward, counted from 0, with what the pass before it left.
+    ///
+    /// # Errors
+    /// An adaptation of one pass has no other.
+    fn pass<'s>(&'s self, number: usize, _before: Option<&PassDone<'_>>) -> Result<Box<dyn Adaptation + 's>> {
+        bail!("pass {number} of an adaptation that has one pass")
+    }
+
     /// How operations are done: recorded on a tape for a fast backward, or in candle's graph.
     fn ops(&self) -> Ops<'_> {
         Ops::plain()
@@ -96,6 +119,12 @@ impl Adaptation for Frozen {
 pub struct Inference<'a>(pub &'a dyn Adaptation);
 
 impl Adaptation for Inference<'_> {
+    fn passes(&self) -> usize {
+        self.0.passes()
+    }
+    fn pass<'s>(&'s self, number: usize, before: Option<&PassDone<'_>>) -> Result<Box<dyn Adaptation + 's>> {
+        Ok(Box::new(InferencePass(self.0.pass(number, before)?)))
+    }
     fn project(&self, site: &Site, base: &Projection, x: &Tensor) -> Result<Tensor> {
         Ok(self.0.project(site, base, x)?.detach())
     }
@@ -107,6 +136,27 @@ impl Adaptation for Inference<'_> {
     }
     fn hidden(&self, point: Point, h: Tensor) -> Result<Tensor> {
         Ok(self.0.hidden(point, h)?.detach())
+    }
+    fn parameter(&self, path: &str) -> Option<&Tensor> {
+        self.0.parameter(path)
+    }
+}
+
+/// One pass of an adaptation, without gradients.
+struct InferencePass<'a>(Box<dyn Adaptation + 'a>);
+
+impl Adaptation for InferencePass<'_> {
+    fn project(&self, site: &Site, base: &Projection, x: &Tensor) -> Result<Tensor> {
+        Inference(self.0.as_ref()).project(site, base, x)
+    }
+    fn attend(&self, point: Point, call: AttentionCall<'_>, block: &mut BlockScope<'_>) -> Result<Tensor> {
+        Inference(self.0.as_ref()).attend(point, call, block)
+    }
+    fn attended(&self, h: Tensor, block: &mut BlockScope<'_>) -> Result<Tensor> {
+        Inference(self.0.as_ref()).attended(h, block)
+    }
+    fn hidden(&self, point: Point, h: Tensor) -> Result<Tensor> {
+        Inference(self.0.as_ref()).hidden(point, h)
     }
     fn parameter(&self, path: &str) -> Option<&Tensor> {
         self.0.parameter(path)

@@ -79,6 +79,7 @@ impl ModelShape {
 }
 
 /// What a forward begins with, one a row.
+#[derive(Clone, Copy)]
 pub enum Input<'a> {
     /// Token ids.
     Tokens(&'a [u32]),
@@ -93,6 +94,8 @@ pub struct KvCache {
     /// Rows of the adaptation's own, by layer.
     own: BTreeMap<usize, Tensor>,
     pub(crate) length: usize,
+    /// Of the passes before the last, where a forward takes several: each sees its own keys and values.
+    pub(crate) earlier: Vec<KvCache>,
 }
 
 impl KvCache {

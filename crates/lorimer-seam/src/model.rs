@@ -8,6 +8,7 @@ use lorimer_tensor::{Gradients, Segment, Tape};
 use crate::adaptation::{Adaptation, Point};
 use crate::batch::Batch;
 use crate::layout::{Input, KvCache, Layout, ModelShape};
+use crate::passes::{earlier_passes, last_pass};
 use crate::site::{Projection, Site};
 
 /// A sequence is longer than the model is made for.
@@ -129,19 +130,22 @@ pub trait BaseModel: Send + Sync {
         Ok(h)
     }
 
-    /// Rows to hidden states after the end (rows, hidden).
+    /// Rows to hidden states after the end (rows, hidden), in as many passes as the adaptation takes.
     fn hidden_from(
         &self,
         input: Input<'_>,
         positions: &[usize],
         segments: &[Segment],
         on: &dyn Adaptation,
-        cache: Option<&mut KvCache>,
+        mut cache: Option<&mut KvCache>,
     ) -> Result<Tensor> {
+        let mut bottom = |on: &dyn Adaptation| Ok((0, on.hidden(Point::Embedded, self.stem(input, positions, on)?)?));
+        let earlier = cache.as_deref_mut().map(|cache| &mut cache.earlier);
+        let before = earlier_passes(self, on, (positions, segments), &mut bottom, earlier)?;
+        let on = &*last_pass(on, before.as_ref(), None)?;
         let layout = self.layout(positions, segments, None);
-        let h = on.hidden(Point::Embedded, self.stem(input, positions, on)?)?;
-        let all = 0..self.shape().layers.len();
-        let h = run_blocks(self, h, all, &layout, on, cache, |_, _| {})?;
+        let (first, h) = bottom(on)?;
+        let h = run_blocks(self, h, first..self.shape().layers.len(), &layout, on, cache, |_, _| {})?;
         self.end(&h, on)
     }
 }

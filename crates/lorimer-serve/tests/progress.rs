@@ -135,14 +135,17 @@ fn run(seed: u64, events: u64) -> u64 {
             let mut chosen = adapters.clone();
             chosen.retain(|_| rng.random_bool(0.2));
             let text = rng.random_range(0..texts);
+            // Keys and values of the same content lie alike.
+            let content: String = chosen.iter().map(|(a, _)| a.to_string()).collect();
             let asked = Asked {
                 prompt: (0..prompt).map(|i| token(text, i)).collect(),
                 whole: rng.random_bool(0.1),
                 max_tokens,
                 // An answer may turn out longer than expected.
                 expected: rng.random_bool(0.3).then(|| rng.random_range(0..=max_tokens)),
-                content: chosen.iter().map(|(a, _)| a.to_string()).collect(),
                 adapters: chosen,
+                pages_per_block: geometry.layers * (content.len() % 2) + content.len() % 3,
+                content,
                 answered: rng.random_range(0..prompt),
                 tenant: Tenant {
                     client: format!("c{}", rng.random_range(0..2)).into(),
@@ -150,7 +153,7 @@ fn run(seed: u64, events: u64) -> u64 {
                 },
             };
             let fits = asked.adapters.iter().map(|(_, pages)| pages).sum::<usize>()
-                + geometry.pages_of_tokens(prompt + max_tokens)
+                + geometry.pages_with(prompt + max_tokens, asked.pages_per_block)
                 <= count as usize;
             match run.batching.submit(next, asked, run.now) {
                 Ok(()) => {

@@ -114,7 +114,9 @@ fn batched_is_alone_for_every_method() {
         }
     }
     let served = methods::REGISTRY.iter().filter(|e| adapters.iter().any(|(name, _)| name.starts_with(e.name)));
-    assert_eq!(served.count(), methods::REGISTRY.len(), "every method is served in some form");
+    // X-LoRA needs experts: see xlora.rs.
+    let alone_made = methods::REGISTRY.iter().filter(|e| e.name != "xlora");
+    assert_eq!(served.count(), alone_made.count(), "every method is served in some form");
     let found = together(&model, &sequences);
     for (((name, adapter), (tokens, _)), found) in adapters.iter().zip(&sequences).zip(&found) {
         let expected = match adapter {

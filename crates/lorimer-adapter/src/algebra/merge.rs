@@ -79,6 +79,7 @@ impl<'a> Plan<'a> {
         let mut plan = Self { weights, tied: config.tied(), adapters: Vec::new(), parameters: BTreeMap::new() };
         for (place, (stored, weight)) in adapters.iter().enumerate() {
             refuse_embedding(stored)?;
+            stored.refuse_mixture("merged")?;
             let mut method = crate::methods::from_adapter_config(&stored.config)?;
             if method.blocks().is_some() {
                 return Err(refuse(method.name(), "merged"));

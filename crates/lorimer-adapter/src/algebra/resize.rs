@@ -93,5 +93,5 @@ pub fn resize(stored: &StoredAdapter, rank: usize) -> Result<StoredAdapter> {
     config.insert("lora_alpha".into(), if main.fract() == 0.0 { json!(main as i64) } else { json!(main) });
     config.insert("rank_pattern".into(), Value::Object(rank_pattern));
     config.insert("alpha_pattern".into(), Value::Object(alpha_pattern));
-    Ok(StoredAdapter { path: stored.path.clone(), config, tensors, manifest: None })
+    Ok(StoredAdapter { path: stored.path.clone(), config, tensors, manifest: None, parts: Vec::new() })
 }

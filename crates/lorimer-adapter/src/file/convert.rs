@@ -28,6 +28,7 @@ use crate::file::store::StoredAdapter;
 ///
 /// Fails if the configuration is of no known method, if a module has more than two low-rank factors, or if there is no module.
 pub fn low_ranks(stored: &StoredAdapter) -> Result<BTreeMap<String, LowRank>> {
+    stored.refuse_mixture("converted")?;
     let method = crate::methods::from_adapter_config(&stored.config)?;
     if method.blocks().is_some() {
         return Err(refuse(method.name(), "converted"));
@@ -87,7 +88,7 @@ pub fn to_peft(modules: BTreeMap<String, LowRank>, base: &str) -> Result<StoredA
     };
     let mut config = method.stored_config();
     config.insert("base_model_name_or_path".into(), base.into());
-    Ok(StoredAdapter { path: "converted".into(), config, tensors, manifest: None })
+    Ok(StoredAdapter { path: "converted".into(), config, tensors, manifest: None, parts: Vec::new() })
 }
 
 fn reorder(t: &Tensor, order: Option<Vec<usize>>, module: &str) -> Result<Tensor> {

@@ -7,7 +7,7 @@ use candle_core::Var;
 use lorimer_model::{BaseModel, Projection, Site};
 use rayon::prelude::*;
 
-use crate::adapter::{Adapter, base_parameter, block_sites, equal, replaced_by, resolve};
+use crate::adapter::{Adapter, base_parameter, bind, block_sites, equal, replaced_by, resolve, router_site};
 use crate::block::{BlockDelta, BlockSite};
 use crate::delta::Delta;
 use crate::error::{Error, Result};
@@ -63,6 +63,9 @@ impl Adapter {
     /// incomplete account is an error is the caller's choice (see [`Self::load_whole`]).
     pub fn load(model: &dyn BaseModel, stored: &StoredAdapter) -> Result<(Self, Accounting)> {
         let mut method = crate::methods::from_adapter_config(&stored.config)?;
+        method.take_parts(&stored.parts)?;
+        bind(method.as_mut(), model)?;
+        let of_parts = !method.parts().is_empty();
         let projections = model.projections();
         let blocks = block_sites(model, method.as_ref())?;
         if method.blocks().is_none() {
@@ -137,7 +140,7 @@ impl Adapter {
         let load = |(site, base, tensors): &mut (&Site, &Projection, ModuleTensors)| -> Result<_> {
             let before: Vec<String> = tensors.tensors.keys().cloned().collect();
             // What the configuration does not name would be left out by others who read the file.
-            if before.is_empty() || !matcher.targets(site) {
+            if (before.is_empty() && !of_parts) || !matcher.targets(site) {
                 return Ok((before, None));
             }
             let replaced = parameters.get(&site.weight_path()).map(|own| replaced_by(own.as_tensor(), base));
@@ -171,7 +174,12 @@ impl Adapter {
         }
         let blocks = load_blocks(method.as_ref(), blocks, dtype, &mut modules, &mut accounting)?;
         let order = projections.iter().map(|(s, _)| s.path.clone()).collect();
-        Ok((Self { method, deltas, blocks, parameters, fixed, replaced, order }, accounting))
+        let place = router_site(model);
+        let router = method.router(&mut ParameterSource::file(&place, dtype, &mut ModuleTensors::default()))?;
+        let router = router.map(Arc::from);
+        let adapter = Self { method, deltas, blocks, parameters, fixed, replaced, order, router };
+        check_mixture(&adapter, stored)?;
+        Ok((adapter, accounting))
     }
 
     /// [`Self::load`], where every tensor must be in use, none missing, and the adapter must do something.
@@ -220,6 +228,30 @@ fn load_blocks(
         found.extend(delta.map(|delta| (block, delta.into())));
     }
     Ok(found)
+}
+
+/// Refuses an adapter made of others where these are not those that it was made of, or the base orders its projections otherwise: each weight
+/// of a mixture belongs to a place among both.
+fn check_mixture(adapter: &Adapter, stored: &StoredAdapter) -> Result<()> {
+    let then = stored.manifest.as_ref().and_then(|manifest| manifest.xlora.as_ref());
+    let (Some(then), Some(now)) = (then, adapter.mixture()) else { return Ok(()) };
+    let fail = |text: String| Err(Error::Mismatch(format!("`{}`: {text}", stored.path.display())));
+    if then.sites != now.sites {
+        return fail(
+            "lorimer.json names other projections, or in another order, than the experts have on this base".into(),
+        );
+    }
+    let same = then.experts.iter().zip(&now.experts).position(|(then, now)| then != now);
+    match (same, stored.parts.get(same.unwrap_or_default())) {
+        (Some(number), Some(part)) => fail(format!(
+            "expert {number}, `{}`, is not the adapter that the head was trained with",
+            part.path.display()
+        )),
+        _ if then.experts.len() != now.experts.len() => {
+            fail(format!("lorimer.json names {} experts, there are {}", then.experts.len(), now.experts.len()))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Refuses low-rank changes of the embedding, which has no projection's form.

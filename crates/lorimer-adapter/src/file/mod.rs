@@ -8,4 +8,5 @@ pub mod frozen;
 pub mod inspect;
 pub mod load;
 mod lora_xs;
+pub(crate) mod mixture;
 pub mod store;

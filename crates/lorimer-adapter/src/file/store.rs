@@ -11,8 +11,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::file::frozen::FrozenParts;
+use crate::file::mixture;
+use crate::part::Part;
 
 /// Largest `adapter_config.json` and `lorimer.json`.
 const MAX_CONFIG_BYTES: u64 = 4 << 20;
@@ -80,6 +82,18 @@ pub struct Manifest {
     /// What stands for the frozen parts of the method that the file may leave out, by module.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub frozen: BTreeMap<String, FrozenParts>,
+    /// Of a mixture of adapters: what its weights belong to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub xlora: Option<Mixture>,
+}
+
+/// What the weights of a mixture of adapters belong to.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Mixture {
+    /// The projections, in the order of the weights.
+    pub sites: Vec<String>,
+    /// `sha256:…` over configuration and tensors of each expert, in the order of the weights.
+    pub experts: Vec<String>,
 }
 
 /// An adapter as a file holds it.
@@ -93,6 +107,8 @@ pub struct StoredAdapter {
     pub tensors: BTreeMap<String, Tensor>,
     /// `lorimer.json`, where there is one.
     pub manifest: Option<Manifest>,
+    /// The adapters that it is made of, in their order; most are made of none.
+    pub parts: Vec<Part>,
 }
 
 impl StoredAdapter {
@@ -115,12 +131,27 @@ impl StoredAdapter {
         Self::read_with(folder, |path| SafetensorsFile::read(path, limit))
     }
 
-    fn read_with(folder: &Path, open: impl FnOnce(&Path) -> lorimer_model::Result<SafetensorsFile>) -> Result<Self> {
+    fn read_with(folder: &Path, open: impl Fn(&Path) -> lorimer_model::Result<SafetensorsFile>) -> Result<Self> {
+        let mut stored = Self::read_alone(folder, &open)?;
+        for part in mixture::part_folders(folder, &stored.config)? {
+            stored.parts.push(Self::read_alone(&part, &open)?.into_part()?);
+        }
+        Ok(stored)
+    }
+
+    /// Without what it is made of.
+    fn read_alone(folder: &Path, open: impl Fn(&Path) -> lorimer_model::Result<SafetensorsFile>) -> Result<Self> {
         let invalid = |problem: &str| Err(lorimer_model::Error::invalid(folder, problem).into());
         if !folder.is_dir() {
             return invalid(
                 "an adapter is a folder with adapter_config.json and adapter_model.safetensors; there is none here",
             );
+        }
+        if mixture::is_authors(folder) {
+            let config = read_json(&folder.join(mixture::AUTHORS_CONFIG), MAX_CONFIG_BYTES)?;
+            let tensors = read_tensors(&open(&mixture::authors_weights(folder)?)?)?;
+            let (config, tensors) = mixture::from_authors(folder, config, tensors)?;
+            return Ok(Self { path: folder.to_path_buf(), config, tensors, manifest: None, parts: Vec::new() });
         }
         if !folder.join(CONFIG_FILE).is_file() {
             return invalid("is no adapter folder: it has no adapter_config.json");
@@ -145,7 +176,29 @@ impl StoredAdapter {
         };
         let mut tensors = read_tensors(&open(&folder.join(WEIGHTS_FILE))?)?;
         crate::file::lora_xs::from_authors(&mut config, &mut tensors);
-        Ok(Self { path: folder.to_path_buf(), config, tensors, manifest })
+        Ok(Self { path: folder.to_path_buf(), config, tensors, manifest, parts: Vec::new() })
+    }
+
+    /// The adapter as one that another is made of.
+    ///
+    /// # Errors
+    ///
+    /// Fails if a tensor is of a type that adapter files do not hold.
+    pub fn into_part(self) -> Result<Part> {
+        let content_id = self.content_id()?;
+        let path = self.path.canonicalize().unwrap_or(self.path);
+        Ok(Part { path, config: self.config, tensors: self.tensors, content_id })
+    }
+
+    /// Refuses an adapter made of others, where one weight a projection is wanted. `what`: `merged`.
+    pub(crate) fn refuse_mixture(&self, what: &str) -> Result<()> {
+        match mixture::is_mixture(&self.config) {
+            false => Ok(()),
+            true => Err(Error::Refused(format!(
+                "`{}` mixes other adapters token by token, which no fixed weight does, so it cannot be {what}",
+                self.path.display()
+            ))),
+        }
     }
 
     /// Identity of configuration and tensors: `sha256:…`.
@@ -155,9 +208,13 @@ impl StoredAdapter {
     /// Fails if a tensor is of a type that adapter files do not hold.
     pub fn content_id(&self) -> Result<String> {
         let mut hash = Sha256::new();
-        // The name of the base differs from machine to machine and is not content.
-        let config: BTreeMap<_, _> = self.config.iter().filter(|(k, _)| *k != "base_model_name_or_path").collect();
+        // The name of the base differs from machine to machine and is not content, as paths of parts are not.
+        let place = |key: &str| key == "base_model_name_or_path" || (key == mixture::PARTS && !self.parts.is_empty());
+        let config: BTreeMap<_, _> = self.config.iter().filter(|(k, _)| !place(k)).collect();
         hash.update(serde_json::to_vec(&config).unwrap_or_default());
+        for part in &self.parts {
+            hash.update(format!("|part {}|", part.content_id).as_bytes());
+        }
         for (name, tensor) in &self.tensors {
             hash.update(format!("|{name}|{}|{:?}|", tensor.dtype().as_str(), tensor.dims()).as_bytes());
             hash.update(raw_bytes(tensor)?);
@@ -183,7 +240,7 @@ impl StoredAdapter {
         create_folder(folder)?;
         remove_leftovers(folder);
         write_atomic(&folder.join(WEIGHTS_FILE), &self.tensor_bytes()?)?;
-        write_json(&folder.join(CONFIG_FILE), &self.config)?;
+        write_json(&folder.join(CONFIG_FILE), &mixture::with_relative_parts(&self.config, folder, &self.parts))?;
         if let Some(card) = card {
             write_atomic(&folder.join("README.md"), card.as_bytes())?;
         }

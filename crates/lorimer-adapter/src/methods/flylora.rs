@@ -330,7 +330,7 @@ struct FlyGate {
 }
 
 impl RankGate for FlyGate {
-    fn apply(&self, _x: &[f32], _inputs: usize, u: &mut [f32]) {
+    fn apply(&self, _first: usize, _x: &[f32], _inputs: usize, u: &mut [f32]) {
         let rank = self.bias.len();
         let (mut scores, mut chosen) = (vec![0f32; rank], vec![false; rank]);
         for u in u.chunks_exact_mut(rank.max(1)) {

@@ -35,6 +35,7 @@ pub mod sora;
 pub mod sparse_gin;
 pub mod tlora;
 pub mod vera;
+pub mod xlora;
 
 pub use entry::{Build, Entry, Part, Served};
 pub use parts::{ObjectiveChoice, OptimizerChoice};
@@ -54,6 +55,7 @@ pub const REGISTRY: &[Entry] = &[
     flylora::ENTRY,
     smora::ENTRY,
     sparse_gin::ENTRY,
+    xlora::ENTRY,
     hydra::ENTRY,
     vera::ENTRY,
     full::ENTRY,

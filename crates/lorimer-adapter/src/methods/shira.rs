@@ -317,7 +317,7 @@ pub fn reform(stored: &StoredAdapter, form: Form) -> Result<StoredAdapter> {
     }
     let mut config = stored.config.clone();
     config.insert("form".into(), serde_json::to_value(form).unwrap_or_default());
-    let mut reformed = StoredAdapter { path: stored.path.clone(), config, tensors, manifest: None };
+    let mut reformed = StoredAdapter { path: stored.path.clone(), config, tensors, manifest: None, parts: Vec::new() };
     if let Some(before) = &stored.manifest {
         let mut manifest = before.clone();
         // Values in f16 answer a little differently.

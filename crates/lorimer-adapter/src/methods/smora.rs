@@ -311,7 +311,7 @@ struct Router {
 }
 
 impl RankGate for Router {
-    fn apply(&self, x: &[f32], inputs: usize, u: &mut [f32]) {
+    fn apply(&self, _first: usize, x: &[f32], inputs: usize, u: &mut [f32]) {
         let rank = self.bias.len();
         let (mut p, mut v, mut chosen) = (vec![0f32; rank], vec![0f32; rank], vec![false; rank]);
         for (x, u) in x.chunks_exact(inputs.max(1)).zip(u.chunks_exact_mut(rank.max(1))) {

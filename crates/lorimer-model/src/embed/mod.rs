@@ -3,7 +3,7 @@
 mod options;
 
 use candle_core::{DType, Result as TensorResult, Tensor};
-use lorimer_seam::{Adaptation, AttentionCall, BaseModel, Batch, BlockScope, Point, Projection, Site};
+use lorimer_seam::{Adaptation, AttentionCall, BaseModel, Batch, BlockScope, PassDone, Point, Projection, Site};
 use lorimer_tensor::{Ops, Segment, Segmented, Tape, project_segmented};
 use rayon::prelude::*;
 
@@ -24,6 +24,14 @@ struct Swift<'a> {
 }
 
 impl Adaptation for Swift<'_> {
+    fn passes(&self) -> usize {
+        self.on.passes()
+    }
+
+    fn pass<'s>(&'s self, number: usize, before: Option<&PassDone<'_>>) -> TensorResult<Box<dyn Adaptation + 's>> {
+        self.on.pass(number, before)
+    }
+
     fn ops(&self) -> Ops<'_> {
         Ops::recorded(&self.tape)
     }

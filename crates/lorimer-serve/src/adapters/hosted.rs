@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
 use lorimer_adapter::file::export::low_rank_of;
-use lorimer_adapter::{Adapter, BlockDelta, Change, GatedLowRank, Golden, LowRank, Step};
+use lorimer_adapter::{Adapter, BlockDelta, Change, GatedLowRank, Golden, LowRank, Router, Step};
 use lorimer_model::text::chat::ChatTemplate;
 use lorimer_model::{BaseModel, Projection, Site};
 use lorimer_tensor::RankGate;
@@ -64,6 +64,8 @@ pub struct Hosted {
     pub numbers: Vec<f32>,
     /// Gates of low-rank changes that depend on their input. They stay in host memory.
     pub gates: Vec<Arc<dyn RankGate>>,
+    /// What computes the gates of all projections once a forward, from the hidden states of a pass before. It stays in host memory.
+    pub router: Option<HostedRouter>,
     /// By the projection's path.
     pub places: HashMap<String, Place>,
     /// Layers after blocks' attention, in the blocks' order.
@@ -76,6 +78,44 @@ pub struct Hosted {
     pub template: Option<ChatTemplate>,
     /// Prompts with the log-probabilities that it gave when it was trained.
     pub golden: Vec<Golden>,
+}
+
+/// A router as it is served.
+pub struct HostedRouter {
+    /// The head.
+    pub router: Arc<dyn Router>,
+    /// (n, rank): gates of a projection out of its route, by its path.
+    spread: HashMap<String, Tensor>,
+}
+
+impl std::fmt::Debug for HostedRouter {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "a router of {} projections", self.spread.len())
+    }
+}
+
+impl HostedRouter {
+    fn new(adapter: &Adapter, router: &Arc<dyn Router>) -> Result<Self> {
+        let each = Tensor::eye(router.width(), DType::F32, &candle_core::Device::Cpu)?;
+        let spread = adapter.deltas().map(|(path, delta)| Ok((path.to_string(), delta.route_gates(&each)?)));
+        Ok(Self { router: router.clone(), spread: spread.collect::<Result<_>>()? })
+    }
+
+    /// Whether it has gates for a projection.
+    pub fn touches(&self, site: &str) -> bool {
+        self.spread.contains_key(site)
+    }
+
+    /// Gates (rows, rank) of a projection from its route (rows, n), row by row; none where it changes nothing.
+    pub fn gates(&self, site: &str, route: &Tensor) -> candle_core::Result<Option<Vec<f32>>> {
+        let Some(spread) = self.spread.get(site) else { return Ok(None) };
+        route.matmul(spread)?.flatten_all()?.to_vec1::<f32>().map(Some)
+    }
+
+    fn bytes(&self) -> usize {
+        let head = self.router.trainable().iter().map(|(_, var)| var.elem_count()).sum::<usize>();
+        (head + self.spread.values().map(Tensor::elem_count).sum::<usize>()) * size_of::<f32>()
+    }
 }
 
 /// What an adapter does to one projection, as it is served.
@@ -151,6 +191,12 @@ impl Hosted {
     /// Fails if the adapter brings whole parameters other than biases, changes no projection, has factors that are not finite, or has a
     /// method with neither a low-rank form nor a plain weight.
     pub fn new(model: &dyn BaseModel, adapter: &Adapter, content_id: String, rank: Option<usize>) -> Result<Self> {
+        if adapter.router().is_some() && !model.shape().causal {
+            return Err(Error::Request(format!(
+                "a `{}` adapter takes two passes over every row, which is served of models that generate only",
+                adapter.method.name()
+            )));
+        }
         let projections = model.projections();
         let biases: Vec<String> = projections.iter().map(|(site, _)| site.bias_path()).collect();
         if let Some(path) = adapter.parameters().keys().find(|path| !biases.contains(path)) {
@@ -168,6 +214,7 @@ impl Hosted {
             rank: 0,
             numbers: Vec::new(),
             gates: Vec::new(),
+            router: adapter.router().map(|router| HostedRouter::new(adapter, router)).transpose()?,
             places: HashMap::new(),
             layers: Vec::new(),
             conversion: Conversion { exact: 0, modules: 0, error: 0.0 },
@@ -231,9 +278,10 @@ impl Hosted {
 
     /// Bytes in host memory.
     pub fn bytes(&self) -> usize {
+        let router = self.router.as_ref().map_or(0, HostedRouter::bytes);
         let layers = self.layers.iter().flat_map(|layer| layer.delta.trainable());
         let numbers = self.numbers.len() + layers.map(|(_, var)| var.elem_count()).sum::<usize>();
-        numbers * size_of::<f32>() + self.gates.iter().map(|gate| gate.bytes()).sum::<usize>()
+        numbers * size_of::<f32>() + self.gates.iter().map(|gate| gate.bytes()).sum::<usize>() + router
     }
 
     /// The layer after a block's attention, and the first of its pages among those of a block of tokens: they come after the pages of keys and
@@ -243,9 +291,10 @@ impl Hosted {
         Some((&self.layers[at], geometry.layers + Self::kept_pages(&self.layers[..at], geometry)))
     }
 
-    /// Pages that a block of tokens takes beside those of keys and values, for what layers keep.
+    /// Pages that a block of tokens takes beside those of the last pass's keys and values: those of other passes, or what layers keep.
     pub fn pages_per_block(&self, geometry: Geometry) -> usize {
-        Self::kept_pages(&self.layers, geometry)
+        let other_passes = if self.router.is_some() { geometry.layers } else { 0 };
+        other_passes + Self::kept_pages(&self.layers, geometry)
     }
 
     fn kept_pages(layers: &[HostedLayer], geometry: Geometry) -> usize {

@@ -51,13 +51,15 @@ pub fn replay(model: &dyn BaseModel, hosted: &std::sync::Arc<Hosted>) -> Result<
 fn log_probabilities(model: &dyn BaseModel, hosted: &std::sync::Arc<Hosted>, golden: &Golden) -> Result<Vec<f32>> {
     let geometry = Geometry::of(model.shape());
     let tokens = &golden.tokens[..golden.tokens.len() - 1];
-    let pages = geometry.pages_of_tokens(tokens.len()) + hosted.pages(geometry);
+    let more = hosted.pages_per_block(geometry);
+    let kept = geometry.pages_with(tokens.len(), more);
+    let pages = kept + hosted.pages(geometry);
     let (mut free, mut numbers) = pool(geometry, (pages + geometry.layers + 1) * geometry.page_bytes())?;
     let full = || Error::Pool("a pool made for a golden prompt is too small for it".into());
     let own = free.take(hosted.pages(geometry)).ok_or_else(full)?;
     numbers.write(&own, &hosted.numbers);
-    let pages = free.take(geometry.pages_of_tokens(tokens.len())).ok_or_else(full)?;
-    let blocks: Vec<Vec<u32>> = pages.chunks(geometry.layers.max(1)).map(<[u32]>::to_vec).collect();
+    let pages = free.take(kept).ok_or_else(full)?;
+    let blocks: Vec<Vec<u32>> = pages.chunks((geometry.layers + more).max(1)).map(<[u32]>::to_vec).collect();
     let adapters = vec![Used { hosted, pages: &own, weight: 1.0 }];
     let rows = vec![Rows { count: tokens.len(), position: 0, blocks: &blocks, adapters }];
     let needed: Vec<u32> = (golden.first as u32 - 1..tokens.len() as u32).collect();

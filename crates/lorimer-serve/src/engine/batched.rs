@@ -4,13 +4,16 @@ use std::ops::Range;
 use std::sync::{Mutex, PoisonError, RwLock};
 
 use candle_core::{Result, Tensor};
-use lorimer_model::{Adaptation, AttentionCall, BaseModel, BlockScope, Point, Projection, Site, run_blocks};
+use lorimer_adapter::Routes;
+use lorimer_model::{
+    Adaptation, AttentionCall, BaseModel, BlockScope, Point, Projection, Site, run_blocks, whole_pass,
+};
 use lorimer_tensor::{
-    Addition, AttentionForm, Edges, Group, KeyPool, Ops, Paged, Segment, Segmented, Tape, attention_in_pool,
+    Addition, AttentionForm, Edges, Group, KeyPool, Ops, Paged, RankGate, Segment, Segmented, Tape, attention_in_pool,
     edges_in_pool, project_segmented, store_rows,
 };
 
-use crate::adapters::hosted::{Hosted, HostedLayer};
+use crate::adapters::hosted::{Hosted, HostedLayer, HostedRouter};
 use crate::engine::kept::{Kept, Place, apply, over_kept_rows};
 use crate::engine::pool::{BLOCK, Geometry};
 
@@ -34,7 +37,8 @@ pub struct Rows<'a> {
     pub count: usize,
     /// Position of the first.
     pub position: usize,
-    /// Pages of its blocks of tokens, a page a layer and what its adapters keep; as many as the last row's position needs.
+    /// Pages of its blocks of tokens: a page a layer of each pass, the last pass first, and what its adapters keep; as many as the last row's
+    /// position needs.
     pub blocks: &'a [Vec<u32>],
     /// Its adapters.
     pub adapters: Vec<Used<'a>>,
@@ -70,41 +74,169 @@ impl<'a> Batched<'a> {
         Self { pool: RwLock::new(pool), geometry, sequences, ranges, needed_ranges, seen, tape: Tape::new([]) }
     }
 
+    /// The logits of the rows `needed`, which are those that [`Self::new`] was given, of the batch's `tokens`; None where no row is needed.
+    pub fn logits(&self, model: &dyn BaseModel, tokens: &[u32], needed: &[u32]) -> Result<Option<Tensor>> {
+        let pass = self.last_pass(model, tokens, needed)?;
+        let h = model.embed(tokens, &pass.positions(), &pass)?;
+        // A layer after the attention has to have all rows.
+        let mut used = self.sequences.iter().flat_map(|s| &s.adapters);
+        let whole = used.any(|used| !used.hosted.layers.is_empty());
+        let some = (needed.len() < tokens.len() && !whole).then_some(needed);
+        let layout = model.layout(&pass.positions(), &pass.segments(), some);
+        // Only keys and values of the last layer are wanted where no token is drawn.
+        let h = run_blocks(model, h, 0..model.shape().layers.len(), &layout, &pass, None, |_, _| {})?;
+        if needed.is_empty() {
+            return Ok(None);
+        }
+        let h = if whole { pass.ops().rows(&h, needed)? } else { h };
+        model.logits(&model.end(&h, &pass)?, &pass).map(Some)
+    }
+
+    /// Runs of sequences next to each other whose adapters are the same: the places of each run among `which`.
+    fn runs(&self, which: &[usize]) -> Vec<Range<usize>> {
+        let same = |a: &usize, b: &usize| {
+            if *b != a + 1 {
+                return false;
+            }
+            let (a, b) = (&self.sequences[*a].adapters, &self.sequences[*b].adapters);
+            let pair = |(a, b): (&Used<'a>, &Used<'a>)| std::ptr::eq(a.pages, b.pages) && a.weight == b.weight;
+            a.len() == b.len() && a.iter().zip(b).all(pair)
+        };
+        let mut at = 0;
+        let run = |run: &[usize]| {
+            at += run.len();
+            at - run.len()..at
+        };
+        which.chunk_by(same).map(run).collect()
+    }
+
+    /// The last pass over all rows; after a first one over those of adapters with routers.
+    fn last_pass(&self, model: &dyn BaseModel, tokens: &[u32], needed: &[u32]) -> Result<Pass<'_, 'a>> {
+        let all: Vec<usize> = (0..self.sequences.len()).collect();
+        let mut last = Pass {
+            batch: self,
+            runs: self.runs(&all).into_iter().map(Run::plain).collect(),
+            which: all,
+            ranges: self.ranges.clone(),
+            needed_ranges: self.needed_ranges.clone(),
+            layers_before: 0,
+        };
+        let which: Vec<usize> = (0..self.sequences.len()).filter(|&i| self.router(i).is_some()).collect();
+        if which.is_empty() {
+            return Ok(last);
+        }
+        let own: Vec<u32> = which.iter().flat_map(|&i| &tokens[self.ranges[i].clone()]).copied().collect();
+        let mut ranges: Vec<Range<usize>> = Vec::new();
+        for &i in &which {
+            let start = ranges.last().map_or(0, |before| before.end);
+            ranges.push(start..start + self.sequences[i].count);
+        }
+        let mut runs: Vec<Run> = self.runs(&which).into_iter().map(Run::plain).collect();
+        for run in &mut runs {
+            let first = self.router(which[run.places.start]).map(|hosted| hosted.router.first_pass()).transpose()?;
+            run.routes = first.flatten().map(Routes::constant);
+            run.bare = run.routes.is_none();
+        }
+        let layers_before = self.geometry.layers;
+        let first = Pass { batch: self, which, needed_ranges: ranges.clone(), ranges, runs, layers_before };
+        let positions = first.positions();
+        let rows = (positions.as_slice(), &first.segments()[..]);
+        let mut bottom = |on: &dyn Adaptation| Ok((0, model.embed(&own, &positions, on)?));
+        let hidden = whole_pass(model, &first, rows, &mut bottom, None)?;
+        for run in &first.runs {
+            let sequences = &first.which[run.places.clone()];
+            let (Some(&one), Some(&end)) = (sequences.first(), sequences.last()) else { continue };
+            let Some(hosted) = self.router(one) else { continue };
+            let rows = first.ranges[run.places.start].start..first.ranges[run.places.end - 1].end;
+            let routes = hosted.router.routes(Ops::plain(), &hidden.narrow(0, rows.start, rows.len())?, None)?;
+            let (start, stop) = (self.ranges[one].start as u32, self.ranges[end].end as u32);
+            let own: Vec<u32> = needed.iter().filter(|&&n| start <= n && n < stop).map(|n| n - start).collect();
+            if let Some(into) = last.runs.iter_mut().find(|r| r.places.start == one) {
+                into.routes = Some(routes.with_needed(Some(&own)));
+            }
+        }
+        Ok(last)
+    }
+
+    /// The router of a sequence's adapter, which is the only one where it has one.
+    fn router(&self, sequence: usize) -> Option<&'a HostedRouter> {
+        self.sequences[sequence].adapters.iter().find_map(|used| used.hosted.router.as_ref())
+    }
+}
+
+/// Sequences next to each other with the same adapters.
+struct Run {
+    /// Their places in the pass.
+    places: Range<usize>,
+    /// Routes of their rows, where the adapter has a router.
+    routes: Option<Routes>,
+    /// Whether the pass is the bare base for them.
+    bare: bool,
+}
+
+impl Run {
+    fn plain(places: Range<usize>) -> Self {
+        Self { places, routes: None, bare: false }
+    }
+}
+
+/// Gates of rows that are computed together, from row `first` on.
+#[derive(Debug)]
+struct RowGates {
+    first: usize,
+    rank: usize,
+    /// (rows, rank).
+    gates: Vec<f32>,
+}
+
+impl RankGate for RowGates {
+    fn apply(&self, first: usize, _x: &[f32], _inputs: usize, u: &mut [f32]) {
+        let from = first.saturating_sub(self.first) * self.rank;
+        u.iter_mut().zip(self.gates.iter().skip(from)).for_each(|(u, gate)| *u *= gate);
+    }
+
+    fn bytes(&self) -> usize {
+        self.gates.len() * size_of::<f32>()
+    }
+}
+
+/// One pass over the rows of some of the batch's sequences.
+struct Pass<'b, 'a> {
+    batch: &'b Batched<'a>,
+    /// The sequences.
+    which: Vec<usize>,
+    /// Rows of each of them, and those that the last layer gives.
+    ranges: Vec<Range<usize>>,
+    needed_ranges: Vec<Range<usize>>,
+    runs: Vec<Run>,
+    /// Where its pages begin in those of a block.
+    layers_before: usize,
+}
+
+impl<'a> Pass<'_, 'a> {
+    fn sequences(&self) -> impl Iterator<Item = &Rows<'a>> {
+        self.which.iter().map(|&i| &self.batch.sequences[i])
+    }
+
     /// Positions of all rows.
-    pub fn positions(&self) -> Vec<usize> {
-        self.sequences.iter().flat_map(|s| s.position..s.position + s.count).collect()
+    fn positions(&self) -> Vec<usize> {
+        self.sequences().flat_map(|s| s.position..s.position + s.count).collect()
     }
 
     /// Segments for the model's layout, each sequence's keys counted from a place of its own.
-    pub fn segments(&self) -> Vec<Segment> {
+    fn segments(&self) -> Vec<Segment> {
         let of = |(i, s): (usize, &Rows<'_>)| Segment {
             q_start: self.ranges[i].start,
             q_len: s.count,
             keys: vec![(i * APART, s.position + s.count)],
         };
-        self.sequences.iter().enumerate().map(of).collect()
-    }
-
-    /// The logits of the rows `needed`, which are those that [`Self::new`] was given, of the batch's `tokens`; None where no row is needed.
-    pub fn logits(&self, model: &dyn BaseModel, tokens: &[u32], needed: &[u32]) -> Result<Option<Tensor>> {
-        let h = model.embed(tokens, &self.positions(), self)?;
-        // A layer after the attention has to have all rows.
-        let mut used = self.sequences.iter().flat_map(|s| &s.adapters);
-        let whole = used.any(|used| !used.hosted.layers.is_empty());
-        let some = (needed.len() < tokens.len() && !whole).then_some(needed);
-        let layout = model.layout(&self.positions(), &self.segments(), some);
-        // Only keys and values of the last layer are wanted where no token is drawn.
-        let h = run_blocks(model, h, 0..model.shape().layers.len(), &layout, self, None, |_, _| {})?;
-        if needed.is_empty() {
-            return Ok(None);
-        }
-        let h = if whole { self.ops().rows(&h, needed)? } else { h };
-        model.logits(&model.end(&h, self)?, self).map(Some)
+        self.sequences().enumerate().map(of).collect()
     }
 
     /// Row of the pool of a token's key in a layer.
     fn place(&self, sequence: usize, position: usize, layer: usize) -> Option<usize> {
-        let page = *self.sequences[sequence].blocks.get(position / BLOCK)?.get(layer)?;
+        let blocks = self.batch.sequences[*self.which.get(sequence)?].blocks;
+        let page = *blocks.get(position / BLOCK)?.get(self.layers_before + layer)?;
         Some(page as usize * 2 * BLOCK + position % BLOCK)
     }
 
@@ -130,8 +262,9 @@ impl<'a> Batched<'a> {
     /// a block of tokens.
     fn layers_after(&self, layer: usize) -> Vec<(Range<usize>, &HostedLayer, usize)> {
         let mut runs: Vec<(Range<usize>, &HostedLayer, usize)> = Vec::new();
-        for (i, s) in self.sequences.iter().enumerate() {
-            let Some((own, first)) = s.adapters.iter().find_map(|used| used.hosted.layer(layer, self.geometry)) else {
+        let geometry = self.batch.geometry;
+        for (i, s) in self.sequences().enumerate() {
+            let Some((own, first)) = s.adapters.iter().find_map(|used| used.hosted.layer(layer, geometry)) else {
                 continue;
             };
             match runs.last_mut().filter(|(run, other, _)| run.end == i && std::ptr::eq(*other, own)) {
@@ -145,7 +278,7 @@ impl<'a> Batched<'a> {
     /// Where the rows of some sequences lie.
     fn places_of(&self, run: &Range<usize>) -> Vec<Place<'_>> {
         let of = |s: &Rows<'a>| Place { blocks: s.blocks, position: s.position, count: s.count };
-        self.sequences[run.clone()].iter().map(of).collect()
+        self.which[run.clone()].iter().map(|&i| of(&self.batch.sequences[i])).collect()
     }
 
     /// What the attention of a block shows to the layers after it: `q` (rows, …) over `keys` in `segments`, one a sequence.
@@ -172,7 +305,7 @@ impl<'a> Batched<'a> {
             let edges = edges_in_pool(&q.narrow(0, rows.start, rows.len())?, keys, &segments, form, rule)?;
             seen.push(Some(over_kept_rows(edges, &self.places_of(&run), layer)?));
         }
-        *self.seen.lock().unwrap_or_else(PoisonError::into_inner) = seen;
+        *self.batch.seen.lock().unwrap_or_else(PoisonError::into_inner) = seen;
         Ok(())
     }
 
@@ -186,49 +319,63 @@ impl<'a> Batched<'a> {
         }
     }
 
-    /// What the adapters do to a projection, sequences with the same adapters next to each other taken together.
-    fn groups<'b>(&'b self, pool: &'b [f32], site: &Site, rows: usize) -> Result<Vec<Group<'b>>> {
-        let mut groups: Vec<Group<'b>> = Vec::new();
-        let mut before: Option<&[Used<'a>]> = None;
-        for (range, s) in self.ranges(rows)?.iter().zip(&self.sequences) {
-            let same = before.is_some_and(|b| {
-                let pairs = b.iter().zip(&s.adapters);
-                b.len() == s.adapters.len()
-                    && pairs.into_iter().all(|(a, b)| std::ptr::eq(a.pages, b.pages) && a.weight == b.weight)
-            });
-            if let Some(group) = groups.last_mut().filter(|g| same && g.rows.end == range.start) {
-                group.rows.end = range.end;
-                continue;
+    /// Gates of each run's rows at a projection, where its adapter has a router.
+    fn gates(&self, site: &Site, rows: usize) -> Result<Vec<Option<RowGates>>> {
+        let ranges = self.ranges(rows)?;
+        let of = |run: &Run| {
+            let Some(hosted) = self.batch.router(self.which[run.places.start]).filter(|_| !run.bare) else {
+                return Ok(None);
+            };
+            let Some(routes) = &run.routes else { candle_core::bail!("an adapter with a router has no routes") };
+            let own = ranges[run.places.start].start..ranges[run.places.end - 1].end;
+            if own.is_empty() || !hosted.touches(&site.path) {
+                return Ok(None);
             }
-            before = Some(&s.adapters);
-            let additions = s.adapters.iter().filter_map(|used| {
+            let gates = hosted.gates(&site.path, &routes.at(Ops::plain(), &site.path, own.len())?)?;
+            Ok(gates.map(|gates| RowGates { first: own.start, rank: gates.len() / own.len(), gates }))
+        };
+        self.runs.iter().map(of).collect()
+    }
+
+    /// What the adapters do to a projection, sequences with the same adapters next to each other taken together.
+    fn groups<'g>(
+        &'g self,
+        pool: &'g [f32],
+        site: &Site,
+        rows: usize,
+        gates: &'g [Option<RowGates>],
+    ) -> Result<Vec<Group<'g>>> {
+        let ranges = self.ranges(rows)?;
+        let of = |(run, routed): (&Run, &'g Option<RowGates>)| {
+            let own = ranges[run.places.start].start..ranges[run.places.end - 1].end;
+            let adapters = self.batch.sequences[self.which[run.places.start]].adapters.iter();
+            let additions = adapters.filter(|_| !run.bare).filter_map(|used| {
                 let place = used.hosted.places.get(&site.path)?;
-                let paged = |start, count, length| Paged {
-                    pool,
-                    page: self.geometry.page(),
-                    pages: used.pages,
-                    start,
-                    count,
-                    length,
+                let page = self.batch.geometry.page();
+                let paged = |start, count, length| Paged { pool, page, pages: used.pages, start, count, length };
+                let gate = match used.hosted.router {
+                    // Without rows there is nothing to gate.
+                    Some(_) => Some(routed.as_ref()? as &dyn RankGate),
+                    None => place.gate.and_then(|i| Some(used.hosted.gates.get(i)?.as_ref())),
                 };
                 Some(Addition {
                     a: paged(place.a, place.rank, site.inputs),
                     b: paged(place.b, place.rank, site.outputs),
                     output_scale: place.output_scale.map(|at| paged(at, 1, site.outputs)),
                     bias: place.bias.map(|at| paged(at, 1, site.outputs)),
-                    gate: place.gate.and_then(|i| Some(used.hosted.gates.get(i)?.as_ref())),
+                    gate,
                     weight: used.weight,
                 })
             });
-            groups.push(Group { rows: range.clone(), additions: additions.collect() });
-        }
-        Ok(groups)
+            Group { rows: own, additions: additions.collect() }
+        };
+        Ok(self.runs.iter().zip(gates).map(of).collect())
     }
 }
 
-impl Adaptation for Batched<'_> {
+impl Adaptation for Pass<'_, '_> {
     fn ops(&self) -> Ops<'_> {
-        Ops::recorded(&self.tape)
+        Ops::recorded(&self.batch.tape)
     }
 
     fn project(&self, site: &Site, base: &Projection, x: &Tensor) -> Result<Tensor> {
@@ -238,9 +385,11 @@ impl Adaptation for Batched<'_> {
 
     fn project_all(&self, targets: &[(&Site, &Projection)], x: &Tensor) -> Result<Vec<Tensor>> {
         let rows = x.dim(0)?;
-        let pool = self.pool.read().unwrap_or_else(PoisonError::into_inner);
-        let parts = targets.iter().map(|(site, base)| {
-            Ok(Segmented { weight: &base.weight, bias: base.bias.as_ref(), groups: self.groups(&pool, site, rows)? })
+        let gates = targets.iter().map(|(site, _)| self.gates(site, rows)).collect::<Result<Vec<_>>>()?;
+        let pool = self.batch.pool.read().unwrap_or_else(PoisonError::into_inner);
+        let parts = targets.iter().zip(&gates).map(|((site, base), gates)| {
+            let groups = self.groups(&pool, site, rows, gates)?;
+            Ok(Segmented { weight: &base.weight, bias: base.bias.as_ref(), groups })
         });
         project_segmented(x, &parts.collect::<Result<Vec<_>>>()?)
     }
@@ -248,7 +397,7 @@ impl Adaptation for Batched<'_> {
     fn attend(&self, point: Point, call: AttentionCall<'_>, _: &mut BlockScope<'_>) -> Result<Tensor> {
         let Point::Layer(layer) = point else { candle_core::bail!("attention outside of a layer") };
         let mut places = Vec::with_capacity(call.k.dim(0)?);
-        for (i, s) in self.sequences.iter().enumerate() {
+        for (i, s) in self.sequences().enumerate() {
             for position in s.position..s.position + s.count {
                 let Some(row) = self.place(i, position, layer) else {
                     candle_core::bail!("a sequence has no page for position {position}")
@@ -256,8 +405,8 @@ impl Adaptation for Batched<'_> {
                 places.push(row);
             }
         }
-        let mut pool = self.pool.write().unwrap_or_else(PoisonError::into_inner);
-        let stride = self.geometry.kv_width;
+        let mut pool = self.batch.pool.write().unwrap_or_else(PoisonError::into_inner);
+        let stride = self.batch.geometry.kv_width;
         store_rows((&mut pool, stride), &call.k, places.iter().copied())?;
         store_rows((&mut pool, stride), &call.v, places.iter().map(|row| row + BLOCK))?;
         let segments = call
@@ -278,7 +427,7 @@ impl Adaptation for Batched<'_> {
         }
         let rows = h.dim(0)?;
         let ranges = self.ranges(rows)?;
-        let mut seen = std::mem::take(&mut *self.seen.lock().unwrap_or_else(PoisonError::into_inner)).into_iter();
+        let mut seen = std::mem::take(&mut *self.batch.seen.lock().unwrap_or_else(PoisonError::into_inner)).into_iter();
         let (mut parts, mut at) = (Vec::new(), 0);
         for (run, own, first) in runs {
             let own_rows = ranges[run.start].start..ranges[run.end - 1].end;
@@ -290,7 +439,7 @@ impl Adaptation for Batched<'_> {
                 parts.push(h.narrow(0, at, own_rows.start - at)?);
             }
             let places = self.places_of(&run);
-            let mut kept = Kept { pool: &self.pool, geometry: self.geometry, first, places };
+            let mut kept = Kept { pool: &self.batch.pool, geometry: self.batch.geometry, first, places };
             let part = h.narrow(0, own_rows.start, own_rows.len())?;
             parts.push(apply(self.ops(), (layer, own.delta.as_ref()), &part, seen.next().flatten(), &mut kept)?);
             at = own_rows.end;

@@ -27,7 +27,7 @@ pub struct Asked {
     pub expected: Option<usize>,
     /// Adapters, each by its content and the pages it takes.
     pub adapters: Vec<(Arc<str>, usize)>,
-    /// Pages that a block of its tokens takes beside a page a layer, for what its adapters keep of them.
+    /// Pages that a block of its tokens takes beside a page a layer: for keys and values of other passes, and what its adapters keep.
     pub pages_per_block: usize,
     /// What keys and values depend on beside the tokens.
     pub content: String,
@@ -43,7 +43,7 @@ pub struct Sequence {
     pub prompt: usize,
     /// Tokens whose keys and values are in the pool.
     pub computed: usize,
-    /// Pages of its blocks of tokens: a page a layer, and what adapters keep of them.
+    /// Pages of its blocks of tokens: a page a layer of each pass, the last pass first, and what adapters keep of them.
     pub blocks: Vec<Vec<u32>>,
     /// Whether it runs.
     pub runs: bool,

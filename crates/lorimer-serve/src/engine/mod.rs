@@ -288,8 +288,8 @@ impl<'m> Engine<'m> {
             return (asked, asked);
         }
         let adapters: usize = request.adapters.iter().map(|(a, _)| a.pages(self.geometry)).sum();
-        let blocks = self.batching.pages().count().saturating_sub(adapters)
-            / (self.geometry.layers + self.pages_per_block(request)).max(1);
+        let per_block = self.geometry.layers + self.pages_per_block(request);
+        let blocks = self.batching.pages().count().saturating_sub(adapters) / per_block.max(1);
         let longest = self.model.shape().cached_positions().min(blocks * BLOCK);
         let limit = longest.saturating_sub(request.prompt.len()).max(1);
         (limit, limit.min(EXPECTED))

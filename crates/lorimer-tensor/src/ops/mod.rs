@@ -383,15 +383,21 @@ impl<'a> Ops<'a> {
 
     /// The columns of `x` (rows, Σ widths) in parts of these widths.
     pub fn split<const N: usize>(&self, x: &Tensor, widths: [usize; N]) -> Result<[Tensor; N]> {
+        let wrong = |_| candle_core::Error::Msg("an operation gave nothing".into());
+        self.split_all(x, &widths)?.try_into().map_err(wrong)
+    }
+
+    /// [`Self::split`] into any number of parts.
+    pub fn split_all(&self, x: &Tensor, widths: &[usize]) -> Result<Vec<Tensor>> {
         let (rows, width) = x.dims2()?;
         if widths.iter().sum::<usize>() != width {
             candle_core::bail!("{width} columns do not divide into {widths:?}");
         }
-        let wrong = |_| candle_core::Error::Msg("an operation gave nothing".into());
         let (true, Some(tape)) = (self.on_cpu(x), self.tape(&[x])) else {
-            return self.subgraph_all(&[x], &[], |t| columns(&t[0], &widths))?.try_into().map_err(wrong);
+            return self.subgraph_all(&[x], &[], |t| columns(&t[0], widths));
         };
-        let (id, dtype, parts) = (x.id(), x.dtype(), columns(&x.detach(), &widths)?);
+        let (id, dtype, parts) = (x.id(), x.dtype(), columns(&x.detach(), widths)?);
+        let widths = widths.to_vec();
         tape.record_all(&parts, move |found, gradients| {
             let part = |(g, n): (&Option<Tensor>, usize)| match g {
                 Some(g) => Ok(g.clone()),
@@ -400,7 +406,7 @@ impl<'a> Ops<'a> {
             let all = found.iter().zip(widths).map(part).collect::<Result<Vec<_>>>()?;
             gradients.add(id, Tensor::cat(&all, 1)?.contiguous()?)
         });
-        parts.try_into().map_err(wrong)
+        Ok(parts)
     }
 
     /// Rows `index` of `x` (rows, width).

@@ -110,8 +110,9 @@ impl Paged<'_> {
 
 /// Gates of a low-rank change, row by row: what u = x Aᵀ is multiplied by before B. The result for a row depends on that row alone.
 pub trait RankGate: Send + Sync + std::fmt::Debug {
-    /// Multiplies `u` (rows, rank) by the gates of rows with input `x` (rows, inputs).
-    fn apply(&self, x: &[f32], inputs: usize, u: &mut [f32]);
+    /// Multiplies `u` (rows, rank) by the gates of rows with input `x` (rows, inputs), which are the rows from `first` on of all that are
+    /// computed together.
+    fn apply(&self, first: usize, x: &[f32], inputs: usize, u: &mut [f32]);
     /// Bytes that it takes.
     fn bytes(&self) -> usize;
 }
@@ -226,7 +227,7 @@ pub fn project_segmented(x: &Tensor, parts: &[Segmented<'_>]) -> Result<Vec<Tens
             let x = &x[rows.start * inputs..rows.end * inputs];
             SCRATCH.with_borrow_mut(|scratch| {
                 scale(&group.additions, width, y, scratch);
-                group.additions.iter().for_each(|addition| add(x, (inputs, width), addition, y, scratch));
+                group.additions.iter().for_each(|addition| add((rows.start, x), (inputs, width), addition, y, scratch));
             });
         });
         Ok(outputs)
@@ -272,8 +273,14 @@ fn scale(additions: &[Addition<'_>], outputs: usize, y: &mut [f32], scratch: &mu
     }
 }
 
-/// `y ← y + w ((x Aᵀ) B + c)` for the rows of `x`.
-fn add(x: &[f32], (inputs, outputs): (usize, usize), addition: &Addition<'_>, y: &mut [f32], scratch: &mut Scratch) {
+/// `y ← y + w ((x Aᵀ) B + c)` for the rows of `x`, which are those from `first` on.
+fn add(
+    (first, x): (usize, &[f32]),
+    (inputs, outputs): (usize, usize),
+    addition: &Addition<'_>,
+    y: &mut [f32],
+    scratch: &mut Scratch,
+) {
     let Addition { a, b, bias, gate, weight, .. } = addition;
     let rows = y.len() / outputs;
     if let Some(bias) = bias {
@@ -310,7 +317,7 @@ fn add(x: &[f32], (inputs, outputs): (usize, usize), addition: &Addition<'_>, y:
                 });
             }
             if let Some(gate) = gate {
-                gate.apply(x, inputs, thin);
+                gate.apply(first, x, inputs, thin);
             }
             thin.iter_mut().for_each(|u| *u *= weight);
             for j in 0..rank {
@@ -330,7 +337,7 @@ fn add(x: &[f32], (inputs, outputs): (usize, usize), addition: &Addition<'_>, y:
     let scale = if gate.is_some() { 1.0 } else { *weight };
     product((rows, rank, inputs), thin, thin_strides, false, x, wide_x, factor, Strides(1, inputs), scale, false);
     if let Some(gate) = gate {
-        gate.apply(x, inputs, thin);
+        gate.apply(first, x, inputs, thin);
         thin.iter_mut().for_each(|u| *u *= weight);
     }
     b.gather(factor);
@@ -365,7 +372,7 @@ pub fn project_segmented_reference(x: &Tensor, parts: &[Segmented<'_>]) -> Resul
                         let mut u = x.matmul(&a.tensor()?.t()?)?;
                         if let Some(gate) = gate {
                             let mut numbers = u.flatten_all()?.to_vec1::<f32>()?;
-                            gate.apply(&x.flatten_all()?.to_vec1::<f32>()?, x.dim(1)?, &mut numbers);
+                            gate.apply(rows.start, &x.flatten_all()?.to_vec1::<f32>()?, x.dim(1)?, &mut numbers);
                             u = Tensor::from_vec(numbers, u.shape(), u.device())?;
                         }
                         y = (y + (u.matmul(&b.tensor()?)? * f64::from(*weight))?)?;

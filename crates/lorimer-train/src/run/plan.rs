@@ -201,6 +201,9 @@ pub fn plan(request: &Request<'_>) -> Result<Plan> {
     };
     let in_blocks = |i: usize| on_block(i).map_or(0, |(own, block)| own.parameters(block) as u64);
     parameters += (0..c.layers.len()).map(in_blocks).sum::<u64>();
+    let targeted = sites.iter().filter(|site| adapted(site)).count();
+    let router = request.method.router_parameters(c.hidden, targeted);
+    parameters += router.unwrap_or(0) as u64;
     let embedding = matcher.saves("model.embed_tokens");
     if embedding {
         parameters += (c.vocabulary * c.hidden) as u64;
@@ -232,7 +235,8 @@ pub fn plan(request: &Request<'_>) -> Result<Plan> {
         false => (first..layers).map(kept).sum::<u64>(),
         true => h * (layers - first) as u64 + (first..layers).map(kept).max().unwrap_or(0),
     };
-    let activations = rows.saturating_mul(row);
+    // With a router: the hidden states of the pass before.
+    let activations = rows.saturating_mul(row + if router.is_some() { h } else { 0 });
     let one_layer = |(q, kv, _, inner): (u64, u64, u64, u64)| 5 * h + 4 * inner + q + 2 * kv;
     let backward = rows.saturating_mul((0..layers).map(|i| one_layer(widths(i))).max().unwrap_or(0));
     let chunk = (CHUNK_BYTES as u64 / (4 * c.vocabulary.max(1) as u64)).clamp(1, work.predicting.max(1) as u64);
@@ -297,6 +301,8 @@ pub fn plan(request: &Request<'_>) -> Result<Plan> {
     let passes = if request.checkpointing { 6.0 } else { 4.0 };
     let below = if breakdown.frozen_cache > 0 { 0.0 } else { 2.0 * below };
     let head = 4.0 * (c.vocabulary * c.hidden) as f64;
+    // With a router, a forward of all layers comes first.
+    let below = if router.is_some() { below + 2.0 * above + below } else { below };
     let flops = work.total_rows * (passes * above + below) + work.total_predicting * head;
     Ok(Plan { peak_bytes: steps.max(loading).max(looking), breakdown, flops, trainable_parameters: parameters })
 }

@@ -153,6 +153,7 @@ impl Session<'_> {
             }),
             golden,
             frozen: adapter.frozen_parts()?,
+            xlora: adapter.mixture(),
         });
         let stats = adapter.method.calibration_report();
         if let Some(manifest) = stored.manifest.as_mut().filter(|_| !stats.is_null()) {

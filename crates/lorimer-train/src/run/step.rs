@@ -5,7 +5,9 @@ use std::time::Instant;
 use candle_core::{DType, Device, Tensor, Var};
 use lorimer_adapter::Attached;
 use lorimer_adapter::training::objective::{BLOCK_ROWS, Moment, Objective};
-use lorimer_model::{Adaptation, BaseModel, Batch, Frozen, Inference, Layout, Recompute, run_blocks};
+use lorimer_model::{
+    Adaptation, BaseModel, Batch, Frozen, Inference, Layout, Recompute, earlier_passes, last_pass, run_blocks,
+};
 use lorimer_tensor::{Gradients, Ops, Tape};
 use serde::{Deserialize, Serialize};
 
@@ -220,6 +222,19 @@ impl Pass<'_> {
         run_blocks(self.model, h, first..self.model.shape().layers.len(), &self.layout, on, None, |_, _| {})
     }
 
+    /// What the passes before the last leave for it, where the forward takes several.
+    fn earlier(&self) -> candle_core::Result<Option<Tensor>> {
+        let blank = Tape::new([]);
+        let on = self.attached.recorded(&blank);
+        let rows = (self.batch.positions.as_slice(), self.batch.segments.as_slice());
+        earlier_passes(self.model, &on, rows, &mut |on| self.bottom(on), None)
+    }
+
+    /// The rows that the last layer gives, where these are not all.
+    fn needed(&self) -> Option<&[u32]> {
+        self.layout.last.as_ref().map(|last| last.needed.as_slice())
+    }
+
     /// Hidden states of the frozen base, before its head.
     fn base_hidden(&self) -> candle_core::Result<Tensor> {
         let on = Inference(&Frozen);
@@ -233,7 +248,7 @@ impl Pass<'_> {
         &self,
         auxiliary: &AuxiliaryLoss<'_>,
         hidden: &Tensor,
-        on: &Attached<'_>,
+        on: &dyn Adaptation,
     ) -> candle_core::Result<Tensor> {
         let parameters: Vec<&Tensor> = self.parameters.iter().map(|(_, v)| v.as_tensor()).collect();
         let frozen = Inference(&Frozen);
@@ -254,7 +269,7 @@ impl Pass<'_> {
     }
 
     /// From the last layer's output to the loss: the task's, the auxiliary loss, and what is differentiated.
-    fn loss(&self, h: &Tensor, on: &Attached<'_>) -> candle_core::Result<(Tensor, Option<Tensor>, Tensor)> {
+    fn loss(&self, h: &Tensor, on: &dyn Adaptation) -> candle_core::Result<(Tensor, Option<Tensor>, Tensor)> {
         let hidden = self.model.end(h, on)?;
         let predicting = on.ops().rows(&hidden, &self.place)?;
         let task = self.model.smoothed_loss(&predicting, &self.targets, self.smoothing, on)?;
@@ -276,10 +291,12 @@ impl Pass<'_> {
 
     /// The loss, and when the forward was done.
     fn whole(&self, gradients: &mut Gradients) -> Result<((f64, f64), Instant)> {
+        let before = self.earlier()?;
         let tape = self.tape();
-        let on = self.attached.recorded(&tape);
-        let h = self.through(&on)?;
-        let (task, auxiliary, loss) = self.loss(&h, &on)?;
+        let recorded = self.attached.recorded(&tape);
+        let on = &*last_pass(&recorded, before.as_ref(), self.needed())?;
+        let h = self.through(on)?;
+        let (task, auxiliary, loss) = self.loss(&h, on)?;
         drop(h);
         let forward = Instant::now();
         let seed = self.seed(&loss)?;
@@ -294,11 +311,13 @@ impl Pass<'_> {
         mut layer_done: Option<LayerDone<'_>>,
     ) -> Result<((f64, f64), Instant)> {
         let mut done = |gradients: &mut Gradients| layer_done.as_mut().map_or(Ok(()), |done| done(gradients));
+        let before = self.earlier()?;
         let blank = Tape::new([]);
-        let on = self.attached.recorded(&blank);
-        let (first, h) = self.bottom(&on)?;
+        let recorded = self.attached.recorded(&blank);
+        let on = &*last_pass(&recorded, before.as_ref(), self.needed())?;
+        let (first, h) = self.bottom(on)?;
         let blocks = first..self.model.shape().layers.len();
-        let (mut again, last) = Recompute::forward(self.model, h, (blocks, first), &self.layout, &on)?;
+        let (mut again, last) = Recompute::forward(self.model, h, (blocks, first), &self.layout, on)?;
         let tape = self.tape();
         tape.track(&last);
         let (task, auxiliary, loss) = self.loss(&last, &self.attached.recorded(&tape))?;
@@ -312,9 +331,11 @@ impl Pass<'_> {
         let stem_learns = self.model.stem_parameters().iter().any(|path| self.attached.parameter(path).is_some());
         while let (Some(i), Some(g)) = (again.next(), gradient.take()) {
             let tape = self.tape();
-            let on = self.attached.recorded(&tape);
+            let recorded = self.attached.recorded(&tape);
+            // What the last pass computes from the earlier ones is computed with each layer, whose share of its gradient it takes.
+            let on = &*last_pass(&recorded, before.as_ref(), self.needed())?;
             let follow = i > first || stem_learns;
-            gradient = again.backward(self.model, &self.layout, (&tape, &on), g, follow, gradients)?;
+            gradient = again.backward(self.model, &self.layout, (&tape, on), g, follow, gradients)?;
             done(gradients)?;
         }
         if let Some(g) = gradient {

@@ -517,6 +517,12 @@ impl Run<'_> {
                 choice.0.name()
             ));
         }
+        if self.adapter.router().is_some() && !choice.0.takes_any_parameter() {
+            return fail(format!(
+                "`{method}` trains a head that belongs to no projection, which --optimizer {} cannot; use adamw",
+                choice.0.name()
+            ));
+        }
         if choice.0.per_layer() && s.gradient_accumulation > 1 {
             return fail(
                 "galore with per_layer drops each layer's gradient at once; use --gradient-accumulation 1".into(),

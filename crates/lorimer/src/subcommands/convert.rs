@@ -46,6 +46,7 @@ fn manifest(adapter: &StoredAdapter, from: &str) -> Result<Manifest> {
         training: json!({ "converted_from": from }),
         golden: Vec::new(),
         frozen: Default::default(),
+        xlora: None,
     })
 }
 

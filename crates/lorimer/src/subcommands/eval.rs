@@ -48,6 +48,9 @@ pub struct Eval {
     /// Count bad rows instead of stopping at the first
     #[arg(long)]
     skip_bad_rows: bool,
+    /// Write each row's loss a learnt token, and the number of these, as JSON lines
+    #[arg(long, value_name = "FILE", conflicts_with = "rank")]
+    rows: Option<PathBuf>,
 }
 
 impl Eval {
@@ -72,6 +75,14 @@ impl Eval {
         let attached = common::attached(&adapters)?;
         let e = evaluate(base.model(), &base.text, &attached, &examples, &choices, |n| bar.set_position(n as u64))?;
         bar.finish_and_clear();
+        if let Some(path) = &self.rows {
+            let mut lines = String::new();
+            for row in &examples {
+                let e = evaluate(base.model(), &base.text, &attached, std::slice::from_ref(row), &[], |_| {})?;
+                lines += &format!("{}\n", json!({ "loss": e.loss, "supervised_tokens": e.supervised_tokens }));
+            }
+            lorimer::model::files::write_atomic(path, lines.as_bytes())?;
+        }
         let mut json = serde_json::to_value(&e)?;
         json["seconds"] = clock.elapsed().as_secs_f64().into();
         common::print(global, &json, || {

@@ -46,6 +46,7 @@ impl Resize {
             }),
             golden: Vec::new(),
             frozen: Default::default(),
+            xlora: None,
         });
         cut.write(&self.output, None)?;
         let json = json!({ "output": self.output, "rank": self.rank, "modules": cut.modules().len() });

@@ -1,0 +1,276 @@
+//! The head of a mixture: from hidden states to a weight for each expert at each projection.
+
+use std::collections::{BTreeMap, HashMap};
+
+use candle_core::{D, DType, Device, Result as TensorResult, Tensor, Var};
+use lorimer_tensor::Ops;
+use rand_chacha::ChaCha8Rng;
+
+use super::{Init, XloraConfig};
+use crate::dropout::Dropout;
+use crate::error::{Error, Result};
+use crate::file::mixture::{HEAD, layer_step};
+use crate::method::ParameterSource;
+use crate::methods::random::kaiming;
+use crate::router::{Router, Routes};
+use crate::step::Step;
+
+/// How weights come out of the head's numbers, and which of them count.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Gating {
+    /// Softmax over the experts, of numbers divided by the temperature.
+    pub softmax: bool,
+    /// The temperature.
+    pub temperature: f64,
+    /// How many experts count, the largest first; the others are 0.
+    pub top_k: Option<usize>,
+    /// Softmax over those that are not 0.
+    pub softmax_top_k: bool,
+}
+
+/// e^x over its sum along the last dimension, where `keep` (0 or 1) says what takes part; a row without any is 0.
+fn softmax(x: &Tensor, keep: Option<&Tensor>) -> TensorResult<Tensor> {
+    let largest = match keep {
+        // What takes no part is far below every number that does.
+        Some(keep) => (x.detach() + ((keep - 1.0)? * 1e30)?)?.max_keepdim(D::Minus1)?,
+        None => x.detach().max_keepdim(D::Minus1)?,
+    };
+    let shifted = x.broadcast_sub(&largest)?;
+    let e = match keep {
+        Some(keep) => ((shifted * keep)?.exp()? * keep)?,
+        None => shifted.exp()?,
+    };
+    let sum = e.sum_keepdim(D::Minus1)?;
+    let empty = sum.detach().eq(0.0)?.to_dtype(sum.dtype())?;
+    e.broadcast_div(&(sum + empty)?)
+}
+
+impl Gating {
+    /// λ of logits (…, n).
+    ///
+    /// # Errors
+    /// Tensor operations.
+    pub fn scalings(&self, logits: &Tensor) -> TensorResult<Tensor> {
+        match self.softmax {
+            true => softmax(&(logits / self.temperature)?, None),
+            false => Ok(logits.clone()),
+        }
+    }
+
+    /// The gates of λ (rows, n): the k largest of each row, as they are or after a softmax over those that are not 0. The choice has no
+    /// gradient.
+    ///
+    /// # Errors
+    /// Tensor operations.
+    pub fn kept(&self, scalings: &Tensor) -> TensorResult<Tensor> {
+        let n = scalings.dim(D::Minus1)?;
+        let kept = match self.top_k.filter(|&k| k < n) {
+            Some(k) => (scalings * largest(scalings, k)?)?,
+            None => scalings.clone(),
+        };
+        match self.softmax_top_k {
+            true => softmax(&kept, Some(&kept.detach().ne(0.0)?.to_dtype(kept.dtype())?)),
+            false => Ok(kept),
+        }
+    }
+}
+
+/// 1 at the k largest numbers of each row of the last dimension, the first of equal ones; else 0.
+fn largest(x: &Tensor, k: usize) -> TensorResult<Tensor> {
+    let n = x.dim(D::Minus1)?;
+    let values = x.detach().to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
+    let mut mask = vec![0f64; values.len()];
+    let mut order: Vec<usize> = Vec::with_capacity(n);
+    for (values, mask) in values.chunks_exact(n.max(1)).zip(mask.chunks_exact_mut(n.max(1))) {
+        order.clear();
+        order.extend(0..n);
+        order.sort_by(|&a, &b| values[b].total_cmp(&values[a]));
+        order[..k.min(n)].iter().for_each(|&i| mask[i] = 1.0);
+    }
+    Tensor::from_vec(mask, x.shape(), &Device::Cpu)?.to_dtype(x.dtype())
+}
+
+struct Linear {
+    /// Its number in PEFT's file.
+    number: usize,
+    /// (outputs, inputs).
+    weight: Var,
+    /// (outputs).
+    bias: Var,
+}
+
+/// The head with what its numbers stand for.
+pub(super) struct Head {
+    layers: Vec<Linear>,
+    gating: Gating,
+    dropout: f64,
+    pass_value: f64,
+    /// Projections in the order of the numbers.
+    sites: Vec<String>,
+    experts: usize,
+    layerwise: bool,
+    bias_only: bool,
+    dtype: DType,
+}
+
+/// (outputs, inputs) of each layer.
+pub(super) fn shapes(config: &XloraConfig, hidden: usize, sites: usize, experts: usize) -> Vec<(usize, usize)> {
+    let last = experts * if config.layerwise_scalings { sites } else { 1 };
+    let width = |i: usize| if i == 0 { hidden } else { config.xlora_size };
+    let outputs = |i: usize| if i + 1 == config.xlora_depth { last } else { config.xlora_size };
+    (0..config.xlora_depth).map(|i| (outputs(i), width(i))).collect()
+}
+
+impl Head {
+    /// A head, new or with a file's tensors.
+    pub(super) fn new(
+        config: &XloraConfig,
+        (hidden, sites, experts): (usize, &[String], usize),
+        file: &BTreeMap<String, Tensor>,
+        source: &mut ParameterSource<'_>,
+    ) -> Result<Self> {
+        let (dtype, step) = (source.dtype(), layer_step(config.xlora_dropout_p));
+        let shapes = shapes(config, hidden, sites.len(), experts);
+        if source.is_file() {
+            check_names(file, shapes.len(), step)?;
+        } else if config.init == Init::Zero && !config.enable_softmax {
+            return Err(Error::Config(
+                "enable_softmax = false with a head of zeros gives every expert the weight 0; set init=peft".into(),
+            ));
+        }
+        let mut rng = source.rng();
+        let mut layers = Vec::new();
+        for (i, &(outputs, inputs)) in shapes.iter().enumerate() {
+            let number = i * step;
+            let zero = config.init == Init::Zero && i + 1 == shapes.len();
+            let mut one = |end: &str, dims: &[usize]| -> Result<Var> {
+                let name = format!("{HEAD}{number}.{end}");
+                let start = match file.get(&name).filter(|_| source.is_file()) {
+                    Some(t) if t.dims() != dims => {
+                        let found = t.dims();
+                        return Err(Error::Mismatch(format!(
+                            "tensor `{name}` has shape {found:?}, configuration, base and experts say {dims:?}"
+                        )));
+                    }
+                    Some(t) => t.clone(),
+                    None if zero => Tensor::zeros(dims, dtype, &Device::Cpu)?,
+                    None => start(dims, inputs, dtype, &mut rng)?,
+                };
+                Ok(Var::from_tensor(&start.to_dtype(dtype)?.contiguous()?.detach())?)
+            };
+            let weight = one("weight", &[outputs, inputs])?;
+            layers.push(Linear { number, weight, bias: one("bias", &[outputs])? });
+        }
+        Ok(Self {
+            layers,
+            gating: config.gating(),
+            dropout: config.xlora_dropout_p,
+            pass_value: config.scaling_pass_value,
+            sites: sites.to_vec(),
+            experts,
+            layerwise: config.layerwise_scalings,
+            bias_only: config.bias_only,
+            dtype,
+        })
+    }
+
+    fn variables(&self) -> impl Iterator<Item = (String, &Var)> {
+        let own = |l: &'_ Linear| [(format!("{}.weight", l.number), 0), (format!("{}.bias", l.number), 1)];
+        self.layers.iter().flat_map(move |l| own(l).map(|(name, i)| (name, if i == 0 { &l.weight } else { &l.bias })))
+    }
+
+    /// λ (rows, n · projections, or n), before what is not among the k largest is left out.
+    fn scalings(&self, hidden: &Tensor, training: Option<u64>) -> TensorResult<Tensor> {
+        let step = Step { training, rank: None };
+        let mut z = hidden.clone();
+        for (i, layer) in self.layers.iter().enumerate() {
+            z = z.matmul(&layer.weight.t()?)?.broadcast_add(&layer.bias)?;
+            if i + 1 < self.layers.len() {
+                z = z.relu()?;
+                let dropout = Dropout::new(self.dropout, &format!("{HEAD}{}", layer.number));
+                if let Some(mask) = dropout.mask(&z, &step)? {
+                    z = (z * mask)?;
+                }
+            }
+        }
+        let shape = z.dims2()?;
+        self.gating.scalings(&z.reshape(((), self.experts))?)?.reshape(shape)
+    }
+}
+
+/// torch's start of a linear layer: weight and bias uniform in ±1/√inputs.
+fn start(dims: &[usize], inputs: usize, dtype: DType, rng: &mut ChaCha8Rng) -> TensorResult<Tensor> {
+    let outputs = dims.first().copied().unwrap_or(0);
+    let all = kaiming((outputs, inputs), dtype, rng)?;
+    if dims.len() == 2 { Ok(all) } else { all.narrow(1, 0, 1)?.flatten_all() }
+}
+
+/// Refuses a head that has not exactly the layers of its configuration.
+fn check_names(file: &BTreeMap<String, Tensor>, depth: usize, step: usize) -> Result<()> {
+    let wanted: Vec<String> =
+        (0..depth).flat_map(|i| ["bias", "weight"].map(|end| format!("{HEAD}{}.{end}", i * step))).collect();
+    let short = |name: &String| name.trim_start_matches("base_model.internal_xlora_classifier.").to_string();
+    if let Some(name) = wanted.iter().find(|name| !file.contains_key(*name)) {
+        return Err(Error::Mismatch(format!(
+            "the head has no `{}`: PEFT 0.20 and 0.21 leave out the head's layers whose numbers are experts' names when they save it; save it with PEFT 0.19",
+            short(name)
+        )));
+    }
+    match file.keys().find(|name| !wanted.contains(name)) {
+        None => Ok(()),
+        Some(name) => Err(Error::Mismatch(format!(
+            "the head holds `{}`, which a head of depth {depth} with this dropout has not (PEFT counts ReLU and dropout among its layers)",
+            short(name)
+        ))),
+    }
+}
+
+impl Router for Head {
+    fn width(&self) -> usize {
+        self.experts
+    }
+
+    fn trainable(&self) -> Vec<(String, &Var)> {
+        let all = self.variables().map(|(name, var)| (format!("internal_xlora_classifier.layers.{name}"), var));
+        // The last bias comes last.
+        all.skip(if self.bias_only { 2 * self.layers.len() - 1 } else { 0 }).collect()
+    }
+
+    fn stored(&self) -> Vec<(String, Tensor)> {
+        self.variables().map(|(name, var)| (format!("{HEAD}{name}"), var.as_detached_tensor())).collect()
+    }
+
+    fn first_pass(&self) -> TensorResult<Option<Tensor>> {
+        if self.pass_value == 0.0 {
+            return Ok(None);
+        }
+        let all = (Tensor::ones((1, self.experts), self.dtype, &Device::Cpu)? * self.pass_value)?;
+        self.gating.kept(&all).map(Some)
+    }
+
+    fn routes(&self, ops: Ops<'_>, hidden: &Tensor, training: Option<u64>) -> TensorResult<Routes> {
+        let (rows, n) = (hidden.dim(0)?, self.experts);
+        let parameters: Vec<&Tensor> = self.variables().map(|(_, var)| var.as_tensor()).collect();
+        let gates = ops.subgraph(&[], &parameters, |_| {
+            let scalings = self.scalings(&hidden.to_dtype(self.dtype)?, training)?;
+            let shape = scalings.dims2()?;
+            self.gating.kept(&scalings.reshape(((), n))?)?.reshape(shape)
+        })?;
+        let each = match self.layerwise {
+            true => ops.split_all(&gates, &vec![n; self.sites.len()])?,
+            false => vec![gates; self.sites.len()],
+        };
+        Ok(Routes::new(self.sites.iter().cloned().zip(each).collect::<HashMap<_, _>>(), rows))
+    }
+
+    fn rows_are_independent(&self) -> bool {
+        self.dropout == 0.0 || self.layers.len() == 1
+    }
+
+    fn scalings(&self, hidden: &Tensor) -> TensorResult<Tensor> {
+        let rows = hidden.dim(0)?;
+        let all = Self::scalings(self, &hidden.to_dtype(self.dtype)?, None)?.detach();
+        let sites = if self.layerwise { self.sites.len() } else { 1 };
+        all.reshape((rows, sites, self.experts))?.broadcast_as((rows, self.sites.len(), self.experts))?.contiguous()
+    }
+}
