@@ -17,7 +17,7 @@ use lorimer::serve::engine::scheduler::{Policy, Tenant};
 use lorimer::serve::{Engine, EngineSettings, Event, Hosted, Request, Sampling};
 use lorimer::tensor::Gradients;
 use lorimer::train::run::step::{StepOptions, accumulate_gradients, batch_loss};
-use lorimer::train::ways::optimizer::{AdamW, AdamWConfig, Optimizer};
+use lorimer::adapter::training::{AdamW, AdamWConfig, Optimizer};
 use serde_json::{Value, json};
 use tiny::{attach, distance, examples, move_all};
 
