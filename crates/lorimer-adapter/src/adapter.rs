@@ -112,17 +112,7 @@ impl Adapter {
                 }
             }
         }
-        let mut blocks = Vec::new();
-        for block in block_sites(model, method.as_ref())? {
-            let mut source = ParameterSource::start(&block.site, dtype, seed, stats);
-            if let Some(delta) = method.blocks().map(|m| m.attach(&block, &mut source)).transpose()?.flatten() {
-                blocks.push((block, delta.into()));
-            }
-        }
-        if method.blocks().is_some() && blocks.is_empty() {
-            let layers = model.shape().layers.len();
-            return Err(Error::Config(format!("layers_to_transform names none of the base's {layers} layers")));
-        }
+        let blocks = attach_blocks(model, method.as_ref(), stats, seed)?;
         let order = projections.iter().map(|(s, _)| s.path.clone()).collect();
         let (fixed, replaced) = Default::default();
         Ok(Self { method, deltas, blocks, parameters, fixed, replaced, order })
@@ -310,6 +300,30 @@ impl Adapter {
 pub(crate) fn block_sites(model: &dyn BaseModel, method: &dyn Method) -> Result<Vec<BlockSite>> {
     let Some(blocks) = method.blocks() else { return Ok(Vec::new()) };
     BlockSite::all(model.shape(), model.projections().into_iter().map(|(site, _)| site), blocks.module())
+}
+
+/// New layers on all blocks that a method targets.
+fn attach_blocks(
+    model: &dyn BaseModel,
+    method: &dyn Method,
+    stats: &CalibrationStats,
+    seed: u64,
+) -> Result<Vec<(BlockSite, Arc<dyn BlockDelta>)>> {
+    let mut blocks: Vec<(BlockSite, Arc<dyn BlockDelta>)> = Vec::new();
+    let Some(own) = method.blocks() else { return Ok(blocks) };
+    for block in block_sites(model, method)? {
+        let mut source = ParameterSource::start(&block.site, model.dtype(), seed, stats);
+        if let Some(delta) = own.attach(&block, &mut source)? {
+            blocks.push((block, delta.into()));
+        }
+    }
+    match blocks.is_empty() {
+        true => {
+            let layers = model.shape().layers.len();
+            Err(Error::Config(format!("layers_to_transform names none of the base's {layers} layers")))
+        }
+        false => Ok(blocks),
+    }
 }
 
 /// Tells a method which projections it targets.

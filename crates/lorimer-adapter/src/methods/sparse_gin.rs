@@ -25,7 +25,8 @@
 //! Trainable parameters of a block: `2Hd + 2d² + 3d + 2H + 3`. Decoding keeps p, d numbers a token and block, beside keys and values. There is no weight
 //! that gives the same: it cannot be merged, exported or switched in place, and is used alone.
 //!
-//! Good for: looking at what attention's graph is worth. Step time is above LoRA's of as many parameters, as the map is formed a second time.
+//! Good for: looking at what attention's graph is worth. On the sentiment texts it does not do better than a LoRA of as many parameters
+//! (docs/comparison.md). A step takes more than a LoRA's, as the map is formed a second time and the layers are many small operations.
 //!
 //! ```
 //! use lorimer_adapter::methods::sparse_gin::SparseGinConfig;
@@ -392,9 +393,9 @@ impl BlockMethod for SparseGinConfig {
     }
 
     fn activations_per_row(&self, block: &BlockSite) -> usize {
-        // Three times the hidden width (g, its norm, the sum), and of the inner states with their activations.
+        // The hidden state before, g, its norm and λ times that; and of the inner states with their activations.
         let normed = if self.input == InputNorm::Normed { block.site.inputs } else { 0 };
-        3 * block.site.inputs + normed + 12 * self.gin_dim
+        4 * block.site.inputs + normed + 13 * self.gin_dim
     }
 }
 
@@ -477,7 +478,7 @@ impl BlockDelta for SparseGin {
         }
         let g = ops.rms_norm(&out.forward(ops, &z)?, self.gain.as_tensor(), EPS)?;
         let scale = self.scale.as_tensor();
-        ops.subgraph(&[h, &g], &[scale], |t| &t[0] + t[1].broadcast_mul(scale)?)
+        ops.add(h, &ops.subgraph(&[&g], &[scale], |t| t[0].broadcast_mul(scale))?)
     }
 
     fn kept_width(&self) -> usize {
