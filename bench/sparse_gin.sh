@@ -49,17 +49,26 @@ table)
 import glob, json, math, statistics, sys
 folder, student = sys.argv[1], {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571}
 read = lambda path: json.load(open(path))
-print("rates, loss on other rows: " + ", ".join(f"{p.split('rate-')[1].split('-tweets')[0]} {read(p)['loss']:.4f}" for p in sorted(glob.glob(f"{folder}/rate-*-s9.json"))))
+rates = {p.split("rate-")[1].split("-tweets")[0]: read(p)["loss"] for p in sorted(glob.glob(f"{folder}/rate-*-s9.json"))}
 runs = {}
-for path in glob.glob(f"{folder}/*.own.json"):
+for path in sorted(glob.glob(f"{folder}/*.own.json")):
     name, task, seed = path.split("/")[-1][: -len(".own.json")].rsplit("-", 2)
-    valid, own, train = read(path.replace(".own", "")), read(path), read(path.replace(".own", ".train"))
-    runs[name, task, seed] = valid["loss"], valid["loss"] - own["loss"], 100 * valid["choice_accuracy"], train["seconds"], own["loss"], train["peak_bytes"] / 1e9
+    try:
+        valid, own, train = read(path.replace(".own", "")), read(path), read(path.replace(".own", ".train"))
+    except (OSError, ValueError):
+        continue
+    runs[name, task, seed] = valid["loss"], valid["loss"] - own["loss"], 100 * valid["choice_accuracy"], own["loss"]
+whole = {key[1:] for key in runs if all((n, *key[1:]) in runs for n in ("lora", "causal", "reference"))}
+runs = {key: run for key, run in runs.items() if key[1:] in whole}
+found = [dict(zip(("line", "task", "seed", "loss", "gap", "accuracy", "own_loss"), (*key, *run))) for key, run in runs.items()]
+json.dump({"rates": rates, "runs": found}, open(f"{folder}/results.json", "w"), indent=1)
+print("rates, loss on other rows: " + ", ".join(f"{name} {loss:.4f}" for name, loss in rates.items()))
 names, tasks = ["lora", "causal", "reference"], sorted({key[1] for key in runs})
+print(f"tasks and seeds: {len(whole)}")
 print("\n| | loss, rows not learnt | loss, rows learnt | gap | accuracy, % |\n|---|---|---|---|---|")
 for name in names:
     mean = lambda i: statistics.mean(r[i] for (n, *_), r in runs.items() if n == name)
-    print(f"| `{name}` | {mean(0):.4f} | {mean(4):.4f} | {mean(1):.4f} | {mean(2):.1f} |")
+    print(f"| `{name}` | {mean(0):.4f} | {mean(3):.4f} | {mean(1):.4f} | {mean(2):.1f} |")
 print("\n| against | loss, rows not learnt | gap | accuracy, points | lower loss in |\n|---|---|---|---|---|")
 for name, base in [("causal", "lora"), ("reference", "lora"), ("causal", "reference")]:
     cells = []

@@ -19,8 +19,7 @@
 //!
 //! The start is not the base: the norm gives the branch unit size whatever the weights are. With `gin_scale` = `[0, 0]` it is, and only λ learns at first.
 //!
-//! Refused by name: the code's graphs by mean, by any head, by a learned sum or one a head, binary edges, several layers, and the layer after or
-//! beside the unit.
+//! Refused by name: the code's other graphs (mean, any head, learned, one a head), binary edges, several layers, the layer after or beside the unit.
 //!
 //! Trainable parameters of a block: `2Hd + 2d² + 3d + 2H + 3`. Decoding keeps p, d numbers a token and block, beside keys and values. There is no weight
 //! that gives the same: it cannot be merged, exported or switched in place, and is used alone.
@@ -218,12 +217,9 @@ impl Default for SparseGinConfig {
     }
 }
 
-/// Epsilon of both norms.
 const EPS: f64 = 1e-5;
 /// Below this a row has so many edges that the graph is no longer sparse.
 const LEAST_SUM: f64 = 0.01;
-/// Deviation of the linear layers' start.
-const DEVIATION: f64 = 0.02;
 
 impl SparseGinConfig {
     /// The sum above which there is an edge: τ + ln(θ/(1 − θ))/a; infinite from θ = 1 on.
@@ -281,7 +277,7 @@ impl SparseGinConfig {
         let dtype = source.dtype();
         let weight = source.trainable(keys[0], &[shape.0, shape.1], |rng| {
             Ok(match self.start {
-                Start::Normal => (normal(shape, rng)? * DEVIATION)?,
+                Start::Normal => (normal(shape, rng)? * 0.02)?,
                 Start::Uniform => kaiming(shape, dtype, rng)?,
             })
         })?;
@@ -399,12 +395,10 @@ impl BlockMethod for SparseGinConfig {
     }
 }
 
-/// A linear layer of the graph layer.
+/// A linear layer (outputs, inputs).
 #[derive(Debug)]
 struct Linear {
-    /// (outputs, inputs).
     weight: Var,
-    /// (outputs).
     bias: Var,
     keys: [&'static str; 2],
 }
@@ -446,8 +440,7 @@ impl SparseGin {
             // The only key is the row's own.
             EdgeKeys::Own => {
                 let rows = edges.offsets.windows(2).enumerate().flat_map(|(row, span)| vec![row; span[1] - span[0]]);
-                let rows: Vec<usize> = rows.collect();
-                edges = edges.with_columns(rows.into_iter());
+                edges = edges.with_columns(rows.collect::<Vec<_>>().into_iter());
                 p.clone()
             }
             _ => block.keep(p.clone())?,
