@@ -439,8 +439,9 @@ impl SparseGin {
         let all = match self.rule.keys {
             // The only key is the row's own.
             EdgeKeys::Own => {
-                let rows = edges.offsets.windows(2).enumerate().flat_map(|(row, span)| vec![row; span[1] - span[0]]);
-                edges = edges.with_columns(rows.collect::<Vec<_>>().into_iter());
+                let own = edges.offsets.windows(2).enumerate();
+                let own: Vec<usize> = own.flat_map(|(row, span)| vec![row; span[1] - span[0]]).collect();
+                edges = edges.with_columns(own.into_iter());
                 p.clone()
             }
             _ => block.keep(p.clone())?,
