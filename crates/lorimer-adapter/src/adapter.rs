@@ -118,17 +118,7 @@ impl Adapter {
                 }
             }
         }
-        let mut blocks = Vec::new();
-        for block in block_sites(model, method.as_ref())? {
-            let mut source = ParameterSource::start(&block.site, dtype, seed, stats);
-            if let Some(delta) = method.blocks().map(|m| m.attach(&block, &mut source)).transpose()?.flatten() {
-                blocks.push((block, delta.into()));
-            }
-        }
-        if method.blocks().is_some() && blocks.is_empty() {
-            let layers = model.shape().layers.len();
-            return Err(Error::Config(format!("layers_to_transform names none of the base's {layers} layers")));
-        }
+        let blocks = attach_blocks(model, method.as_ref(), stats, seed)?;
         let order = projections.iter().map(|(s, _)| s.path.clone()).collect();
         let (fixed, replaced) = Default::default();
         let place = router_site(model);
@@ -354,6 +344,30 @@ pub(crate) fn bind(method: &mut dyn Method, model: &dyn BaseModel) -> Result<()>
 /// Where a router stands: on hidden states, and on no projection.
 pub(crate) fn router_site(model: &dyn BaseModel) -> Site {
     Site::new("router", (0, model.shape().hidden))
+}
+
+/// New layers on all blocks that a method targets.
+fn attach_blocks(
+    model: &dyn BaseModel,
+    method: &dyn Method,
+    stats: &CalibrationStats,
+    seed: u64,
+) -> Result<Vec<(BlockSite, Arc<dyn BlockDelta>)>> {
+    let mut blocks: Vec<(BlockSite, Arc<dyn BlockDelta>)> = Vec::new();
+    let Some(own) = method.blocks() else { return Ok(blocks) };
+    for block in block_sites(model, method)? {
+        let mut source = ParameterSource::start(&block.site, model.dtype(), seed, stats);
+        if let Some(delta) = own.attach(&block, &mut source)? {
+            blocks.push((block, delta.into()));
+        }
+    }
+    match blocks.is_empty() {
+        true => {
+            let layers = model.shape().layers.len();
+            Err(Error::Config(format!("layers_to_transform names none of the base's {layers} layers")))
+        }
+        false => Ok(blocks),
+    }
 }
 
 /// Tells a method which projections it targets.

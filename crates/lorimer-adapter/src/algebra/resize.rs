@@ -43,6 +43,10 @@ pub fn largest_rank(stored: &StoredAdapter) -> Result<usize> {
 ///
 /// Fails if the adapter is no plain LoRA, or if `rank` is 0 or larger than the adapter's.
 pub fn resize(stored: &StoredAdapter, rank: usize) -> Result<StoredAdapter> {
+    let method = crate::methods::from_adapter_config(&stored.config)?;
+    if method.blocks().is_some() {
+        return Err(crate::block::refuse(method.name(), "resized"));
+    }
     let ranks = ranks(stored)?;
     let most = ranks.values().copied().max().unwrap_or(0);
     if rank == 0 || rank > most {
@@ -64,7 +68,6 @@ pub fn resize(stored: &StoredAdapter, rank: usize) -> Result<StoredAdapter> {
         let keep = rank.min(t.dim(axis)?);
         tensors.insert(name.clone(), t.narrow(axis, 0, keep)?.contiguous()?);
     }
-    let method = crate::methods::from_adapter_config(&stored.config)?;
     let setting = |m: &crate::Manifest| m.training.pointer("/method_settings/scaling").cloned();
     let every_rank = stored.manifest.as_ref().and_then(setting).is_some_and(|scaling| scaling == "rank");
     let number = |key: &str, default: f64| stored.config.get(key).and_then(Value::as_f64).unwrap_or(default);

@@ -19,13 +19,13 @@
 //!
 //! The start is not the base: the norm gives the branch unit size whatever the weights are. With `gin_scale` = `[0, 0]` it is, and only λ learns at first.
 //!
-//! Refused by name: the code's graphs by mean, by any head, by a learned sum or one a head, binary edges, several layers, and the layer after or
-//! beside the unit.
+//! Refused by name: the code's other graphs (mean, any head, learned, one a head), binary edges, several layers, the layer after or beside the unit.
 //!
 //! Trainable parameters of a block: `2Hd + 2d² + 3d + 2H + 3`. Decoding keeps p, d numbers a token and block, beside keys and values. There is no weight
 //! that gives the same: it cannot be merged, exported or switched in place, and is used alone.
 //!
-//! Good for: looking at what attention's graph is worth. Step time is above LoRA's of as many parameters, as the map is formed a second time.
+//! Good for: looking at what attention's graph is worth. On the sentiment texts it does not do better than a LoRA of as many parameters
+//! (docs/comparison.md). A step takes more than a LoRA's, as the map is formed a second time and the layers are many small operations.
 //!
 //! ```
 //! use lorimer_adapter::methods::sparse_gin::SparseGinConfig;
@@ -220,12 +220,9 @@ impl Default for SparseGinConfig {
     }
 }
 
-/// Epsilon of both norms.
 const EPS: f64 = 1e-5;
 /// Below this a row has so many edges that the graph is no longer sparse.
 const LEAST_SUM: f64 = 0.01;
-/// Deviation of the linear layers' start.
-const DEVIATION: f64 = 0.02;
 
 impl SparseGinConfig {
     /// The sum above which there is an edge: τ + ln(θ/(1 − θ))/a; infinite from θ = 1 on.
@@ -283,7 +280,7 @@ impl SparseGinConfig {
         let dtype = source.dtype();
         let weight = source.trainable(keys[0], &[shape.0, shape.1], |rng| {
             Ok(match self.start {
-                Start::Normal => (normal(shape, rng)? * DEVIATION)?,
+                Start::Normal => (normal(shape, rng)? * 0.02)?,
                 Start::Uniform => kaiming(shape, dtype, rng)?,
             })
         })?;
@@ -395,18 +392,16 @@ impl BlockMethod for SparseGinConfig {
     }
 
     fn activations_per_row(&self, block: &BlockSite) -> usize {
-        // Three times the hidden width (g, its norm, the sum), and of the inner states with their activations.
+        // The hidden state before, g, its norm and λ times that; and of the inner states with their activations.
         let normed = if self.input == InputNorm::Normed { block.site.inputs } else { 0 };
-        3 * block.site.inputs + normed + 12 * self.gin_dim
+        4 * block.site.inputs + normed + 13 * self.gin_dim
     }
 }
 
-/// A linear layer of the graph layer.
+/// A linear layer (outputs, inputs).
 #[derive(Debug)]
 struct Linear {
-    /// (outputs, inputs).
     weight: Var,
-    /// (outputs).
     bias: Var,
     keys: [&'static str; 2],
 }
@@ -447,9 +442,9 @@ impl SparseGin {
         let all = match self.rule.keys {
             // The only key is the row's own.
             EdgeKeys::Own => {
-                let rows = edges.offsets.windows(2).enumerate().flat_map(|(row, span)| vec![row; span[1] - span[0]]);
-                let rows: Vec<usize> = rows.collect();
-                edges = edges.with_columns(rows.into_iter());
+                let own = edges.offsets.windows(2).enumerate();
+                let own: Vec<usize> = own.flat_map(|(row, span)| vec![row; span[1] - span[0]]).collect();
+                edges = edges.with_columns(own.into_iter());
                 p.clone()
             }
             _ => block.keep(p.clone())?,
@@ -480,7 +475,7 @@ impl BlockDelta for SparseGin {
         }
         let g = ops.rms_norm(&out.forward(ops, &z)?, self.gain.as_tensor(), EPS)?;
         let scale = self.scale.as_tensor();
-        ops.subgraph(&[h, &g], &[scale], |t| &t[0] + t[1].broadcast_mul(scale)?)
+        ops.add(h, &ops.subgraph(&[&g], &[scale], |t| t[0].broadcast_mul(scale))?)
     }
 
     fn kept_width(&self) -> usize {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
 use lorimer_adapter::file::export::low_rank_of;
-use lorimer_adapter::{Adapter, BlockDelta, Change, GatedLowRank, Golden, LowRank, Router, Step};
+use lorimer_adapter::{Adapter, BlockDelta, BlockSite, Change, GatedLowRank, Golden, LowRank, Router, Step};
 use lorimer_model::text::chat::ChatTemplate;
 use lorimer_model::{BaseModel, Projection, Site};
 use lorimer_tensor::RankGate;
@@ -182,6 +182,19 @@ fn flat(t: &Tensor) -> Result<Vec<f32>> {
     Ok(t.detach().to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
 }
 
+/// An adapter's layers after blocks' attention.
+fn layers_of(adapter: &Adapter) -> Result<Vec<HostedLayer>> {
+    let of = |(block, delta): (&BlockSite, &Arc<dyn BlockDelta>)| {
+        for (_, var) in delta.trainable() {
+            if !flat(var)?.iter().all(|v| v.is_finite()) {
+                return Err(Error::Request(format!("the numbers of `{}` are not finite", block.site.path)));
+            }
+        }
+        Ok(HostedLayer { layer: block.layer, delta: delta.clone() })
+    };
+    adapter.blocks().map(of).collect()
+}
+
 impl Hosted {
     /// The served form of an adapter on a model. `rank` is that of projections whose change is not low-rank as it is; 64 where none is
     /// given.
@@ -250,14 +263,7 @@ impl Hosted {
             });
             hosted.places.insert(path, Place { rank, a, b, output_scale, bias, gate });
         }
-        for (block, delta) in adapter.blocks() {
-            hosted.layers.push(HostedLayer { layer: block.layer, delta: delta.clone() });
-            for (_, var) in delta.trainable() {
-                if !flat(var)?.iter().all(|v| v.is_finite()) {
-                    return Err(Error::Request(format!("the numbers of `{}` are not finite", block.site.path)));
-                }
-            }
-        }
+        hosted.layers = layers_of(adapter)?;
         hosted.conversion.modules += hosted.layers.len();
         hosted.conversion.exact += hosted.layers.len();
         hosted.conversion.error = if whole > 0.0 { (wrong / whole).sqrt() } else { 0.0 };

@@ -365,7 +365,21 @@ impl<'a> Ops<'a> {
 
     /// `x + bias` with a bias a column.
     pub fn add_bias(&self, x: &Tensor, bias: &Tensor) -> Result<Tensor> {
-        self.fallback(&[x, bias], |t| t[0].broadcast_add(&t[1]))
+        if !self.on_cpu(x) {
+            return self.fallback(&[x, bias], |t| t[0].broadcast_add(&t[1]));
+        }
+        let y = x.detach().broadcast_add(&bias.detach())?;
+        if let Some(tape) = self.tape(&[x, bias]) {
+            // Nothing is kept.
+            let ids = [x, bias].map(|t| tape.tracks(t).then(|| t.id()));
+            tape.record(&y, move |g, gradients| {
+                if let Some(id) = ids[1] {
+                    gradients.add(id, g.sum(0)?)?;
+                }
+                ids[0].map_or(Ok(()), |id| gradients.share(id, g))
+            });
+        }
+        Ok(y)
     }
 
     /// Another shape for the same elements.
@@ -716,6 +730,8 @@ mod tests {
         holds(x()?, |ops, x| ops.linear(x, &weight))?;
         holds(x()?, |ops, x| ops.rows(x, &[0, 2, 2, 6]))?;
         holds(x()?, |ops, x| ops.reshape(x, (14, 6)))?;
+        holds(x()?, |ops, x| ops.add_bias(x, &shift))?;
+        holds(shift.clone(), |ops, b| ops.add_bias(&other, b))?;
         holds(x()?, |ops, x| {
             let [a, _, b] = ops.split(x, [5, 2, 5])?;
             ops.silu_mul(&a, &b)
