@@ -8,8 +8,12 @@ import json, math, pathlib, sys
 
 folder = pathlib.Path(sys.argv[1])
 TASKS = ["kind", "define"]
-seeds = sorted({int(path.name.split("-")[1]) for path in folder.glob("uniform-*-on-define.json")})
-seeds = [s for s in seeds if (folder / f"depth2-{s}-on-define.json").exists()]
+
+
+def seeds_of(*names):
+    """Seeds for which all of these were measured."""
+    own = lambda name: {int(path.name.split("-")[-3]) for path in folder.glob(f"{name}-*-on-define.json")}
+    return sorted(set.intersection(*(own("kind" if name == "by name" else name) for name in names)))
 
 
 def rows(name, task):
@@ -21,8 +25,8 @@ def loss(name, task):
 
 
 NAMES = ["kind", "define", "uniform", "bias", "shared", "layerwise", "depth2"]
-runs = {(name, s): {task: loss(f"{name}-{s}", task) for task in TASKS} for name in NAMES for s in seeds}
-runs |= {("by name", s): {task: loss(f"{task}-{s}", task) for task in TASKS} for s in seeds}
+runs = {(name, s): {task: loss(f"{name}-{s}", task) for task in TASKS} for name in NAMES for s in seeds_of(name)}
+runs |= {("by name", s): {task: loss(f"{task}-{s}", task) for task in TASKS} for s in seeds_of("kind", "define")}
 SHOWN = {"kind": "expert `kind`", "define": "expert `define`", "uniform": "uniform mixture", "bias": "one λ a projection (bias only)", "shared": "X-LoRA, one λ a token",
          "layerwise": "X-LoRA, depth 1, layerwise", "depth2": "X-LoRA, depth 2, layerwise", "by name": "each task its expert"}
 mean = lambda values: sum(values) / len(values)
@@ -44,7 +48,7 @@ def share(name, seed, task):
     return [row["loss"] * row["supervised_tokens"] / total for row in found]
 
 
-def paired(a, b):
+def paired(a, b, seeds):
     """Difference of the mean of both losses, and its half interval over rows."""
     centre, variance = 0.0, 0.0
     for task in TASKS:
@@ -55,20 +59,28 @@ def paired(a, b):
     return centre, 1.96 * math.sqrt(variance)
 
 
-print("| | kind | define | mean of both |" + "".join(f" seed {s} |" for s in seeds))
-print("|---|---|---|---|" + "---|" * len(seeds))
+every = seeds_of("kind", "define", "uniform", "layerwise")
+print("| | kind | define | mean of both |" + "".join(f" seed {s} |" for s in every))
+print("|---|---|---|---|" + "---|" * len(every))
 result = {}
 for name, shown in SHOWN.items():
-    both = [mean(list(runs[name, s].values())) for s in seeds]
-    cells = [mean([runs[name, s][task] for s in seeds]) for task in TASKS] + [mean(both), *both]
-    print(f"| {shown} | " + " | ".join(f"{c:.4f}" for c in cells) + " |")
-    result[name] = {"mean": mean(both), "seeds": both, **{task: [runs[name, s][task] for s in seeds] for task in TASKS}}
+    own = [s for s in every if (name, s) in runs]
+    if not own:
+        continue
+    both = {s: mean(list(runs[name, s].values())) for s in own}
+    cells = [mean([runs[name, s][task] for s in own]) for task in TASKS] + [mean(list(both.values()))]
+    print(f"| {shown} | " + " | ".join([f"{c:.4f}" for c in cells] + [f"{both[s]:.4f}" if s in both else "-" for s in every]) + " |")
+    result[name] = {"mean": cells[2], "seeds": both, **{task: {s: runs[name, s][task] for s in own} for task in TASKS}}
 print("\n| difference of the means | over rows | over seeds |\n|---|---|---|")
 for a, b in [("layerwise", "kind"), ("layerwise", "define"), ("layerwise", "uniform"), ("layerwise", "bias"), ("layerwise", "by name"), ("bias", "uniform"),
              ("shared", "uniform"), ("shared", "layerwise"), ("depth2", "uniform"), ("depth2", "layerwise")]:
-    centre, half = paired(a, b)
-    each = [x - y for x, y in zip(result[a]["seeds"], result[b]["seeds"])]
-    print(f"| {SHOWN[a]} − {SHOWN[b]} | {centre:+.4f} ± {half:.4f} | {mean(each):+.4f} ± {student(each):.4f} |")
-    result.setdefault("differences", {})[f"{a} - {b}"] = {"difference": centre, "half_over_rows": half, "seeds": each, "half_over_seeds": student(each)}
+    own = [s for s in every if (a, s) in runs and (b, s) in runs]
+    if not own:
+        continue
+    centre, half = paired(a, b, own)
+    each = [result[a]["seeds"][s] - result[b]["seeds"][s] for s in own]
+    over = f"{mean(each):+.4f} ± {student(each):.4f}" if len(own) > 1 else "one seed"
+    print(f"| {SHOWN[a]} − {SHOWN[b]} | {centre:+.4f} ± {half:.4f} | {over} |")
+    result.setdefault("differences", {})[f"{a} - {b}"] = {"seeds": dict(zip(own, each)), "difference": centre, "half_over_rows": half}
 if len(sys.argv) > 2:
     pathlib.Path(sys.argv[2]).write_text(json.dumps(result, indent=1) + "\n")

@@ -26,21 +26,27 @@ measure() {
     mv "$out.new" "$out.json"
   done
 }
+# mix HEAD FLAG …: a head of this seed on both tasks.
+mix() {
+  head=$1
+  shift
+  train $head-$seed --data "$folder/mixed.jsonl" --method xlora --adapter "$folder/kind-$seed" --adapter "$folder/define-$seed" --lr 5e-4 "$@"
+  measure $head-$seed --adapter "$folder/$head-$seed"
+}
 for seed in ${@:-0 1 2}; do
-  kind="$folder/kind-$seed" define="$folder/define-$seed"
   for task in kind define; do
     train $task-$seed --data "$folder/$task.jsonl" --rank 8 --lr 2e-3 --max-steps 40
     measure $task-$seed --adapter "$folder/$task-$seed"
   done
-  measure uniform-$seed --adapter "$kind=0.5" --adapter "$define=0.5"
-  mix() {
-    head=$1
-    shift
-    train $head-$seed --data "$folder/mixed.jsonl" --method xlora --adapter "$kind" --adapter "$define" --lr 5e-4 "$@"
-    measure $head-$seed --adapter "$folder/$head-$seed"
-  }
+  measure uniform-$seed --adapter "$folder/kind-$seed=0.5" --adapter "$folder/define-$seed=0.5"
   mix layerwise --set layerwise_scalings=true
+done
+for seed in ${@:-0 1 2}; do
   mix bias --set layerwise_scalings=true --set bias_only=true
+done
+for seed in ${@:-0 1 2}; do
   mix shared
+done
+for seed in ${@:-0 1 2}; do
   mix depth2 --set layerwise_scalings=true --set xlora_depth=2 --set xlora_size=64
 done
