@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
 use lorimer::adapter::algebra::merge::merge_to_folder;
+use lorimer::adapter::training::{AdamW, AdamWConfig, Optimizer};
 use lorimer::model::KvCache;
 use lorimer::model::base::open_weights;
 use lorimer::model::weights::LoadDtype;
@@ -17,7 +18,6 @@ use lorimer::serve::engine::scheduler::{Policy, Tenant};
 use lorimer::serve::{Engine, EngineSettings, Event, Hosted, Request, Sampling};
 use lorimer::tensor::Gradients;
 use lorimer::train::run::step::{StepOptions, accumulate_gradients, batch_loss};
-use lorimer::adapter::training::{AdamW, AdamWConfig, Optimizer};
 use serde_json::{Value, json};
 use tiny::{attach, distance, examples, move_all};
 
