@@ -91,6 +91,23 @@ impl<'a> Attached<'a> {
         self.adapters.iter().flat_map(|(a, _)| a.blocks()).map(|(block, _)| block.layer).min()
     }
 
+    /// These adapters in the last of several passes, after what the pass before left; as they are where a forward takes one.
+    pub fn after(&self, done: Option<&PassDone<'_>>) -> TensorResult<Self> {
+        let routes = match (self.router(), done) {
+            (Some(router), Some(done)) => {
+                let routes = router.routes(self.ops(), done.hidden, self.step.training)?;
+                Some(Arc::new(routes.with_needed(done.needed)))
+            }
+            _ => self.routes.clone(),
+        };
+        Ok(Self { adapters: self.adapters.clone(), step: self.step, tape: self.tape, routes })
+    }
+
+    /// What this pass was given for its projections.
+    pub fn route_tensors(&self) -> Vec<&Tensor> {
+        self.routes.iter().flat_map(|routes| routes.tensors()).collect()
+    }
+
     /// The router of the adapter, which is the only one where it has one.
     fn router(&self) -> Option<&'a dyn Router> {
         self.adapters.iter().find_map(|(adapter, _)| adapter.router.as_deref())
@@ -221,15 +238,12 @@ impl Adaptation for Attached<'_> {
 
     fn pass<'s>(&'s self, number: usize, before: Option<&PassDone<'_>>) -> TensorResult<Box<dyn Adaptation + 's>> {
         let Some(router) = self.router() else { candle_core::bail!("pass {number} of an adapter that takes one") };
-        let (mut adapters, step, tape) = (self.adapters.clone(), self.step, self.tape);
-        let routes = match before {
-            Some(done) => Some(router.routes(self.ops(), done.hidden, step.training)?.with_needed(done.needed)),
-            None => router.first_pass()?.map(Routes::constant),
-        };
-        if routes.is_none() {
-            adapters.clear();
+        if before.is_some() {
+            return Ok(Box::new(self.after(before)?));
         }
-        Ok(Box::new(Attached { adapters, step, tape, routes: routes.map(Arc::new) }))
+        let routes = router.first_pass()?.map(|numbers| Arc::new(Routes::constant(numbers)));
+        let adapters = if routes.is_some() { self.adapters.clone() } else { Vec::new() };
+        Ok(Box::new(Attached { adapters, step: self.step, tape: self.tape, routes }))
     }
 
     fn ops(&self) -> Ops<'_> {

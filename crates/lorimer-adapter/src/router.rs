@@ -30,8 +30,19 @@ impl Routes {
     }
 
     /// Of a pass whose last block gives some rows (ascending) only.
-    pub fn with_needed(self, needed: Option<&[u32]>) -> Self {
+    pub(crate) fn with_needed(self, needed: Option<&[u32]>) -> Self {
         Self { needed: needed.map(<[u32]>::to_vec), ..self }
+    }
+
+    /// The tensors that hold the numbers, each once.
+    pub fn tensors(&self) -> Vec<&Tensor> {
+        let mut all: Vec<&Tensor> = match &self.of {
+            Of::All(numbers) => vec![numbers],
+            Of::Each(by_site, _) => by_site.values().collect(),
+        };
+        let mut seen = std::collections::HashSet::new();
+        all.retain(|t| seen.insert(t.id()));
+        all
     }
 
     /// The numbers (rows, n) of a projection whose input has so many rows: all of the forward's, or those that the last block gives.
@@ -72,6 +83,13 @@ pub trait Router: Send + Sync {
     /// # Errors
     /// Tensor operations.
     fn routes(&self, ops: Ops<'_>, hidden: &Tensor, training: Option<u64>) -> Result<Routes>;
+    /// The numbers of all projections as one matrix (rows, m), without gradients: what [`Self::routes`] gives, for serving.
+    ///
+    /// # Errors
+    /// Tensor operations.
+    fn all_routes(&self, hidden: &Tensor) -> Result<Tensor>;
+    /// Where the n numbers of a projection begin in a row of [`Self::all_routes`].
+    fn place(&self, site: &str) -> Option<usize>;
     /// Whether, in training, a row's routes depend on its hidden state alone.
     fn rows_are_independent(&self) -> bool;
     /// What the routes are made of, before any choice among them: (rows, projections in the model's order, n).

@@ -52,7 +52,7 @@ pub struct PassDone<'a> {
 /// What happens to a frozen model while it runs. Every default leaves the model as it is.
 pub trait Adaptation {
     /// How many times the rows of one forward go through the model. Where that is more than once, [`Self::pass`] takes the place of this
-    /// adaptation in each pass: see [`crate::passes`].
+    /// adaptation in each pass: see [`crate::earlier_passes`].
     fn passes(&self) -> usize {
         1
     }

@@ -19,6 +19,7 @@ use lorimer::train::run::step::{StepOptions, accumulate_gradients, batch_loss};
 use rand::{Rng, SeedableRng};
 use serde_json::{Value, json};
 
+mod common;
 #[path = "common/tiny.rs"]
 mod tiny;
 
@@ -372,6 +373,21 @@ fn gradients_of_the_head_are_right_in_every_form() {
             let (sum, count, _) = batch_loss(&model, &Attached::one(&adapter), &refs).unwrap();
             (sum / count as f64).unwrap()
         };
+        // With dropout, which goes by the element, in training.
+        let step = Step::training(3);
+        let (sum, count, _) = batch_loss(&model, &Attached::one(&adapter).at(step), &refs).unwrap();
+        let graph = (sum / count as f64).unwrap().backward().unwrap();
+        for checkpointing in [false, true] {
+            let options = StepOptions { checkpointing, ..Default::default() };
+            let mut sums = Gradients::default();
+            let (parameters, on, scale) = (adapter.trainable(), Attached::one(&adapter).at(step), 1.0 / count as f64);
+            accumulate_gradients(&model, &on, &parameters, &refs, scale, options, None, &mut sums).unwrap();
+            for (name, var) in &parameters {
+                let found = sums.get(var.as_tensor()).unwrap_or_else(|| panic!("no gradient of {name}"));
+                let d = distance(found, graph.get(var.as_tensor()).unwrap());
+                assert!(d < 1e-12, "{settings}: {name} in training differs by {d:e}");
+            }
+        }
         let graph = loss().backward().unwrap();
         for (share_prefixes, checkpointing) in [(true, false), (false, true)] {
             let options = StepOptions { share_prefixes, checkpointing, ..Default::default() };
@@ -514,6 +530,11 @@ fn files_hold_the_mixture_and_know_their_experts() {
     std::fs::write(folder.join("adapter_config.json"), sorted.to_string()).unwrap();
     let loaded = Adapter::load_whole(&model, &StoredAdapter::read(&folder).unwrap()).unwrap();
     assert_eq!(distance(&logits(&model, &Attached::one(&loaded), &rows), &expected), 0.0);
+    // A server reads experts below its root only.
+    let root = out.path().canonicalize().unwrap();
+    assert!(StoredAdapter::read_changing(&folder, 1 << 20, &root).is_ok());
+    let outside = StoredAdapter::read_changing(&folder, 1 << 20, &root.join("mixed")).err().unwrap().to_string();
+    assert!(outside.contains("expert 0 lies outside of the folder of adapters"), "{outside}");
     // Moved elsewhere it is the same content; with two experts exchanged it is another, which the manifest refuses.
     let moved = out.path().join("elsewhere");
     std::fs::create_dir(&moved).unwrap();
@@ -713,4 +734,158 @@ fn served_in_the_batch_is_alone() {
     assert!(engine.submit(request.clone(), now).is_err());
     request.adapters = vec![(hosted[0].clone(), 1.0), (hosted[8].clone(), 1.0)];
     assert!(engine.submit(request, now).is_err());
+}
+
+/// Two LoRAs and a head on top, on the command line: only the head is written, nothing else changes, and what the program says of it.
+#[test]
+fn a_mixture_on_the_command_line() {
+    let fixture = common::Fixture::new();
+    let (a, b, mixed) = (fixture.path("a"), fixture.path("b"), fixture.path("mixed"));
+    common::ok(&fixture.train(&a, &["-q", "--max-steps", "6", "--rank", "2"]));
+    common::ok(
+        &fixture.train(
+            &b,
+            &["-q", "--max-steps", "6", "--rank", "3", "--seed", "1", "--target-modules", "q_proj,down_proj"],
+        ),
+    );
+    let bytes = || {
+        let files = [&a, &b].map(|folder| std::fs::read(Path::new(folder).join("adapter_model.safetensors")).unwrap());
+        (files, std::fs::read(goldens("tiny-llama").join("model.safetensors")).unwrap())
+    };
+    let before = bytes();
+    let own = ["--method", "xlora", "--adapter", &a, "--adapter", &b, "--set", "layerwise_scalings=true"];
+    let head = [&own[..], &["--set", "xlora_depth=2", "--set", "xlora_size=4", "--max-steps", "5"]].concat();
+    let said = common::json(&fixture.train(&mixed, &head));
+    // (32 + 1)·4 + (4 + 1)·2·14.
+    assert_eq!(said["trainable_parameters"], 272);
+    assert!(before == bytes(), "the experts or the base changed");
+    let config: Value =
+        serde_json::from_slice(&std::fs::read(Path::new(&mixed).join("adapter_config.json")).unwrap()).unwrap();
+    assert_eq!(config["adapters"], json!({ "0": "../a", "1": "../b" }));
+    let manifest: Value =
+        serde_json::from_slice(&std::fs::read(Path::new(&mixed).join("lorimer.json")).unwrap()).unwrap();
+    assert_eq!(manifest["xlora"]["sites"].as_array().unwrap().len(), 14);
+    // The same run gives the same bytes, wherever the experts are.
+    let moved = fixture.path("moved");
+    std::fs::create_dir(&moved).unwrap();
+    for name in ["a", "b"] {
+        std::fs::create_dir(Path::new(&moved).join(name)).unwrap();
+        for file in ["adapter_config.json", "adapter_model.safetensors"] {
+            std::fs::copy(Path::new(&fixture.path(name)).join(file), Path::new(&moved).join(name).join(file)).unwrap();
+        }
+    }
+    let (a2, b2, again) = (format!("{moved}/a"), format!("{moved}/b"), format!("{moved}/mixed"));
+    let head = head
+        .iter()
+        .map(|&f| {
+            if f == a {
+                a2.as_str()
+            } else if f == b {
+                b2.as_str()
+            } else {
+                f
+            }
+        })
+        .collect::<Vec<_>>();
+    common::ok(&fixture.train(&again, &[&head[..], &["-q", "--checkpointing", "on"]].concat()));
+    let weights = |folder: &str| std::fs::read(Path::new(folder).join("adapter_model.safetensors")).unwrap();
+    assert!(weights(&mixed) == weights(&again));
+    let of = |folder: &str| common::json(&["inspect", folder]);
+    assert_eq!(of(&mixed)["content_id"], of(&again)["content_id"]);
+    assert_eq!(
+        (&of(&mixed)["experts"][1]["content_matches"], of(&mixed)["experts"].as_array().unwrap().len()),
+        (&json!(true), 2)
+    );
+
+    let check = common::json(&["check", &mixed, "--model", &fixture.model]);
+    assert!(check["golden_difference"].as_f64().unwrap() < 1e-4 && check["ok"] == true, "{check}");
+    let eval = |adapter: &str| {
+        common::json(&["eval", "--model", &fixture.model, "--data", &fixture.data, "--adapter", adapter])["loss"]
+            .as_f64()
+            .unwrap()
+    };
+    assert!(eval(&mixed) <= eval(&a).max(eval(&b)));
+    let generated = common::json(&[
+        "generate",
+        "--model",
+        &fixture.model,
+        "--adapter",
+        &mixed,
+        "--prompt",
+        "up 3",
+        "--max-tokens",
+        "4",
+    ]);
+    assert!(generated["tokens"].as_u64().unwrap() > 0);
+    let plan =
+        |more: &[&str]| common::json(&[&["plan", "--model", &fixture.model, "--data", &fixture.data], more].concat());
+    let (mixture, lora) = (plan(&own), plan(&["--rank", "5"]));
+    assert!(mixture["flops"].as_f64().unwrap() > 1.4 * lora["flops"].as_f64().unwrap());
+    assert_eq!(mixture["trainable_parameters"], 33 * 28);
+
+    let error = |arguments: &[&str]| common::error(arguments);
+    let out = fixture.path("out");
+    let merge = error(&["merge", "--model", &fixture.model, "--adapter", &mixed, "--output", &out]);
+    assert!(merge.contains("no fixed weight does, so it cannot be merged"), "{merge}");
+    for to in ["lora", "gguf", "kohya"] {
+        let convert = error(&["convert", &mixed, "--to", to, "--model", &fixture.model, "--output", &out]);
+        assert!(convert.contains("no fixed weight does"), "{convert}");
+    }
+    assert!(
+        error(&["eval", "--model", &fixture.model, "--data", &fixture.data, "--adapter", &format!("{mixed}=0.5")])
+            .contains("alone and at weight 1")
+    );
+    let none = error(&fixture.train(&out, &["--method", "xlora"]));
+    assert!(none.contains("at least one with --adapter"), "{none}");
+    let wrong = error(&fixture.train(&out, &["--adapter", &a]));
+    assert!(wrong.contains("`lora` is not made of other adapters"), "{wrong}");
+    let galore = error(&fixture.train(&out, &[&own[..], &["--optimizer", "galore"]].concat()));
+    assert!(galore.contains("belongs to no projection"), "{galore}");
+    let nested = error(&fixture.train(&out, &["--method", "xlora", "--adapter", &mixed]));
+    assert!(nested.contains("XLORA"), "{nested}");
+}
+
+/// A run that is stopped and goes on gives the bytes of one that is not, dropout in the head included.
+#[test]
+fn an_interrupted_run_goes_on_to_the_same_bytes() {
+    let base = Base::open(&goldens("tiny-llama"), &OpenOptions::default()).unwrap();
+    let out = tempfile::tempdir().unwrap();
+    let data =
+        examples(&[vec![3, 70, 9, 31, 11, 12, 99], vec![3, 70, 8, 200], vec![4, 5, 39, 21, 7], vec![80, 81, 82, 83]]);
+    let parts: Vec<Part> = (0..3)
+        .map(|i| StoredAdapter::read(&case("experts").join(i.to_string())).unwrap().into_part().unwrap())
+        .collect();
+    let run = |folder: &str, stop_at: Option<usize>, resume: bool| {
+        let stop = std::sync::atomic::AtomicBool::new(false);
+        let session = Session {
+            base: &base,
+            base_name: "tiny",
+            train: &data,
+            eval: &[],
+            settings: TrainSettings { max_steps: Some(6), batch_size: 2, learning_rate: 1e-2, ..Default::default() },
+            output: out.path().join(folder),
+            save_steps: None,
+            save_limit: 1,
+            resume,
+            overwrite: false,
+            data_names: vec![],
+            stop: &stop,
+        };
+        let settings = json!({ "layerwise_scalings": true, "xlora_depth": 3, "xlora_size": 8 });
+        let mut method = methods::build("xlora", settings.as_object().unwrap()).unwrap();
+        method.take_parts(&parts).unwrap();
+        let (outcome, _) = session
+            .run(method, |event| {
+                if let lorimer::train::Event::Step { record, .. } = event {
+                    stop.store(Some(record.step) == stop_at, std::sync::atomic::Ordering::Relaxed);
+                }
+            })
+            .unwrap();
+        assert_eq!(outcome.interrupted, stop_at.is_some());
+    };
+    run("whole", None, false);
+    run("parts", Some(3), false);
+    run("parts", None, true);
+    let bytes = |folder: &str| std::fs::read(out.path().join(folder).join("adapter_model.safetensors")).unwrap();
+    assert!(bytes("whole") == bytes("parts"));
 }

@@ -1,6 +1,7 @@
 //! What is in an adapter file, without its base.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 use candle_core::Tensor;
 use lorimer_tensor::linalg::product_singular_values;
@@ -9,6 +10,7 @@ use serde::Serialize;
 use crate::error::Result;
 use crate::file::store::StoredAdapter;
 use crate::method::Method;
+use crate::part::Part;
 
 /// One adapted module.
 #[derive(Clone, Debug, Serialize)]
@@ -51,6 +53,20 @@ pub struct Report {
     pub base: Option<String>,
     /// The modules.
     pub modules: Vec<ModuleReport>,
+    /// The adapters that it is made of, in the order of its weights.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub experts: Vec<ExpertReport>,
+}
+
+/// An adapter that another is made of.
+#[derive(Clone, Debug, Serialize)]
+pub struct ExpertReport {
+    /// Its folder.
+    pub path: PathBuf,
+    /// `sha256:…` over configuration and tensors.
+    pub content_id: String,
+    /// Whether it is the one that `lorimer.json` names at this place; None without that file.
+    pub content_matches: Option<bool>,
 }
 
 /// Tensors by module. A layer on a block is one module, whatever parts it has.
@@ -91,7 +107,14 @@ pub fn inspect(stored: &StoredAdapter) -> Result<Report> {
         modules.push(ModuleReport { name, rank, norm, effective_rank, parameters, remarks });
     }
     let content_id = stored.content_id()?;
+    let named = stored.manifest.as_ref().and_then(|manifest| manifest.xlora.as_ref());
+    let expert = |(i, part): (usize, &Part)| ExpertReport {
+        path: part.path.clone(),
+        content_id: part.content_id.clone(),
+        content_matches: named.map(|named| named.experts.get(i) == Some(&part.content_id)),
+    };
     Ok(Report {
+        experts: stored.parts.iter().enumerate().map(expert).collect(),
         method: method.name().to_string(),
         peft_type: stored.config.get("peft_type").and_then(|v| v.as_str()).unwrap_or_default().to_string(),
         rank: stored.config.get("r").and_then(serde_json::Value::as_u64),

@@ -90,7 +90,7 @@ fn relative(from: &Path, to: &Path) -> PathBuf {
 
 /// Whether a folder is X-LoRA's as its authors' code writes it.
 pub(crate) fn is_authors(folder: &Path) -> bool {
-    folder.join(AUTHORS_CONFIG).is_file() && !folder.join(super::store::CONFIG_FILE).exists()
+    folder.join(AUTHORS_CONFIG).is_file() && !folder.join("adapter_config.json").exists()
 }
 
 /// The file of the authors' head.

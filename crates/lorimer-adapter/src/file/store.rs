@@ -119,21 +119,32 @@ impl StoredAdapter {
     /// Fails if the folder is no adapter in PEFT's form, if a file is damaged or too large, or if a tensor holds values that are not
     /// finite.
     pub fn read(folder: &Path) -> Result<Self> {
-        Self::read_with(folder, SafetensorsFile::open)
+        Self::read_with(folder, SafetensorsFile::open, None)
     }
 
-    /// [`Self::read`] for a folder that others may change meanwhile, with tensors of at most `limit` bytes.
+    /// [`Self::read`] for a folder that others may change meanwhile, with tensors of at most `limit` bytes. Adapters that it is made of must
+    /// lie in the folder `root`, which is an absolute path without links.
     ///
     /// # Errors
     ///
-    /// Fails as [`Self::read`] does, and if the tensors take more than `limit` bytes.
-    pub fn read_changing(folder: &Path, limit: u64) -> Result<Self> {
-        Self::read_with(folder, |path| SafetensorsFile::read(path, limit))
+    /// Fails as [`Self::read`] does, if the tensors take more than `limit` bytes, and if it is made of adapters elsewhere.
+    pub fn read_changing(folder: &Path, limit: u64, root: &Path) -> Result<Self> {
+        Self::read_with(folder, |path| SafetensorsFile::read(path, limit), Some(root))
     }
 
-    fn read_with(folder: &Path, open: impl Fn(&Path) -> lorimer_model::Result<SafetensorsFile>) -> Result<Self> {
+    fn read_with(
+        folder: &Path,
+        open: impl Fn(&Path) -> lorimer_model::Result<SafetensorsFile>,
+        root: Option<&Path>,
+    ) -> Result<Self> {
         let mut stored = Self::read_alone(folder, &open)?;
-        for part in mixture::part_folders(folder, &stored.config)? {
+        for (number, part) in mixture::part_folders(folder, &stored.config)?.into_iter().enumerate() {
+            let files = [WEIGHTS_FILE, CONFIG_FILE, MANIFEST_FILE].map(|name| part.join(name));
+            let inside = |path: &Path, root: &Path| path.canonicalize().is_ok_and(|real| real.starts_with(root));
+            if root.is_some_and(|root| files.iter().any(|file| file.exists() && !inside(file, root))) {
+                let problem = format!("its expert {number} lies outside of the folder of adapters");
+                return Err(lorimer_model::Error::invalid(folder, problem).into());
+            }
             stored.parts.push(Self::read_alone(&part, &open)?.into_part()?);
         }
         Ok(stored)

@@ -84,37 +84,51 @@ pub struct Hosted {
 pub struct HostedRouter {
     /// The head.
     pub router: Arc<dyn Router>,
-    /// (n, rank): gates of a projection out of its route, by its path.
-    spread: HashMap<String, Tensor>,
+    /// By the projection's path.
+    spreads: HashMap<String, Spread>,
+}
+
+/// How a projection's gates come out of a row of the router's numbers.
+#[derive(Debug)]
+pub struct Spread {
+    /// Where the projection's numbers begin in the row.
+    pub place: usize,
+    /// Its rank.
+    pub rank: usize,
+    /// (rank j, number i, factor): gate j is the sum of its factors times numbers.
+    pub terms: Vec<(usize, usize, f32)>,
 }
 
 impl std::fmt::Debug for HostedRouter {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "a router of {} projections", self.spread.len())
+        write!(f, "a router of {} projections", self.spreads.len())
     }
 }
 
 impl HostedRouter {
     fn new(adapter: &Adapter, router: &Arc<dyn Router>) -> Result<Self> {
         let each = Tensor::eye(router.width(), DType::F32, &candle_core::Device::Cpu)?;
-        let spread = adapter.deltas().map(|(path, delta)| Ok((path.to_string(), delta.route_gates(&each)?)));
-        Ok(Self { router: router.clone(), spread: spread.collect::<Result<_>>()? })
+        let mut spreads = HashMap::new();
+        for (path, delta) in adapter.deltas() {
+            let Some(place) = router.place(path) else { continue };
+            let factors = delta.route_gates(&each)?.to_dtype(DType::F32)?.to_vec2::<f32>()?;
+            let rank = factors.first().map_or(0, Vec::len);
+            let terms = (0..rank).flat_map(|j| factors.iter().enumerate().map(move |(i, row)| (j, i, row[j])));
+            let terms = terms.filter(|(.., factor)| *factor != 0.0).collect();
+            spreads.insert(path.to_string(), Spread { place, rank, terms });
+        }
+        Ok(Self { router: router.clone(), spreads })
     }
 
-    /// Whether it has gates for a projection.
-    pub fn touches(&self, site: &str) -> bool {
-        self.spread.contains_key(site)
-    }
-
-    /// Gates (rows, rank) of a projection from its route (rows, n), row by row; none where it changes nothing.
-    pub fn gates(&self, site: &str, route: &Tensor) -> candle_core::Result<Option<Vec<f32>>> {
-        let Some(spread) = self.spread.get(site) else { return Ok(None) };
-        route.matmul(spread)?.flatten_all()?.to_vec1::<f32>().map(Some)
+    /// How a projection's gates come out of the router's numbers; none where it changes nothing.
+    pub fn spread(&self, site: &str) -> Option<&Spread> {
+        self.spreads.get(site)
     }
 
     fn bytes(&self) -> usize {
         let head = self.router.trainable().iter().map(|(_, var)| var.elem_count()).sum::<usize>();
-        (head + self.spread.values().map(Tensor::elem_count).sum::<usize>()) * size_of::<f32>()
+        let terms: usize = self.spreads.values().map(|s| s.terms.len()).sum();
+        head * size_of::<f32>() + terms * size_of::<(usize, usize, f32)>()
     }
 }
 

@@ -557,7 +557,8 @@ impl Store {
     fn load(&self, model: &(dyn BaseModel + Sync), folder: &Path) -> Result<Arc<Hosted>, StoreError> {
         let invalid = |e: String| StoreError { code: Code::AdapterInvalid, message: self.without_root(&e) };
         // Links inside the folder may not lead out either.
-        for file in [WEIGHTS_FILE, CONFIG_FILE, MANIFEST_FILE].map(|name| folder.join(name)) {
+        let names = [WEIGHTS_FILE, CONFIG_FILE, MANIFEST_FILE, "xlora_config.json", "xlora_classifier.safetensors"];
+        for file in names.map(|name| folder.join(name)) {
             if file.exists() && !file.canonicalize().is_ok_and(|real| real.starts_with(&self.root)) {
                 let name = file.file_name().unwrap_or_default().to_string_lossy();
                 return refuse(
@@ -566,8 +567,8 @@ impl Store {
                 );
             }
         }
-        let stored =
-            StoredAdapter::read_changing(folder, self.settings.max_file_bytes).map_err(|e| invalid(e.to_string()))?;
+        let stored = StoredAdapter::read_changing(folder, self.settings.max_file_bytes, &self.root)
+            .map_err(|e| invalid(e.to_string()))?;
         let content = stored.content_id().map_err(|e| invalid(e.to_string()))?;
         let template = self.template(&stored).map_err(|e| invalid(e.to_string()))?;
         let golden = stored.manifest.as_ref().map(|m| m.golden.clone()).unwrap_or_default();

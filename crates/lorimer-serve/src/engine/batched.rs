@@ -4,7 +4,6 @@ use std::ops::Range;
 use std::sync::{Mutex, PoisonError, RwLock};
 
 use candle_core::{Result, Tensor};
-use lorimer_adapter::Routes;
 use lorimer_model::{
     Adaptation, AttentionCall, BaseModel, BlockScope, Point, Projection, Site, run_blocks, whole_pass,
 };
@@ -13,7 +12,7 @@ use lorimer_tensor::{
     edges_in_pool, project_segmented, store_rows,
 };
 
-use crate::adapters::hosted::{Hosted, HostedLayer, HostedRouter};
+use crate::adapters::hosted::{Hosted, HostedLayer, HostedRouter, Spread};
 use crate::engine::kept::{Kept, Place, apply, over_kept_rows};
 use crate::engine::pool::{BLOCK, Geometry};
 
@@ -134,7 +133,7 @@ impl<'a> Batched<'a> {
         let mut runs: Vec<Run> = self.runs(&which).into_iter().map(Run::plain).collect();
         for run in &mut runs {
             let first = self.router(which[run.places.start]).map(|hosted| hosted.router.first_pass()).transpose()?;
-            run.routes = first.flatten().map(Routes::constant);
+            run.routes = first.flatten().map(|numbers| Routes::of(&numbers, true, Vec::new())).transpose()?;
             run.bare = run.routes.is_none();
         }
         let layers_before = self.geometry.layers;
@@ -148,11 +147,11 @@ impl<'a> Batched<'a> {
             let (Some(&one), Some(&end)) = (sequences.first(), sequences.last()) else { continue };
             let Some(hosted) = self.router(one) else { continue };
             let rows = first.ranges[run.places.start].start..first.ranges[run.places.end - 1].end;
-            let routes = hosted.router.routes(Ops::plain(), &hidden.narrow(0, rows.start, rows.len())?, None)?;
+            let routes = hosted.router.all_routes(&hidden.narrow(0, rows.start, rows.len())?)?;
             let (start, stop) = (self.ranges[one].start as u32, self.ranges[end].end as u32);
             let own: Vec<u32> = needed.iter().filter(|&&n| start <= n && n < stop).map(|n| n - start).collect();
             if let Some(into) = last.runs.iter_mut().find(|r| r.places.start == one) {
-                into.routes = Some(routes.with_needed(Some(&own)));
+                into.routes = Some(Routes::of(&routes, false, own)?);
             }
         }
         Ok(last)
@@ -180,23 +179,63 @@ impl Run {
     }
 }
 
-/// Gates of rows that are computed together, from row `first` on.
-#[derive(Debug)]
-struct RowGates {
-    first: usize,
-    rank: usize,
-    /// (rows, rank).
-    gates: Vec<f32>,
+/// A router's numbers for the rows of a run.
+struct Routes {
+    /// (rows, width), or one row for all.
+    numbers: Vec<f32>,
+    width: usize,
+    /// Whether one row, which is the same for all projections, stands for all.
+    constant: bool,
+    /// The run's rows that the last layer gives.
+    needed: Vec<u32>,
 }
 
-impl RankGate for RowGates {
+impl Routes {
+    fn of(numbers: &Tensor, constant: bool, needed: Vec<u32>) -> Result<Self> {
+        let width = numbers.dim(1)?;
+        Ok(Self { numbers: numbers.flatten_all()?.to_vec1()?, width, constant, needed })
+    }
+
+    /// The numbers of a row, from a place on; none where there are not so many.
+    fn row(&self, row: usize, place: usize) -> &[f32] {
+        let at = if self.constant { 0 } else { row * self.width + place };
+        self.numbers.get(at..).unwrap_or_default()
+    }
+}
+
+/// Gates of a run's rows at a projection.
+struct RowGates<'r> {
+    routes: &'r Routes,
+    spread: &'r Spread,
+    /// The run's first row of those that are computed together, and how many it has there.
+    rows: Range<usize>,
+    /// Which of the run's rows they are, where not all.
+    needed: Option<&'r [u32]>,
+}
+
+impl std::fmt::Debug for RowGates<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "gates of rows {:?}", self.rows)
+    }
+}
+
+impl RankGate for RowGates<'_> {
     fn apply(&self, first: usize, _x: &[f32], _inputs: usize, u: &mut [f32]) {
-        let from = first.saturating_sub(self.first) * self.rank;
-        u.iter_mut().zip(self.gates.iter().skip(from)).for_each(|(u, gate)| *u *= gate);
+        let mut gates = vec![0f32; self.spread.rank];
+        for (i, u) in u.chunks_exact_mut(self.spread.rank.max(1)).enumerate() {
+            let at = (first + i).saturating_sub(self.rows.start);
+            let row = self.needed.map_or(at, |needed| needed.get(at).map_or(0, |&row| row as usize));
+            let numbers = self.routes.row(row, self.spread.place);
+            gates.fill(0.0);
+            for &(j, i, factor) in &self.spread.terms {
+                gates[j] += factor * numbers.get(i).copied().unwrap_or(0.0);
+            }
+            u.iter_mut().zip(&gates).for_each(|(u, gate)| *u *= gate);
+        }
     }
 
     fn bytes(&self) -> usize {
-        self.gates.len() * size_of::<f32>()
+        self.routes.numbers.len() * size_of::<f32>()
     }
 }
 
@@ -320,21 +359,25 @@ impl<'a> Pass<'_, 'a> {
     }
 
     /// Gates of each run's rows at a projection, where its adapter has a router.
-    fn gates(&self, site: &Site, rows: usize) -> Result<Vec<Option<RowGates>>> {
+    fn gates(&self, site: &Site, rows: usize) -> Result<Vec<Option<RowGates<'_>>>> {
         let ranges = self.ranges(rows)?;
-        let of = |run: &Run| {
-            let Some(hosted) = self.batch.router(self.which[run.places.start]).filter(|_| !run.bare) else {
-                return Ok(None);
+        let all = rows == self.ranges.last().map_or(0, |r| r.end);
+        let mut all_gates = Vec::with_capacity(self.runs.len());
+        for run in &self.runs {
+            let hosted = self.batch.router(self.which[run.places.start]).filter(|_| !run.bare);
+            let Some(spread) = hosted.and_then(|hosted| hosted.spread(&site.path)) else {
+                all_gates.push(None);
+                continue;
             };
             let Some(routes) = &run.routes else { candle_core::bail!("an adapter with a router has no routes") };
-            let own = ranges[run.places.start].start..ranges[run.places.end - 1].end;
-            if own.is_empty() || !hosted.touches(&site.path) {
-                return Ok(None);
+            let rows = ranges[run.places.start].start..ranges[run.places.end - 1].end;
+            let needed = (!all).then_some(routes.needed.as_slice());
+            if needed.is_some_and(|needed| needed.len() != rows.len()) {
+                candle_core::bail!("{} rows of `{}` have {} routes", rows.len(), site.path, routes.needed.len());
             }
-            let gates = hosted.gates(&site.path, &routes.at(Ops::plain(), &site.path, own.len())?)?;
-            Ok(gates.map(|gates| RowGates { first: own.start, rank: gates.len() / own.len(), gates }))
-        };
-        self.runs.iter().map(of).collect()
+            all_gates.push(Some(RowGates { routes, spread, rows, needed }));
+        }
+        Ok(all_gates)
     }
 
     /// What the adapters do to a projection, sequences with the same adapters next to each other taken together.
@@ -343,10 +386,10 @@ impl<'a> Pass<'_, 'a> {
         pool: &'g [f32],
         site: &Site,
         rows: usize,
-        gates: &'g [Option<RowGates>],
+        gates: &'g [Option<RowGates<'g>>],
     ) -> Result<Vec<Group<'g>>> {
         let ranges = self.ranges(rows)?;
-        let of = |(run, routed): (&Run, &'g Option<RowGates>)| {
+        let of = |(run, routed): (&Run, &'g Option<RowGates<'g>>)| {
             let own = ranges[run.places.start].start..ranges[run.places.end - 1].end;
             let adapters = self.batch.sequences[self.which[run.places.start]].adapters.iter();
             let additions = adapters.filter(|_| !run.bare).filter_map(|used| {

@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Tensor, Var};
 use lorimer_adapter::Attached;
 use lorimer_adapter::training::objective::{BLOCK_ROWS, Moment, Objective};
 use lorimer_model::{
-    Adaptation, BaseModel, Batch, Frozen, Inference, Layout, Recompute, earlier_passes, last_pass, run_blocks,
+    Adaptation, BaseModel, Batch, Frozen, Inference, Layout, PassDone, Recompute, earlier_passes, last_pass, run_blocks,
 };
 use lorimer_tensor::{Gradients, Ops, Tape};
 use serde::{Deserialize, Serialize};
@@ -312,12 +312,17 @@ impl Pass<'_> {
     ) -> Result<((f64, f64), Instant)> {
         let mut done = |gradients: &mut Gradients| layer_done.as_mut().map_or(Ok(()), |done| done(gradients));
         let before = self.earlier()?;
+        let needed = self.needed();
+        let left = before.as_ref().map(|hidden| PassDone { hidden, needed });
+        // What the last pass has from the earlier ones is computed once, and its gradients are gathered from all layers.
+        let routing = self.tape();
+        let recorded = self.attached.recorded(&routing);
+        let routed = recorded.after(left.as_ref())?;
         let blank = Tape::new([]);
-        let recorded = self.attached.recorded(&blank);
-        let on = &*last_pass(&recorded, before.as_ref(), self.needed())?;
-        let (first, h) = self.bottom(on)?;
+        let on = routed.recorded(&blank);
+        let (first, h) = self.bottom(&on)?;
         let blocks = first..self.model.shape().layers.len();
-        let (mut again, last) = Recompute::forward(self.model, h, (blocks, first), &self.layout, on)?;
+        let (mut again, last) = Recompute::forward(self.model, h, (blocks, first), &self.layout, &on)?;
         let tape = self.tape();
         tape.track(&last);
         let (task, auxiliary, loss) = self.loss(&last, &self.attached.recorded(&tape))?;
@@ -331,12 +336,15 @@ impl Pass<'_> {
         let stem_learns = self.model.stem_parameters().iter().any(|path| self.attached.parameter(path).is_some());
         while let (Some(i), Some(g)) = (again.next(), gradient.take()) {
             let tape = self.tape();
-            let recorded = self.attached.recorded(&tape);
-            // What the last pass computes from the earlier ones is computed with each layer, whose share of its gradient it takes.
-            let on = &*last_pass(&recorded, before.as_ref(), self.needed())?;
+            routed.route_tensors().into_iter().for_each(|route| tape.track(route));
+            let on = routed.recorded(&tape);
             let follow = i > first || stem_learns;
-            gradient = again.backward(self.model, &self.layout, (&tape, on), g, follow, gradients)?;
+            gradient = again.backward(self.model, &self.layout, (&tape, &on), g, follow, gradients)?;
             done(gradients)?;
+        }
+        let route = routed.route_tensors().into_iter().find_map(|t| Some((t, gradients.remove(t)?)));
+        if let Some((route, g)) = route {
+            routing.backward(route, g, gradients)?;
         }
         if let Some(g) = gradient {
             let tape = self.tape();

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::Args;
 use lorimer::adapter::StoredAdapter;
-use lorimer::adapter::file::inspect::inspect;
+use lorimer::adapter::file::inspect::{ExpertReport, inspect};
 
 use lorimer_cli::{Global, common};
 
@@ -21,8 +21,13 @@ impl Inspect {
     pub fn run(self, global: Global) -> Result<ExitCode> {
         let report = inspect(&StoredAdapter::read(&self.adapter)?)?;
         common::print(global, &report, || {
+            let expert = |(i, e): (usize, &ExpertReport)| {
+                let other = if e.content_matches == Some(false) { " (NOT the one of lorimer.json)" } else { "" };
+                format!("expert {i:<5}{}{other}\n", e.path.display())
+            };
+            let experts: Vec<String> = report.experts.iter().enumerate().map(expert).collect();
             let mut out = format!(
-                "{} ({}), rank {}, alpha {}\nbase        {}\nparameters  {} ({} bytes)\ncontent id  {}{}\n\n{:44} {:>5} {:>12} {:>15}\n",
+                "{} ({}), rank {}, alpha {}\nbase        {}\nparameters  {} ({} bytes)\ncontent id  {}{}\n{}\n{:44} {:>5} {:>12} {:>15}\n",
                 report.method,
                 report.peft_type,
                 report.rank.map_or("-".into(), |r| r.to_string()),
@@ -36,6 +41,7 @@ impl Inspect {
                     Some(false) => " (NOT what lorimer.json says: the files were changed)",
                     None => "",
                 },
+                experts.concat(),
                 "module",
                 "rank",
                 "norm",
