@@ -9,8 +9,9 @@ use rayon::prelude::*;
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
+use crate::file::dialects::peft;
 use crate::file::frozen::FrozenParts;
-use crate::file::store::{PREFIX, StoredAdapter};
+use crate::file::store::StoredAdapter;
 use crate::method::{Bias, CalibrationStats, Delta, Method, ParameterSource};
 use crate::targets::Matcher;
 
@@ -250,20 +251,15 @@ impl Adapter {
         let mut tensors = BTreeMap::new();
         for (path, own) in modules {
             for (key, tensor) in own {
-                tensors.insert(format!("{PREFIX}{path}.{key}"), detached(&tensor)?);
+                tensors.insert(peft::tensor_name(&path, key), detached(&tensor)?);
             }
         }
         for (name, tensor) in self.method.shared()? {
             tensors.insert(name, detached(&tensor)?);
         }
         for (path, var) in &self.parameters {
-            let key = match path.rsplit_once('.') {
-                Some((module, kind)) if self.deltas.contains_key(module) => {
-                    format!("{PREFIX}{module}.base_layer.{kind}")
-                }
-                _ => format!("{PREFIX}{path}"),
-            };
-            tensors.insert(key, detached(var.as_tensor())?);
+            let adapted = path.rsplit_once('.').is_some_and(|(module, _)| self.deltas.contains_key(module));
+            tensors.insert(peft::parameter_name(path, adapted), detached(var.as_tensor())?);
         }
         Ok(StoredAdapter { path: "memory".into(), config, tensors, manifest: None })
     }

@@ -17,8 +17,9 @@ pub mod training;
 pub use adapter::Adapter;
 pub use attached::Attached;
 pub use error::{Error, Result};
+pub use file::account::{Accounting, FileAccount};
 pub use file::frozen::FrozenParts;
-pub use file::load::Accounting;
+pub use file::keys::FileKeys;
 pub use file::store::{BaseIdentity, Golden, Manifest, StoredAdapter};
 pub use method::{
     Calibration, CalibrationStats, Change, Delta, GatedLowRank, LowRank, Method, NotMergeable, SampledRank, Step,

@@ -6,6 +6,7 @@ use lorimer_tensor::linalg::product_singular_values;
 use serde::Serialize;
 
 use crate::error::Result;
+use crate::file::load::account_of;
 use crate::file::store::StoredAdapter;
 
 /// One adapted module.
@@ -19,7 +20,7 @@ pub struct ModuleReport {
     pub norm: Option<f64>,
     /// Effective rank of ΔW: e to the entropy of its normalised singular values (Roy and Vetterli 2007).
     pub effective_rank: Option<f64>,
-    /// Number of stored values.
+    /// Number of stored values, those of the base's parameters under the adapter included.
     pub parameters: usize,
     /// Figures that only this method has.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
@@ -49,6 +50,15 @@ pub struct Report {
     pub base: Option<String>,
     /// The modules.
     pub modules: Vec<ModuleReport>,
+    /// Parameters in the place of the base's (biases, norms, what PEFT saves under an adapter), by on-disk name, with their numbers of values.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub whole: BTreeMap<String, usize>,
+    /// Tensors of the method that belong to no module, by name, with their numbers of values.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub beside: BTreeMap<String, usize>,
+    /// Tensors that the method does not know.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub unknown: Vec<String>,
 }
 
 /// Looks into an adapter.
@@ -57,10 +67,10 @@ pub struct Report {
 ///
 /// Fails if the configuration is of no known method, or if a module's tensors do not belong together.
 pub fn inspect(stored: &StoredAdapter) -> Result<Report> {
-    let method = crate::methods::from_adapter_config(&stored.config)?;
+    let (method, account) = account_of(stored)?;
     let mut modules = Vec::new();
-    for (name, tensors) in stored.modules() {
-        let low_rank = method.low_rank(&name, &tensors)?;
+    for (name, tensors) in &account.modules {
+        let low_rank = method.low_rank(name, tensors)?;
         let (mut rank, mut norm, mut effective_rank) = (None, None, None);
         if let Some(low) = &low_rank {
             let values: Vec<f64> =
@@ -71,9 +81,9 @@ pub fn inspect(stored: &StoredAdapter) -> Result<Report> {
             norm = Some(values.iter().map(|s| s * s).sum::<f64>().sqrt());
             effective_rank = Some(if total > 0.0 { entropy.exp() } else { 0.0 });
         }
-        let parameters = tensors.values().map(|t| t.elem_count()).sum();
-        let remarks = method.remarks(&tensors)?.into_iter().collect();
-        modules.push(ModuleReport { name, rank, norm, effective_rank, parameters, remarks });
+        let parameters = account.values_of(name);
+        let remarks = method.remarks(tensors)?.into_iter().collect();
+        modules.push(ModuleReport { name: name.clone(), rank, norm, effective_rank, parameters, remarks });
     }
     let content_id = stored.content_id()?;
     Ok(Report {
@@ -87,5 +97,8 @@ pub fn inspect(stored: &StoredAdapter) -> Result<Report> {
         content_id,
         base: stored.config.get("base_model_name_or_path").and_then(|v| v.as_str()).map(str::to_string),
         modules,
+        whole: account.parameters.iter().map(|p| (p.path.clone(), p.tensor.elem_count())).collect(),
+        beside: account.beside_modules().map(|(name, tensor)| (name, tensor.elem_count())).collect(),
+        unknown: account.unknown,
     })
 }

@@ -40,6 +40,7 @@ use super::entry::{Entry, Served};
 use super::random::kaiming;
 use super::slices::Slices;
 use crate::error::{Error, Result};
+use crate::file::keys::FileKeys;
 use crate::method::{Bias, Change, Delta, LowRank, Method, ParameterSource, Step};
 use crate::settings::{PeftKeys, configure, from_peft_json, peft_json};
 use crate::targets::Targeting;
@@ -221,6 +222,10 @@ impl Method for Bone {
 
     fn config(&self) -> Map<String, Value> {
         peft_json(&self.config.peft_type, &self.config)
+    }
+
+    fn file_keys(&self) -> FileKeys {
+        FileKeys::of_modules(if self.key() == "bone_block" { &["bone_block"] } else { &["miss_block"] })
     }
 
     fn attach(&self, site: &Site, _base: &Projection, source: &mut ParameterSource<'_>) -> Result<Box<dyn Delta>> {

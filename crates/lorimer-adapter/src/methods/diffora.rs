@@ -32,6 +32,7 @@ use serde_json::{Map, Value, json};
 use super::entry::{Entry, Served};
 use super::lora::{FLAGS, Lora, LoraConfig, lora_file};
 use crate::error::{Error, Result};
+use crate::file::keys::FileKeys;
 use crate::method::{Bias, Calibration, CalibrationStats, Delta, Method, ParameterSource};
 use crate::search::DifforaConfig;
 use crate::settings::{configure, split_off};
@@ -168,6 +169,10 @@ impl Method for Diffora {
         config.targeting.target_modules = Names::List(kept.iter().map(|site| site.path.clone()).collect());
         (config.targeting.exclude_modules, config.targeting.layers_to_transform) = (None, None);
         Ok(())
+    }
+
+    fn file_keys(&self) -> FileKeys {
+        self.lora.file_keys()
     }
 
     fn attach(&self, site: &Site, base: &Projection, source: &mut ParameterSource<'_>) -> Result<Box<dyn Delta>> {

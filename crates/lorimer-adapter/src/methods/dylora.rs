@@ -34,6 +34,7 @@ use super::dropout::Dropout;
 use super::entry::{Entry, Served};
 use super::lora::{FLAGS, Lora, LoraConfig, Start, lora_file};
 use crate::error::{Error, Result};
+use crate::file::keys::FileKeys;
 use crate::method::{Bias, Change, Delta, LowRank, Method, ParameterSource, Step};
 use crate::settings::{configure, split_off};
 use crate::targets::Targeting;
@@ -174,6 +175,10 @@ impl Method for Dylora {
 
     fn training(&self) -> Training {
         Training { callback: Some(Callback::RankSampling(self.sampling.clone())), ..Default::default() }
+    }
+
+    fn file_keys(&self) -> FileKeys {
+        self.lora.file_keys()
     }
 
     fn attach(&self, site: &Site, base: &Projection, source: &mut ParameterSource<'_>) -> Result<Box<dyn Delta>> {

@@ -45,6 +45,7 @@ use super::entry::{Entry, Served};
 use super::random::normal;
 use super::routing::{Balance, check_choice, check_rate, choose, top_k};
 use crate::error::{Error, Result};
+use crate::file::keys::FileKeys;
 use crate::method::{Change, Delta, GatedLowRank, LowRank, Method, ParameterSource, Step, site_seed};
 use crate::settings::{PeftKeys, configure, from_peft_json, peft_json};
 use crate::targets::Targeting;
@@ -208,6 +209,10 @@ impl Method for FlyLora {
 
     fn config(&self) -> Map<String, Value> {
         peft_json("FLYLORA", self)
+    }
+
+    fn file_keys(&self) -> FileKeys {
+        FileKeys::of_modules(&["lora_A.weight", "lora_B.weight", "lora_topk_bias"])
     }
 
     fn attach(&self, site: &Site, _base: &Projection, source: &mut ParameterSource<'_>) -> Result<Box<dyn Delta>> {

@@ -25,6 +25,7 @@ use serde_json::{Map, Value};
 
 use super::entry::{Entry, Served};
 use crate::error::Result;
+use crate::file::keys::FileKeys;
 use crate::method::{Bias, Change, Delta, Method, ParameterSource, Step};
 use crate::settings::{PeftKeys, configure, from_peft_json, peft_json};
 use crate::targets::Targeting;
@@ -91,6 +92,10 @@ impl Method for Full {
 
     fn training(&self) -> Training {
         self.training.clone()
+    }
+
+    fn file_keys(&self) -> FileKeys {
+        FileKeys::of_modules(&["full_weight"])
     }
 
     fn attach(&self, site: &Site, base: &Projection, source: &mut ParameterSource<'_>) -> Result<Box<dyn Delta>> {

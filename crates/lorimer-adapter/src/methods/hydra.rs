@@ -39,6 +39,7 @@ use serde_json::{Map, Value};
 use super::entry::{Entry, Served};
 use super::random::kaiming;
 use crate::error::{Error, Result};
+use crate::file::keys::FileKeys;
 use crate::method::{Change, Delta, LowRank, Method, ParameterSource, Step};
 use crate::settings::{PeftKeys, configure, from_peft_json, peft_json};
 use crate::targets::{Names, Targeting};
@@ -141,6 +142,10 @@ impl Method for Hydra {
 
     fn config(&self) -> Map<String, Value> {
         peft_json("HYDRA", &self.config)
+    }
+
+    fn file_keys(&self) -> FileKeys {
+        FileKeys::of_modules(&KEYS)
     }
 
     fn attach(&self, site: &Site, _base: &Projection, source: &mut ParameterSource<'_>) -> Result<Box<dyn Delta>> {

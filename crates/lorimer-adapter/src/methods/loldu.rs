@@ -41,6 +41,7 @@ use super::entry::{Entry, Served};
 use super::lora_xs::check_rank;
 use super::random::{normal, uniform};
 use crate::error::{Error, Result};
+use crate::file::keys::FileKeys;
 use crate::method::{Change, Delta, LowRank, Method, ParameterSource, Step, site_seed};
 use crate::settings::{PeftKeys, configure, from_peft_json, peft_json};
 use crate::targets::Targeting;
@@ -179,6 +180,10 @@ impl Method for Loldu {
 
     fn config(&self) -> Map<String, Value> {
         peft_json("LOLDU", &self.config)
+    }
+
+    fn file_keys(&self) -> FileKeys {
+        FileKeys::of_modules(&["loldu_z", "loldu_sigma", "loldu_L", "loldu_U", "loldu_D"])
     }
 
     fn attach(&self, site: &Site, base: &Projection, source: &mut ParameterSource<'_>) -> Result<Box<dyn Delta>> {

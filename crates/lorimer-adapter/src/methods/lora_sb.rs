@@ -32,6 +32,7 @@ use serde_json::{Map, Value};
 use super::entry::{Entry, Served};
 use super::lora_xs::{SmallDelta, check_rank};
 use crate::error::{Error, Result};
+use crate::file::keys::FileKeys;
 use crate::method::{Calibration, Delta, Method, ModuleStats, ParameterSource};
 use crate::settings::{PeftKeys, configure, from_peft_json, peft_json};
 use crate::targets::Targeting;
@@ -127,6 +128,10 @@ impl Method for LoraSb {
             .into_iter()
             .map(|(name, t)| (name.to_string(), t))
             .collect())
+    }
+
+    fn file_keys(&self) -> FileKeys {
+        FileKeys::of_modules(&["lora_R", "lora_A", "lora_B"])
     }
 
     fn attach(&self, site: &Site, _base: &Projection, source: &mut ParameterSource<'_>) -> Result<Box<dyn Delta>> {

@@ -35,6 +35,7 @@ use serde_json::{Map, Value};
 use super::entry::{Entry, Served};
 use super::random::normal;
 use crate::error::{Error, Result};
+use crate::file::keys::FileKeys;
 use crate::method::{Change, Delta, LowRank, Method, ParameterSource, Step};
 use crate::settings::{PeftKeys, configure, from_peft_json, peft_json};
 use crate::targets::Targeting;
@@ -155,6 +156,10 @@ impl Method for LoraXs {
 
     fn config(&self) -> Map<String, Value> {
         peft_json("LORA_XS", &self.config)
+    }
+
+    fn file_keys(&self) -> FileKeys {
+        FileKeys::of_modules(&["lora_R", "lora_A", "lora_B"])
     }
 
     fn attach(&self, site: &Site, base: &Projection, source: &mut ParameterSource<'_>) -> Result<Box<dyn Delta>> {

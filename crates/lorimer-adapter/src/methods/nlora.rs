@@ -43,6 +43,7 @@ use super::entry::{Entry, Served};
 use super::lora_xs::check_rank;
 use super::random::kaiming;
 use crate::error::{Error, Result};
+use crate::file::keys::FileKeys;
 use crate::method::{Change, Delta, LowRank, Method, ParameterSource, Step, site_seed};
 use crate::settings::{PeftKeys, configure, from_peft_json, peft_json};
 use crate::targets::Targeting;
@@ -241,6 +242,10 @@ impl Method for Nlora {
             // The registry's line: the pseudo-inverse makes gradients large.
             (Variant::Nlora, Start::Paper) => None,
         }
+    }
+
+    fn file_keys(&self) -> FileKeys {
+        FileKeys::of_modules(&["lora_A", "lora_N", "lora_B"])
     }
 
     fn attach(&self, site: &Site, base: &Projection, source: &mut ParameterSource<'_>) -> Result<Box<dyn Delta>> {

@@ -46,6 +46,7 @@ use super::entry::{Entry, Served};
 use super::random::kaiming;
 use super::routing::{Balance, check_choice, check_rate, choose, top_k};
 use crate::error::{Error, Result};
+use crate::file::keys::FileKeys;
 use crate::method::{Change, Delta, GatedLowRank, LowRank, Method, ParameterSource, Step};
 use crate::settings::{PeftKeys, configure, from_peft_json, peft_json};
 use crate::targets::Targeting;
@@ -181,6 +182,10 @@ impl Method for Smora {
 
     fn config(&self) -> Map<String, Value> {
         peft_json("SRMOLE", self)
+    }
+
+    fn file_keys(&self) -> FileKeys {
+        FileKeys::of_modules(&["lora_A.weight", "lora_B.weight", "lora_router.weight", "lora_biases"])
     }
 
     fn attach(&self, site: &Site, _base: &Projection, source: &mut ParameterSource<'_>) -> Result<Box<dyn Delta>> {

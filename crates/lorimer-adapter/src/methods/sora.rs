@@ -47,6 +47,7 @@ use super::entry::{Entry, Served};
 use super::lora::{FLAGS, Lora, LoraConfig, Start, lora_file};
 use super::random::normal;
 use crate::error::{Error, Result};
+use crate::file::keys::FileKeys;
 use crate::method::{Bias, Change, Delta, LowRank, Method, ParameterSource, Step};
 use crate::settings::{configure, split_off};
 use crate::targets::Targeting;
@@ -279,6 +280,10 @@ impl Method for Sora {
         }
         config.insert("rank_pattern".into(), Value::Object(ranks));
         config.insert("alpha_pattern".into(), Value::Object(alphas));
+    }
+
+    fn file_keys(&self) -> FileKeys {
+        self.lora.file_keys()
     }
 
     fn attach(&self, site: &Site, base: &Projection, source: &mut ParameterSource<'_>) -> Result<Box<dyn Delta>> {

@@ -13,6 +13,7 @@ use super::ranks;
 use super::row_rate::Allora;
 use super::start::Start;
 use crate::error::{Error, Result};
+use crate::file::keys::FileKeys;
 use crate::method::{Bias, Calibration, CalibrationStats, Delta, LowRank, Method, ParameterSource};
 use crate::methods::dropout::Dropout;
 use crate::targets::Targeting;
@@ -91,6 +92,18 @@ impl Method for Lora {
         match self.eva() {
             Some(eva) if !stats.is_empty() => eva.resolve(&mut self.config, targeted, stats),
             _ => Ok(()),
+        }
+    }
+
+    fn file_keys(&self) -> FileKeys {
+        match self.config.use_dora {
+            true => FileKeys::of_modules(&[
+                "lora_A.weight",
+                "lora_B.weight",
+                "lora_magnitude_vector",
+                "lora_magnitude_vector.weight",
+            ]),
+            false => FileKeys::of_modules(&["lora_A.weight", "lora_B.weight"]),
         }
     }
 
