@@ -12,8 +12,9 @@ use serde_json::{Map, Value};
 use crate::block::{BlockDelta, BlockSite};
 use crate::delta::Delta;
 use crate::error::{Error, Result};
+use crate::file::dialects::peft;
 use crate::file::frozen::FrozenParts;
-use crate::file::store::{Mixture, PREFIX, StoredAdapter};
+use crate::file::store::{Mixture, StoredAdapter};
 use crate::method::{Bias, CalibrationStats, Method, ParameterSource};
 use crate::parameter::{Named, Role};
 use crate::router::Router;
@@ -303,12 +304,12 @@ impl Adapter {
         let mut tensors = BTreeMap::new();
         for (path, own) in modules {
             for (key, tensor) in own {
-                tensors.insert(format!("{PREFIX}{path}.{key}"), detached(&tensor)?);
+                tensors.insert(peft::tensor_name(&path, key), detached(&tensor)?);
             }
         }
         for (block, delta) in &self.blocks {
             for (key, tensor) in delta.stored()? {
-                tensors.insert(format!("{PREFIX}{}.{key}", block.site.path), detached(&tensor)?);
+                tensors.insert(peft::tensor_name(&block.site.path, &key), detached(&tensor)?);
             }
         }
         let router = self.router.iter().flat_map(|router| router.stored());
@@ -316,13 +317,8 @@ impl Adapter {
             tensors.insert(name, detached(&tensor)?);
         }
         for (path, var) in &self.parameters {
-            let key = match path.rsplit_once('.') {
-                Some((module, kind)) if self.deltas.contains_key(module) => {
-                    format!("{PREFIX}{module}.base_layer.{kind}")
-                }
-                _ => format!("{PREFIX}{path}"),
-            };
-            tensors.insert(key, detached(var.as_tensor())?);
+            let adapted = path.rsplit_once('.').is_some_and(|(module, _)| self.deltas.contains_key(module));
+            tensors.insert(peft::parameter_name(path, adapted), detached(var.as_tensor())?);
         }
         let parts = self.method.parts().to_vec();
         Ok(StoredAdapter { path: "memory".into(), config, tensors, manifest: None, parts })

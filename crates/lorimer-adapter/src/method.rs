@@ -12,6 +12,7 @@ use serde_json::{Map, Value};
 use crate::block::{BlockDelta, BlockSite};
 use crate::delta::{Delta, LowRank};
 use crate::error::{Error, Result};
+use crate::file::keys::FileKeys;
 use crate::part::Part;
 use crate::router::Router;
 use crate::step::site_seed;
@@ -258,7 +259,11 @@ pub trait Method: Send + Sync {
     fn resolve(&mut self, _targeted: &[&Site], _stats: &CalibrationStats) -> Result<()> {
         Ok(())
     }
-    /// A tensor of a file that belongs to no module; whether it is of use. Before [`Self::resolve`].
+    /// The names of its tensors in a file. Tensors with other names are refused; none are known where a method is in no file.
+    fn file_keys(&self) -> FileKeys {
+        FileKeys::default()
+    }
+    /// A tensor of a file that belongs to a block or to the whole adapter, by full name; whether it is of use. Before [`Self::resolve`].
     fn take_shared(&mut self, _name: &str, _tensor: &Tensor) -> bool {
         false
     }

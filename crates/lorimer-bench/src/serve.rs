@@ -13,6 +13,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use candle_core::{Device, Tensor};
 use clap::Args;
 use lorimer_adapter::file::bytes::safetensors_bytes;
+use lorimer_adapter::file::dialects::peft::tensor_name;
 use lorimer_adapter::file::store::{CONFIG_FILE, WEIGHTS_FILE};
 use lorimer_adapter::methods;
 use lorimer_model::Config;
@@ -177,7 +178,7 @@ fn write_adapters(folder: &Path, config: &Config, n: usize, ranks: &[usize], see
             for (key, shape) in [("lora_A", (rank, site.inputs)), ("lora_B", (site.outputs, rank))] {
                 let numbers: Vec<f32> = (0..shape.0 * shape.1).map(|_| rng.random_range(-0.02..0.02)).collect();
                 let tensor = Tensor::from_vec(numbers, shape, &Device::Cpu)?;
-                tensors.insert(format!("base_model.model.{}.{key}.weight", site.path), tensor);
+                tensors.insert(tensor_name(&site.path, &format!("{key}.weight")), tensor);
             }
         }
         create_folder(&own)?;

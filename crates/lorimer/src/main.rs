@@ -40,7 +40,7 @@ enum Command {
     Serve(Box<subcommands::serve::Serve>),
     /// Merge adapters into the base's weights
     Merge(subcommands::merge::Merge),
-    /// Convert an adapter between PEFT, llama.cpp GGUF and kohya-style files
+    /// Convert an adapter between the files of PEFT, llama.cpp, mlx-lm, kohya and diffusers
     Convert(subcommands::convert::Convert),
     /// The nearest LoRA of a full tune
     Extract(subcommands::extract::Extract),

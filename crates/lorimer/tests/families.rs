@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 use candle_core::{DType, Tensor};
 use lorimer::adapter::algebra::merge::{merge_to_folder, merge_to_gguf};
 use lorimer::adapter::file::convert;
+use lorimer::adapter::file::dialects::KOHYA;
 use lorimer::adapter::training::{AdamW, AdamWConfig, Optimizer};
 use lorimer::model::base::open_weights;
 use lorimer::model::decoder::config::{DecoderConfig, LayerKind};
@@ -362,8 +363,8 @@ fn adapters_of_both_families_are_converted() {
         let out = tempfile::tempdir().unwrap();
         let (gguf, kohya) = (out.path().join("a.gguf"), out.path().join("a.safetensors"));
         convert::write_gguf(&stored, &model.config, &gguf).unwrap();
-        convert::write_kohya(&stored, &kohya).unwrap();
-        for modules in [convert::read_gguf(&gguf, &model.config).unwrap(), convert::read_kohya(&kohya).unwrap()] {
+        convert::write_safetensors(&stored, &KOHYA, &kohya).unwrap();
+        for modules in [convert::read_gguf(&gguf, &model.config).unwrap(), convert::read_safetensors(&kohya).unwrap()] {
             let adapter = Adapter::load_whole(&model, &convert::to_peft(modules, &base).unwrap()).unwrap();
             let found = logits(&model, &Attached::one(&adapter), &golden.ids("tokens"));
             near(&format!("{case} converted"), &found, &golden.get("logits"), 2e-5);

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Tensor};
+use lorimer::adapter::file::dialects::KOHYA;
 use lorimer::adapter::training::{AdamW, AdamWConfig, Optimizer};
 use lorimer::model::decoder::config::DecoderConfig;
 use lorimer::model::text::chat::ChatTemplate;
@@ -697,10 +698,10 @@ fn converted_adapters_come_back_the_same() {
         let out = tempfile::tempdir().unwrap();
         let (gguf, kohya) = (out.path().join("a.gguf"), out.path().join("a.safetensors"));
         lorimer::adapter::file::convert::write_gguf(&stored, &config, &gguf).unwrap();
-        lorimer::adapter::file::convert::write_kohya(&stored, &kohya).unwrap();
+        lorimer::adapter::file::convert::write_safetensors(&stored, &KOHYA, &kohya).unwrap();
         for modules in [
             lorimer::adapter::file::convert::read_gguf(&gguf, &config).unwrap(),
-            lorimer::adapter::file::convert::read_kohya(&kohya).unwrap(),
+            lorimer::adapter::file::convert::read_safetensors(&kohya).unwrap(),
         ] {
             let again = lorimer::adapter::file::convert::to_peft(modules, "tiny-llama").unwrap();
             let adapter = Adapter::load_whole(&model, &again).unwrap();
@@ -710,7 +711,10 @@ fn converted_adapters_come_back_the_same() {
     }
     let dora = StoredAdapter::read(&folder("adapters/dora")).unwrap();
     assert!(
-        lorimer::adapter::file::convert::write_kohya(&dora, Path::new("x")).unwrap_err().to_string().contains("merge")
+        lorimer::adapter::file::convert::write_safetensors(&dora, &KOHYA, Path::new("x"))
+            .unwrap_err()
+            .to_string()
+            .contains("merge")
     );
 }
 

@@ -1,6 +1,6 @@
 //! Merging adapters into a base's weights, tensor by tensor, so that memory stays at a few tensors.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::io::Write;
 use std::path::Path;
 
@@ -22,11 +22,11 @@ use crate::attached::refuse_sum;
 use crate::block::refuse;
 use crate::delta::Delta;
 use crate::error::{Error, Result};
+use crate::file::account::{BaseNames, WholeParameter};
 use crate::file::bytes::{raw_bytes, safetensors_dtype};
 use crate::file::frozen::FrozenParts;
-use crate::file::load::{Accounting, refuse_embedding};
+use crate::file::load::{account_of, offer};
 use crate::file::store::StoredAdapter;
-use crate::file::store::{BASE_WEIGHT, PREFIX};
 use crate::method::{Method, ModuleTensors, ParameterSource};
 use crate::settings::check_targets;
 use crate::targets::Matcher;
@@ -72,81 +72,66 @@ struct Plan<'a> {
 
 impl<'a> Plan<'a> {
     fn new(adapters: &[(StoredAdapter, f64)], config: &Config, weights: &'a Weights) -> Result<Self> {
-        let mut names: BTreeSet<String> = weights.names().into_iter().collect();
+        let mut parameters: HashSet<String> = weights.names().into_iter().collect();
         if config.tied() {
-            names.insert("lm_head.weight".into());
+            parameters.insert("lm_head.weight".into());
         }
+        let base = BaseNames { model_type: config.shape().model_type.clone(), sites: config.sites(), parameters };
         let mut plan = Self { weights, tied: config.tied(), adapters: Vec::new(), parameters: BTreeMap::new() };
-        for (place, (stored, weight)) in adapters.iter().enumerate() {
-            refuse_embedding(stored)?;
-            stored.refuse_mixture("merged")?;
-            let mut method = crate::methods::from_adapter_config(&stored.config)?;
-            if method.blocks().is_some() {
-                return Err(refuse(method.name(), "merged"));
-            }
-            check_targets(&stored.config, &config.shape().model_type, config.sites().iter())?;
-            refuse_sum(method.as_ref(), adapters.len(), *weight)?;
-            let mut modules = Modules::new();
-            for (key, tensor) in &stored.tensors {
-                let frozen = key.ends_with(BASE_WEIGHT);
-                let path = key.strip_prefix(PREFIX).unwrap_or(key).replace(".base_layer.", ".");
-                if names.contains(&path) {
-                    // The weight under an adapter on the head, as PEFT saves it, is mostly the base's own.
-                    let tensor = tensor.to_dtype(DType::F32)?;
-                    let base = plan.base(&path, tensor.dims())?;
-                    if frozen && equal(&tensor, &base)? {
-                        continue;
-                    }
-                    if *weight != 1.0 || plan.parameters.contains_key(&path) {
-                        return Err(Error::Refused(format!(
-                            "`{path}` is replaced whole by the adapter, which goes only once and at weight 1"
-                        )));
-                    }
-                    // A tied embedding is that weight as well.
-                    let embedding = frozen && config.tied() && path == "lm_head.weight";
-                    if embedding && !stored.tensors.contains_key(&format!("{PREFIX}{EMBEDDING}")) {
-                        plan.parameters.insert(EMBEDDING.into(), (place, tensor.clone()));
-                    }
-                    plan.parameters.insert(path, (place, tensor));
-                    continue;
-                }
-                let module = path.match_indices('.').map(|(i, _)| &path[..i]).rev();
-                let module = module.into_iter().find(|m| names.contains(&format!("{m}.weight")));
-                match module {
-                    Some(module) => {
-                        let rest = path[module.len() + 1..].to_string();
-                        modules.entry(module.to_string()).or_default().insert(rest, tensor.clone());
-                    }
-                    None if method.take_shared(key, tensor) => {}
-                    None => {
-                        return Err(Error::Mismatch(format!(
-                            "`{}`: the adapter does not fit the base: its tensor `{key}` belongs to no module there",
-                            stored.path.display()
-                        )));
-                    }
-                }
-            }
-            let sites = config.sites();
-            let matcher = Matcher::new(method.targeting(), &sites)?;
-            let targeted: Vec<&Site> = sites.iter().filter(|site| matcher.targets(site)).collect();
-            method.resolve(&targeted, &Default::default())?;
-            let mut account = Accounting { used: stored.tensors.keys().cloned().collect(), ..Default::default() };
-            for site in &sites {
-                match (modules.get(&site.path), matcher.targets(site)) {
-                    (Some(tensors), false) => {
-                        account.refused.extend(tensors.keys().map(|key| format!("{PREFIX}{}.{key}", site.path)));
-                    }
-                    (None, true) => account.missing.push(site.path.clone()),
-                    _ => {}
-                }
-            }
-            if let Some(problem) = account.problem() {
-                return Err(Error::Mismatch(format!("`{}`: {problem}", stored.path.display())));
-            }
-            let frozen = stored.manifest.as_ref().map(|m| m.frozen.clone()).unwrap_or_default();
-            plan.adapters.push(Part { method, modules, weight: *weight, frozen });
+        for (stored, weight) in adapters {
+            plan.add((stored, *weight), adapters.len(), &base)?;
         }
         Ok(plan)
+    }
+
+    /// Adds one of `count` adapters.
+    fn add(&mut self, (stored, weight): (&StoredAdapter, f64), count: usize, base: &BaseNames) -> Result<()> {
+        stored.refuse_mixture("merged")?;
+        let (mut method, mut account) = account_of(stored)?;
+        if method.blocks().is_some() {
+            return Err(refuse(method.name(), "merged"));
+        }
+        check_targets(&stored.config, &base.model_type, base.sites.iter())?;
+        account.refuse_embedding(stored)?;
+        refuse_sum(method.as_ref(), count, weight)?;
+        let matcher = Matcher::new(method.targeting(), &base.sites)?;
+        let mut accounting = account.fit(base, &matcher, method.name());
+        accounting.refuse(offer(&account, method.as_mut()));
+        if let Some(problem) = accounting.problem() {
+            return Err(Error::Mismatch(format!("`{}`: {problem}", stored.path.display())));
+        }
+        for parameter in &account.parameters {
+            let alone = account.parameters.iter().all(|p| p.path != EMBEDDING);
+            self.add_whole(parameter, weight, alone)?;
+        }
+        let targeted: Vec<&Site> = base.sites.iter().filter(|site| matcher.targets(site)).collect();
+        method.resolve(&targeted, &Default::default())?;
+        let frozen = stored.manifest.as_ref().map(|m| m.frozen.clone()).unwrap_or_default();
+        self.adapters.push(Part { method, modules: account.modules, weight, frozen });
+        Ok(())
+    }
+
+    /// Adds a whole parameter of the adapter that is added next. `embedding_free`: it has none for the embedding.
+    fn add_whole(&mut self, parameter: &WholeParameter, weight: f64, embedding_free: bool) -> Result<()> {
+        let WholeParameter { path, frozen, tensor, .. } = parameter;
+        let place = self.adapters.len();
+        // The weight under an adapter on the head, as PEFT saves it, is mostly the base's own.
+        let tensor = tensor.to_dtype(DType::F32)?;
+        let base = self.base(path, tensor.dims())?;
+        if *frozen && equal(&tensor, &base)? {
+            return Ok(());
+        }
+        if weight != 1.0 || self.parameters.contains_key(path) {
+            return Err(Error::Refused(format!(
+                "`{path}` is replaced whole by the adapter, which goes only once and at weight 1"
+            )));
+        }
+        // A tied embedding is that weight as well.
+        if *frozen && self.tied && path == "lm_head.weight" && embedding_free {
+            self.parameters.insert(EMBEDDING.into(), (place, tensor.clone()));
+        }
+        self.parameters.insert(path.clone(), (place, tensor));
+        Ok(())
     }
 
     /// A tensor of the base in f32.

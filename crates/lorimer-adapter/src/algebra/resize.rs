@@ -6,25 +6,36 @@ use candle_core::Tensor;
 use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
-use crate::file::store::PREFIX;
+use crate::file::dialects::peft;
+use crate::file::load::account_of;
 use crate::file::store::StoredAdapter;
+use crate::method::Method;
 
-/// Rank of every module with A and B.
-fn ranks(stored: &StoredAdapter) -> Result<BTreeMap<String, usize>> {
-    let of = |(name, t): (&String, &Tensor)| {
-        let module = name.strip_suffix(".lora_A.weight")?.strip_prefix(PREFIX)?;
-        Some((module.to_string(), t.dims().first().copied()?))
-    };
-    let ranks: BTreeMap<String, usize> = stored.tensors.iter().filter_map(of).collect();
+/// LoRA's keys of a module's factors.
+const A: &str = "lora_A.weight";
+const B: &str = "lora_B.weight";
+
+/// A plain LoRA's method, and the rank of every module with A and B.
+fn ranks(stored: &StoredAdapter) -> Result<(Box<dyn Method>, BTreeMap<String, usize>)> {
     let plain = stored.config.get("peft_type").and_then(Value::as_str) == Some("LORA")
         && stored.config.get("use_dora").and_then(Value::as_bool) != Some(true);
-    match plain && !ranks.is_empty() {
-        true => Ok(ranks),
-        false => Err(Error::Refused(format!(
+    let no_lora = || {
+        Error::Refused(format!(
             "`{}` is no plain LoRA, whose first ranks could be taken; `lorimer convert --to lora --rank k` gives the nearest of a rank",
             stored.path.display()
-        ))),
+        ))
+    };
+    if !plain {
+        return Err(no_lora());
     }
+    let (method, account) = account_of(stored)?;
+    account.refuse_embedding(stored)?;
+    account.refuse_unknown(method.name())?;
+    let of = |(module, tensors): (&String, &BTreeMap<String, Tensor>)| {
+        Some((module.clone(), tensors.get(A)?.dims().first().copied()?))
+    };
+    let ranks: BTreeMap<String, usize> = account.modules.iter().filter_map(of).collect();
+    if ranks.is_empty() { Err(no_lora()) } else { Ok((method, ranks)) }
 }
 
 /// The largest rank of a module.
@@ -33,7 +44,7 @@ fn ranks(stored: &StoredAdapter) -> Result<BTreeMap<String, usize>> {
 ///
 /// Fails if the adapter is no plain LoRA.
 pub fn largest_rank(stored: &StoredAdapter) -> Result<usize> {
-    Ok(ranks(stored)?.into_values().max().unwrap_or(0))
+    Ok(ranks(stored)?.1.into_values().max().unwrap_or(0))
 }
 
 /// The first `rank` rows of every A and columns of every B; modules with fewer stay. α shrinks with the rank, so that what is left is
@@ -43,30 +54,22 @@ pub fn largest_rank(stored: &StoredAdapter) -> Result<usize> {
 ///
 /// Fails if the adapter is no plain LoRA, or if `rank` is 0 or larger than the adapter's.
 pub fn resize(stored: &StoredAdapter, rank: usize) -> Result<StoredAdapter> {
-    let method = crate::methods::from_adapter_config(&stored.config)?;
-    if method.blocks().is_some() {
-        return Err(crate::block::refuse(method.name(), "resized"));
-    }
-    let ranks = ranks(stored)?;
+    let (method, ranks) = ranks(stored)?;
     let most = ranks.values().copied().max().unwrap_or(0);
     if rank == 0 || rank > most {
         return Err(Error::Config(format!("--rank {rank} should be between 1 and the adapter's {most}")));
     }
-    let mut tensors = BTreeMap::new();
-    for (name, t) in &stored.tensors {
-        let axis = if name.ends_with(".lora_A.weight") {
-            0
-        } else if name.ends_with(".lora_B.weight") {
-            1
-        } else {
-            tensors.insert(name.clone(), t.clone());
-            continue;
-        };
-        if t.dims().len() != 2 {
-            return Err(Error::Mismatch(format!("tensor `{name}` should be a matrix")));
+    let mut tensors = stored.tensors.clone();
+    for module in ranks.keys() {
+        for (key, axis) in [(A, 0), (B, 1)] {
+            let name = peft::tensor_name(module, key);
+            let Some(t) = stored.tensors.get(&name) else { continue };
+            if t.dims().len() != 2 {
+                return Err(Error::Mismatch(format!("tensor `{name}` should be a matrix")));
+            }
+            let keep = rank.min(t.dim(axis)?);
+            tensors.insert(name, t.narrow(axis, 0, keep)?.contiguous()?);
         }
-        let keep = rank.min(t.dim(axis)?);
-        tensors.insert(name.clone(), t.narrow(axis, 0, keep)?.contiguous()?);
     }
     let setting = |m: &crate::Manifest| m.training.pointer("/method_settings/scaling").cloned();
     let every_rank = stored.manifest.as_ref().and_then(setting).is_some_and(|scaling| scaling == "rank");

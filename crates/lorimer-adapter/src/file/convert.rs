@@ -1,7 +1,7 @@
-//! One adapter, every tool: PEFT ↔ llama.cpp's GGUF adapter ↔ kohya-style keys.
+//! One adapter, every tool: PEFT ↔ llama.cpp's GGUF adapter ↔ the safetensors files of kohya's scripts, mlx-lm and diffusers.
 //!
-//! All three hold the same factors; GGUF knows one α for all modules and stores q and k of `llama` models with
-//! their rows interleaved, kohya knows one α a module. Scalings that a format cannot say are folded into B.
+//! All hold the same factors; GGUF knows one α for all modules and stores q and k of `llama` models with their rows interleaved, kohya knows
+//! one α a module, mlx-lm one scale. Scalings that a format cannot say are folded into B.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -10,43 +10,53 @@ use candle_core::quantized::gguf_file::Value as GgufValue;
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor};
 use lorimer_model::decoder::config::DecoderConfig;
-use lorimer_model::files::write_atomic_with;
+use lorimer_model::files::{create_folder, write_atomic, write_atomic_with, write_json};
 use lorimer_model::weights::SafetensorsFile;
-use lorimer_model::weights::gguf::{Gguf, module_from_gguf, module_to_gguf, row_order};
+use lorimer_model::weights::gguf::{Gguf, module_to_gguf, row_order};
 use serde_json::{Map, Value, json};
 
 use crate::block::refuse;
 use crate::delta::LowRank;
 use crate::error::{Error, Result};
 use crate::file::bytes::safetensors_bytes;
-use crate::file::store::PREFIX;
-use crate::file::store::StoredAdapter;
+use crate::file::dialects::{DIFFUSERS, Dialect, Factor, Factors, LLAMA_CPP, MLX, SAFETENSORS, Scale, mlx, peft};
+use crate::file::load::account_of;
+use crate::file::store::{CONFIG_FILE, StoredAdapter};
 
-/// The low-rank change of every module; an error names the first module that has more than that.
+/// Where diffusers keeps settings in a file's header.
+const DIFFUSERS_NOTE: &str = "lora_adapter_metadata";
+
+/// The low-rank change of every module; an error names the first module or parameter that has more than that.
 ///
 /// # Errors
 ///
-/// Fails if the configuration is of no known method, if a module has more than two low-rank factors, or if there is no module.
+/// Fails if the configuration is of no known method, if a module has more than two low-rank factors, if the file has whole parameters or
+/// tensors that the method does not know, or if there is no module.
 pub fn low_ranks(stored: &StoredAdapter) -> Result<BTreeMap<String, LowRank>> {
     stored.refuse_mixture("converted")?;
-    let method = crate::methods::from_adapter_config(&stored.config)?;
+    let (method, account) = account_of(stored)?;
     if method.blocks().is_some() {
         return Err(refuse(method.name(), "converted"));
     }
+    account.refuse_embedding(stored)?;
+    account.refuse_unknown(method.name())?;
     let mut all = BTreeMap::new();
-    for (module, tensors) in stored.modules() {
-        match method.low_rank(&module, &tensors)? {
-            Some(low) if tensors.len() == 2 => {
-                all.insert(module, low);
-            }
-            _ => {
-                let keys: Vec<_> = tensors.keys().map(String::as_str).collect();
-                return Err(Error::Refused(format!(
-                    "`{module}` holds {}, which neither GGUF adapters nor kohya files can say; convert it with --to lora first, or merge it",
-                    keys.join(", ")
-                )));
-            }
+    let refused = |module: &str, keys: &str| {
+        Error::Refused(format!(
+            "`{module}` holds {keys}, which no file of factors alone can say; convert it with --to lora first, or merge it"
+        ))
+    };
+    for (module, tensors) in account.modules.iter() {
+        match method.low_rank(module, tensors)? {
+            Some(low) if tensors.len() == 2 => drop(all.insert(module.clone(), low)),
+            _ => return Err(refused(module, &tensors.keys().map(String::as_str).collect::<Vec<_>>().join(", "))),
         }
+    }
+    if let Some((module, kind)) = account.parameters.iter().find_map(|p| p.path.rsplit_once('.')) {
+        return Err(refused(module, kind));
+    }
+    if let Some((name, _)) = account.beside_modules().next() {
+        return Err(refused("the adapter", &name));
     }
     match all.is_empty() {
         true => Err(Error::Refused("the adapter holds no low-rank factors".into())),
@@ -75,8 +85,8 @@ pub fn to_peft(modules: BTreeMap<String, LowRank>, base: &str) -> Result<StoredA
         if (own_alpha - alpha).abs() > 1e-9 * alpha.abs() {
             alphas.insert(key, json!(own_alpha));
         }
-        tensors.insert(format!("{PREFIX}{module}.lora_A.weight"), low.a.contiguous()?);
-        tensors.insert(format!("{PREFIX}{module}.lora_B.weight"), low.b.contiguous()?);
+        tensors.insert(peft::tensor_name(module, "lora_A.weight"), low.a.contiguous()?);
+        tensors.insert(peft::tensor_name(module, "lora_B.weight"), low.b.contiguous()?);
     }
     let config = json!({
         "r": rank, "lora_alpha": alpha, "rank_pattern": ranks, "alpha_pattern": alphas,
@@ -114,19 +124,20 @@ fn inverse(order: Vec<usize>) -> Vec<usize> {
 /// be written.
 pub fn write_gguf(stored: &StoredAdapter, config: &DecoderConfig, path: &Path) -> Result<()> {
     let modules = low_ranks(stored)?;
-    let alpha = modules.values().next().map_or(1.0, |l| l.scaling * l.a.dim(0).unwrap_or(1) as f64);
+    let alphas = modules.values().map(|low| Ok(low.scaling * low.a.dim(0)? as f64)).collect::<Result<Vec<_>>>()?;
+    let alpha = first_set(alphas);
     let mut tensors = Vec::new();
     for (module, low) in &modules {
-        let name = module_to_gguf(config.architecture(), module).ok_or_else(|| {
-            Error::Refused(format!("`{module}` has no name in llama.cpp's `{}` models", config.architecture()))
-        })?;
-        let fold = low.scaling * low.a.dim(0)? as f64 / alpha;
-        let order = row_order(config.architecture(), config.head_counts(), &format!("{name}.weight")).map(inverse);
-        let b = reorder(&low.b, order, module)?;
-        let b = if (fold - 1.0).abs() > 1e-12 { (b * fold)? } else { b };
-        for (t, end) in [(&low.a, "lora_a"), (&b, "lora_b")] {
+        let name = |factor| {
+            LLAMA_CPP.name_of(module, factor, config.architecture()).ok_or_else(|| {
+                Error::Refused(format!("`{module}` has no name in llama.cpp's `{}` models", config.architecture()))
+            })
+        };
+        let order = rows_in_file(config, module).map(inverse);
+        let b = reorder(&folded(low, alpha)?, order, module)?;
+        for (t, name) in [(&low.a, name(Factor::A)?), (&b, name(Factor::B)?)] {
             let t = t.to_dtype(DType::F32)?.contiguous()?;
-            tensors.push((format!("{name}.weight.{end}"), QTensor::quantize(&t, GgmlDType::F32)?));
+            tensors.push((name, QTensor::quantize(&t, GgmlDType::F32)?));
         }
     }
     let text = |s: &str| GgufValue::String(s.to_string());
@@ -173,132 +184,115 @@ pub fn read_gguf(path: &Path, config: &DecoderConfig) -> Result<BTreeMap<String,
         let t = candle_core::quantized::ggml_file::qtensor_from_ggml(dtype, bytes, dims, &Device::Cpu)?;
         Ok(Some(t.dequantize(&Device::Cpu)?))
     };
+    let names: Vec<String> = file.content.tensor_infos.keys().cloned().collect();
     let mut modules = BTreeMap::new();
-    for name in file.content.tensor_infos.keys() {
-        let Some(stem) = name.strip_suffix(".weight.lora_a") else {
-            if name.ends_with(".weight.lora_b") {
-                continue;
-            }
-            return Err(fail(format!("tensor `{name}` is no part of a LoRA")));
-        };
-        let module = module_from_gguf(config.architecture(), stem)
-            .ok_or_else(|| fail(format!("tensor `{name}` belongs to no known module")))?;
-        let (Some(a), Some(b)) = (load(name)?, load(&format!("{stem}.weight.lora_b"))?) else {
-            return Err(fail(format!("`{stem}` lacks lora_b")));
-        };
-        let rank = a.dim(0)?;
-        if rank == 0 || b.dim(1)? != rank {
-            return Err(fail(format!(
-                "`{stem}`: lora_a {:?} and lora_b {:?} have no rank in common",
-                a.dims(),
-                b.dims()
-            )));
-        }
-        let b =
-            reorder(&b, row_order(config.architecture(), config.head_counts(), &format!("{stem}.weight")), &module)?;
-        modules.insert(module, LowRank { a, b, scaling: alpha / rank as f64 });
-    }
-    Ok(modules)
-}
-
-/// Module names with dots as underscores, behind this.
-const KOHYA_PREFIX: &str = "lora_te_";
-
-/// Writes kohya-style keys: `lora_te_<module>.lora_down.weight`, `.lora_up.weight`, `.alpha`.
-///
-/// # Errors
-///
-/// Fails if the adapter is more than low-rank factors, if a module has no kohya-style name, or if the file cannot be written.
-pub fn write_kohya(stored: &StoredAdapter, path: &Path) -> Result<()> {
-    let mut tensors = BTreeMap::new();
-    for (module, low) in low_ranks(stored)? {
-        let name = format!("{KOHYA_PREFIX}{}", module.replace('.', "_"));
-        if from_kohya_name(&name).as_deref() != Some(&module) {
-            return Err(Error::Refused(format!("`{module}` cannot be told apart in kohya's names")));
-        }
-        let alpha = low.scaling * low.a.dim(0)? as f64;
-        tensors.insert(format!("{name}.alpha"), Tensor::new(alpha as f32, &Device::Cpu)?);
-        tensors.insert(format!("{name}.lora_down.weight"), low.a);
-        tensors.insert(format!("{name}.lora_up.weight"), low.b);
-    }
-    let bytes = safetensors_bytes(&tensors)?;
-    lorimer_model::files::write_atomic(path, &bytes)?;
-    Ok(())
-}
-
-/// `lora_te_model_layers_3_self_attn_q_proj` → `model.layers.3.self_attn.q_proj`.
-fn from_kohya_name(name: &str) -> Option<String> {
-    let prefixes = [KOHYA_PREFIX, "lora_te1_", "lora_te2_", "lora_te3_", "lora_unet_", "lora_"];
-    let rest = prefixes.iter().find_map(|p| name.strip_prefix(p))?;
-    if rest == "lm_head" {
-        return Some("lm_head".into());
-    }
-    let rest = rest.strip_prefix("model_").unwrap_or(rest).strip_prefix("layers_")?;
-    let (layer, rest) = rest.split_once('_')?;
-    let layer: usize = layer.parse().ok()?;
-    let (block, role) = match rest.strip_prefix("self_attn_") {
-        Some(role) => ("self_attn", role),
-        None => ("mlp", rest.strip_prefix("mlp_")?),
-    };
-    let known =
-        ["q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj"];
-    known.contains(&role).then(|| format!("model.layers.{layer}.{block}.{role}"))
-}
-
-/// Reads kohya-style keys of a language model.
-///
-/// # Errors
-///
-/// Fails if the file cannot be read, holds a tensor without a kohya-style name, or a module's factors do not belong together.
-pub fn read_kohya(path: &Path) -> Result<BTreeMap<String, LowRank>> {
-    let file = SafetensorsFile::open(path)?;
-    let fail = |problem: String| -> Error { lorimer_model::Error::invalid(path, problem).into() };
-    let names = file.names();
-    let mut modules = BTreeMap::new();
-    for name in &names {
-        let Some(stem) = name.strip_suffix(".lora_down.weight") else {
-            if name.ends_with(".lora_up.weight") || name.ends_with(".alpha") {
-                continue;
-            }
-            return Err(fail(format!(
-                "tensor `{}` has no kohya-style name",
-                name.chars().take(80).collect::<String>()
-            )));
-        };
-        let module =
-            from_kohya_name(stem).ok_or_else(|| fail(format!("`{stem}` is no module of a Llama-family model")))?;
-        let (Some(a), Some(b)) = (file.load(name)?, file.load(&format!("{stem}.lora_up.weight"))?) else {
-            return Err(fail(format!("`{stem}` lacks lora_up")));
-        };
-        if a.dims().len() != 2 || b.dims().len() != 2 || a.dim(0)? == 0 || a.dim(0)? != b.dim(1)? {
-            return Err(fail(format!(
-                "`{stem}`: lora_down {:?} and lora_up {:?} have no rank in common",
-                a.dims(),
-                b.dims()
-            )));
-        }
+    for (module, Factors { a, b, .. }) in LLAMA_CPP.read(&names, config.architecture(), &load, &fail)? {
+        let b = reorder(&b, rows_in_file(config, &module), &module)?;
         let rank = a.dim(0)? as f64;
-        let alpha = match file.load(&format!("{stem}.alpha"))? {
-            Some(t) if t.elem_count() == 1 => t.flatten_all()?.to_dtype(DType::F64)?.get(0)?.to_scalar::<f64>()?,
-            Some(t) => return Err(fail(format!("`{stem}.alpha` should be one number, found {:?}", t.dims()))),
-            None => rank,
-        };
         modules.insert(module, LowRank { a, b, scaling: alpha / rank });
     }
     Ok(modules)
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+/// The first scale that is not zero, which others can be folded to.
+fn first_set(scales: impl IntoIterator<Item = f64>) -> f64 {
+    scales.into_iter().find(|scale| *scale != 0.0).unwrap_or(1.0)
+}
 
-    #[test]
-    fn kohya_names_of_every_projection_go_both_ways() {
-        for role in ["self_attn.q_proj", "self_attn.qkv_proj", "mlp.gate_up_proj", "mlp.gate_proj", "mlp.down_proj"] {
-            let module = format!("model.layers.11.{role}");
-            let name = format!("{KOHYA_PREFIX}{}", module.replace('.', "_"));
-            assert_eq!(from_kohya_name(&name).as_deref(), Some(module.as_str()));
+/// How the file of an architecture orders a module's rows, where that is not the order of the base.
+fn rows_in_file(config: &DecoderConfig, module: &str) -> Option<Vec<usize>> {
+    let name = module_to_gguf(config.architecture(), module)?;
+    row_order(config.architecture(), config.head_counts(), &format!("{name}.weight"))
+}
+
+/// B where the file says `alpha` for a module whose own α is another.
+fn folded(low: &LowRank, alpha: f64) -> Result<Tensor> {
+    let fold = low.scaling * low.a.dim(0)? as f64 / alpha;
+    Ok(if (fold - 1.0).abs() > 1e-12 { (&low.b * fold)? } else { low.b.clone() })
+}
+
+/// Writes the factors of a low-rank adapter into one safetensors file, as kohya's scripts or diffusers name them.
+///
+/// # Errors
+///
+/// Fails if the adapter is more than low-rank factors, if a module has no name in the dialect, or if the file cannot be written.
+pub fn write_safetensors(stored: &StoredAdapter, dialect: &Dialect, path: &Path) -> Result<()> {
+    let mut tensors = BTreeMap::new();
+    for (module, low) in low_ranks(stored)? {
+        let name = |factor| {
+            let none = || Error::Refused(format!("`{module}` has no name in files of {}", dialect.name));
+            dialect.name_of(&module, factor, "").ok_or_else(none)
+        };
+        let rank = low.a.dim(0)? as f64;
+        if dialect.scale == Scale::AlphaTensor {
+            let alpha = low.scaling * rank;
+            tensors.insert(name(Factor::Alpha)?, Tensor::new(alpha as f32, &Device::Cpu)?);
         }
-        assert_eq!(from_kohya_name("lora_te_text_model_encoder_layers_0_self_attn_q_proj"), None);
+        let b = if dialect.scale == Scale::InB { folded(&low, rank)? } else { low.b.clone() };
+        tensors.insert(name(Factor::A)?, dialect.turned(&low.a)?);
+        tensors.insert(name(Factor::B)?, dialect.turned(&b)?);
     }
+    write_atomic(path, &safetensors_bytes(&tensors)?)?;
+    Ok(())
+}
+
+/// Writes a folder for mlx-lm, which has one rank and one scale: smaller ranks are filled up with zeros, other scales are folded into B.
+///
+/// # Errors
+///
+/// Fails if the adapter is more than low-rank factors, or if a file cannot be written.
+pub fn write_mlx(stored: &StoredAdapter, folder: &Path) -> Result<()> {
+    let modules = low_ranks(stored)?;
+    let scale = first_set(modules.values().map(|low| low.scaling));
+    let ranks = modules.values().map(|low| Ok(low.a.dim(0)?)).collect::<Result<Vec<_>>>()?;
+    let rank = ranks.into_iter().max().unwrap_or(0);
+    let mut tensors = BTreeMap::new();
+    for (module, low) in &modules {
+        let own = low.a.dim(0)?;
+        let name = |factor| {
+            let none = || Error::Refused(format!("`{module}` has no name in files of {}", MLX.name));
+            MLX.name_of(module, factor, "").ok_or_else(none)
+        };
+        let a = low.a.pad_with_zeros(0, 0, rank - own)?;
+        let b = folded(low, scale * own as f64)?.pad_with_zeros(1, 0, rank - own)?;
+        tensors.insert(name(Factor::A)?, MLX.turned(&a)?);
+        tensors.insert(name(Factor::B)?, MLX.turned(&b)?);
+    }
+    create_folder(folder)?;
+    write_atomic(&folder.join(mlx::WEIGHTS_FILE), &safetensors_bytes(&tensors)?)?;
+    write_json(&folder.join(CONFIG_FILE), &mlx::config(modules.keys(), rank, scale))?;
+    Ok(())
+}
+
+/// Reads a safetensors file of factors that is no folder of PEFT's: kohya's, mlx-lm's (with the `adapter_config.json` beside it) or
+/// diffusers'.
+///
+/// # Errors
+///
+/// Fails if the file cannot be read, holds a tensor without a name in the dialect of the others, or if a module's factors do not belong
+/// together.
+pub fn read_safetensors(path: &Path) -> Result<BTreeMap<String, LowRank>> {
+    let file = SafetensorsFile::open(path)?;
+    let fail = |problem: String| -> Error { lorimer_model::Error::invalid(path, problem).into() };
+    let names = file.names();
+    let known = |dialect: &&&Dialect| names.iter().any(|name| dialect.split(name).is_some_and(|(_, f)| f == Factor::A));
+    let Some(dialect) = SAFETENSORS.iter().find(known) else {
+        return Err(match names.iter().any(|name| name.starts_with(peft::PREFIX)) {
+            true => fail("is part of a folder of PEFT's; give the folder".into()),
+            false => fail("holds no factors with names of kohya, mlx-lm or diffusers".into()),
+        });
+    };
+    if dialect.name == DIFFUSERS.name
+        && file.metadata.metadata().as_ref().is_some_and(|notes| notes.contains_key(DIFFUSERS_NOTE))
+    {
+        return Err(fail(format!("has settings of its own in `{DIFFUSERS_NOTE}`, which are not read here")));
+    }
+    let scale = if dialect.name == MLX.name { Some(mlx::scale(path)?) } else { None };
+    let factors = dialect.read(&names, "", &|name| Ok(file.load(name)?), &fail)?;
+    let low = |(module, Factors { a, b, alpha })| {
+        let rank = a.dim(0)? as f64;
+        let scaling = scale.unwrap_or_else(|| alpha.unwrap_or(rank) / rank);
+        Ok((module, LowRank { a, b, scaling }))
+    };
+    factors.into_iter().map(low).collect()
 }

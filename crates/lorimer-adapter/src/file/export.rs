@@ -14,8 +14,9 @@ use crate::adapter::Adapter;
 use crate::block::refuse;
 use crate::delta::{Delta, LowRank};
 use crate::error::{Error, Result};
+use crate::file::account::FileAccount;
 use crate::file::convert::to_peft;
-use crate::file::store::PREFIX;
+use crate::file::dialects::peft;
 use crate::file::store::StoredAdapter;
 use crate::step::Step;
 
@@ -104,17 +105,14 @@ pub fn to_lora(
     for (site, base, delta) in &sites {
         let own = adapter.parameters().get(&site.bias_path()).map(|v| v.as_tensor()).or(base.bias.as_ref());
         if let (Some(bias), Some(change)) = (own, delta.bias_change(base)?) {
-            stored.tensors.insert(format!("{PREFIX}{}.base_layer.bias", site.path), (bias + change.detach())?.detach());
+            stored.tensors.insert(peft::parameter_name(&site.bias_path(), true), (bias + change.detach())?.detach());
             biases = true;
         }
     }
     // What an adapter brings whole goes along as it is.
-    for (name, tensor) in adapter.to_stored(base_name)?.tensors {
-        let whole =
-            adapter.parameters().keys().any(|path| name.replace(".base_layer.", ".") == format!("{PREFIX}{path}"));
-        if whole {
-            stored.tensors.entry(name).or_insert(tensor);
-        }
+    let own = adapter.to_stored(base_name)?;
+    for parameter in FileAccount::new(&own, &adapter.method.file_keys()).parameters {
+        stored.tensors.entry(parameter.name).or_insert(parameter.tensor);
     }
     let config = adapter.method.config();
     let bias = if biases { json!("lora_only") } else { json!(adapter.method.bias()) };

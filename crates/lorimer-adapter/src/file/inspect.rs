@@ -3,13 +3,12 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use candle_core::Tensor;
 use lorimer_tensor::linalg::product_singular_values;
 use serde::Serialize;
 
 use crate::error::Result;
+use crate::file::load::account_of;
 use crate::file::store::StoredAdapter;
-use crate::method::Method;
 use crate::part::Part;
 
 /// One adapted module.
@@ -23,7 +22,7 @@ pub struct ModuleReport {
     pub norm: Option<f64>,
     /// Effective rank of ΔW: e to the entropy of its normalised singular values (Roy and Vetterli 2007).
     pub effective_rank: Option<f64>,
-    /// Number of stored values.
+    /// Number of stored values, those of the base's parameters under the adapter included.
     pub parameters: usize,
     /// Figures that only this method has.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
@@ -56,6 +55,15 @@ pub struct Report {
     /// The adapters that it is made of, in the order of its weights.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub experts: Vec<ExpertReport>,
+    /// Parameters in the place of the base's (biases, norms, what PEFT saves under an adapter), by on-disk name, with their numbers of values.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub whole: BTreeMap<String, usize>,
+    /// Tensors of the method that belong to no module, by name, with their numbers of values.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub beside: BTreeMap<String, usize>,
+    /// Tensors that the method does not know.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub unknown: Vec<String>,
 }
 
 /// An adapter that another is made of.
@@ -69,29 +77,22 @@ pub struct ExpertReport {
     pub content_matches: Option<bool>,
 }
 
-/// Tensors by module. A layer on a block is one module, whatever parts it has.
-fn modules_of(stored: &StoredAdapter, method: &dyn Method) -> BTreeMap<String, BTreeMap<String, Tensor>> {
-    let Some(own) = method.blocks().map(|m| format!(".{}", m.module())) else { return stored.modules() };
-    let mut modules: BTreeMap<String, BTreeMap<String, Tensor>> = BTreeMap::new();
-    for (name, tensors) in stored.modules() {
-        let end = name.find(&own).map_or(name.len(), |at| at + own.len());
-        let part = name[end..].trim_start_matches('.');
-        let key = |key: String| if part.is_empty() { key } else { format!("{part}.{key}") };
-        modules.entry(name[..end].to_string()).or_default().extend(tensors.into_iter().map(|(k, t)| (key(k), t)));
-    }
-    modules
-}
-
 /// Looks into an adapter.
 ///
 /// # Errors
 ///
 /// Fails if the configuration is of no known method, or if a module's tensors do not belong together.
 pub fn inspect(stored: &StoredAdapter) -> Result<Report> {
-    let method = crate::methods::from_adapter_config(&stored.config)?;
+    let (method, mut account) = account_of(stored)?;
+    if let Some(own) = method.blocks() {
+        // A layer on a block is a module like any other here.
+        let layers = account.layers(own.module());
+        account.blocks.clear();
+        account.modules.extend(layers);
+    }
     let mut modules = Vec::new();
-    for (name, tensors) in modules_of(stored, method.as_ref()) {
-        let low_rank = method.low_rank(&name, &tensors)?;
+    for (name, tensors) in &account.modules {
+        let low_rank = method.low_rank(name, tensors)?;
         let (mut rank, mut norm, mut effective_rank) = (None, None, None);
         if let Some(low) = &low_rank {
             let values: Vec<f64> =
@@ -102,9 +103,9 @@ pub fn inspect(stored: &StoredAdapter) -> Result<Report> {
             norm = Some(values.iter().map(|s| s * s).sum::<f64>().sqrt());
             effective_rank = Some(if total > 0.0 { entropy.exp() } else { 0.0 });
         }
-        let parameters = tensors.values().map(|t| t.elem_count()).sum();
-        let remarks = method.remarks(&tensors)?.into_iter().collect();
-        modules.push(ModuleReport { name, rank, norm, effective_rank, parameters, remarks });
+        let parameters = account.values_of(name);
+        let remarks = method.remarks(tensors)?.into_iter().collect();
+        modules.push(ModuleReport { name: name.clone(), rank, norm, effective_rank, parameters, remarks });
     }
     let content_id = stored.content_id()?;
     let named = stored.manifest.as_ref().and_then(|manifest| manifest.xlora.as_ref());
@@ -125,5 +126,8 @@ pub fn inspect(stored: &StoredAdapter) -> Result<Report> {
         content_id,
         base: stored.config.get("base_model_name_or_path").and_then(|v| v.as_str()).map(str::to_string),
         modules,
+        whole: account.parameters.iter().map(|p| (p.path.clone(), p.tensor.elem_count())).collect(),
+        beside: account.beside_modules().map(|(name, tensor)| (name, tensor.elem_count())).collect(),
+        unknown: account.unknown,
     })
 }

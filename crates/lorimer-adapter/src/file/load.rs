@@ -1,6 +1,6 @@
 //! From the tensors of a file to an adapter on a model, with an account of each tensor.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use candle_core::Var;
@@ -11,58 +11,40 @@ use crate::adapter::{Adapter, base_parameter, bind, block_sites, equal, replaced
 use crate::block::{BlockDelta, BlockSite};
 use crate::delta::Delta;
 use crate::error::{Error, Result};
-use crate::file::store::{BASE_WEIGHT, PREFIX, StoredAdapter};
+use crate::file::account::{Accounting, BaseNames, FileAccount, WholeParameter};
+use crate::file::dialects::peft;
+use crate::file::store::StoredAdapter;
 use crate::method::{CalibrationStats, Method, ModuleTensors, ParameterSource};
 use crate::settings::check_targets;
 use crate::targets::Matcher;
 
-/// Every tensor of a file, accounted for.
-#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
-pub struct Accounting {
-    /// Tensors that are in use.
-    pub used: Vec<String>,
-    /// Tensors that belong to nothing in the base or the configuration.
-    pub refused: Vec<String>,
-    /// Modules that the configuration names and the file has nothing for.
-    pub missing: Vec<String>,
+/// The method of a stored adapter and what each tensor of its file is.
+///
+/// # Errors
+///
+/// Fails if the configuration is of no known method, or is none that it can be built from.
+pub fn account_of(stored: &StoredAdapter) -> Result<(Box<dyn Method>, FileAccount)> {
+    let method = crate::methods::from_adapter_config(&stored.config)?;
+    let account = FileAccount::new(stored, &method.file_keys());
+    Ok((method, account))
 }
 
-impl Accounting {
-    /// Whether all is in use and nothing missing.
-    pub fn complete(&self) -> bool {
-        self.refused.is_empty() && self.missing.is_empty() && !self.used.is_empty()
-    }
-
-    /// One sentence on what is wrong.
-    pub fn problem(&self) -> Option<String> {
-        let some = |names: &[String]| {
-            let shown: Vec<_> = names.iter().take(2).map(|n| format!("`{n}`")).collect();
-            let more = if names.len() > 2 { format!(" and {} more", names.len() - 2) } else { String::new() };
-            format!("{}{more}", shown.join(", "))
-        };
-        if !self.refused.is_empty() {
-            return Some(format!(
-                "the adapter does not fit the base: {} of its tensors belong to no module there ({})",
-                self.refused.len(),
-                some(&self.refused)
-            ));
-        }
-        if !self.missing.is_empty() {
-            return Some(format!(
-                "the adapter is not whole: {} modules that its configuration names have no tensors ({})",
-                self.missing.len(),
-                some(&self.missing)
-            ));
-        }
-        self.used.is_empty().then(|| "the adapter holds no tensors".to_string())
-    }
+/// Offers a method the tensors of its file that belong to the whole adapter; the names of those that it has no use for.
+pub(crate) fn offer(account: &FileAccount, method: &mut dyn Method) -> Vec<String> {
+    account
+        .shared
+        .iter()
+        .filter(|(name, tensor)| !method.take_shared(name, tensor))
+        .map(|(name, _)| name.clone())
+        .collect()
 }
 
 impl Adapter {
     /// Puts a stored adapter on a model and says what became of each of its tensors. Shapes must fit; whether an
     /// incomplete account is an error is the caller's choice (see [`Self::load_whole`]).
     pub fn load(model: &dyn BaseModel, stored: &StoredAdapter) -> Result<(Self, Accounting)> {
-        let mut method = crate::methods::from_adapter_config(&stored.config)?;
+        let (mut method, mut account) = account_of(stored)?;
+        account.refuse_embedding(stored)?;
         method.take_parts(&stored.parts)?;
         bind(method.as_mut(), model)?;
         let of_parts = !method.parts().is_empty();
@@ -72,76 +54,26 @@ impl Adapter {
             check_targets(&stored.config, &model.shape().model_type, projections.iter().map(|(site, _)| *site))?;
         }
         let matcher = Matcher::new(method.targeting(), projections.iter().map(|(site, _)| *site))?;
-        let sites: HashMap<&str, _> = projections.iter().map(|p| (p.0.path.as_str(), p)).collect();
-        let mut modules: BTreeMap<String, ModuleTensors> = BTreeMap::new();
-        let (mut parameters, mut fixed) = (BTreeMap::new(), BTreeSet::new());
-        let mut accounting = Accounting::default();
-        refuse_embedding(stored)?;
-        let own = model.parameter_names().into_iter();
-        let own: HashSet<String> =
-            own.chain(projections.iter().flat_map(|(site, _)| [site.weight_path(), site.bias_path()])).collect();
-        for (key, tensor) in &stored.tensors {
-            let Some(path) = key.strip_prefix(PREFIX) else {
-                match method.take_shared(key, tensor) {
-                    true => accounting.used.push(key.clone()),
-                    false => accounting.refused.push(key.clone()),
-                }
-                continue;
-            };
-            // PEFT keeps a trained bias of an adapted projection under `base_layer`, and the frozen weight of an adapted head.
-            let frozen = path.ends_with(BASE_WEIGHT);
-            let path = path.replace(".base_layer.", ".");
-            if own.contains(&path)
-                && let Some(base) = base_parameter(model, &path)?
-            {
-                if base.dims() != tensor.dims() {
-                    return Err(Error::Mismatch(format!(
-                        "tensor `{key}` has shape {:?}, the base's has {:?}",
-                        tensor.dims(),
-                        base.dims()
-                    )));
-                }
-                accounting.used.push(key.clone());
-                let tensor = tensor.to_dtype(model.dtype())?;
-                if frozen && equal(&tensor, &base)? {
-                    continue;
-                }
-                if let Some(other) = model.shared_with(&path).filter(|_| frozen)
-                    && !stored.tensors.contains_key(&format!("{PREFIX}{other}"))
-                {
-                    fixed.insert(other.to_string());
-                    parameters.insert(other.to_string(), Var::from_tensor(&tensor)?);
-                }
-                if frozen {
-                    fixed.insert(path.clone());
-                }
-                parameters.insert(path, Var::from_tensor(&tensor)?);
-                continue;
-            }
-            // The longest site path that the key begins with.
-            let known = |p: &&str| sites.contains_key(p) || blocks.iter().any(|block| block.site.path == *p);
-            let site = path.match_indices('.').map(|(i, _)| &path[..i]).rev().find(known);
-            match site {
-                Some(site) => {
-                    let rest = path[site.len() + 1..].to_string();
-                    modules.entry(site.to_string()).or_default().tensors.insert(rest, tensor.clone());
-                }
-                None if method.take_shared(key, tensor) => accounting.used.push(key.clone()),
-                None => accounting.refused.push(key.clone()),
-            }
+        let mut accounting = account.fit(&BaseNames::of(model), &matcher, method.name());
+        if of_parts {
+            // What it puts on projections comes out of its parts.
+            accounting.missing.clear();
         }
+        let (parameters, fixed) = whole_parameters(model, &account.parameters)?;
+        accounting.refuse(offer(&account, method.as_mut()));
         resolve(method.as_mut(), model, &CalibrationStats::new())?;
         let mut deltas: BTreeMap<String, Box<dyn Delta>> = BTreeMap::new();
         let mut work: Vec<_> = projections
             .iter()
-            .map(|&(site, base)| (site, base, modules.remove(&site.path).unwrap_or_default()))
+            .map(|&(site, base)| {
+                let tensors = account.modules.remove(&site.path).unwrap_or_default();
+                (site, base, ModuleTensors { tensors })
+            })
             .collect();
         let (dtype, manifest) = (model.dtype(), stored.manifest.as_ref());
         let load = |(site, base, tensors): &mut (&Site, &Projection, ModuleTensors)| -> Result<_> {
-            let before: Vec<String> = tensors.tensors.keys().cloned().collect();
-            // What the configuration does not name would be left out by others who read the file.
-            if (before.is_empty() && !of_parts) || !matcher.targets(site) {
-                return Ok((before, None));
+            if !(matcher.targets(site) && (of_parts || !tensors.tensors.is_empty())) {
+                return Ok(None);
             }
             let replaced = parameters.get(&site.weight_path()).map(|own| replaced_by(own.as_tensor(), base));
             let own = replaced.as_ref().unwrap_or(base);
@@ -153,26 +85,20 @@ impl Adapter {
             if let Some(frozen) = manifest.and_then(|m| m.frozen.get(&site.path)) {
                 frozen.check(&site.path, delta.as_ref())?;
             }
-            Ok((before, Some((delta, replaced))))
+            Ok(Some((delta, replaced)))
         };
         let loaded = work.par_iter_mut().map(load).collect::<Result<Vec<_>>>()?;
         let mut replaced = BTreeMap::new();
-        for ((site, _, tensors), (before, delta)) in work.iter().zip(loaded) {
+        let mut left = Vec::new();
+        for ((site, _, tensors), delta) in work.iter().zip(loaded) {
+            left.extend(tensors.tensors.keys().map(|key| peft::tensor_name(&site.path, key)));
             if let Some((delta, own)) = delta {
                 deltas.insert(site.path.clone(), delta);
                 replaced.extend(own.map(|own| (site.path.clone(), own)));
-            } else if matcher.targets(site) {
-                accounting.missing.push(site.path.clone());
-            }
-            for key in before {
-                let name = format!("{PREFIX}{}.{key}", site.path);
-                match tensors.tensors.contains_key(&key) {
-                    true => accounting.refused.push(name),
-                    false => accounting.used.push(name),
-                }
             }
         }
-        let blocks = load_blocks(method.as_ref(), blocks, dtype, &mut modules, &mut accounting)?;
+        accounting.refuse(left);
+        let blocks = load_blocks(method.as_ref(), blocks, dtype, &account, &mut accounting)?;
         let order = projections.iter().map(|(s, _)| s.path.clone()).collect();
         let place = router_site(model);
         let router = method.router(&mut ParameterSource::file(&place, dtype, &mut ModuleTensors::default()))?;
@@ -198,35 +124,63 @@ impl Adapter {
     }
 }
 
-/// Layers on blocks out of their modules' tensors, which are accounted for.
+/// The parameters of the base that a file replaces, by on-disk name, and which of them are not trained.
+fn whole_parameters(
+    model: &dyn BaseModel,
+    stored: &[WholeParameter],
+) -> Result<(BTreeMap<String, Var>, BTreeSet<String>)> {
+    let (mut parameters, mut fixed) = (BTreeMap::new(), BTreeSet::new());
+    for WholeParameter { name, path, frozen, tensor } in stored {
+        let Some(base) = base_parameter(model, path)? else { continue };
+        if base.dims() != tensor.dims() {
+            return Err(Error::Mismatch(format!(
+                "tensor `{name}` has shape {:?}, the base's has {:?}",
+                tensor.dims(),
+                base.dims()
+            )));
+        }
+        let tensor = tensor.to_dtype(model.dtype())?;
+        if *frozen && equal(&tensor, &base)? {
+            continue;
+        }
+        // A tied embedding is that weight as well.
+        if let Some(other) = model.shared_with(path).filter(|other| *frozen && stored.iter().all(|p| p.path != **other))
+        {
+            fixed.insert(other.to_string());
+            parameters.insert(other.to_string(), Var::from_tensor(&tensor)?);
+        }
+        if *frozen {
+            fixed.insert(path.clone());
+        }
+        parameters.insert(path.clone(), Var::from_tensor(&tensor)?);
+    }
+    Ok((parameters, fixed))
+}
+
+/// Layers on blocks out of their tensors, which are accounted for.
 fn load_blocks(
     method: &dyn Method,
     blocks: Vec<BlockSite>,
     dtype: candle_core::DType,
-    modules: &mut BTreeMap<String, ModuleTensors>,
+    account: &FileAccount,
     accounting: &mut Accounting,
 ) -> Result<Vec<(BlockSite, Arc<dyn BlockDelta>)>> {
-    let mut found = Vec::new();
-    let Some(own) = method.blocks() else { return Ok(found) };
-    for block in blocks {
-        let mut tensors = modules.remove(&block.site.path).unwrap_or_default();
-        let before: Vec<String> = tensors.tensors.keys().cloned().collect();
-        if before.is_empty() {
-            if own.targets(block.layer) {
-                accounting.missing.push(block.site.path.clone());
-            }
-            continue;
+    let (mut found, mut left) = (Vec::new(), Vec::new());
+    let mut layers = method.blocks().map(|own| account.layers(own.module())).unwrap_or_default();
+    if let Some(own) = method.blocks() {
+        for block in blocks {
+            let Some(tensors) = layers.remove(&block.site.path) else {
+                accounting.missing.extend(own.targets(block.layer).then(|| block.site.path.clone()));
+                continue;
+            };
+            let mut tensors = ModuleTensors { tensors };
+            let delta = own.attach(&block, &mut ParameterSource::file(&block.site, dtype, &mut tensors))?;
+            left.extend(tensors.tensors.keys().map(|key| peft::tensor_name(&block.site.path, key)));
+            found.extend(delta.map(|delta| (block, delta.into())));
         }
-        let delta = own.attach(&block, &mut ParameterSource::file(&block.site, dtype, &mut tensors))?;
-        for key in before {
-            let name = format!("{PREFIX}{}.{key}", block.site.path);
-            match tensors.tensors.contains_key(&key) {
-                true => accounting.refused.push(name),
-                false => accounting.used.push(name),
-            }
-        }
-        found.extend(delta.map(|delta| (block, delta.into())));
     }
+    left.extend(layers.iter().flat_map(|(path, own)| own.keys().map(move |key| peft::tensor_name(path, key))));
+    accounting.refuse(left);
     Ok(found)
 }
 
@@ -251,16 +205,5 @@ fn check_mixture(adapter: &Adapter, stored: &StoredAdapter) -> Result<()> {
             fail(format!("lorimer.json names {} experts, there are {}", then.experts.len(), now.experts.len()))
         }
         _ => Ok(()),
-    }
-}
-
-/// Refuses low-rank changes of the embedding, which has no projection's form.
-pub(crate) fn refuse_embedding(stored: &StoredAdapter) -> Result<()> {
-    match stored.tensors.keys().find(|key| key.contains(".lora_embedding_")) {
-        None => Ok(()),
-        Some(key) => Err(Error::Refused(format!(
-            "`{}`: `{key}` is a low-rank change of the embedding, which is not read here; merge the adapter into its base with PEFT",
-            stored.path.display()
-        ))),
     }
 }

@@ -1,12 +1,14 @@
 //! Adapter files: reading and writing PEFT's folders, looking into them, converting and exporting them.
 
+pub mod account;
 pub mod bytes;
 pub mod card;
 pub mod convert;
+pub mod dialects;
 pub mod export;
 pub mod frozen;
 pub mod inspect;
+pub mod keys;
 pub mod load;
-mod lora_xs;
 pub(crate) mod mixture;
 pub mod store;

@@ -30,12 +30,6 @@ pub const CONFIG_FILE: &str = "adapter_config.json";
 /// What only Lorimer writes; other tools ignore it.
 pub const MANIFEST_FILE: &str = "lorimer.json";
 
-/// What PEFT puts before every module path.
-pub const PREFIX: &str = "base_model.model.";
-
-/// The end of the key under which PEFT saves the frozen weight of a module that has an adapter.
-pub(crate) const BASE_WEIGHT: &str = ".base_layer.weight";
-
 /// A prompt whose log-probabilities were recorded when the adapter was made.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Golden {
@@ -186,7 +180,7 @@ impl StoredAdapter {
             false => None,
         };
         let mut tensors = read_tensors(&open(&folder.join(WEIGHTS_FILE))?)?;
-        crate::file::lora_xs::from_authors(&mut config, &mut tensors);
+        crate::file::dialects::lora_xs::from_authors(&mut config, &mut tensors);
         Ok(Self { path: folder.to_path_buf(), config, tensors, manifest, parts: Vec::new() })
     }
 
@@ -259,27 +253,6 @@ impl StoredAdapter {
             write_json(&folder.join(MANIFEST_FILE), manifest)?;
         }
         Ok(())
-    }
-
-    /// Tensors by module: what stands before and after the last dot that precedes the method's own key.
-    pub fn modules(&self) -> BTreeMap<String, BTreeMap<String, Tensor>> {
-        let mut modules: BTreeMap<String, BTreeMap<String, Tensor>> = BTreeMap::new();
-        for (name, tensor) in &self.tensors {
-            let path = match name.strip_prefix(PREFIX) {
-                Some(path) => path,
-                // What modules share belongs to none of them.
-                None if name.starts_with("base_model.") => continue,
-                None => name,
-            };
-            // What PEFT keeps of the base under an adapter belongs to the adapter's module.
-            let path = path.replace(".base_layer.", ".");
-            let parts: Vec<&str> = path.split('.').collect();
-            // `q_proj.lora_A.weight` and `q_proj.lora_magnitude_vector` both belong to `q_proj`.
-            let own = parts.iter().position(|p| p.starts_with("lora_")).unwrap_or(parts.len().saturating_sub(1));
-            let (module, key) = (parts[..own].join("."), parts[own..].join("."));
-            modules.entry(module).or_default().insert(key, tensor.clone());
-        }
-        modules
     }
 }
 

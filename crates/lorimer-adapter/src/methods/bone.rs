@@ -41,6 +41,7 @@ use super::slices::Slices;
 use crate::delta::{Change, Delta};
 use crate::dropout::{Dropout, check_dropout};
 use crate::error::{Error, Result};
+use crate::file::keys::FileKeys;
 use crate::method::{Bias, Method, ParameterSource};
 use crate::parameter::{Parameter, Role};
 use crate::settings::{PeftKeys, configure, from_peft_json, peft_json};
@@ -225,6 +226,10 @@ impl Method for Bone {
 
     fn config(&self) -> Map<String, Value> {
         peft_json(&self.config.peft_type, &self.config)
+    }
+
+    fn file_keys(&self) -> FileKeys {
+        FileKeys::of_modules(if self.key() == "bone_block" { &["bone_block"] } else { &["miss_block"] })
     }
 
     fn attach(&self, site: &Site, _base: &Projection, source: &mut ParameterSource<'_>) -> Result<Box<dyn Delta>> {

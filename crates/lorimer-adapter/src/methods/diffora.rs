@@ -37,6 +37,7 @@ use crate::adapter::Adapter;
 use crate::attached::Attached;
 use crate::delta::{Change, Delta};
 use crate::error::{Error, Result};
+use crate::file::keys::FileKeys;
 use crate::method::{Bias, Calibration, CalibrationStats, Method, ParameterSource};
 use crate::parameter::{Parameter, Role};
 use crate::settings::{configure, split_off};
@@ -177,6 +178,10 @@ impl Method for Diffora {
         config.targeting.target_modules = Names::List(kept.iter().map(|site| site.path.clone()).collect());
         (config.targeting.exclude_modules, config.targeting.layers_to_transform) = (None, None);
         Ok(())
+    }
+
+    fn file_keys(&self) -> FileKeys {
+        self.lora.file_keys()
     }
 
     fn attach(&self, site: &Site, base: &Projection, source: &mut ParameterSource<'_>) -> Result<Box<dyn Delta>> {

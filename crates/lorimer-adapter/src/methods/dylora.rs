@@ -40,6 +40,7 @@ use super::lora::{FLAGS, Lora, LoraConfig, Start, lora_file};
 use crate::delta::{Change, Delta};
 use crate::dropout::Dropout;
 use crate::error::{Error, Result};
+use crate::file::keys::FileKeys;
 use crate::method::{Bias, Method, ParameterSource};
 use crate::parameter::{Named, Parameter, Role};
 use crate::settings::{configure, split_off};
@@ -183,6 +184,10 @@ impl Method for Dylora {
 
     fn training(&self) -> Training {
         Training { callback: Some(Arc::new(self.sampling.clone())), ..Default::default() }
+    }
+
+    fn file_keys(&self) -> FileKeys {
+        self.lora.file_keys()
     }
 
     fn attach(&self, site: &Site, base: &Projection, source: &mut ParameterSource<'_>) -> Result<Box<dyn Delta>> {

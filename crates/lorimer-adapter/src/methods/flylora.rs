@@ -46,6 +46,7 @@ use super::routing::{Balance, check_choice, check_rate, choose, top_k};
 use crate::delta::{Change, Delta, GatedLowRank, LowRank};
 use crate::dropout::{Dropout, check_dropout};
 use crate::error::{Error, Result};
+use crate::file::keys::FileKeys;
 use crate::method::{Method, ParameterSource};
 use crate::parameter::{Parameter, Role};
 use crate::settings::{PeftKeys, configure, from_peft_json, peft_json};
@@ -212,6 +213,10 @@ impl Method for FlyLora {
 
     fn config(&self) -> Map<String, Value> {
         peft_json("FLYLORA", self)
+    }
+
+    fn file_keys(&self) -> FileKeys {
+        FileKeys::of_modules(&["lora_A.weight", "lora_B.weight", "lora_topk_bias"])
     }
 
     fn attach(&self, site: &Site, _base: &Projection, source: &mut ParameterSource<'_>) -> Result<Box<dyn Delta>> {

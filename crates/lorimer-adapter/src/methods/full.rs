@@ -26,6 +26,7 @@ use serde_json::{Map, Value};
 use super::entry::{Entry, Served};
 use crate::delta::{Change, Delta};
 use crate::error::Result;
+use crate::file::keys::FileKeys;
 use crate::method::{Bias, Method, ParameterSource};
 use crate::parameter::{Parameter, Role};
 use crate::settings::{PeftKeys, configure, from_peft_json, peft_json};
@@ -95,6 +96,10 @@ impl Method for Full {
 
     fn training(&self) -> Training {
         self.training.clone()
+    }
+
+    fn file_keys(&self) -> FileKeys {
+        FileKeys::of_modules(&["full_weight"])
     }
 
     fn attach(&self, site: &Site, base: &Projection, source: &mut ParameterSource<'_>) -> Result<Box<dyn Delta>> {

@@ -40,6 +40,7 @@ use super::entry::{Entry, Served};
 use super::random::kaiming;
 use crate::delta::{Change, Delta};
 use crate::error::{Error, Result};
+use crate::file::keys::FileKeys;
 use crate::method::{Method, ParameterSource};
 use crate::parameter::{Parameter, Role};
 use crate::settings::{PeftKeys, configure, from_peft_json, peft_json};
@@ -145,6 +146,10 @@ impl Method for Hydra {
 
     fn config(&self) -> Map<String, Value> {
         peft_json("HYDRA", &self.config)
+    }
+
+    fn file_keys(&self) -> FileKeys {
+        FileKeys::of_modules(&KEYS)
     }
 
     fn attach(&self, site: &Site, _base: &Projection, source: &mut ParameterSource<'_>) -> Result<Box<dyn Delta>> {

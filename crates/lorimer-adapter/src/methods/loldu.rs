@@ -42,6 +42,7 @@ use super::lora_xs::check_rank;
 use super::random::{normal, uniform};
 use crate::delta::{Change, Delta};
 use crate::error::{Error, Result};
+use crate::file::keys::FileKeys;
 use crate::method::{Method, ParameterSource};
 use crate::parameter::{Parameter, Role};
 use crate::settings::{PeftKeys, configure, from_peft_json, peft_json};
@@ -183,6 +184,10 @@ impl Method for Loldu {
 
     fn config(&self) -> Map<String, Value> {
         peft_json("LOLDU", &self.config)
+    }
+
+    fn file_keys(&self) -> FileKeys {
+        FileKeys::of_modules(&["loldu_z", "loldu_sigma", "loldu_L", "loldu_U", "loldu_D"])
     }
 
     fn attach(&self, site: &Site, base: &Projection, source: &mut ParameterSource<'_>) -> Result<Box<dyn Delta>> {

@@ -33,6 +33,7 @@ use super::entry::{Entry, Served};
 use super::lora_xs::{SmallDelta, check_rank};
 use crate::delta::Delta;
 use crate::error::{Error, Result};
+use crate::file::keys::FileKeys;
 use crate::method::{Calibration, Method, ModuleStats, ParameterSource};
 use crate::settings::{PeftKeys, configure, from_peft_json, peft_json};
 use crate::targets::Targeting;
@@ -129,6 +130,10 @@ impl Method for LoraSb {
             .into_iter()
             .map(|(name, t)| (name.to_string(), t))
             .collect())
+    }
+
+    fn file_keys(&self) -> FileKeys {
+        FileKeys::of_modules(&["lora_R", "lora_A", "lora_B"])
     }
 
     fn attach(&self, site: &Site, _base: &Projection, source: &mut ParameterSource<'_>) -> Result<Box<dyn Delta>> {

@@ -36,6 +36,7 @@ use super::entry::{Entry, Served};
 use super::random::normal;
 use crate::delta::{Change, Delta};
 use crate::error::{Error, Result};
+use crate::file::keys::FileKeys;
 use crate::method::{Method, ParameterSource};
 use crate::parameter::{Parameter, Role};
 use crate::settings::{PeftKeys, configure, from_peft_json, peft_json};
@@ -159,6 +160,10 @@ impl Method for LoraXs {
 
     fn config(&self) -> Map<String, Value> {
         peft_json("LORA_XS", &self.config)
+    }
+
+    fn file_keys(&self) -> FileKeys {
+        FileKeys::of_modules(&["lora_R", "lora_A", "lora_B"])
     }
 
     fn attach(&self, site: &Site, base: &Projection, source: &mut ParameterSource<'_>) -> Result<Box<dyn Delta>> {

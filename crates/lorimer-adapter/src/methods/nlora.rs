@@ -44,6 +44,7 @@ use super::lora_xs::check_rank;
 use super::random::kaiming;
 use crate::delta::{Change, Delta};
 use crate::error::{Error, Result};
+use crate::file::keys::FileKeys;
 use crate::method::{Method, ParameterSource};
 use crate::parameter::{Parameter, Role};
 use crate::settings::{PeftKeys, configure, from_peft_json, peft_json};
@@ -245,6 +246,10 @@ impl Method for Nlora {
             // The registry's line: the pseudo-inverse makes gradients large.
             (Variant::Nlora, Start::Paper) => None,
         }
+    }
+
+    fn file_keys(&self) -> FileKeys {
+        FileKeys::of_modules(&["lora_A", "lora_N", "lora_B"])
     }
 
     fn attach(&self, site: &Site, base: &Projection, source: &mut ParameterSource<'_>) -> Result<Box<dyn Delta>> {

@@ -40,6 +40,7 @@ use super::slices::Slices;
 use crate::delta::{Change, Delta, LowRank};
 use crate::dropout::{Dropout, check_dropout};
 use crate::error::{Error, Result};
+use crate::file::keys::FileKeys;
 use crate::method::{Bias, CalibrationStats, Method, ParameterSource};
 use crate::parameter::{Parameter, Role};
 use crate::settings::{PeftKeys, configure, from_peft_json, peft_json};
@@ -300,6 +301,20 @@ impl Method for RandLora {
             ("base_model.randlora_A".into(), bases.a.unsqueeze(1)?),
             ("base_model.randlora_B".into(), bases.b.clone()),
         ])
+    }
+
+    fn file_keys(&self) -> FileKeys {
+        FileKeys {
+            // PEFT writes the shared bases once more for every module.
+            module: &["randlora_lambda", "randlora_gamma", "randlora_A", "randlora_B"],
+            block: &[],
+            adapter: &[
+                "base_model.randlora_A",
+                "base_model.randlora_B",
+                "base_model.model.randlora_A",
+                "base_model.model.randlora_B",
+            ],
+        }
     }
 
     fn attach(&self, site: &Site, _base: &Projection, source: &mut ParameterSource<'_>) -> Result<Box<dyn Delta>> {

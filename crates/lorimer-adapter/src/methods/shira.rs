@@ -47,6 +47,9 @@ pub use positions::{decode, encode};
 use super::entry::{Entry, Served};
 use crate::delta::{Change, Delta};
 use crate::error::{Error, Result};
+use crate::file::account::FileAccount;
+use crate::file::dialects::peft;
+use crate::file::keys::FileKeys;
 use crate::file::store::StoredAdapter;
 use crate::method::{Calibration, CalibrationStats, Method, ModuleStats, ParameterSource};
 use crate::parameter::{Parameter, Role};
@@ -247,6 +250,67 @@ impl ShiraConfig {
     }
 }
 
+/// Names of a module's tensors: PEFT's, and the compact form's positions.
+const FILE_KEYS: &[&str] = &["shira_weight", "shira_indices", "shira_positions"];
+
+/// A module's tensors in another form.
+fn reform_module(module: &str, own: &BTreeMap<String, Tensor>, form: Form) -> Result<Vec<(&'static str, Tensor)>> {
+    let wrong = |key: &str| {
+        let name = peft::tensor_name(module, key);
+        Error::Mismatch(format!("tensor `{name}` does not hold positions of a weight"))
+    };
+    let [values, indices, positions] = ["shira_weight", "shira_indices", "shira_positions"].map(|key| own.get(key));
+    let cast = |values: &Tensor| values.to_dtype(if form == Form::CompactF16 { DType::F16 } else { DType::F32 });
+    let mut all = Vec::new();
+    match (indices, positions) {
+        (Some(indices), _) if form != Form::Peft => {
+            let (order, sorted, width) = sorted_positions(indices).ok_or_else(|| wrong("shira_indices"))?;
+            let k = order.len();
+            let values = values.filter(|v| v.dims() == [k]).ok_or_else(|| wrong("shira_indices"))?;
+            let values = values.index_select(&Tensor::from_vec(order, k, &Device::Cpu)?, 0)?;
+            let bytes = compact(&sorted, width);
+            let length = bytes.len();
+            all.push(("shira_positions", Tensor::from_vec(bytes, length, &Device::Cpu)?));
+            let values = if form == Form::CompactF16 { values.to_dtype(DType::F16)? } else { values };
+            all.push(("shira_weight", values));
+            return Ok(all);
+        }
+        (Some(indices), _) => all.push(("shira_indices", indices.clone())),
+        (None, Some(positions)) if form != Form::Peft => all.push(("shira_positions", positions.clone())),
+        (None, Some(positions)) => {
+            let bytes = positions.to_vec1::<u8>().map_err(|_| wrong("shira_positions"))?;
+            let (width, flat) = expand(&bytes).ok_or_else(|| wrong("shira_positions"))?;
+            let k = flat.len();
+            let rows = flat.iter().map(|p| (p / width) as i32);
+            let indices: Vec<i32> = rows.chain(flat.iter().map(|p| (p % width) as i32)).collect();
+            all.push(("shira_indices", Tensor::from_vec(indices, (2, k), &Device::Cpu)?));
+        }
+        (None, None) => {}
+    }
+    if let Some(values) = values {
+        all.push(("shira_weight", cast(values)?));
+    }
+    Ok(all)
+}
+
+/// PEFT's indices (2, k) as places in the flat weight: the order that sorts them, the sorted places, and a width that holds all columns. None
+/// where they are no such places.
+fn sorted_positions(indices: &Tensor) -> Option<(Vec<u32>, Vec<u32>, u32)> {
+    let indices = indices.to_dtype(DType::F64).ok()?.to_vec2::<f64>().ok()?;
+    let [rows, columns] = &indices[..] else { return None };
+    let most = |v: &[f64]| v.iter().copied().fold(0.0, f64::max) + 1.0;
+    let (height, width) = (most(rows), most(columns));
+    let sound = rows.iter().chain(columns).all(|v| *v >= 0.0 && v.fract() == 0.0);
+    if !sound || height * width > f64::from(1u32 << 31) {
+        return None;
+    }
+    let flat: Vec<u32> = rows.iter().zip(columns).map(|(r, c)| (r * width + c) as u32).collect();
+    let mut order: Vec<u32> = (0..flat.len() as u32).collect();
+    order.sort_by_key(|&i| flat[i as usize]);
+    let sorted: Vec<u32> = order.iter().map(|&i| flat[i as usize]).collect();
+    (!sorted.windows(2).any(|w| w[0] == w[1])).then_some((order, sorted, width as u32))
+}
+
 /// A sparse adapter's file in another form. No base is needed: a compact file says each module's width.
 pub fn reform(stored: &StoredAdapter, form: Form) -> Result<StoredAdapter> {
     if !(ENTRY.recognises)(&stored.config) {
@@ -259,61 +323,13 @@ pub fn reform(stored: &StoredAdapter, form: Form) -> Result<StoredAdapter> {
             stored.path.display()
         )));
     }
-    let mut tensors = BTreeMap::new();
-    let wrong = |name: &str| Error::Mismatch(format!("tensor `{name}` does not hold positions of a weight"));
-    for (name, t) in &stored.tensors {
-        if let Some(module) = name.strip_suffix(".shira_indices") {
-            if form == Form::Peft {
-                tensors.insert(name.clone(), t.clone());
-                continue;
-            }
-            let indices = t.to_dtype(DType::F64)?.to_vec2::<f64>().map_err(|_| wrong(name))?;
-            let [rows, columns] = &indices[..] else { return Err(wrong(name)) };
-            let most = |v: &[f64]| v.iter().copied().fold(0.0, f64::max) + 1.0;
-            let (height, width) = (most(rows), most(columns));
-            let sound = rows.iter().chain(columns).all(|v| *v >= 0.0 && v.fract() == 0.0);
-            if !sound || height * width > f64::from(1u32 << 31) {
-                return Err(wrong(name));
-            }
-            let flat: Vec<u32> = rows.iter().zip(columns).map(|(r, c)| (r * width + c) as u32).collect();
-            let mut order: Vec<u32> = (0..flat.len() as u32).collect();
-            order.sort_by_key(|&i| flat[i as usize]);
-            let sorted: Vec<u32> = order.iter().map(|&i| flat[i as usize]).collect();
-            if sorted.windows(2).any(|w| w[0] == w[1]) {
-                return Err(wrong(name));
-            }
-            let k = order.len();
-            let values = stored.tensors.get(&format!("{module}.shira_weight")).filter(|v| v.dims() == [k]);
-            let values = values.ok_or_else(|| wrong(name))?;
-            let values = values.index_select(&Tensor::from_vec(order, k, &Device::Cpu)?, 0)?;
-            let bytes = compact(&sorted, width as u32);
-            let length = bytes.len();
-            tensors.insert(format!("{module}.shira_positions"), Tensor::from_vec(bytes, length, &Device::Cpu)?);
-            let values = if form == Form::CompactF16 { values.to_dtype(DType::F16)? } else { values };
-            tensors.insert(format!("{module}.shira_weight"), values);
-        } else if let Some(module) = name.strip_suffix(".shira_positions") {
-            if form != Form::Peft {
-                tensors.insert(name.clone(), t.clone());
-                continue;
-            }
-            let bytes = t.to_vec1::<u8>().map_err(|_| wrong(name))?;
-            let (width, flat) = expand(&bytes).ok_or_else(|| wrong(name))?;
-            let k = flat.len();
-            let rows = flat.iter().map(|p| (p / width) as i32);
-            let indices: Vec<i32> = rows.chain(flat.iter().map(|p| (p % width) as i32)).collect();
-            tensors.insert(format!("{module}.shira_indices"), Tensor::from_vec(indices, (2, k), &Device::Cpu)?);
-        } else if let Some(module) = name.strip_suffix(".shira_weight") {
-            let value = match form {
-                Form::CompactF16 => t.to_dtype(DType::F16)?,
-                _ => t.to_dtype(DType::F32)?,
-            };
-            // Positions may have put their own order there.
-            if form == Form::Peft || !stored.tensors.contains_key(&format!("{module}.shira_indices")) {
-                tensors.insert(name.clone(), value);
-            }
-        } else {
-            tensors.insert(name.clone(), t.clone());
-        }
+    let account = FileAccount::new(stored, &FileKeys::of_modules(FILE_KEYS));
+    account.refuse_unknown("shira")?;
+    let mut tensors = stored.tensors.clone();
+    for (module, own) in &account.modules {
+        own.keys().for_each(|key| drop(tensors.remove(&peft::tensor_name(module, key))));
+        let reformed = reform_module(module, own, form)?.into_iter();
+        tensors.extend(reformed.map(|(key, tensor)| (peft::tensor_name(module, key), tensor)));
     }
     let mut config = stored.config.clone();
     config.insert("form".into(), serde_json::to_value(form).unwrap_or_default());
@@ -438,6 +454,10 @@ impl Method for Shira {
         positions.sort_unstable();
         let k = positions.len();
         Ok(ModuleStats::from([("positions".to_string(), Tensor::from_vec(positions, k, &Device::Cpu)?)]))
+    }
+
+    fn file_keys(&self) -> FileKeys {
+        FileKeys::of_modules(FILE_KEYS)
     }
 
     fn attach(&self, site: &Site, base: &Projection, source: &mut ParameterSource<'_>) -> Result<Box<dyn Delta>> {

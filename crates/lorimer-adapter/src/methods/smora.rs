@@ -47,6 +47,7 @@ use super::routing::{Balance, check_choice, check_rate, choose, top_k};
 use crate::delta::{Change, Delta, GatedLowRank, LowRank};
 use crate::dropout::{Dropout, check_dropout};
 use crate::error::{Error, Result};
+use crate::file::keys::FileKeys;
 use crate::method::{Method, ParameterSource};
 use crate::parameter::{Parameter, Role};
 use crate::settings::{PeftKeys, configure, from_peft_json, peft_json};
@@ -185,6 +186,10 @@ impl Method for Smora {
 
     fn config(&self) -> Map<String, Value> {
         peft_json("SRMOLE", self)
+    }
+
+    fn file_keys(&self) -> FileKeys {
+        FileKeys::of_modules(&["lora_A.weight", "lora_B.weight", "lora_router.weight", "lora_biases"])
     }
 
     fn attach(&self, site: &Site, _base: &Projection, source: &mut ParameterSource<'_>) -> Result<Box<dyn Delta>> {

@@ -52,6 +52,7 @@ use super::random::normal;
 use crate::delta::{Change, Delta};
 use crate::dropout::Dropout;
 use crate::error::{Error, Result};
+use crate::file::keys::FileKeys;
 use crate::method::{Bias, Method, ParameterSource};
 use crate::parameter::{Named, Parameter, Role};
 use crate::settings::{configure, split_off};
@@ -288,6 +289,10 @@ impl Method for Sora {
         }
         config.insert("rank_pattern".into(), Value::Object(ranks));
         config.insert("alpha_pattern".into(), Value::Object(alphas));
+    }
+
+    fn file_keys(&self) -> FileKeys {
+        self.lora.file_keys()
     }
 
     fn attach(&self, site: &Site, base: &Projection, source: &mut ParameterSource<'_>) -> Result<Box<dyn Delta>> {

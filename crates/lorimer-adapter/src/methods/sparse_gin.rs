@@ -48,6 +48,7 @@ use crate::block::{BlockDelta, BlockSite};
 use crate::delta::Delta;
 use crate::dropout::{Dropout, check_dropout};
 use crate::error::{Error, Result};
+use crate::file::keys::FileKeys;
 use crate::method::{BlockMethod, Method, ParameterSource};
 use crate::settings::{PeftKeys, configure, from_peft_json, peft_json};
 use crate::step::Step;
@@ -295,6 +296,10 @@ impl SparseGinConfig {
 }
 
 impl Method for SparseGinConfig {
+    fn file_keys(&self) -> FileKeys {
+        FileKeys { block: &["sparse_gin."], ..FileKeys::default() }
+    }
+
     fn name(&self) -> &'static str {
         "sparse-gin"
     }

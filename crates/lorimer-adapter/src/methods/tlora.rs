@@ -40,6 +40,7 @@ use super::entry::{Entry, Served};
 use super::random::{kaiming, normal};
 use crate::delta::{Change, Delta, NotMergeable};
 use crate::error::{Error, Result};
+use crate::file::keys::FileKeys;
 use crate::method::{Method, ParameterSource};
 use crate::parameter::{Parameter, Role};
 use crate::settings::{PeftKeys, configure, from_peft_json, peft_json};
@@ -188,6 +189,8 @@ pub fn factorise(n: usize, count: usize) -> Vec<usize> {
 const CORES: [&str; 3] = ["tlora_core_0", "tlora_core_1", "tlora_core_2"];
 const RING: [&str; 6] =
     ["tlora_ring_0", "tlora_ring_1", "tlora_ring_2", "tlora_ring_3", "tlora_ring_4", "tlora_ring_5"];
+const FILE_KEYS: [&str; 11] =
+    [CORES[0], CORES[1], CORES[2], RING[0], RING[1], RING[2], RING[3], RING[4], RING[5], "tlora_A", "tlora_B"];
 
 impl Tlora {
     /// The width that T acts on.
@@ -207,6 +210,10 @@ impl Method for Tlora {
 
     fn config(&self) -> Map<String, Value> {
         peft_json("TLORA", &self.config)
+    }
+
+    fn file_keys(&self) -> FileKeys {
+        FileKeys::of_modules(&FILE_KEYS)
     }
 
     fn attach(&self, site: &Site, _base: &Projection, source: &mut ParameterSource<'_>) -> Result<Box<dyn Delta>> {

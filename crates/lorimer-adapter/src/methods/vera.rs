@@ -32,6 +32,7 @@ use super::slices::Slices;
 use crate::delta::{Change, Delta};
 use crate::dropout::{Dropout, check_dropout};
 use crate::error::{Error, Result};
+use crate::file::keys::FileKeys;
 use crate::method::{Bias, CalibrationStats, Method, ParameterSource};
 use crate::parameter::{Parameter, Role};
 use crate::settings::{PeftKeys, configure, from_peft_json, peft_json};
@@ -181,6 +182,14 @@ impl Method for Vera {
     fn shared(&self) -> TensorResult<Vec<(String, Tensor)>> {
         let Some((a, b)) = self.shared.as_ref().filter(|_| self.config.save_projection) else { return Ok(Vec::new()) };
         Ok(vec![("base_model.vera_A".into(), a.clone()), ("base_model.vera_B".into(), b.clone())])
+    }
+
+    fn file_keys(&self) -> FileKeys {
+        FileKeys {
+            module: &["vera_lambda_d", "vera_lambda_b", "vera_A", "vera_B"],
+            block: &[],
+            adapter: &["base_model.vera_A", "base_model.vera_B", "base_model.model.vera_A", "base_model.model.vera_B"],
+        }
     }
 
     fn attach(&self, site: &Site, _base: &Projection, source: &mut ParameterSource<'_>) -> Result<Box<dyn Delta>> {

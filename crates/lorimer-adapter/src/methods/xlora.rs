@@ -55,6 +55,7 @@ use super::entry::{Entry, Served};
 use crate::delta::{Change, Delta, GatedLowRank, LowRank};
 use crate::dropout::check_dropout;
 use crate::error::{Error, Result};
+use crate::file::keys::FileKeys;
 use crate::file::mixture::{HEAD, MAX_DEPTH, is_mixture};
 use crate::method::{CalibrationStats, Method, ParameterSource};
 use crate::parameter::Parameter;
@@ -155,6 +156,10 @@ impl Xlora {
 }
 
 impl Method for Xlora {
+    fn file_keys(&self) -> FileKeys {
+        FileKeys { adapter: &[HEAD], ..FileKeys::default() }
+    }
+
     fn name(&self) -> &'static str {
         "xlora"
     }

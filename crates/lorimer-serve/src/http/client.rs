@@ -5,14 +5,10 @@ use std::sync::Arc;
 
 use axum::extract::Request;
 use axum::http::{HeaderMap, StatusCode, header};
+use subtle::ConstantTimeEq;
 
 use super::app::App;
 use super::error::ApiError;
-
-/// Compares without telling by its time where two keys differ.
-fn same(a: &[u8], b: &[u8]) -> bool {
-    a.len() == b.len() && a.iter().zip(b).fold(0, |difference, (a, b)| difference | (a ^ b)) == 0
-}
 
 fn bearer(headers: &HeaderMap) -> Option<&str> {
     let (kind, token) = headers.get(header::AUTHORIZATION)?.to_str().ok()?.split_once(' ')?;
@@ -66,7 +62,7 @@ pub(super) fn permitted(
         return Ok(None);
     }
     let given = bearer(headers);
-    if let Some(which) = given.and_then(|given| wanted.position(|key| same(given.as_bytes(), key.as_bytes()))) {
+    if let Some(which) = given.and_then(|given| wanted.position(|key| given.as_bytes().ct_eq(key.as_bytes()).into())) {
         return Ok(Some(which));
     }
     let message = format!("this call needs `Authorization: Bearer` with the {what} key");

@@ -5,6 +5,8 @@ use std::sync::Arc;
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use candle_core::{Result as TensorResult, Tensor};
 use lorimer_model::embed::{EmbedOptions, embed_tokens, encode};
 use lorimer_model::{Adaptation, Base, Projection, Site};
@@ -117,27 +119,14 @@ impl EmbeddingsRequest {
         }
         Ok(())
     }
-
-    fn written(&self, vector: &[f32]) -> Value {
-        match self.encoding_format.as_deref() {
-            Some("base64") => base64(&vector.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>()).into(),
-            _ => json!(vector),
-        }
-    }
 }
 
-/// RFC 4648's base64, padded.
-fn base64(bytes: &[u8]) -> String {
-    const LETTERS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    let mut out = String::with_capacity(bytes.len().div_ceil(3) * 4);
-    for chunk in bytes.chunks(3) {
-        let all = chunk.iter().fold(0u32, |all, &b| all << 8 | u32::from(b)) << (8 * (3 - chunk.len()));
-        for i in 0..4 {
-            let letter = LETTERS[(all >> (18 - 6 * i)) as usize & 63] as char;
-            out.push(if i <= chunk.len() { letter } else { '=' });
-        }
+/// A vector in the form that a request asks for.
+fn written(vector: &[f32], format: Option<&str>) -> Value {
+    match format {
+        Some("base64") => STANDARD.encode(vector.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>()).into(),
+        _ => json!(vector),
     }
-    out
 }
 
 /// Adapters as they are hosted, on all rows of a forward.
@@ -208,7 +197,7 @@ pub async fn embeddings(State(app): State<Arc<App>>, Body(fields): Body<Fields>)
             return Err(ApiError::new(StatusCode::UNPROCESSABLE_ENTITY, "not_finite", message));
         }
         request.cut(&mut vector, normalize)?;
-        data.push(json!({ "object": "embedding", "index": index, "embedding": request.written(&vector) }));
+        data.push(json!({ "object": "embedding", "index": index, "embedding": written(&vector, request.encoding_format.as_deref()) }));
     }
     let model = request.model.as_ref().unwrap_or(&app.name);
     let usage = json!({ "prompt_tokens": count, "total_tokens": count });
@@ -219,10 +208,13 @@ pub async fn embeddings(State(app): State<Arc<App>>, Body(fields): Body<Fields>)
 mod tests {
     use super::*;
 
+    /// Little-endian bytes in RFC 4648's base64, padded.
     #[test]
     fn base64_is_rfc_4648s() {
-        for (bytes, text) in [("", ""), ("f", "Zg=="), ("fo", "Zm8="), ("foo", "Zm9v"), ("foobar", "Zm9vYmFy")] {
-            assert_eq!(base64(bytes.as_bytes()), text);
+        let texts = ["", "AACAPw==", "AACAPwAAAMA=", "AAAAAAAAAAAAAAAA"];
+        for (vector, text) in [vec![], vec![1.0], vec![1.0, -2.0], vec![0.0; 3]].iter().zip(texts) {
+            assert_eq!(written(vector, Some("base64")), json!(text));
         }
+        assert_eq!(written(&[1.0, -2.0], None), json!([1.0, -2.0]));
     }
 }

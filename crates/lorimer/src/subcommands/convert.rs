@@ -6,7 +6,10 @@ use std::process::ExitCode;
 use anyhow::{Result, bail};
 use clap::{Args, ValueEnum};
 use lorimer::adapter::file::convert;
+use lorimer::adapter::file::dialects::{DIFFUSERS, KOHYA, mlx};
 use lorimer::adapter::file::export::to_lora;
+use lorimer::adapter::file::load::account_of;
+use lorimer::adapter::file::store::WEIGHTS_FILE;
 use lorimer::adapter::methods::shira::{Form, reform};
 use lorimer::adapter::{Adapter, Manifest, StoredAdapter};
 use lorimer::model::Base;
@@ -32,6 +35,10 @@ enum Target {
     Gguf,
     /// One safetensors file with lora_down, lora_up and alpha
     Kohya,
+    /// Folder for mlx-lm
+    Mlx,
+    /// One safetensors file with the names of a text encoder in diffusers
+    Diffusers,
 }
 
 /// For a converted adapter.
@@ -86,10 +93,10 @@ pub fn write_lora(
     })
 }
 
-/// Convert an adapter between PEFT folders, llama.cpp GGUF adapters and kohya-style files, or any method's to a plain LoRA
+/// Convert an adapter between PEFT folders, llama.cpp GGUF adapters, mlx-lm folders and files of kohya and diffusers, or any method's to a plain LoRA
 #[derive(Args)]
 pub struct Convert {
-    /// PEFT folder, .gguf adapter, or .safetensors file with kohya-style keys
+    /// PEFT folder, .gguf adapter, mlx-lm folder, or .safetensors file with names of kohya or diffusers
     input: PathBuf,
     /// What to write
     #[arg(long, value_enum)]
@@ -97,7 +104,7 @@ pub struct Convert {
     /// With --to lora: the largest rank [default: exact ones as they are, 64 for the others]
     #[arg(long)]
     rank: Option<usize>,
-    /// Where to write: a folder for peft and lora, a file otherwise
+    /// Where to write: a folder for peft, lora, compact and mlx, a file otherwise
     #[arg(long, short)]
     output: PathBuf,
     #[command(flatten)]
@@ -125,14 +132,16 @@ impl Convert {
         let adapter = if extension(&self.input, "gguf") {
             convert::to_peft(convert::read_gguf(&self.input, &self.config(global)?)?, &self.model.model)?
         } else if extension(&self.input, "safetensors") {
-            convert::to_peft(convert::read_kohya(&self.input)?, &self.model.model)?
+            convert::to_peft(convert::read_safetensors(&self.input)?, &self.model.model)?
+        } else if !self.input.join(WEIGHTS_FILE).exists() && self.input.join(mlx::WEIGHTS_FILE).is_file() {
+            convert::to_peft(convert::read_safetensors(&self.input.join(mlx::WEIGHTS_FILE))?, &self.model.model)?
         } else {
             StoredAdapter::read(&self.input)?
         };
         if self.rank.is_some_and(|rank| rank == 0) || (self.rank.is_some() && self.to != Target::Lora) {
             bail!("--rank should be at least 1, and is for --to lora");
         }
-        let modules = adapter.modules().len();
+        let modules = account_of(&adapter)?.1.modules.len();
         match self.to {
             Target::Lora => return self.to_lora(&adapter, global),
             Target::Compact => reform(&adapter, Form::Compact)?.write(&self.output, None)?,
@@ -141,7 +150,9 @@ impl Convert {
                 reform(&adapter, Form::Peft)?.write(&self.output, None)?;
             }
             Target::Gguf => convert::write_gguf(&adapter, &self.config(global)?, &self.output)?,
-            Target::Kohya => convert::write_kohya(&adapter, &self.output)?,
+            Target::Kohya => convert::write_safetensors(&adapter, &KOHYA, &self.output)?,
+            Target::Mlx => convert::write_mlx(&adapter, &self.output)?,
+            Target::Diffusers => convert::write_safetensors(&adapter, &DIFFUSERS, &self.output)?,
             Target::Peft => {
                 let mut adapter = adapter;
                 if adapter.manifest.is_none() {

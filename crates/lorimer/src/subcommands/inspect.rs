@@ -59,6 +59,15 @@ impl Inspect {
                     remarks.concat()
                 );
             }
+            for (title, tensors) in [("whole parameters", &report.whole), ("beside the modules", &report.beside)] {
+                if !tensors.is_empty() {
+                    out += &format!("\n{title:44} {:>12}\n", "values");
+                    tensors.iter().for_each(|(name, values)| out += &format!("{name:44} {values:>12}\n"));
+                }
+            }
+            if !report.unknown.is_empty() {
+                out += &format!("\nnot known to {}: {}\n", report.method, report.unknown.join(", "));
+            }
             out
         })
     }

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use anyhow::{Result, bail};
 use clap::Args;
 use lorimer::adapter::algebra::resize::resize;
+use lorimer::adapter::file::load::account_of;
 use lorimer::adapter::{Manifest, StoredAdapter};
 use serde_json::json;
 
@@ -49,9 +50,10 @@ impl Resize {
             xlora: None,
         });
         cut.write(&self.output, None)?;
-        let json = json!({ "output": self.output, "rank": self.rank, "modules": cut.modules().len() });
+        let modules = account_of(&cut)?.1.modules.len();
+        let json = json!({ "output": self.output, "rank": self.rank, "modules": modules });
         common::print(global, &json, || {
-            format!("wrote {} modules of rank {} to {}", cut.modules().len(), self.rank, self.output.display())
+            format!("wrote {modules} modules of rank {} to {}", self.rank, self.output.display())
         })
     }
 }

@@ -14,6 +14,7 @@ use super::start::Start;
 use crate::delta::{Delta, LowRank};
 use crate::dropout::Dropout;
 use crate::error::{Error, Result};
+use crate::file::keys::FileKeys;
 use crate::method::{Bias, Calibration, CalibrationStats, Method, ParameterSource};
 use crate::row_rate::Allora;
 use crate::targets::Targeting;
@@ -92,6 +93,18 @@ impl Method for Lora {
         match self.eva() {
             Some(eva) if !stats.is_empty() => eva.resolve(&mut self.config, targeted, stats),
             _ => Ok(()),
+        }
+    }
+
+    fn file_keys(&self) -> FileKeys {
+        match self.config.use_dora {
+            true => FileKeys::of_modules(&[
+                "lora_A.weight",
+                "lora_B.weight",
+                "lora_magnitude_vector",
+                "lora_magnitude_vector.weight",
+            ]),
+            false => FileKeys::of_modules(&["lora_A.weight", "lora_B.weight"]),
         }
     }
 

@@ -7,7 +7,7 @@ use lorimer_model::{ModelShape, Site};
 use serde_json::Value;
 
 use crate::error::{Error, Result};
-use crate::file::store::PREFIX;
+use crate::file::dialects::peft::PREFIX;
 use crate::method::Bias;
 use crate::methods::lora::{LoraConfig, Start, is_lora};
 use crate::part::Part;
