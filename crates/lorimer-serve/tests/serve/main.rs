@@ -1,0 +1,10 @@
+//! Serving: the engine against plain generation, its scheduler, the store of adapters.
+
+mod prelude;
+#[path = "../../../../tests/support/tiny.rs"]
+mod tiny;
+
+mod engine;
+mod families;
+mod progress;
+mod store;

@@ -1,0 +1,13 @@
+//! Tests of the whole program: the binary, its server, and what they say.
+
+mod common;
+
+mod cli;
+mod cpu;
+mod dynamics_cli;
+mod encoder;
+mod hub;
+mod methods;
+mod plan;
+mod serving_http;
+mod serving_s3;
