@@ -2,7 +2,7 @@
 
 #[path = "../../../fuzz/checks.rs"]
 mod checks;
-#[path = "common/mod.rs"]
+#[path = "program/common/mod.rs"]
 mod common;
 
 use candle_core::quantized::gguf_file::{Content, Value as Meta, write};

@@ -6,6 +6,7 @@
 //! - `LORIMER_SOAK_REQUESTS=100000 cargo test --release -p lorimer --test soak -- --nocapture`
 //! - `LORIMER_SOAK_MODEL=smollm2-135m LORIMER_SOAK_SECONDS=1800 cargo test --release -p lorimer --test soak -- --nocapture`
 
+#[path = "program/common/mod.rs"]
 mod common;
 
 use std::collections::BTreeMap;

@@ -6,6 +6,7 @@
 //!
 //! `LORIMER_SOAK_MODEL=smollm2-135m LORIMER_SOAK_SECONDS=600 cargo test --release -p lorimer --test soak_hostile -- --nocapture`
 
+#[path = "program/common/mod.rs"]
 mod common;
 
 use std::collections::BTreeMap;

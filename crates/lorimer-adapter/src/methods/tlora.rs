@@ -15,7 +15,7 @@
 //!
 //! Good for: very small adapters that turn the weight rather than add to it. A weight turned by a large rotation, of any form, is met with 0.73 to 0.85 of
 //! the error of the best LoRA of as many parameters (rings of 2 on a 40 × 48 weight); one turned by a small rotation, near the identity, with the
-//! same error (`crates/lorimer/tests/reproductions.rs`).
+//! same error (`crates/lorimer-train/tests/train/reproductions.rs`).
 //!
 //! Step time: T costs a row about `inputs · R_t² · Σ I_d` multiply-adds, three times a step, beside LoRA's two products with W: on
 //! SmolLM2-135M its floor is about 1.5× LoRA's step.

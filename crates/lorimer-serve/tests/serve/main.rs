@@ -1,0 +1,13 @@
+//! Serving: the engine against plain generation, its scheduler, the store of adapters.
+
+mod prelude;
+#[path = "../../../../tests/support/tiny.rs"]
+mod tiny;
+
+mod blocks;
+mod capabilities;
+mod engine;
+mod families;
+mod progress;
+mod shapes;
+mod store;

@@ -1,0 +1,61 @@
+//! The kernels of lesser processors, which `LORIMER_CPU` makes of this one.
+
+use crate::common::{Fixture, lorimer, text};
+
+const LEVELS: [&str; 4] = ["plain", "avx2", "avx512", "vnni"];
+
+fn at(level: &str, arguments: &[&str]) -> std::process::Output {
+    lorimer(arguments).env("LORIMER_CPU", level).output().unwrap()
+}
+
+/// Told in one sentence, with the ways out, before anything is loaded (the model is none), and with an exit code.
+#[test]
+fn int8_needs_vnni_and_says_what_does_not() {
+    for level in &LEVELS[..3] {
+        let out = at(level, &["serve", "--model", "/none", "--dtype", "int8", "--port", "0"]);
+        let said = text(&out.stderr);
+        assert_eq!(out.status.code(), Some(1), "{said}");
+        assert_eq!(said.lines().count(), 1, "{said}");
+        for word in ["AVX-512 VNNI", "--dtype f32", "stored", "bf16", "nf4"] {
+            assert!(said.contains(word), "{word}: {said}");
+        }
+    }
+}
+
+#[test]
+fn a_level_that_is_none_is_refused_by_name() {
+    for level in ["sse9", "", "AVX2"] {
+        let out = at(level, &["methods"]);
+        let said = text(&out.stderr);
+        assert_eq!(out.status.code(), Some(1), "{said}");
+        assert!(
+            said.contains(&format!("LORIMER_CPU `{level}`")) && said.contains("plain, avx2, avx512, vnni"),
+            "{said}"
+        );
+    }
+}
+
+/// Training and evaluation give the same numbers with every set of kernels, within the order of sums in f32.
+#[test]
+fn kernels_of_every_level_agree() {
+    let f = Fixture::new();
+    let mut losses: Vec<(f64, f64)> = Vec::new();
+    for level in LEVELS {
+        let output = f.path(level);
+        let run = |arguments: &[&str]| -> serde_json::Value {
+            let out = at(level, &[arguments, &["--json", "-q"]].concat());
+            assert!(out.status.success(), "{level}: {}", text(&out.stderr));
+            serde_json::from_slice(&out.stdout).unwrap()
+        };
+        run(&f.train(&output, &["--max-steps", "5"]));
+        let loss = |adapter: &str, dtype: &str| {
+            let eval = ["eval", "--model", &f.model, "--data", &f.data, "--adapter", adapter, "--dtype", dtype];
+            let json = run(&eval);
+            json["loss"].as_f64().unwrap_or_else(|| panic!("{json}"))
+        };
+        losses.push((loss(&output, "f32"), loss(&output, "int8")));
+    }
+    for (level, (f32, int8)) in LEVELS.iter().zip(&losses) {
+        assert!((f32 - losses[0].0).abs() < 1e-4 && (int8 - losses[0].1).abs() < 1e-4, "{level}: {losses:?}");
+    }
+}
