@@ -176,7 +176,9 @@ impl Method for Hydra {
     }
 
     fn not_additive(&self) -> Option<&'static str> {
-        Some("its sequential branch works on the projection's output, which another adapter would change")
+        let sequential = self.config.ranks().1 > 0;
+        sequential
+            .then_some("its sequential branch works on the projection's output, which another adapter would change")
     }
 
     fn activations_per_row(&self, _site: &Site) -> usize {

@@ -122,7 +122,11 @@ fn served_as_is_said() {
             return;
         }
         match (served, hosted) {
-            (Served::Batched, Ok(hosted)) => assert_eq!(hosted.conversion.exact, hosted.conversion.modules, "{what}"),
+            (Served::Batched, Ok(hosted)) => {
+                // The saying is of a method's first form; bone's `bat` is another, which is converted.
+                let exact = hosted.conversion.exact == hosted.conversion.modules;
+                assert_eq!(exact, !what.contains("\"bat\""), "{what}");
+            }
             (Served::Converted, Ok(hosted)) => {
                 let full =
                     |(site, _, _): &(&Site, _, _)| hosted.places[&site.path].rank == site.inputs.min(site.outputs);

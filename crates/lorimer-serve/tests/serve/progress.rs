@@ -23,6 +23,8 @@ struct Expected {
     text: u32,
     output: usize,
     generated: usize,
+    /// Pages of a block of its tokens beside a page a layer.
+    pages_per_block: usize,
 }
 
 struct Run {
@@ -70,8 +72,9 @@ impl Run {
     /// Every page is held by as many as the account says.
     fn check(&self, geometry: Geometry, seed: u64) {
         let mut users: HashMap<u32, u32> = HashMap::new();
-        for s in self.under.keys().filter_map(|id| self.batching.sequence(*id)) {
-            assert!(s.blocks.iter().all(|b| b.len() == geometry.layers));
+        for (id, expected) in &self.under {
+            let Some(s) = self.batching.sequence(*id) else { continue };
+            assert!(s.blocks.iter().all(|b| b.len() == geometry.layers + expected.pages_per_block));
             s.blocks.iter().flatten().for_each(|&page| *users.entry(page).or_default() += 1);
         }
         let pages = self.batching.pages();
@@ -137,6 +140,7 @@ fn run(seed: u64, events: u64) -> u64 {
             let text = rng.random_range(0..texts);
             // Keys and values of the same content lie alike.
             let content: String = chosen.iter().map(|(a, _)| a.to_string()).collect();
+            let pages_per_block = geometry.layers * (chosen.len() % 2) + chosen.len() % 3;
             let asked = Asked {
                 prompt: (0..prompt).map(|i| token(text, i)).collect(),
                 whole: rng.random_bool(0.1),
@@ -144,7 +148,7 @@ fn run(seed: u64, events: u64) -> u64 {
                 // An answer may turn out longer than expected.
                 expected: rng.random_bool(0.3).then(|| rng.random_range(0..=max_tokens)),
                 adapters: chosen,
-                pages_per_block: geometry.layers * (content.len() % 2) + content.len() % 3,
+                pages_per_block,
                 content,
                 answered: rng.random_range(0..prompt),
                 tenant: Tenant {
@@ -159,7 +163,7 @@ fn run(seed: u64, events: u64) -> u64 {
                 Ok(()) => {
                     assert!(fits);
                     let output = rng.random_range(1..=max_tokens);
-                    run.under.insert(next, Expected { text, output, generated: 0 });
+                    run.under.insert(next, Expected { text, output, generated: 0, pages_per_block });
                 }
                 Err(refusal) => assert_eq!(refusal == Refusal::TooLarge, !fits, "seed {seed}"),
             }
