@@ -309,7 +309,7 @@ impl Adapter {
         }
         for (block, delta) in &self.blocks {
             for (key, tensor) in delta.stored()? {
-                tensors.insert(peft::tensor_name(&block.site.path, &key), detached(&tensor)?);
+                tensors.insert(peft::tensor_name(&block.site.path, key), detached(&tensor)?);
             }
         }
         let router = self.router.iter().flat_map(|router| router.stored());

@@ -24,13 +24,16 @@ pub enum Served {
 /// Makes a method out of a configuration.
 pub type Build = fn(&Map<String, Value>) -> Result<Box<dyn Method>>;
 
+/// Makes a part of training out of its settings.
+pub type Made<T> = fn(&Map<String, Value>) -> Result<Arc<T>>;
+
 /// A part of training that a method's file brings, to be named apart from the method.
 #[derive(Clone, Copy)]
 pub enum Part {
     /// What `--optimizer` takes.
-    Optimizer(fn(&Map<String, Value>) -> Result<Arc<dyn OptimizerKind>>),
+    Optimizer(Made<dyn OptimizerKind>),
     /// What `--objective` takes.
-    Objective(fn(&Map<String, Value>) -> Result<Arc<dyn ObjectiveKind>>),
+    Objective(Made<dyn ObjectiveKind>),
     /// What runs before the adapter is attached ([`crate::Calibration::Search`]).
     Search(Search),
 }

@@ -178,13 +178,13 @@ fn what_cannot_be_done_is_refused() {
     let says = |problem: String, what: &str| {
         assert!(problem.contains("sparse-gin") && problem.contains(what) && !problem.contains('\n'), "{problem}");
     };
-    says(to_lora(&model, &adapter, None, "tiny").err().expect("refused").to_string(), "written as a LoRA");
-    says(low_ranks(&stored).err().expect("refused").to_string(), "converted");
-    says(Entries::of(&model, &adapter).err().expect("refused").to_string(), "switched");
+    says(to_lora(&model, &adapter, None, "tiny").expect_err("refused").to_string(), "written as a LoRA");
+    says(low_ranks(&stored).expect_err("refused").to_string(), "converted");
+    says(Entries::of(&model, &adapter).expect_err("refused").to_string(), "switched");
     let base = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/goldens/tiny-phi3");
     let out = tempfile::tempdir().unwrap();
     let merged = merge_to_folder(&base, &[(stored.clone(), 1.0)], &out.path().join("m"), LoadDtype::F32, |_| {});
-    says(merged.err().expect("refused").to_string(), "merged");
+    says(merged.expect_err("refused").to_string(), "merged");
     let lora = attach(&model, "lora", r#"{"r": 2}"#);
     says(Attached::weighted(vec![(&adapter, 1.0), (&lora, 1.0)]).err().expect("refused").to_string(), "alone");
     says(Attached::weighted(vec![(&adapter, 0.5)]).err().expect("refused").to_string(), "weight 1");

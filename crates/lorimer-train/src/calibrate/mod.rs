@@ -36,6 +36,7 @@ const CACHE_VERSION: u32 = 1;
 /// Results kept on disk; the oldest go.
 const CACHED: usize = 32;
 
+/// Which projections a method targets, in the order of the model.
 fn targeted<'a>(model: &'a dyn BaseModel, method: &dyn Method) -> Result<Vec<(&'a Site, &'a Projection)>> {
     let projections = model.projections();
     let matcher = Matcher::new(method.targeting(), projections.iter().map(|(site, _)| *site))?;

@@ -111,8 +111,6 @@ impl IncrementalPca {
     }
 }
 
-/// Which projections a method targets, in the model's order.
-
 #[cfg(test)]
 mod tests {
     use rand::{Rng, SeedableRng};

@@ -300,15 +300,13 @@ impl CustomOp2 for EdgeSums {
 mod tests {
     use super::super::Mask;
     use super::*;
+
+    /// A row, the columns of its edges and their sums.
+    type Written = (usize, Vec<usize>, Vec<f64>);
     use crate::check::{gradient_matches, random};
 
     /// The map of a segment, summed over heads: rows of (query row, key rows, sums).
-    fn maps(
-        q: &Tensor,
-        k: &Tensor,
-        segments: &[Segment],
-        form: &AttentionForm,
-    ) -> Result<Vec<(usize, Vec<usize>, Vec<f64>)>> {
+    fn maps(q: &Tensor, k: &Tensor, segments: &[Segment], form: &AttentionForm) -> Result<Vec<Written>> {
         let (width, kv_width) = (q.dim(1)?, k.dim(1)?);
         let (heads, d) = (width / form.head_dim, form.head_dim);
         let (q, k) = (q.to_dtype(DType::F64)?.to_vec2::<f64>()?, k.to_dtype(DType::F64)?.to_vec2::<f64>()?);
