@@ -235,7 +235,9 @@ impl SmoraDelta {
     fn scores(&self, x: &Tensor) -> TensorResult<Tensor> {
         let router = if self.own.train_router { self.router.as_tensor().clone() } else { self.router.detach() };
         let logits = x.matmul(&router.t()?)?;
-        let p = ((logits.neg()?.exp()? + 1.0)?).recip()?;
+        // The logistic function by way of tanh: 1/(1 + e^−z) has a gradient that is no number where e^−z overflows, as at a first token's
+        // large hidden state.
+        let p = (((logits * 0.5)?.tanh()? + 1.0)? * 0.5)?;
         let (rows, blocks) = p.dims2()?;
         match self.own.rank_partition {
             1 => Ok(p),

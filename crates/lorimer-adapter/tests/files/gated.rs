@@ -342,3 +342,20 @@ fn the_bias_evens_out_the_use_of_ranks() {
         assert!(with < 0.3 * without, "{method}: {with} with, {without} without");
     }
 }
+
+/// A score far below or above zero, as a large input gives, has gradients that are numbers.
+#[test]
+fn large_scores_have_gradients() {
+    let (cases, all) = goldens();
+    let case =
+        cases.iter().find(|case| case["method"] == "smora" && case["settings"]["train_router"] != false).unwrap();
+    let case = Case::open(case, &all, DType::F32);
+    let x = (case.all["x"].to_dtype(DType::F32).unwrap() * 1e4).unwrap();
+    let y = case.base.forward(&x).unwrap();
+    let change = case.delta.forward(&case.base, &x, &y, &Step::default()).unwrap();
+    let gradients = change.sum_all().unwrap().backward().unwrap();
+    for (key, var) in case.delta.trainable() {
+        let sum = gradients.get(var.as_tensor()).unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap();
+        assert!(sum.is_finite(), "{key}");
+    }
+}
