@@ -635,10 +635,28 @@ fn log_probabilities(model: &dyn BaseModel, on: &dyn Adaptation, tokens: &[u32])
     all.iter().zip(&tokens[1..]).map(one).collect()
 }
 
+/// Outside of a pass there are no routes, and a projection that would go without them is an error.
+#[test]
+fn no_projection_goes_without_routes() {
+    let model = tiny::model();
+    let adapter = mixture(&model, &experts(&model, 2), &kinds()[0]);
+    let (site, base, _) = adapter.sites(&model)[0];
+    let x = tiny::random(&[3, site.inputs], 1.0, &mut rand_chacha::ChaCha8Rng::seed_from_u64(1));
+    let error = Attached::one(&adapter).project(site, base, &x).unwrap_err().to_string();
+    assert!(error.contains("takes two passes"), "{error}");
+}
+
 /// Mixtures, one of their experts and the bare base in one batch, prompts in parts and beginning alike, through a pool that holds not all of
 /// them: everyone's tokens have the log-probabilities that they have alone, and no page is lost.
 #[test]
 fn served_in_the_batch_is_alone() {
+    // With 96 rows a step, rows of one adapter are computed in several parts.
+    for batch_tokens in [24, 96] {
+        served_in_steps_of(batch_tokens);
+    }
+}
+
+fn served_in_steps_of(batch_tokens: usize) {
     let model = tiny::model_as(DType::F32, LoadDtype::F32);
     let parts = experts(&model, 3);
     let mut adapters: Vec<Adapter> = kinds()
@@ -659,7 +677,7 @@ fn served_in_the_batch_is_alone() {
     assert!(hosted.iter().all(|h| h.conversion.exact == h.conversion.modules));
     let geometry = Geometry::of(model.shape());
     let largest = hosted.iter().map(|h| h.pages(geometry)).max().unwrap();
-    let policy = Policy { batch_tokens: 24, max_running: 9, ..Default::default() };
+    let policy = Policy { batch_tokens, max_running: 9, ..Default::default() };
     let pool_bytes = (3 * largest + geometry.pages_of_tokens(400)) * geometry.page_bytes();
     let mut engine = Engine::new(&model, EngineSettings { pool_bytes, policy, prefix_cache: true }).unwrap();
     let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(2);
