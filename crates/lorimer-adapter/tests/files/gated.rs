@@ -359,3 +359,18 @@ fn large_scores_have_gradients() {
         assert!(sum.is_finite(), "{key}");
     }
 }
+
+/// Evaluation counts nothing: after it, a step moves no bias.
+#[test]
+fn evaluation_moves_no_bias() {
+    let (cases, all) = goldens();
+    for case in &cases {
+        let case = Case::open(case, &all, DType::F64);
+        let bias = || case.delta.buffers()[0].1.as_tensor().copy().unwrap();
+        let (x, before) = (&case.all["x"], bias());
+        let y = case.base.forward(x).unwrap();
+        case.delta.forward(&case.base, x, &y, &Step::default()).unwrap();
+        case.delta.after_step().unwrap();
+        assert_eq!(distance(&bias(), &before), 0.0, "{}", case.name);
+    }
+}
