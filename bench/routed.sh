@@ -23,7 +23,7 @@ measure() {
   shift 2
   out="$folder/$name-on-$task"
   [ -f "$out.json" ] && return
-  "$lorimer" eval --model "$model" --data data/$task.valid.jsonl --limit 100 --rows "$out.jsonl" --json -q "$@" > "$out.new"
+  "$lorimer" eval --model "$model" --data data/$task.valid.jsonl --limit 60 --rows "$out.jsonl" --json -q "$@" > "$out.new"
   mv "$out.new" "$out.json"
 }
 fly="--method flylora --rank 32 --alpha 64 --set top_k=8 --lr 2e-3"
@@ -31,8 +31,8 @@ lora="--rank 32 --alpha 64 --lr 5e-4"
 smora="--method smora --rank 64 --alpha 16 --set activate_r=8 --lr 1e-3"
 for seed in ${@:-0 1 2}; do
   for task in sentiment-movies wordnet-define; do
-    train fly-$task-$seed --data "$folder/$task.jsonl" --max-steps 40 $fly
-    train lora-$task-$seed --data "$folder/$task.jsonl" --max-steps 40 $lora
+    train fly-$task-$seed --data "$folder/$task.jsonl" --max-steps 30 $fly
+    train lora-$task-$seed --data "$folder/$task.jsonl" --max-steps 30 $lora
     for method in fly lora; do
       measure $method-$seed $task --adapter "$folder/$method-$task-$seed"
     done
@@ -42,10 +42,10 @@ for seed in ${@:-0 1 2}; do
       measure $method-average-$seed $task --adapter "$folder/$method-sentiment-movies-$seed=0.5" --adapter "$folder/$method-wordnet-define-$seed=0.5"
     done
   done
-  train smora-1-$seed --data "$folder/mixed.jsonl" --max-steps 80 $smora
-  train smora-8-$seed --data "$folder/mixed.jsonl" --max-steps 80 $smora --set rank_partition=8
-  train smora-fixed-$seed --data "$folder/mixed.jsonl" --max-steps 80 $smora --set train_router=false
-  train lora-mixed-$seed --data "$folder/mixed.jsonl" --max-steps 80 --rank 64 --alpha 128 --lr 5e-4
+  train smora-1-$seed --data "$folder/mixed.jsonl" --max-steps 60 $smora
+  train smora-8-$seed --data "$folder/mixed.jsonl" --max-steps 60 $smora --set rank_partition=8
+  train smora-fixed-$seed --data "$folder/mixed.jsonl" --max-steps 60 $smora --set train_router=false
+  train lora-mixed-$seed --data "$folder/mixed.jsonl" --max-steps 60 --rank 64 --alpha 128 --lr 5e-4
   for method in smora-1 smora-8 smora-fixed lora-mixed; do
     for task in sentiment-movies wordnet-define; do
       measure $method-$seed $task --adapter "$folder/$method-$seed"

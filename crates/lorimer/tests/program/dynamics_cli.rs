@@ -257,3 +257,26 @@ fn eight_bit_moments_leave_embeddings_out() {
     assert_eq!(kind("model.embed_tokens"), candle_core::DType::F32);
     assert_eq!(kind("lm_head"), candle_core::DType::U8);
 }
+
+/// A run moves what a rule moves, by so much a step: each bias of each module by a multiple of the rate, and some of them.
+#[test]
+fn buffers_move_in_a_run() {
+    let f = Fixture::new();
+    for (method, key) in [("flylora", "lora_topk_bias"), ("smora", "lora_biases")] {
+        let out = f.path(method);
+        let settings: &[&str] = match method {
+            "flylora" => &["--set", "top_k=2", "--set", "bias_u=0.25"],
+            _ => &["--set", "activate_r=2", "--set", "bias_update_rate=0.25"],
+        };
+        ok(&f.train(&out, &[&["--method", method, "--rank", "4", "--max-steps", "3"], settings].concat()));
+        let stored = StoredAdapter::read(Path::new(&out)).unwrap();
+        let biases: Vec<f32> = stored
+            .tensors
+            .iter()
+            .filter(|(name, _)| name.ends_with(key))
+            .flat_map(|(_, t)| t.flatten_all().unwrap().to_vec1::<f32>().unwrap())
+            .collect();
+        assert!(biases.iter().any(|b| *b != 0.0), "{method}: no bias moved");
+        assert!(biases.iter().all(|b| (b / 0.25).fract() == 0.0 && b.abs() <= 0.75), "{method}: {biases:?}");
+    }
+}

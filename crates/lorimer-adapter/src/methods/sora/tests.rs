@@ -73,6 +73,8 @@ fn a_lot_closes_gates_step_by_step() {
 
 #[test]
 fn stages_rise_in_equal_parts() {
+    let own = thresholds(settings(vec![0.1]), 9, 0);
+    assert!(!own.decays(Role::Gate) && own.decays(Role::A) && own.decays(Role::B));
     let gates = thresholds(settings(vec![0.1, 0.2, 0.3]), 9, 0);
     assert_eq!((0..9).map(|s| gates.stage(s)).collect::<Vec<_>>(), [0, 0, 0, 1, 1, 1, 2, 2, 2]);
     let ends: Vec<_> = (0..9).map(|s| gates.stage_ended(s)).collect();
