@@ -28,15 +28,30 @@ def interval(values):
     return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
 
 
-seeds = sorted({int(p.name.split("-")[2]) for p in folder.glob("smora-1-*-on-*.json")})
-seeds = [s for s in seeds if (folder / f"lora-mixed-{s}-on-{TASKS[1]}.json").exists()]
-print(f"seeds {seeds}; mean of the two tasks' losses a supervised token")
-names = ["fly", "fly-average", "lora", "lora-average", "smora-1", "smora-8", "smora-fixed", "lora-mixed"]
-for name in names:
-    values = [both(name, s) for s in seeds]
-    print(f"{name:<14}" + "".join(f"{v:8.3f}" for v in values) + f"   mean {sum(values) / len(values):.3f}")
-rise = lambda name, s: both(f"{name}-average", s) - both(name, s)
-print("rise by averaging, FlyLoRA less LoRA:      ", interval([rise("fly", s) - rise("lora", s) for s in seeds]))
-print("SMoRA partition 1 less partition 8:        ", interval([both("smora-1", s) - both("smora-8", s) for s in seeds]))
-print("SMoRA less the router that stays:          ", interval([both("smora-1", s) - both("smora-fixed", s) for s in seeds]))
-print("SMoRA less LoRA of rank 64 on the mixture: ", interval([both("smora-1", s) - both("lora-mixed", s) for s in seeds]))
+def done(names):
+    """Seeds for which all of these were measured on both tasks."""
+    found = {int(p.name.split("-on-")[0].rsplit("-", 1)[1]) for p in folder.glob("*-on-*.json")}
+    return sorted(s for s in found if all((folder / f"{n}-{s}-on-{t}.json").exists() for n in names for t in TASKS))
+
+
+def table(names):
+    seeds = done(names)
+    print(f"seeds {seeds}; mean of the two tasks' losses a supervised token")
+    for name in names if seeds else []:
+        values = [both(name, s) for s in seeds]
+        print(f"{name:<14}" + "".join(f"{v:8.3f}" for v in values) + f"   mean {sum(values) / len(values):.3f}")
+    return seeds
+
+
+def rise(name, seed):
+    return both(f"{name}-average", seed) - both(name, seed)
+
+
+seeds = table(["fly", "fly-average", "lora", "lora-average"])
+if seeds:
+    print("rise by averaging, FlyLoRA less LoRA:      ", interval([rise("fly", s) - rise("lora", s) for s in seeds]))
+seeds = table(["smora-1", "smora-8", "smora-fixed", "lora-mixed"])
+if seeds:
+    print("SMoRA partition 1 less partition 8:        ", interval([both("smora-1", s) - both("smora-8", s) for s in seeds]))
+    print("SMoRA less the router that stays:          ", interval([both("smora-1", s) - both("smora-fixed", s) for s in seeds]))
+    print("SMoRA less LoRA of rank 64 on the mixture: ", interval([both("smora-1", s) - both("lora-mixed", s) for s in seeds]))

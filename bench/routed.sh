@@ -42,6 +42,8 @@ for seed in ${@:-0 1 2}; do
       measure $method-average-$seed $task --adapter "$folder/$method-sentiment-movies-$seed=0.5" --adapter "$folder/$method-wordnet-define-$seed=0.5"
     done
   done
+done
+for seed in ${@:-0 1 2}; do
   train smora-1-$seed --data "$folder/mixed.jsonl" --max-steps 60 $smora
   train smora-8-$seed --data "$folder/mixed.jsonl" --max-steps 60 $smora --set rank_partition=8
   train smora-fixed-$seed --data "$folder/mixed.jsonl" --max-steps 60 $smora --set train_router=false
