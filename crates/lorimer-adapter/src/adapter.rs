@@ -188,9 +188,11 @@ impl Adapter {
             })
         });
         let blocks = self.blocks.iter().flat_map(|(block, delta)| {
-            let trained = delta.trainable().into_iter().map(|(key, var)| (key, var, Role::Core));
-            let all = trained.chain(delta.buffers().into_iter().map(|(key, var)| (key, var, Role::Buffer)));
-            all.map(move |(key, var, role)| Named { name: format!("{}.{key}", block.site.path), var, role })
+            delta.parameters().into_iter().map(move |p| Named {
+                name: format!("{}.{}", block.site.path, p.key),
+                var: p.var,
+                role: p.role,
+            })
         });
         let (trained, buffers): (Vec<_>, Vec<_>) = own.chain(blocks).partition(|p| p.role.is_trained());
         let whole = self.parameters.iter().filter(|(path, _)| !self.fixed.contains(*path));

@@ -5,6 +5,7 @@ use lorimer_model::{BlockScope, LayerShape, ModelShape, Site};
 use lorimer_tensor::{EdgeRule, Ops};
 
 use crate::error::{Error, Result};
+use crate::parameter::Parameter;
 use crate::step::Step;
 
 /// A block of a model, as the place of a layer.
@@ -70,11 +71,11 @@ pub trait BlockDelta: std::fmt::Debug + Send + Sync {
     }
     /// Whether any output changes.
     fn has_effect(&self) -> TensorResult<bool>;
-    /// Trainable parameters, in a fixed order, by their keys in the file.
-    fn trainable(&self) -> Vec<(&'static str, &Var)>;
-    /// Parameters that are not trained but moved by a rule, by their keys in the file.
-    fn buffers(&self) -> Vec<(&'static str, &Var)> {
-        Vec::new()
+    /// Its parameters, in a fixed order.
+    fn parameters(&self) -> Vec<Parameter<'_>>;
+    /// The parameters that gradients move, by their keys in the file.
+    fn trainable(&self) -> Vec<(&'static str, &Var)> {
+        self.parameters().into_iter().filter(|p| p.role.is_trained()).map(|p| (p.key, p.var)).collect()
     }
     /// After the optimiser's step: moves the buffers.
     fn after_step(&self) -> TensorResult<()> {
@@ -82,7 +83,7 @@ pub trait BlockDelta: std::fmt::Debug + Send + Sync {
     }
     /// What the file holds for this module, by key below the module's path.
     fn stored(&self) -> TensorResult<Vec<(&'static str, Tensor)>> {
-        Ok(self.trainable().into_iter().chain(self.buffers()).map(|(key, var)| (key, var.detach())).collect())
+        Ok(self.parameters().into_iter().map(|p| (p.key, p.var.detach())).collect())
     }
 }
 

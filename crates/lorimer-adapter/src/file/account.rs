@@ -171,27 +171,19 @@ impl FileAccount {
         // What the configuration does not name would be left out by others who read the file.
         let targeted: HashSet<&str> =
             base.sites.iter().filter(|site| matcher.targets(site)).map(|site| site.path.as_str()).collect();
-        self.modules.retain(|module, tensors| {
-            let fits = targeted.contains(module.as_str());
-            let names = tensors.keys().map(|key| peft::tensor_name(module, key));
-            if fits {
-                used.extend(names)
-            } else {
-                refused.extend(names)
-            }
-            fits
-        });
         let blocks: HashSet<&str> = base.sites.iter().filter_map(|site| Some(split_block(&site.path)?.0)).collect();
-        self.blocks.retain(|block, tensors| {
-            let fits = blocks.contains(block.as_str());
-            let names = tensors.keys().map(|key| peft::tensor_name(block, key));
-            if fits {
-                used.extend(names)
-            } else {
-                refused.extend(names)
-            }
-            fits
-        });
+        for (of, known) in [(&mut self.modules, targeted), (&mut self.blocks, blocks)] {
+            of.retain(|path, tensors| {
+                let fits = known.contains(path.as_str());
+                let names = tensors.keys().map(|key| peft::tensor_name(path, key));
+                if fits {
+                    used.extend(names)
+                } else {
+                    refused.extend(names)
+                }
+                fits
+            });
+        }
         self.parameters.retain(|p| {
             let fits = base.parameters.contains(&p.path);
             if fits {

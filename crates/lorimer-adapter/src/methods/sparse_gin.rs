@@ -50,6 +50,7 @@ use crate::dropout::{Dropout, check_dropout};
 use crate::error::{Error, Result};
 use crate::file::keys::FileKeys;
 use crate::method::{BlockMethod, Method, ParameterSource};
+use crate::parameter::{Parameter, Role};
 use crate::settings::{PeftKeys, configure, from_peft_json, peft_json};
 use crate::step::Step;
 use crate::targets::{Indices, Names, Targeting};
@@ -500,9 +501,9 @@ impl BlockDelta for SparseGin {
         Ok(crate::delta::largest(&self.scale)? > 0.0 && crate::delta::largest(&self.gain)? > 0.0)
     }
 
-    fn trainable(&self) -> Vec<(&'static str, &Var)> {
+    fn parameters(&self) -> Vec<Parameter<'_>> {
         let linears = self.linears.iter().flat_map(|l| [(l.keys[0], &l.weight), (l.keys[1], &l.bias)]);
         let rest = [("norm.weight", &self.gain), ("act", &self.act), ("eps", &self.eps), ("scale", &self.scale)];
-        linears.chain(rest).collect()
+        linears.chain(rest).map(|(key, var)| Parameter::new(key, var, Role::Core)).collect()
     }
 }

@@ -14,13 +14,14 @@ use lorimer_adapter::file::inspect::inspect;
 use lorimer_adapter::training::AdamWConfig;
 use lorimer_model::weights::LoadDtype;
 use lorimer_model::{AttentionCall, BlockScope, KvCache, Point};
-use lorimer_serve::engine::scheduler::{Policy, Tenant};
-use lorimer_serve::{Engine, EngineSettings, Event, Hosted, Request, Sampling};
+use lorimer_serve::engine::scheduler::Policy;
+use lorimer_serve::{Engine, EngineSettings, Event, Hosted};
 use lorimer_tensor::{Gradients, Ops, Segment, Tape};
 use lorimer_train::run::step::batch_loss;
 use serde_json::json;
 
 use crate::prelude::*;
+use crate::requests::{greedy, logits_of, request};
 use crate::tiny;
 
 const CAUSAL: &str = r#"{"gin_dim": 6, "gin_scale": "0.4:0.6"}"#;
@@ -31,10 +32,6 @@ fn moved(model: &dyn BaseModel, settings: &str) -> Adapter {
     let adapter = attach(model, "sparse-gin", settings);
     move_all(&adapter);
     adapter
-}
-
-fn logits_of(model: &dyn BaseModel, on: &dyn Adaptation, tokens: &[u32]) -> Tensor {
-    model.logits(&model.hidden(&Batch::pack([tokens]), on).unwrap(), on).unwrap()
 }
 
 fn set(adapter: &Adapter, key: &str, value: f64) {
@@ -273,31 +270,6 @@ fn it_is_served_in_the_batch() {
             }
         }
     }
-}
-
-fn request(prompt: Vec<u32>, adapters: Vec<(Arc<Hosted>, f32)>, n: usize) -> Request {
-    Request {
-        prompt,
-        adapters,
-        max_tokens: Some(n),
-        sampling: Sampling::default(),
-        seed: 0,
-        stop: vec![],
-        log_probabilities: None,
-        of_prompt: false,
-        tenant: Tenant::default(),
-        names: vec![],
-    }
-}
-
-/// The likeliest tokens after a prompt, each from a whole forward.
-fn greedy(model: &dyn BaseModel, on: &dyn Adaptation, prompt: &[u32], n: usize) -> Vec<u32> {
-    let mut seen = prompt.to_vec();
-    for _ in 0..n {
-        let last = logits_of(model, on, &seen).get(seen.len() - 1).unwrap();
-        seen.push(last.argmax(0).unwrap().to_scalar::<u32>().unwrap());
-    }
-    seen.split_off(prompt.len())
 }
 
 /// Keys and values of its own before every sequence's (as prefix tuning has them), and where `average` is set attention that looks at no key: the

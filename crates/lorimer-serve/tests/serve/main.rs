@@ -9,5 +9,6 @@ mod capabilities;
 mod engine;
 mod families;
 mod progress;
+mod requests;
 mod shapes;
 mod store;

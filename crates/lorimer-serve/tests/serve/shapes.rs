@@ -11,43 +11,15 @@ use lorimer_adapter::training::{AdamW, AdamWConfig, Optimizer};
 use lorimer_model::KvCache;
 use lorimer_model::base::open_weights;
 use lorimer_model::weights::LoadDtype;
-use lorimer_serve::engine::scheduler::{Policy, Tenant};
-use lorimer_serve::{Engine, EngineSettings, Event, Hosted, Request, Sampling};
+use lorimer_serve::engine::scheduler::Policy;
+use lorimer_serve::{Engine, EngineSettings, Event, Hosted};
 use lorimer_tensor::Gradients;
 use lorimer_train::run::step::{StepOptions, accumulate_gradients, batch_loss};
 use serde_json::{Value, json};
 
 use crate::prelude::*;
+use crate::requests::{greedy, logits_of, request};
 use crate::tiny;
-
-fn logits_of(model: &dyn BaseModel, on: &dyn Adaptation, tokens: &[u32]) -> Tensor {
-    model.logits(&model.hidden(&Batch::pack([tokens]), on).unwrap(), on).unwrap()
-}
-
-fn request(prompt: Vec<u32>, adapters: Vec<(Arc<Hosted>, f32)>, n: usize) -> Request {
-    Request {
-        prompt,
-        adapters,
-        max_tokens: Some(n),
-        sampling: Sampling::default(),
-        seed: 0,
-        stop: vec![],
-        log_probabilities: None,
-        of_prompt: false,
-        tenant: Tenant::default(),
-        names: vec![],
-    }
-}
-
-/// The likeliest tokens after a prompt, each from a whole forward.
-fn greedy(model: &dyn BaseModel, on: &dyn Adaptation, prompt: &[u32], n: usize) -> Vec<u32> {
-    let mut seen = prompt.to_vec();
-    for _ in 0..n {
-        let last = logits_of(model, on, &seen).get(seen.len() - 1).unwrap();
-        seen.push(last.argmax(0).unwrap().to_scalar::<u32>().unwrap());
-    }
-    seen.split_off(prompt.len())
-}
 
 /// A base of three layers that keep different numbers of heads and channels.
 fn shaped_folder() -> tempfile::TempDir {
