@@ -5,25 +5,27 @@
 //! what the engine knows: replacing a name changes what new requests get and touches none that run. A name is only given to an adapter that
 //! was read whole, fits the base and does something.
 
+mod change;
+mod load;
+mod stamp;
+
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Component, Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
-use std::time::{Duration, Instant, SystemTime};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
-use lorimer_adapter::file::store::{CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE};
-use lorimer_adapter::{Adapter, StoredAdapter};
-use lorimer_model::BaseModel;
+use lorimer_adapter::file::store::CONFIG_FILE;
 use lorimer_model::files::check_writable;
-use lorimer_model::text::chat::ChatTemplate;
 use serde::Serialize;
 
+use self::stamp::{FileStamp, Stamp};
 use crate::adapters::hosted::{Conversion, Hosted};
-use crate::adapters::mirror::{FRESH, Mirror};
+use crate::adapters::mirror::Mirror;
 use crate::adapters::names::refuse;
 pub use crate::adapters::names::{Code, MAX_NAME, StoreError, check_name};
 pub use crate::adapters::registry::REGISTRY_FILE;
-use crate::adapters::registry::{self, Registry, Written};
+use crate::adapters::registry::{self, Registry};
 use crate::engine::adapter_account::AdapterAccount;
 
 /// Folders below folders that are looked into.
@@ -91,62 +93,6 @@ pub enum Put {
     Upsert,
     /// Only if it stands for this content.
     Swap(String),
-}
-
-/// How a file is told from another in its place: whatever is written, moved or linked there has another of these.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct FileStamp {
-    length: u64,
-    modified: Option<SystemTime>,
-    /// Device and number of the file, and when it was last changed in whatever way, which nobody can set. Seconds and nanoseconds.
-    own: (u64, u64, i64, i64),
-}
-
-impl FileStamp {
-    fn of(path: &Path) -> Option<Self> {
-        let metadata = std::fs::metadata(path).ok()?;
-        #[cfg(unix)]
-        let own = {
-            use std::os::unix::fs::MetadataExt;
-            (metadata.dev(), metadata.ino(), metadata.ctime(), metadata.ctime_nsec())
-        };
-        #[cfg(not(unix))]
-        let own = (0, 0, 0, 0);
-        Some(Self { length: metadata.len(), modified: metadata.modified().ok(), own })
-    }
-
-    fn changed(&self) -> Option<SystemTime> {
-        if cfg!(unix) {
-            let since = Duration::new(self.own.2.try_into().ok()?, self.own.3.try_into().ok()?);
-            return std::time::UNIX_EPOCH.checked_add(since);
-        }
-        self.modified
-    }
-}
-
-/// The files of an adapter at a time: whether they may have changed since.
-#[derive(Clone, Copy, Debug)]
-struct Stamp {
-    files: [Option<FileStamp>; 3],
-    taken: SystemTime,
-}
-
-impl Stamp {
-    /// Coarsest unit in which file systems tell times.
-    const UNIT: Duration = Duration::from_secs(2);
-
-    fn of(folder: &Path) -> Option<Self> {
-        let taken = SystemTime::now();
-        let files = [WEIGHTS_FILE, CONFIG_FILE, MANIFEST_FILE].map(|name| FileStamp::of(&folder.join(name)));
-        (files[0].is_some() && files[1].is_some()).then_some(Self { files, taken })
-    }
-
-    /// Whether the files are those of `now`. Where they were changed just before this stamp was taken, they may have been changed again within
-    /// the same unit of time, and only their content tells.
-    fn surely(&self, now: &Self) -> bool {
-        let settled = |file: &FileStamp| file.changed().is_some_and(|changed| changed + Self::UNIT < self.taken);
-        self.files == now.files && self.files.iter().flatten().all(settled)
-    }
 }
 
 /// What a name stands for.
@@ -278,102 +224,6 @@ impl Store {
         self.version.load(Ordering::Acquire)
     }
 
-    /// Takes up a registry: what it gives and takes away, and what the one before gave and it does not.
-    fn adopt(&self, inner: &mut Inner, registry: Registry) {
-        let before = inner.own.over(&inner.registry);
-        inner.registry = registry;
-        self.apply(inner, &before);
-    }
-
-    fn apply(&self, inner: &mut Inner, before: &Registry) {
-        self.version.fetch_add(1, Ordering::AcqRel);
-        let now = inner.own.over(&inner.registry);
-        for name in before.names.keys().chain(&now.removed).filter(|name| !now.names.contains_key(*name)) {
-            inner.names.remove(name);
-        }
-        for (name, path) in now.names {
-            if inner.names.get(&name).is_none_or(|named| named.path != path) {
-                inner.names.insert(name, Named { path, read: None });
-            }
-        }
-    }
-
-    /// Takes up what other servers of the same adapters changed.
-    fn catch_up(&self) {
-        // A change of this server's own is newer than what is read beside it.
-        let _alone = match self.changing.try_lock() {
-            Err(TryLockError::WouldBlock) => return,
-            Err(TryLockError::Poisoned(alone)) => alone.into_inner(),
-            Ok(alone) => alone,
-        };
-        if let Some(mirror) = &self.mirror {
-            let Some((registry, listing)) = mirror.news() else { return };
-            let mut inner = self.lock();
-            if let Some(registry) = registry {
-                self.adopt(&mut inner, registry);
-            }
-            self.add(&mut inner, listing.into_iter().flatten().map(PathBuf::from).collect());
-            return;
-        }
-        let now = {
-            let mut looked = self.looked.lock().unwrap_or_else(PoisonError::into_inner);
-            if looked.0.elapsed() < FRESH {
-                return;
-            }
-            let before =
-                std::mem::replace(&mut *looked, (Instant::now(), FileStamp::of(&self.root.join(REGISTRY_FILE))));
-            looked.1.filter(|now| Some(*now) != before.1)
-        };
-        if now.is_some() {
-            match registry::read(&self.root) {
-                Ok(registry) => self.adopt(&mut self.lock(), registry),
-                Err(problem) => tracing::warn!("names that another server gave are not taken up: {problem}"),
-            }
-        }
-    }
-
-    /// Changes names: `decide` on what is kept at that moment and may be called again, `then` once it is kept, or cannot be.
-    fn change(
-        &self,
-        decide: impl Fn(&Inner, &mut Registry) -> Result<(), StoreError>,
-        then: impl FnOnce(&mut Inner),
-    ) -> Result<(), StoreError> {
-        let _alone = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
-        let merged = |registry: &mut Registry| {
-            let mut inner = self.lock();
-            self.adopt(&mut inner, registry.clone());
-            // What could not be kept before is kept now.
-            *registry = inner.own.over(registry);
-            decide(&inner, registry)
-        };
-        let (registry, written) = match &self.mirror {
-            Some(mirror) => mirror.change(merged)?,
-            None => registry::change(&self.root, merged)?,
-        };
-        self.looked.lock().unwrap_or_else(PoisonError::into_inner).1 = FileStamp::of(&self.root.join(REGISTRY_FILE));
-        let mut inner = self.lock();
-        let before = inner.own.over(&inner.registry);
-        inner.registry = registry;
-        match written {
-            Written::Kept => (inner.own, inner.not_kept) = (Registry::default(), None),
-            Written::NotKept(problem) => {
-                let mut all = inner.own.over(&inner.registry);
-                decide(&inner, &mut all)?;
-                inner.own = all.beyond(&inner.registry);
-                let problem = self.without_root(&problem);
-                if inner.not_kept.as_ref() != Some(&problem) {
-                    tracing::warn!(
-                        "names that are given to adapters will be forgotten when the server ends: {problem}"
-                    );
-                    inner.not_kept = Some(problem);
-                }
-            }
-        }
-        self.apply(&mut inner, &before);
-        then(&mut inner);
-        Ok(())
-    }
-
     /// Why names that are given or taken away are forgotten when the server ends, if they are.
     pub fn not_kept(&self) -> Option<String> {
         self.lock().not_kept.clone()
@@ -443,268 +293,14 @@ impl Store {
         }
     }
 
-    /// The adapter of a name, read if it is not in memory or its files have changed.
-    ///
-    /// # Errors
-    ///
-    /// Fails if the name is not valid or stands for nothing, if its folder leaves the root, if the adapter is damaged, does not fit the
-    /// base or exceeds a bound, or if an object store does not answer.
-    pub fn get(&self, model: &(dyn BaseModel + Sync), name: &str) -> Result<Arc<Hosted>, StoreError> {
-        check_name(name)?;
-        self.catch_up();
-        let unknown = |shown: &str| format!("there is no adapter `{shown}`; GET /v1/models lists what there is");
-        let find = || self.lock().names.get(name).cloned();
-        let named = match find() {
-            Some(named) => named,
-            None => {
-                // A folder that came after the last look.
-                let own = Path::new(name);
-                let removed = {
-                    let inner = self.lock();
-                    inner.own.over(&inner.registry).removed.contains(name)
-                };
-                let found = match removed {
-                    true => None,
-                    false => match self.locate(own, false) {
-                        // That a store does not answer is not that it has nothing.
-                        Err(error) if matches!(error.code, Code::StoreFailed | Code::LimitExceeded) => {
-                            return Err(error);
-                        }
-                        found => found.ok(),
-                    },
-                };
-                if !found.is_some_and(|(below, folder)| below == own && folder.join(CONFIG_FILE).is_file()) {
-                    return refuse(Code::AdapterNotFound, unknown(name));
-                }
-                let named = Named { path: own.to_path_buf(), read: None };
-                self.lock().names.insert(name.to_string(), named.clone());
-                named
-            }
-        };
-        let one_at_a_time = self.lock().loading.entry(name.to_string()).or_default().clone();
-        let guard = one_at_a_time.lock().unwrap_or_else(PoisonError::into_inner);
-        let located = self.locate(&named.path, false);
-        if let Err(error) = &located {
-            let mut inner = self.lock();
-            // Where it is gone, a name that was given stays, and says so.
-            if error.code == Code::AdapterNotFound && !inner.own.over(&inner.registry).names.contains_key(name) {
-                inner.names.remove(name);
-            }
-            inner.loading.remove(name);
-        }
-        let (_, folder) = located?;
-        let stamp = Stamp::of(&folder);
-        let read = find().and_then(|n| n.read);
-        if let (Some((then, content)), Some(now)) = (read, stamp)
-            && then.surely(&now)
-        {
-            let mut inner = self.lock();
-            inner.account.touch(&content);
-            if let Some(hosted) = inner.hosted.get(&content).cloned() {
-                inner.loading.remove(name);
-                return Ok(hosted);
-            }
-        }
-        let loaded = self.aside(|| self.load(model, &folder));
-        let mut inner = self.lock();
-        drop(guard);
-        inner.loading.remove(name);
-        let hosted = loaded?;
-        let hosted = self.keep(&mut inner, hosted);
-        if let (Some(entry), Some(stamp)) = (inner.names.get_mut(name).filter(|e| e.path == named.path), stamp) {
-            entry.read = Some((stamp, hosted.content_id.as_str().into()));
-        }
-        Ok(hosted)
-    }
-
-    /// The adapter of a name if it is in memory and its files have not changed.
-    pub fn cached(&self, name: &str) -> Option<Arc<Hosted>> {
-        self.catch_up();
-        let (path, (then, content)) = {
-            let inner = self.lock();
-            let named = inner.names.get(name)?;
-            let folder = match &self.mirror {
-                Some(mirror) => mirror.current(&named.path)?,
-                None => self.root.join(&named.path),
-            };
-            (folder, named.read.clone()?)
-        };
-        if !then.surely(&Stamp::of(&path)?) {
-            return None;
-        }
-        let mut inner = self.lock();
-        let hosted = inner.hosted.get(&content).cloned()?;
-        inner.account.touch(&content);
-        Some(hosted)
-    }
-
-    /// The adapter of a name that comes from an object store, if it is in memory, whether or not it is what the store has now.
-    pub fn held(&self, name: &str) -> Option<Arc<Hosted>> {
-        self.mirror.as_ref()?;
-        let mut inner = self.lock();
-        let (_, content) = inner.names.get(name)?.read.clone()?;
-        let hosted = inner.hosted.get(&content).cloned()?;
-        inner.account.touch(&content);
-        Some(hosted)
-    }
-
     /// Runs something on the threads that read adapters, apart from those that compute.
     pub fn aside<T: Send>(&self, f: impl FnOnce() -> T + Send) -> T {
         self.loaders.install(f)
     }
 
-    /// Reads an adapter folder into its served form.
-    fn load(&self, model: &(dyn BaseModel + Sync), folder: &Path) -> Result<Arc<Hosted>, StoreError> {
-        let invalid = |e: String| StoreError { code: Code::AdapterInvalid, message: self.without_root(&e) };
-        // Links inside the folder may not lead out either.
-        let names = [WEIGHTS_FILE, CONFIG_FILE, MANIFEST_FILE, "xlora_config.json", "xlora_classifier.safetensors"];
-        for file in names.map(|name| folder.join(name)) {
-            if file.exists() && !file.canonicalize().is_ok_and(|real| real.starts_with(&self.root)) {
-                let name = file.file_name().unwrap_or_default().to_string_lossy();
-                return refuse(
-                    Code::PathRefused,
-                    format!("`{name}` of the adapter is a link out of the folder of adapters"),
-                );
-            }
-        }
-        let stored = StoredAdapter::read_changing(folder, self.settings.max_file_bytes, &self.root)
-            .map_err(|e| invalid(e.to_string()))?;
-        let content = stored.content_id().map_err(|e| invalid(e.to_string()))?;
-        let template = self.template(&stored).map_err(|e| invalid(e.to_string()))?;
-        let golden = stored.manifest.as_ref().map(|m| m.golden.clone()).unwrap_or_default();
-        let there = self.lock().hosted.get(content.as_str()).cloned();
-        if let Some(there) =
-            there.filter(|there| there.golden == golden && source(&there.template) == source(&template))
-        {
-            return Ok(there);
-        }
-        let adapter = Adapter::load_whole(model, &stored).map_err(|e| invalid(e.to_string()))?;
-        let hosted = Hosted::new(model, &adapter, content, Some(self.settings.conversion_rank));
-        let hosted = Hosted { template, golden, ..hosted.map_err(|e| invalid(e.to_string()))? };
-        if hosted.rank > self.settings.max_rank {
-            let message = format!("the adapter has rank {}, at most {} is served", hosted.rank, self.settings.max_rank);
-            return refuse(Code::LimitExceeded, message);
-        }
-        if hosted.bytes() > self.settings.host_bytes {
-            let message = format!(
-                "the adapter takes {} bytes, all of them together may take {}",
-                hosted.bytes(),
-                self.settings.host_bytes
-            );
-            return refuse(Code::LimitExceeded, message);
-        }
-        Ok(Arc::new(hosted))
-    }
-
-    /// The adapter's own chat template, where it has one that is not the base's.
-    fn template(&self, stored: &StoredAdapter) -> lorimer_model::Result<Option<ChatTemplate>> {
-        let own = stored.manifest.as_ref().and_then(|m| m.chat_template.as_ref());
-        let Some((own, chat)) = own.zip(self.settings.chat.as_ref()) else { return Ok(None) };
-        if chat.template.as_ref() == Some(own) {
-            return Ok(None);
-        }
-        ChatTemplate::new(own, &chat.bos, &chat.eos).map(Some)
-    }
-
     /// A message without the paths of this machine.
     fn without_root(&self, message: &str) -> String {
         message.replace(&format!("{}/", self.root.display()), "")
-    }
-
-    /// Keeps an adapter in host memory; others give way.
-    fn keep(&self, inner: &mut Inner, hosted: Arc<Hosted>) -> Arc<Hosted> {
-        let content: Arc<str> = hosted.content_id.as_str().into();
-        if let Some(there) = inner.hosted.get_mut(&content) {
-            // Template and golden prompts are no part of the content: what was read last counts.
-            if there.golden != hosted.golden || source(&there.template) != source(&hosted.template) {
-                *there = hosted;
-            }
-            return there.clone();
-        }
-        let units = hosted.bytes().div_ceil(UNIT);
-        while inner.account.pages() + units > self.settings.host_bytes / UNIT {
-            let Some((gone, _)) = inner.account.evict() else { break };
-            inner.hosted.remove(&gone);
-        }
-        inner.account.insert(content.clone(), units);
-        inner.hosted.insert(content, hosted.clone());
-        hosted
-    }
-
-    /// Gives a name to the adapter in a folder below the root, once that was read and found good. Gives its content.
-    ///
-    /// # Errors
-    ///
-    /// Fails if the name is not valid or `how` does not allow it, if the path leaves the root, if the adapter is damaged, does not fit the
-    /// base or exceeds a bound, or if the registry cannot be written.
-    pub fn put(
-        &self,
-        model: &(dyn BaseModel + Sync),
-        name: &str,
-        path: &Path,
-        how: &Put,
-    ) -> Result<Arc<Hosted>, StoreError> {
-        check_name(name)?;
-        self.catch_up();
-        self.allowed(&self.lock(), name, how)?;
-        let (path, folder) = self.locate(path, true)?;
-        let stamp = Stamp::of(&folder);
-        let hosted = self.aside(|| self.load(model, &folder))?;
-        let mut given = None;
-        let decide = |inner: &Inner, registry: &mut Registry| {
-            // Again, since others may have come before.
-            self.allowed(inner, name, how)?;
-            registry.give(name, &path);
-            Ok(())
-        };
-        self.change(decide, |inner| {
-            let hosted = self.keep(inner, hosted);
-            let read = stamp.map(|stamp| (stamp, hosted.content_id.as_str().into()));
-            inner.names.insert(name.to_string(), Named { path: path.clone(), read });
-            given = Some(hosted);
-        })?;
-        given.ok_or_else(|| StoreError { code: Code::StoreFailed, message: format!("`{name}` was not given") })
-    }
-
-    fn allowed(&self, inner: &Inner, name: &str, how: &Put) -> Result<(), StoreError> {
-        let there = inner.names.get(name);
-        match how {
-            Put::Create if there.is_some() => refuse(
-                Code::AdapterExists,
-                format!("there is an adapter `{name}` already; ask to replace it if that is meant"),
-            ),
-            Put::Swap(expected) => match there.map(|n| n.read.as_ref().map(|(_, content)| content.as_ref())) {
-                None => refuse(Code::AdapterNotFound, format!("there is no adapter `{name}` to be replaced")),
-                Some(now) if now != Some(expected.as_str()) => refuse(
-                    Code::ContentChanged,
-                    format!("`{name}` is {}, not {expected}", now.unwrap_or("an adapter that was not read yet")),
-                ),
-                Some(_) => Ok(()),
-            },
-            _ if there.is_none() && inner.names.len() >= self.settings.max_names => {
-                refuse(Code::LimitExceeded, format!("there are {} names already", inner.names.len()))
-            }
-            _ => Ok(()),
-        }
-    }
-
-    /// Takes a name away. Its files stay, and requests that run go on.
-    ///
-    /// # Errors
-    ///
-    /// Fails if the name is not valid or stands for nothing, or if the registry cannot be written.
-    pub fn remove(&self, name: &str) -> Result<(), StoreError> {
-        check_name(name)?;
-        self.catch_up();
-        let folder = self.mirror.is_some() || self.root.join(name).join(CONFIG_FILE).is_file();
-        let decide = |inner: &Inner, registry: &mut Registry| {
-            if !inner.names.contains_key(name) {
-                return refuse(Code::AdapterNotFound, format!("there is no adapter `{name}`"));
-            }
-            registry.take(name, folder);
-            Ok(())
-        };
-        self.change(decide, |inner| _ = inner.names.remove(name))
     }
 
     /// What there is, by name.
@@ -738,9 +334,4 @@ impl Store {
         let inner = self.lock();
         (inner.account.pages() * UNIT, inner.hosted.len())
     }
-}
-
-/// The text of a template.
-fn source(template: &Option<ChatTemplate>) -> Option<&str> {
-    template.as_ref().map(|t| t.source())
 }

@@ -1,20 +1,19 @@
 //! What a chat or a completion asks for: every field is honoured, asks for nothing by its value, or is refused by name.
 
+mod ask;
+mod inert;
+
 use std::sync::Arc;
 
 use serde::Serialize;
 use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
+use self::inert::finish;
 use super::app::App;
-use super::client::client;
 use super::error::ApiError;
-use super::fields::{Field, Fields, Texts, unknown, wrong};
+use super::fields::{Field, Fields, Texts, wrong};
 use crate::adapters::hosted::Hosted;
-use crate::engine::Request;
-use crate::engine::scheduler::Tenant;
-use crate::generation::sampling::Sampling;
-use crate::generation::stream::TextOptions;
 
 /// Most choices of one request.
 pub const MAX_CHOICES: usize = 16;
@@ -272,97 +271,6 @@ impl Prompt {
     }
 }
 
-/// Fields of other servers that this one takes where their value asks for nothing (JSON; `*` is any), and what to do instead.
-const INERT: &[(&str, &[&str], &str)] = &[
-    ("echo", &["false"], "ask /v1/completions"),
-    ("best_of", &["1"], "ask /v1/completions"),
-    ("use_beam_search", &["false"], "beams are not searched"),
-    ("length_penalty", &["1"], "beams are not searched"),
-    ("early_stopping", &["false"], "beams are not searched"),
-    ("spaces_between_special_tokens", &["true"], "leave it out"),
-    ("prompt_logprobs", &[], "ask /v1/completions with `echo` and `logprobs`"),
-    ("return_token_ids", &["false"], "ask for `logprobs` with `return_tokens_as_token_ids`"),
-    ("bad_words", &["[]"], "ban tokens with `logit_bias`"),
-    ("priority", &["0"], "requests are served by tenant; see `user`"),
-    ("response_format", &[r#"{"type": "text"}"#], FORM),
-    ("structured_outputs", &[], FORM),
-    ("guided_json", &[], FORM),
-    ("guided_regex", &[], FORM),
-    ("guided_choice", &[], FORM),
-    ("guided_grammar", &[], FORM),
-    ("grammar", &["\"\""], FORM),
-    ("json_schema", &[], FORM),
-    ("suffix", &["\"\""], "text is not filled in between"),
-    ("store", &["false"], "answers are not stored"),
-    ("metadata", &["{}"], "answers are not stored"),
-    ("service_tier", &["\"auto\"", "\"default\""], "there is one tier"),
-    ("modalities", &[r#"["text"]"#], "answers are text"),
-    ("audio", &[], "answers are text"),
-    ("prediction", &[], "answers are not predicted"),
-    ("functions", &["[]"], "give `tools`"),
-    ("function_call", &["\"none\"", "\"auto\""], "give `tools`"),
-    ("parallel_tool_calls", &["true"], "calls of tools are not restricted; answers come as the model writes them"),
-    ("reasoning_effort", &[], "hand it to a template that knows it, in `chat_template_kwargs`"),
-    ("verbosity", &["\"medium\""], "say in a message how long the answer should be"),
-    ("web_search_options", &[], "nothing is searched"),
-    ("prompt_cache_key", &["*"], ""),
-    ("prompt_cache_retention", &["\"in_memory\"", "\"in-memory\""], "prompts are kept while there is room"),
-    ("chat_template", &[], "templates come with the base or the adapter"),
-    ("mm_processor_kwargs", &["{}"], "the model reads text"),
-    ("n_predict", &[], "give `max_tokens`"),
-    ("repeat_penalty", &["1"], "give `repetition_penalty`, which counts prompt and answer"),
-    ("repeat_last_n", &["*"], ""),
-    ("typical_p", &["1"], SAMPLERS),
-    ("tfs_z", &["1"], SAMPLERS),
-    ("mirostat", &["0"], SAMPLERS),
-    ("mirostat_tau", &["*"], ""),
-    ("mirostat_eta", &["*"], ""),
-    ("xtc_probability", &["0"], SAMPLERS),
-    ("xtc_threshold", &["*"], ""),
-    ("dry_multiplier", &["0"], SAMPLERS),
-    ("dry_base", &["*"], ""),
-    ("dry_allowed_length", &["*"], ""),
-    ("dry_penalty_last_n", &["*"], ""),
-    ("dry_sequence_breakers", &["*"], ""),
-    ("dynatemp_range", &["0"], SAMPLERS),
-    ("dynatemp_exponent", &["*"], ""),
-    ("samplers", &[], SAMPLERS),
-    ("n_keep", &["0"], "prompts are not shortened unasked; see `truncate_prompt_tokens`"),
-    ("n_probs", &["0"], "give `logprobs`"),
-    ("min_keep", &["0"], SAMPLERS),
-    ("cache_prompt", &["true"], "start the server with --no-prefix-cache"),
-    ("id_slot", &["-1"], "there are no slots"),
-    ("timings_per_token", &["false"], "see /metrics"),
-    ("return_progress", &["false"], "see /metrics"),
-    ("post_sampling_probs", &["false"], "log-probabilities are those before sampling"),
-];
-const FORM: &str = "answers are not held to a form";
-const SAMPLERS: &str = "see docs/serving.md for how tokens can be drawn";
-
-/// Whether two JSON values say the same, 1 and 1.0 being one number.
-fn alike(a: &Value, b: &Value) -> bool {
-    match (a.as_f64(), b.as_f64()) {
-        (Some(a), Some(b)) => a == b,
-        _ => a == b,
-    }
-}
-
-/// Refuses what is left of a body, except where it asks for nothing.
-fn finish(body: &Fields) -> Result<(), ApiError> {
-    for (name, value) in body.rest() {
-        let Some((_, inert, instead)) = INERT.iter().find(|(known, ..)| *known == name) else {
-            return Err(unknown(&name));
-        };
-        let nothing =
-            |text: &&str| *text == "*" || serde_json::from_str(text).is_ok_and(|inert: Value| alike(&inert, value));
-        if !inert.iter().any(nothing) {
-            let taken = if inert.is_empty() { String::new() } else { format!(" except as {}", inert.join(" or ")) };
-            return Err(ApiError::field(&name, format!("`{name}` is not supported{taken}: {instead}")));
-        }
-    }
-    Ok(())
-}
-
 /// Refuses more log-probabilities than are told.
 fn few(name: &str, n: Option<usize>) -> Result<(), ApiError> {
     match n {
@@ -451,188 +359,4 @@ pub struct Wanted {
     pub ranked: bool,
     /// Answers that are computed for each prompt.
     pub each: usize,
-}
-
-impl Common {
-    /// Refuses what can be refused before anything is computed. `least` is the smallest number of tokens that may be asked for.
-    fn check(&self, least: usize) -> Result<(), ApiError> {
-        let asked = [("max_completion_tokens", self.max_completion_tokens), ("max_tokens", self.max_tokens)];
-        for (name, asked) in asked {
-            if asked.is_some_and(|n| n < least) {
-                return Err(ApiError::field(name, format!("`{name}` should be at least {least}")));
-            }
-        }
-        if self.max_tokens().zip(self.min_tokens).is_some_and(|(most, least)| least > most) {
-            return Err(ApiError::field("min_tokens", "`min_tokens` should be at most `max_tokens`"));
-        }
-        if !(1..=MAX_CHOICES).contains(&self.n.unwrap_or(1)) {
-            return Err(ApiError::field("n", format!("`n` should be from 1 to {MAX_CHOICES}")));
-        }
-        let (most, longest) = MAX_STOPS;
-        let stops = self.stop.as_ref().map_or(&[][..], Texts::all);
-        if stops.len() > most || stops.iter().any(|s| s.is_empty() || s.len() > longest) {
-            let message = format!("`stop` should be at most {most} texts of 1 to {longest} bytes");
-            return Err(ApiError::field("stop", message));
-        }
-        if self.stop_token_ids.as_ref().is_some_and(|ids| ids.len() > MAX_BIASES) {
-            let message = format!("`stop_token_ids` should be at most {MAX_BIASES} tokens");
-            return Err(ApiError::field("stop_token_ids", message));
-        }
-        if self.stream_options.is_some() && self.stream != Some(true) {
-            return Err(ApiError::field("stream_options", "`stream_options` is taken only where `stream` is true"));
-        }
-        if self.truncate_prompt_tokens.is_some_and(|n| n < -1 || n == 0) {
-            let message = "`truncate_prompt_tokens` should be at least 1, or -1 for as many as the model takes";
-            return Err(ApiError::field("truncate_prompt_tokens", message));
-        }
-        if self.adapter.as_ref().zip(self.adapter_id.as_ref()).is_some_and(|(a, b)| a != b) {
-            return Err(ApiError::field("adapter", "`adapter` and `adapter_id` mean the same; give one"));
-        }
-        if self.lora.as_ref().is_some_and(|all| all.len() > MAX_ADAPTERS) {
-            return Err(ApiError::field("lora", format!("at most {MAX_ADAPTERS} adapters are put together")));
-        }
-        Ok(())
-    }
-
-    /// Most tokens of an answer, where there is a bound.
-    fn max_tokens(&self) -> Option<usize> {
-        self.max_completion_tokens.or(self.max_tokens)
-    }
-
-    /// Names of the adapters asked for, with their weights: by `lora`, `adapter_id`, `model` = `base:adapter`, or `model` = adapter.
-    pub fn adapters(&self, app: &App) -> Result<Vec<(String, f32)>, ApiError> {
-        let model = self.model.as_deref().unwrap_or_default();
-        let base = model.is_empty() || app.is_base(model);
-        if model != app.name && base && app.store.as_ref().is_some_and(|store| store.contains(model)) {
-            let own = &app.name;
-            let message = format!(
-                "`{model}` stands for the base and for an adapter; ask for the base as `{own}`, for the adapter with `adapter_id` or as `{own}:{model}`"
-            );
-            return Err(ApiError::field("model", message));
-        }
-        let own = match base {
-            true => None,
-            false => Some(match model.split_once(':') {
-                Some((base, name)) if app.is_base(base) => name.trim_start_matches(':').to_string(),
-                _ => model.to_string(),
-            }),
-        };
-        let mut named: Vec<(String, f32)> = Vec::new();
-        for w in self.lora.iter().flatten() {
-            named.push((w.id.clone(), w.scale));
-        }
-        named.extend(self.adapter_id.as_ref().or(self.adapter.as_ref()).map(|name| (name.clone(), 1.0)));
-        // `model` may say the same again, as some clients do.
-        named.extend(own.filter(|own| !named.iter().any(|(name, _)| name == own)).map(|name| (name, 1.0)));
-        Ok(named)
-    }
-
-    fn sampling(&self, app: &App, ends: &[u32]) -> Result<Sampling, ApiError> {
-        let top_k = match self.top_k.unwrap_or(0) {
-            // Where -1 stands for all.
-            -1 => 0,
-            k => usize::try_from(k).map_err(|_| ApiError::field("top_k", "`top_k` should be 0 or more, or -1"))?,
-        };
-        let sampling = Sampling {
-            temperature: self.temperature.unwrap_or(1.0),
-            top_k,
-            top_p: self.top_p.unwrap_or(1.0),
-            min_p: self.min_p.unwrap_or(0.0),
-            repetition_penalty: self.repetition_penalty.unwrap_or(1.0),
-            frequency_penalty: self.frequency_penalty.unwrap_or(0.0),
-            presence_penalty: self.presence_penalty.unwrap_or(0.0),
-            logit_bias: self.biases(app)?,
-            allowed: self.allowed(app)?,
-            min_tokens: self.min_tokens.unwrap_or(0),
-            ends: ends.to_vec(),
-        };
-        // It speaks as the command line does: `--top-p 2 should be …`.
-        let named = |problem: String| {
-            let (flag, rest) = problem.split_once(' ').unwrap_or((&problem, ""));
-            let name = flag.trim_start_matches('-').replace('-', "_");
-            ApiError::field(&name, format!("`{name}` {rest}"))
-        };
-        sampling.check().map(|()| sampling).map_err(named)
-    }
-
-    fn biases(&self, app: &App) -> Result<Vec<(u32, f32)>, ApiError> {
-        let given = self.logit_bias.iter().flatten();
-        if given.clone().count() > MAX_BIASES {
-            return Err(ApiError::field("logit_bias", format!("`logit_bias` should be at most {MAX_BIASES} tokens")));
-        }
-        let of = |(token, bias): (&String, &Value)| {
-            let at = format!("logit_bias.{}", token.chars().take(20).collect::<String>());
-            let id = token.parse().map_err(|_| ApiError::field("logit_bias", format!("`{at}`: no token's number")))?;
-            app.in_vocabulary("logit_bias", &[id])?;
-            Ok((id, f32::read(bias.clone(), &at)?))
-        };
-        // A bias of null is none.
-        given.filter(|(_, bias)| !bias.is_null()).map(of).collect()
-    }
-
-    fn allowed(&self, app: &App) -> Result<Option<Vec<u32>>, ApiError> {
-        let Some(allowed) = &self.allowed_token_ids else { return Ok(None) };
-        if allowed.is_empty() {
-            return Err(ApiError::field("allowed_token_ids", "`allowed_token_ids` should hold at least one token"));
-        }
-        app.in_vocabulary("allowed_token_ids", allowed)?;
-        Ok(Some(allowed.clone()))
-    }
-
-    /// How the answer's tokens become text.
-    pub fn text(&self) -> TextOptions {
-        TextOptions {
-            stop: self.stop.as_ref().map_or(&[][..], Texts::all).to_vec(),
-            keep_stop: self.include_stop_str_in_output.unwrap_or(false),
-            special: !self.skip_special_tokens.unwrap_or(true),
-            min_tokens: self.min_tokens.unwrap_or(0),
-        }
-    }
-
-    /// Shortens a prompt as asked.
-    pub fn truncate(&self, prompt: &mut Vec<u32>, longest: usize) {
-        let keep = match self.truncate_prompt_tokens {
-            None => return,
-            // Room for the answer is left too.
-            Some(-1) => longest.saturating_sub(self.max_tokens().unwrap_or(1).max(1)),
-            Some(n) => usize::try_from(n).unwrap_or(usize::MAX),
-        };
-        prompt.drain(..prompt.len().saturating_sub(keep.max(1)));
-    }
-
-    /// The engine's requests, so many for each prompt.
-    pub fn requests(
-        &self,
-        app: &App,
-        prompts: Vec<Vec<u32>>,
-        adapters: &Adapters,
-        wanted: Wanted,
-    ) -> Result<Vec<Request>, ApiError> {
-        let mut stop = if self.ignore_eos == Some(true) { Vec::new() } else { app.base.text.eos_ids.clone() };
-        let more = self.stop_token_ids.as_deref().unwrap_or_default();
-        app.in_vocabulary("stop_token_ids", more)?;
-        stop.extend(more);
-        let sampling = self.sampling(app, &stop)?;
-        let seed = self.seed.map_or_else(|| app.random(), |seed| seed as u64);
-        let user = self.user.as_ref().or(self.safety_identifier.as_ref()).map_or("", String::as_str);
-        let tenant = Tenant { client: client(), user: user.chars().take(100).collect::<String>().into() };
-        let mut requests = Vec::new();
-        for prompt in prompts {
-            for i in 0..wanted.each {
-                requests.push(Request {
-                    prompt: prompt.clone(),
-                    adapters: adapters.0.clone(),
-                    max_tokens: self.max_tokens(),
-                    sampling: sampling.clone(),
-                    seed: seed.wrapping_add(i as u64),
-                    stop: stop.clone(),
-                    of_prompt: wanted.of_prompt,
-                    log_probabilities: wanted.log_probabilities.or(wanted.ranked.then_some(0)),
-                    tenant: tenant.clone(),
-                    names: adapters.1.clone(),
-                });
-            }
-        }
-        Ok(requests)
-    }
 }

@@ -5,6 +5,11 @@ use minijinja::{Error, ErrorKind};
 /// Widest field of a format, in digits of its width.
 const MAX_WIDTH_DIGITS: usize = 4;
 
+/// Deepest nesting of a value that is assigned, printed or written as JSON.
+pub(super) const MAX_DEPTH: usize = 200;
+/// Longest indentation of `tojson`, in bytes.
+pub(super) const MAX_INDENT: usize = 64;
+
 /// An error of an operation, with a message.
 pub(super) fn refuse(message: impl Into<String>) -> Error {
     Error::new(ErrorKind::InvalidOperation, message.into())

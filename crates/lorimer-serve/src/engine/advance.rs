@@ -1,0 +1,243 @@
+//! A step of the engine: what runs, its forward, the tokens drawn, and what is done where it fails.
+
+use candle_core::DType;
+use rand_chacha::ChaCha8Rng;
+use rayon::prelude::*;
+
+use super::batched::{Batched, Rows, Used};
+use super::batching::Batching;
+use super::pool::Pages;
+use super::{Engine, Event, Failure, InFlight, Token, caught, log_probabilities};
+use crate::error::{Error, Result};
+use crate::generation::generate::FinishReason;
+
+/// Rows whose logits are needed: each one's request, and the place of the token that comes after it.
+type Needs = Vec<(u64, usize)>;
+
+/// A row of logits: of which request, and the place of the token that comes after it.
+struct Row<'a> {
+    id: u64,
+    next: usize,
+    logits: &'a [f32],
+}
+
+/// Refuses logits that are no numbers, and says with which adapters.
+fn finite(in_flight: &InFlight, logits: &[f32]) -> std::result::Result<(), Failure> {
+    if logits.iter().all(|l| l.is_finite()) {
+        return Ok(());
+    }
+    let request = &in_flight.request;
+    let with: Vec<String> = request
+        .adapters
+        .iter()
+        .enumerate()
+        .map(|(i, (a, weight))| format!("`{}` at weight {weight}", request.names.get(i).unwrap_or(&a.content_id)))
+        .collect();
+    Err(Failure::NotFinite(match with.is_empty() {
+        true => "the logits of the base are not finite numbers".into(),
+        false => format!("the logits with {} are not finite numbers; give smaller weights", with.join(" and ")),
+    }))
+}
+
+/// The next token of a request after its prompt and answer, and the random numbers' state after it.
+fn next_token(
+    in_flight: &InFlight,
+    history: (&[u32], &[u32]),
+    logits: &[f32],
+) -> std::result::Result<(Token, ChaCha8Rng), Failure> {
+    let request = &in_flight.request;
+    finite(in_flight, logits)?;
+    let mut rng = in_flight.rng.clone();
+    let token = request.sampling.draw(logits, history, &mut rng);
+    let reported = request.log_probabilities.map(|n| log_probabilities(logits, token, n));
+    let (log_probability, top) = reported.map_or((None, Vec::new()), |(own, top)| (Some(own), top));
+    Ok((Token { token, log_probability, top }, rng))
+}
+
+impl Engine<'_> {
+    pub(super) fn try_step(&mut self, now: f64) {
+        self.take_one_again();
+        let step = self.batching.step(now);
+        for (content, pages) in step.loads {
+            let mut adapters = self.in_flight.values().flat_map(|u| &u.request.adapters);
+            if let Some((hosted, _)) = adapters.find(|(a, _)| *a.content_id == *content) {
+                self.numbers.write(&pages, &hosted.numbers);
+            }
+        }
+        for (id, refusal) in step.refused {
+            self.in_flight.remove(&id);
+            self.events.push(Event::Refused(id, refusal));
+        }
+        for id in step.failed {
+            let text = "there was no room for it in the pool, though it was let in";
+            self.fail(id, Failure::Defect(text.into()));
+        }
+        if !step.work.is_empty() {
+            self.compute(&step.work);
+        }
+    }
+
+    pub(super) fn fail(&mut self, id: u64, failure: Failure) {
+        self.in_flight.remove(&id);
+        self.batching.remove(id);
+        self.events.push(Event::Failed(id, failure));
+    }
+
+    /// A new account of requests and pages. Nothing that it has of them is used but the prompts.
+    pub(super) fn rebuild(&mut self, problem: &str) {
+        tracing::error!("the engine's account failed and is made anew; requests under way go on: {problem}");
+        let pages = Pages::new(self.batching.pages().count() as u32);
+        let new = Batching::new(self.settings.policy.clone(), self.geometry, pages, self.settings.prefix_cache);
+        let mut prompts = std::mem::replace(&mut self.batching, new).into_prompts();
+        prompts.extend(self.again.drain(..));
+        prompts.retain(|(id, _)| self.in_flight.contains_key(id));
+        prompts.sort_unstable_by_key(|(id, _)| *id);
+        self.again = prompts.into();
+    }
+
+    /// Takes in the next of the requests that are to go on after a failure, once those before it have had a step.
+    fn take_one_again(&mut self) {
+        let Some((id, prompt)) = self.again.pop_front() else { return };
+        let Some(in_flight) = self.in_flight.get(&id) else { return };
+        let (asked, arrived) = (self.asked(in_flight, prompt), in_flight.arrived);
+        self.at = Some(id);
+        self.batching.restore(id, asked, arrived);
+    }
+
+    /// Computes the rows of some requests together and draws their next tokens; where that fails, in two parts.
+    fn compute(&mut self, work: &[(u64, usize)]) {
+        let problem = match caught(|| self.forward(work)) {
+            Ok(Ok((needs, logits))) => {
+                for &(id, count) in work {
+                    self.at = Some(id);
+                    self.batching.advance(id, count);
+                }
+                let width = (logits.len() / needs.len().max(1)).max(1);
+                let rows = needs.into_iter().zip(logits.chunks(width));
+                let rows: Vec<Row<'_>> = rows.map(|((id, next), logits)| Row { id, next, logits }).collect();
+                self.report(work, &rows);
+                return self.draw(&rows);
+            }
+            Ok(Err(error)) => error.to_string(),
+            Err(panic) => panic,
+        };
+        match work {
+            [] => {}
+            [(id, _)] => self.fail(*id, Failure::Defect(problem)),
+            _ => {
+                let (one, other) = work.split_at(work.len() / 2);
+                self.compute(one);
+                self.compute(other);
+            }
+        }
+    }
+
+    /// Computes the rows of some requests together: the logits that are needed, one row after the other, and for each its request and the
+    /// place of the token that comes after it.
+    fn forward(&mut self, work: &[(u64, usize)]) -> Result<(Needs, Vec<f32>)> {
+        let Self { in_flight, batching, numbers, geometry, model, .. } = self;
+        let (mut rows, mut tokens, mut needed, mut needs) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        for &(id, count) in work {
+            let Some((s, u)) = batching.sequence(id).zip(in_flight.get(&id)) else { continue };
+            let used = u.request.adapters.iter().filter_map(|(hosted, weight)| {
+                Some(Used { hosted, pages: batching.adapter(&hosted.content_id)?, weight: *weight })
+            });
+            let adapters: Vec<Used<'_>> = used.collect();
+            if adapters.len() != u.request.adapters.len() {
+                return Err(Error::Pool("an adapter of a running request is not in the pool".into()));
+            }
+            rows.push(Rows { count, position: s.computed, blocks: &s.blocks, adapters });
+            for next in s.computed + 1..=s.computed + count {
+                let reported = u.request.of_prompt && (u.reported.max(1)..s.prompt).contains(&next);
+                if reported || next == s.tokens.len() {
+                    needed.push((tokens.len() + next - 1 - s.computed) as u32);
+                    needs.push((id, next));
+                }
+            }
+            tokens.extend_from_slice(&s.tokens[s.computed..s.computed + count]);
+        }
+        let batch = Batched::new(numbers.all(), *geometry, rows, &needed);
+        // Inside the pool, so that each parallel part begins without waking a thread to carry it there.
+        let logits = rayon::scope(|_| batch.logits(*model, &tokens, &needed))?;
+        let logits = logits.map(|l| l.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()).transpose()?;
+        Ok((needs, logits.unwrap_or_default()))
+    }
+
+    /// Tells the log-probabilities of prompts, each token's from the row before it, and ends requests that ask for no more.
+    fn report(&mut self, work: &[(u64, usize)], rows: &[Row<'_>]) {
+        for &(id, _) in work {
+            self.at = Some(id);
+            let Some((u, s)) = self.in_flight.get_mut(&id).zip(self.batching.sequence(id)) else { continue };
+            let mut reported = Vec::new();
+            if u.request.of_prompt && u.reported < s.prompt {
+                let own: Vec<&Row<'_>> = rows.iter().filter(|row| row.id == id && row.next < s.prompt).collect();
+                if let Some(failure) = own.iter().find_map(|row| finite(u, row.logits).err()) {
+                    self.fail(id, failure);
+                    continue;
+                }
+                if u.reported == 0 {
+                    reported.push(Token { token: s.tokens[0], log_probability: None, top: Vec::new() });
+                }
+                let n = u.request.log_probabilities.unwrap_or(0);
+                let token = |row: &&Row<'_>| {
+                    let (own, top) = log_probabilities(row.logits, s.tokens[row.next], n);
+                    Token { token: s.tokens[row.next], log_probability: Some(own), top }
+                };
+                reported.par_extend(own.par_iter().map(token));
+                u.reported += reported.len();
+            }
+            let over = u.limit == 0 && s.computed >= s.prompt;
+            if over || !reported.is_empty() {
+                self.events.push(Event::Prompt(id, reported, over.then_some(FinishReason::Length)));
+            }
+            if over {
+                self.in_flight.remove(&id);
+                self.batching.remove(id);
+            }
+        }
+    }
+
+    /// Draws the next token of requests whose last row is there.
+    fn draw(&mut self, rows: &[Row<'_>]) {
+        let (in_flight, batching) = (&self.in_flight, &self.batching);
+        let last = |row: &&Row<'_>| batching.sequence(row.id).is_some_and(|s| row.next == s.tokens.len());
+        let rows: Vec<&Row<'_>> = rows.iter().filter(last).collect();
+        let one = |&&Row { id, logits, .. }: &&Row<'_>| {
+            let (u, s) = in_flight.get(&id).zip(batching.sequence(id))?;
+            Some((
+                id,
+                caught(|| next_token(u, s.tokens.split_at(s.prompt), logits))
+                    .unwrap_or_else(|p| Err(Failure::Defect(p))),
+            ))
+        };
+        let drawn: Vec<_> = rows.par_iter().with_max_len(1).filter_map(one).collect();
+        for (id, drawn) in drawn {
+            let (token, rng) = match drawn {
+                Ok(drawn) => drawn,
+                Err(failure) => {
+                    self.fail(id, failure);
+                    continue;
+                }
+            };
+            self.at = Some(id);
+            let Some(u) = self.in_flight.get_mut(&id) else { continue };
+            // What is told is what goes on from, whatever fails after this.
+            u.rng = rng;
+            u.answer.push(token.token);
+            let reason = match () {
+                () if u.request.stop.contains(&token.token) => Some(FinishReason::Stop),
+                () if u.answer.len() >= u.limit => Some(FinishReason::Length),
+                () => None,
+            };
+            let next = token.token;
+            self.events.push(Event::Token(id, token, reason));
+            if reason.is_some() {
+                self.in_flight.remove(&id);
+            }
+            self.batching.push(id, next);
+            if reason.is_some() {
+                self.batching.remove(id);
+            }
+        }
+    }
+}
