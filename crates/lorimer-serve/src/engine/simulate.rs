@@ -189,7 +189,7 @@ mod tests {
     }
 
     /// Three times as many requests come as can be served, so that what is compared is what the machine gives. To be seen to fail: a bound on
-    /// adapters, as slots are one, which the last assertion has; or [`Scheduler`] that counts the pages of an adapter for each request.
+    /// adapters, as slots are one, which the last assertion has.
     #[test]
     fn throughput_hardly_depends_on_the_number_of_adapters() {
         let at = |adapters: usize, policy: Policy| {
@@ -207,6 +207,16 @@ mod tests {
         }
         let slots = at(2000, Policy { max_adapters: Some(8), ..Default::default() });
         assert!(slots.requests_per_second < 0.9 * few.requests_per_second, "{slots:?} against {few:?}");
+    }
+
+    /// An adapter is in the pool once, however many requests use it. To be seen to fail: [`Scheduler`] that counts its pages for each request.
+    #[test]
+    fn requests_of_one_adapter_share_its_pages() {
+        let workload = Workload { adapters: 1, rate: 8.0, duration: 60.0, ranks: vec![64], ..Default::default() };
+        let roomy = run(&workload, &machine(), Policy::default());
+        let adapter = numbers(64) * 4;
+        let tight = run(&workload, &Machine { pool_bytes: 2 * adapter + (400 << 20), ..machine() }, Policy::default());
+        assert!(tight.requests_per_second > 0.95 * roomy.requests_per_second, "{tight:?} against {roomy:?}");
     }
 
     #[test]

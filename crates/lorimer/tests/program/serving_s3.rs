@@ -124,9 +124,8 @@ fn until(what: &str, seconds: u64, is: impl Fn() -> bool) {
     }
 }
 
-/// The store goes down, and later swallows: what is in memory is served without waiting, what is on disk too, what is neither is refused with
-/// the reason, and all is well when it comes back. To be seen to fail: `Mirror::fetch` without what is kept here, or `Mirror::current` only
-/// within `FRESH`.
+/// The store goes down, and later swallows: what is in memory is served without waiting, what was never fetched is refused with the reason, and
+/// all is well when it comes back. To be seen to fail: `Store::held` and `Mirror::current` that both give nothing.
 #[test]
 fn an_outage_costs_only_what_was_not_fetched() {
     let (s3, cache) = (S3::start(), tempfile::tempdir().unwrap());
