@@ -46,9 +46,11 @@ pub fn low_ranks(stored: &StoredAdapter) -> Result<BTreeMap<String, LowRank>> {
             "`{module}` holds {keys}, which no file of factors alone can say; convert it with --to lora first, or merge it"
         ))
     };
+    // A DoRA whose magnitudes are missing is no LoRA either.
+    let dora = stored.config.get("use_dora") == Some(&Value::Bool(true));
     for (module, tensors) in account.modules.iter() {
         match method.low_rank(module, tensors)? {
-            Some(low) if tensors.len() == 2 => drop(all.insert(module.clone(), low)),
+            Some(low) if tensors.len() == 2 && !dora => drop(all.insert(module.clone(), low)),
             _ => return Err(refused(module, &tensors.keys().map(String::as_str).collect::<Vec<_>>().join(", "))),
         }
     }

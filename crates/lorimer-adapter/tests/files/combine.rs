@@ -54,7 +54,7 @@ fn combinations_equal_pefts() {
         let target = out.path().join(&name);
         run(&adapters, &text(&case["method"]), settings, &target).unwrap();
         let ours = deltas(&target);
-        let expected = golden.0.names().into_iter().filter(|n| n.split_once('.').unwrap().0 == name);
+        let expected = golden.0.names().into_iter().filter(|n| n.split_once('.').is_some_and(|(case, _)| case == name));
         let mut compared = 0;
         for key in expected {
             let d = apart(&ours[key.split_once('.').unwrap().1], &golden.get(&key));
@@ -180,7 +180,8 @@ fn adapters_that_do_not_belong_together_are_refused_and_nothing_is_written() {
     let a = write(&at("a"), 1, |s| s.manifest = Some(manifest("sha256:1", Some("{{ x }}"))));
     let q = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight";
     let refused = |method: &str, settings: Value, b: PathBuf, parts: &[&str]| {
-        let told = run(&[(a.clone(), None), (b.clone(), None)], method, settings, &at("out")).unwrap_err().to_string();
+        let told = run(&[(a.clone(), None), (b.clone(), None)], method, settings, &at("out"));
+        let told = told.map(|_| ()).expect_err(parts[0]).to_string();
         assert!(parts.iter().all(|part| told.contains(part)), "{told}");
         assert_eq!(told.lines().count(), 1, "{told}");
         let left: Vec<_> = std::fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
@@ -354,9 +355,10 @@ fn adapters_that_choose_by_token_are_averaged_in_two_ways() {
         assert!(told.contains("by the token") && told.contains("--method tensors"), "{told}");
         let told =
             run(&[folders[0].clone(), (folder("combine").join("plain"), None)], "tensors", value!({}), &out("x"));
-        assert!(told.unwrap_err().to_string().contains("different bases") || method.is_empty());
+        assert!(told.unwrap_err().to_string().contains("different bases"));
     }
-    let bone = Adapter::attach(&model, methods::build("bone", &Map::new()).unwrap(), 1).unwrap();
+    let bone =
+        Adapter::attach(&model, methods::build("bone", value!({ "r": 8 }).as_object().unwrap()).unwrap(), 1).unwrap();
     bone.to_stored("tiny").unwrap().write(&dir.path().join("bone"), None).unwrap();
     let told =
         run(&[(dir.path().join("bone"), None)], "tensors", value!({}), &dir.path().join("x")).unwrap_err().to_string();

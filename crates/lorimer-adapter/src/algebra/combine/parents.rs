@@ -127,6 +127,9 @@ impl Parent {
                 let text = format!("`{name}`: `{module}` has {rank} rows of A and {other} columns of B");
                 return Err(Error::Mismatch(text));
             }
+            if inputs == 0 || outputs == 0 {
+                return Err(Error::Mismatch(format!("`{name}`: `{module}` has {inputs} inputs and {outputs} outputs")));
+            }
             self.modules.insert(module, Shape { inputs, outputs, scaling: low.scaling });
         }
         self.check_targets()
