@@ -129,7 +129,7 @@ fn what_went_in_and_how_far_it_is_stand_beside_the_result() {
     let dir = tempfile::tempdir().unwrap();
     let at = |name: &str| dir.path().join(name);
     let a = write(&at("a"), 1, |s| s.manifest = Some(manifest("sha256:1", Some("{{ x }}"))));
-    let b = write(&at("b"), 2, |s| drop(s.tensors.retain(|name, _| !name.contains("o_proj"))));
+    let b = write(&at("b"), 2, |s| s.tensors.retain(|name, _| !name.contains("o_proj")));
     let told = run(&[(a.clone(), None), (b.clone(), Some(-0.5))], "svd", value!({ "rank": 3 }), &at("out"));
     // b's configuration names o_proj, of which its file has nothing.
     let told = told.unwrap_err().to_string();
@@ -279,6 +279,23 @@ fn only_another_adapter_is_overwritten_and_none_that_goes_in() {
     assert!(again(&at("notes"), true).unwrap_err().to_string().contains("holds no adapter"));
     assert!(at("notes/x").exists());
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 4);
+}
+
+/// As many modules as a large model has: the header's room is more than most of it.
+#[test]
+fn an_adapter_of_many_modules_is_combined() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut rng = Random(4);
+    let low = |i: usize| {
+        let (a, b) = (rng.matrix(1, 3), rng.matrix(2, 1));
+        (format!("model.layers.{i}.self_attn.a_projection_with_a_long_name"), LowRank { a, b, scaling: 1.0 })
+    };
+    let parent = dir.path().join("a");
+    to_peft((0..700).map(low).collect(), "b").unwrap().write(&parent, None).unwrap();
+    let out = dir.path().join("out");
+    run(&[(parent.clone(), Some(2.0)), (parent.clone(), None)], "task_arithmetic", value!({}), &out).unwrap();
+    let (ours, own) = (deltas(&out), deltas(&parent));
+    assert!(ours.len() == 700 && own.iter().all(|(m, d)| apart(&ours[m], &(d * 3.0).unwrap()) < 1e-6));
 }
 
 /// Every combination is a whole adapter on a model, and is served and evaluated as any LoRA.

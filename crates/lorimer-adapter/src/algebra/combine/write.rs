@@ -47,16 +47,16 @@ impl<'a> TensorWriter<'a> {
 
     /// Writes the header.
     pub(super) fn finish(mut self) -> Result<()> {
-        let header = Value::Object(self.header).to_string();
+        let mut header = Value::Object(self.header).to_string().into_bytes();
         if header.len() > self.room {
             return Err(Error::Mismatch("the header of the file is longer than the room for it".into()));
         }
+        header.resize(self.room, b' ');
         let io = lorimer_model::Error::io("write", self.path);
-        let whole = format!("{header:<room$}", room = self.room);
         let write = |file: &mut std::io::BufWriter<&mut File>| -> std::io::Result<()> {
             file.seek(SeekFrom::Start(0))?;
             file.write_all(&(self.room as u64).to_le_bytes())?;
-            file.write_all(whole.as_bytes())?;
+            file.write_all(&header)?;
             file.flush()
         };
         Ok(write(&mut self.file).map_err(io)?)

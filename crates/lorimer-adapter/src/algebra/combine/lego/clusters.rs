@@ -158,3 +158,36 @@ impl Points<'_> {
         (inner, squares, sizes)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn gram(points: &[[f64; 2]]) -> Vec<f64> {
+        points.iter().flat_map(|a| points.iter().map(|b| a[0] * b[0] + a[1] * b[1])).collect()
+    }
+
+    /// Centres and inertia from inner products are those of the points themselves.
+    #[test]
+    fn distances_from_inner_products_are_those_of_points() {
+        let points = [[0.0, 0.0], [0.0, 2.0], [9.0, 0.0], [9.0, 1.0], [9.0, 2.0]];
+        let gram = gram(&points);
+        let all = Points { gram: &gram, weights: &[1.0, 3.0, 1.0, 1.0, 1.0], flips: false };
+        let found = all.cluster(2, 1, 10, 300);
+        assert!(found.of[0] == found.of[1] && found.of[2] == found.of[3] && found.of[3] == found.of[4]);
+        // Centres (0, 1.5) and (9, 1).
+        assert!((found.inertia - (2.25 + 3.0 * 0.25 + 2.0)).abs() < 1e-9, "{}", found.inertia);
+        let opposite = Points { gram: &self::gram(&[[1.0, 2.0], [-1.0, -2.0]]), weights: &[1.0, 1.0], flips: true };
+        let found = opposite.cluster(1, 1, 1, 300);
+        assert!(found.inertia < 1e-12 && found.signs[0] == -found.signs[1]);
+    }
+
+    #[test]
+    fn a_cluster_without_points_gets_the_farthest() {
+        let gram = gram(&[[10.0, 0.0], [10.1, 0.0], [14.0, 0.0]]);
+        let all = Points { gram: &gram, weights: &[1.0; 3], flips: false };
+        let start = Clusters { of: vec![0; 3], signs: vec![1.0; 3], inertia: 0.0 };
+        let found = all.lloyd(start, 2, 300);
+        assert!(found.of[0] == found.of[1] && found.of[2] != found.of[0], "{:?}", found.of);
+    }
+}
