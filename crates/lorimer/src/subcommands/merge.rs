@@ -227,7 +227,8 @@ fn told(c: &Combined) -> String {
                 100.0 * worst
             );
         }
-        (Some(error), _) => out += &format!("; equal to the weighted sum up to {error:.0e}"),
+        (Some(error), _) => out += &format!("; equal to the weighted sum up to rounding ({error:.0e})"),
+        (None, _) if c.rank > 0 => out += "; the weighted sum is 0",
         (None, _) => {}
     }
     for parent in &c.parents {

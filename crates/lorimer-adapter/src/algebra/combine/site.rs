@@ -87,7 +87,8 @@ impl Pool {
         Ok((Tensor::cat(&b, 1)?, Tensor::cat(&a, 0)?))
     }
 
-    /// (‖B'A' − Σ weight · ΔW‖², ‖Σ weight · ΔW‖²) in Frobenius norms, from Gram matrices of the factors: ‖B A‖² = tr(BᵀB · A Aᵀ).
+    /// (‖B'A' − Σ weight · ΔW‖², ‖Σ weight · ΔW‖²) in Frobenius norms, from Gram matrices of the factors: ‖B A‖² = tr(BᵀB · A Aᵀ). The
+    /// second is 0 where it is rounding beside the units that cancel in it.
     ///
     /// # Errors
     ///
@@ -102,7 +103,13 @@ impl Pool {
         let rest = product.dim(0)? - own;
         let sum = |t: &Tensor| -> TensorResult<f64> { t.sum_all()?.to_scalar::<f64>() };
         let whole = sum(&product.narrow(0, own, rest)?.narrow(1, own, rest)?)?;
-        Ok((sum(&product)?.max(0.0), whole.max(0.0)))
+        // What rounding leaves of units that cancel is nothing.
+        let mut units = 0.0;
+        for i in own..own + rest {
+            units += product.get(i)?.get(i)?.to_scalar::<f64>()?;
+        }
+        let whole = if whole > 1e-13 * units { whole } else { 0.0 };
+        Ok((sum(&product)?.max(0.0), whole))
     }
 }
 

@@ -108,7 +108,12 @@ fn exact(pool: &Pool, settings: &Settings) -> Result<Made> {
     // What a difference leaves of two equal changes is rounding beside these.
     let size = pool.parts.iter().map(size).sum::<Result<f64>>()?;
     let real = s.iter().filter(|s| **s > NOTHING * largest && **s > 1e-7 * size).count();
-    let rank = real.clamp(1, u.dim(1)?);
+    if real == 0 {
+        let (outputs, inputs) = pool.sides()?;
+        let zeros = |rows, columns| Tensor::zeros((rows, columns), DType::F32, &candle_core::Device::Cpu);
+        return Made::new(&zeros(1, inputs)?, &zeros(outputs, 1)?);
+    }
+    let rank = real.min(u.dim(1)?);
     split(&u.narrow(1, 0, rank)?.contiguous()?, &s[..rank], &vt.narrow(0, 0, rank)?.contiguous()?, None)
 }
 
