@@ -114,6 +114,62 @@ pub fn pinv(w: &Tensor, rcond: f64) -> Result<Tensor> {
     vt.t()?.broadcast_mul(&inverse)?.matmul(&u.t()?.contiguous()?)
 }
 
+/// The `k` largest singular triplets of `B A` with B (m, r) and A (r, n), without forming the (m, n) product: QR of both, then the SVD of a
+/// matrix of at most (r, r). U (m, k'), S (all min(m, r, n) of them, falling), Vᵀ (k', n) with k' = min(k, m, r, n); f64.
+pub fn product_svd(b: &Tensor, a: &Tensor, k: usize) -> Result<(Tensor, Vec<f64>, Tensor)> {
+    let (qb, rb) = qr(b)?;
+    let (qa, ra) = qr(&a.t()?)?;
+    let (u, s, vt) = svd(&rb.matmul(&ra.t()?.contiguous()?)?)?;
+    let s = s.to_vec1::<f64>()?;
+    let k = k.min(s.len());
+    let u = qb.matmul(&u.narrow(1, 0, k)?.contiguous()?)?;
+    let vt = vt.narrow(0, 0, k)?.contiguous()?.matmul(&qa.t()?.contiguous()?)?;
+    Ok((u, s, vt))
+}
+
+/// About the `k` largest singular triplets of (m, n) where [`truncated_svd`] would take too long: U (m, k), S (k), Vᵀ (k, n); f64.
+///
+/// Subspace iteration on k + 10 random directions that `next` draws, until no singular value moves by more than 1e-5 of the largest, at most
+/// 12 times (Halko et al. 2011, arXiv 0909.4061). Where singular values fall slowly the directions near the k-th are not exact; how much of
+/// `w` is kept is hardly less than the most that is possible.
+pub fn subspace_svd(w: &Tensor, k: usize, mut next: impl FnMut() -> f64) -> Result<(Tensor, Tensor, Tensor)> {
+    let (m, n) = w.dims2()?;
+    let side = m.min(n);
+    if k > side {
+        candle_core::bail!("svd: {k} singular triplets of a ({m}, {n}) matrix");
+    }
+    let width = (k + 10).min(side);
+    let w = w.to_dtype(DType::F32)?;
+    let start: Vec<f32> = (0..n * width).map(|_| next() as f32).collect();
+    let mut columns = Tensor::from_vec(start, (n, width), &Device::Cpu)?;
+    let orthonormal = |t: &Tensor| -> Result<Tensor> { qr(t)?.0.to_dtype(DType::F32) };
+    let mut before: Vec<f64> = Vec::new();
+    for _ in 0..12 {
+        let rows = orthonormal(&w.matmul(&columns)?)?;
+        let (q, r) = qr(&w.t()?.matmul(&rows)?)?;
+        columns = q.to_dtype(DType::F32)?;
+        let found = svd(&r)?.1.to_vec1::<f64>()?;
+        let largest = found.first().copied().unwrap_or(0.0);
+        let moved = found.iter().zip(&before).take(k).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+        let still = !before.is_empty() && moved <= 1e-5 * largest;
+        before = found;
+        if still {
+            break;
+        }
+    }
+    // W V = U' S' V'ᵀ, so W is about U' S' (V V')ᵀ.
+    let (u, s, vt) = svd_tall(&w.matmul(&columns)?)?;
+    let vt = vt.matmul(&columns.t()?.to_dtype(DType::F64)?.contiguous()?)?;
+    Ok((u.narrow(1, 0, k)?.contiguous()?, s.narrow(0, 0, k)?, vt.narrow(0, 0, k)?.contiguous()?))
+}
+
+/// [`svd`] of a matrix with many rows and few columns, by way of its QR.
+fn svd_tall(w: &Tensor) -> Result<(Tensor, Tensor, Tensor)> {
+    let (q, r) = qr(w)?;
+    let (u, s, vt) = svd(&r)?;
+    Ok((q.matmul(&u)?, s, vt))
+}
+
 /// Singular values of `B A` with B (m, r) and A (r, n), without forming the (m, n) product: QR of both, then
 /// the SVD of a matrix of at most (r, r). Falling order, min(m, r, n) values.
 pub fn product_singular_values(b: &Tensor, a: &Tensor) -> Result<Vec<f64>> {
@@ -150,6 +206,28 @@ mod tests {
             assert_close(&best(&tu, &ts, &tvt)?, &expected, 1e-9)?;
             assert_close(&tvt.matmul(&tvt.t()?)?, &Tensor::eye(3, DType::F64, &Device::Cpu)?, 1e-9)?;
             assert_close(&tu.t()?.matmul(&tu)?, &Tensor::eye(3, DType::F64, &Device::Cpu)?, 1e-9)?;
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn products_and_large_matrices_are_decomposed_as_the_whole_is() -> Result<()> {
+        for (m, r, n) in [(9, 4, 6), (3, 5, 8), (40, 3, 30)] {
+            let (b, a) = (random((m, r), 1, DType::F64)?, random((r, n), 2, DType::F64)?);
+            let (u, s, vt) = svd(&b.matmul(&a)?)?;
+            let (pu, ps, pvt) = product_svd(&b, &a, 2)?;
+            assert_close(&Tensor::new(ps.clone(), &Device::Cpu)?, &s.narrow(0, 0, ps.len())?, 1e-10)?;
+            let best = |u: &Tensor, s: &Tensor, vt: &Tensor| u.broadcast_mul(s)?.matmul(vt);
+            let two = s.narrow(0, 0, 2)?;
+            let expected = best(&u.narrow(1, 0, 2)?, &two, &vt.narrow(0, 0, 2)?)?;
+            assert_close(&best(&pu, &two, &pvt)?, &expected, 1e-10)?;
+            let mut state = 1u64;
+            let next = || {
+                state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+                (state >> 40) as f64 / (1u64 << 24) as f64 - 0.5
+            };
+            let (su, ss, svt) = subspace_svd(&b.matmul(&a)?, 2, next)?;
+            assert_close(&best(&su, &ss, &svt)?, &expected, 1e-4)?;
         }
         Ok(())
     }

@@ -38,8 +38,8 @@ enum Command {
     Embed(subcommands::embed::Embed),
     /// Serve a base and its adapters over HTTP
     Serve(Box<subcommands::serve::Serve>),
-    /// Merge adapters into the base's weights
-    Merge(subcommands::merge::Merge),
+    /// Merge adapters into the base's weights, or combine them into one adapter
+    Merge(Box<subcommands::merge::Merge>),
     /// Convert an adapter between the files of PEFT, llama.cpp, mlx-lm, kohya and diffusers
     Convert(subcommands::convert::Convert),
     /// The nearest LoRA of a full tune

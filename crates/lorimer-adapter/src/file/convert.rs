@@ -46,9 +46,11 @@ pub fn low_ranks(stored: &StoredAdapter) -> Result<BTreeMap<String, LowRank>> {
             "`{module}` holds {keys}, which no file of factors alone can say; convert it with --to lora first, or merge it"
         ))
     };
+    // A DoRA whose magnitudes are missing is no LoRA either.
+    let dora = stored.config.get("use_dora") == Some(&Value::Bool(true));
     for (module, tensors) in account.modules.iter() {
         match method.low_rank(module, tensors)? {
-            Some(low) if tensors.len() == 2 => drop(all.insert(module.clone(), low)),
+            Some(low) if tensors.len() == 2 && !dora => drop(all.insert(module.clone(), low)),
             _ => return Err(refused(module, &tensors.keys().map(String::as_str).collect::<Vec<_>>().join(", "))),
         }
     }
@@ -64,20 +66,19 @@ pub fn low_ranks(stored: &StoredAdapter) -> Result<BTreeMap<String, LowRank>> {
     }
 }
 
-/// A PEFT adapter from factors, each module with its own rank and α = scaling·rank.
+/// The configuration of a plain LoRA of PEFT's whose modules have these ranks and scalings, α = scaling·rank.
 ///
 /// # Errors
 ///
 /// Fails if there is no module.
-pub fn to_peft(modules: BTreeMap<String, LowRank>, base: &str) -> Result<StoredAdapter> {
-    let Some(first) = modules.values().next() else {
+pub fn peft_config(modules: &BTreeMap<String, (usize, f64)>, base: &str) -> Result<Map<String, Value>> {
+    let Some(&(rank, scaling)) = modules.values().next() else {
         return Err(Error::Refused("the file holds no low-rank factors".into()));
     };
-    let (rank, alpha) = (first.a.dim(0)?, first.scaling * first.a.dim(0)? as f64);
-    let (mut ranks, mut alphas, mut tensors) = (Map::new(), Map::new(), BTreeMap::new());
-    for (module, low) in &modules {
-        let own_rank = low.a.dim(0)?;
-        let own_alpha = low.scaling * own_rank as f64;
+    let alpha = scaling * rank as f64;
+    let (mut ranks, mut alphas) = (Map::new(), Map::new());
+    for (module, &(own_rank, own_scaling)) in modules {
+        let own_alpha = own_scaling * own_rank as f64;
         let key = module.replace('.', r"\.");
         if own_rank != rank {
             ranks.insert(key.clone(), json!(own_rank));
@@ -85,8 +86,6 @@ pub fn to_peft(modules: BTreeMap<String, LowRank>, base: &str) -> Result<StoredA
         if (own_alpha - alpha).abs() > 1e-9 * alpha.abs() {
             alphas.insert(key, json!(own_alpha));
         }
-        tensors.insert(peft::tensor_name(module, "lora_A.weight"), low.a.contiguous()?);
-        tensors.insert(peft::tensor_name(module, "lora_B.weight"), low.b.contiguous()?);
     }
     let config = json!({
         "r": rank, "lora_alpha": alpha, "rank_pattern": ranks, "alpha_pattern": alphas,
@@ -98,6 +97,23 @@ pub fn to_peft(modules: BTreeMap<String, LowRank>, base: &str) -> Result<StoredA
     };
     let mut config = method.stored_config();
     config.insert("base_model_name_or_path".into(), base.into());
+    Ok(config)
+}
+
+/// A PEFT adapter from factors, each module with its own rank and α = scaling·rank.
+///
+/// # Errors
+///
+/// Fails if there is no module.
+pub fn to_peft(modules: BTreeMap<String, LowRank>, base: &str) -> Result<StoredAdapter> {
+    let mut tensors = BTreeMap::new();
+    let mut ranks = BTreeMap::new();
+    for (module, low) in modules {
+        tensors.insert(peft::tensor_name(&module, "lora_A.weight"), low.a.contiguous()?);
+        tensors.insert(peft::tensor_name(&module, "lora_B.weight"), low.b.contiguous()?);
+        ranks.insert(module, (low.a.dim(0)?, low.scaling));
+    }
+    let config = peft_config(&ranks, base)?;
     Ok(StoredAdapter { path: "converted".into(), config, tensors, manifest: None, parts: Vec::new() })
 }
 

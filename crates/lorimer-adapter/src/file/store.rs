@@ -146,39 +146,13 @@ impl StoredAdapter {
 
     /// Without what it is made of.
     fn read_alone(folder: &Path, open: impl Fn(&Path) -> lorimer_model::Result<SafetensorsFile>) -> Result<Self> {
-        let invalid = |problem: &str| Err(lorimer_model::Error::invalid(folder, problem).into());
-        if !folder.is_dir() {
-            return invalid(
-                "an adapter is a folder with adapter_config.json and adapter_model.safetensors; there is none here",
-            );
-        }
         if mixture::is_authors(folder) {
             let config = read_json(&folder.join(mixture::AUTHORS_CONFIG), MAX_CONFIG_BYTES)?;
             let tensors = read_tensors(&open(&mixture::authors_weights(folder)?)?)?;
             let (config, tensors) = mixture::from_authors(folder, config, tensors)?;
             return Ok(Self { path: folder.to_path_buf(), config, tensors, manifest: None, parts: Vec::new() });
         }
-        if !folder.join(CONFIG_FILE).is_file() {
-            return invalid("is no adapter folder: it has no adapter_config.json");
-        }
-        let mut config: Map<String, Value> = read_json(&folder.join(CONFIG_FILE), MAX_CONFIG_BYTES)?;
-        if config.get("fan_in_fan_out") == Some(&Value::Bool(true)) {
-            tracing::warn!(
-                "`{}` sets fan_in_fan_out, which is for layers that the base does not have; it is taken as false, as PEFT takes it",
-                folder.display()
-            );
-        }
-        if !folder.join(WEIGHTS_FILE).is_file() {
-            return invalid(match folder.join("adapter_model.bin").exists() {
-                true => "holds adapter_model.bin, a pickle that could run code; save it again as safetensors",
-                false => "has no adapter_model.safetensors",
-            });
-        }
-        let manifest_path = folder.join(MANIFEST_FILE);
-        let manifest = match manifest_path.is_file() {
-            true => Some(read_json(&manifest_path, MAX_CONFIG_BYTES)?),
-            false => None,
-        };
+        let (mut config, manifest) = read_settings(folder)?;
         let mut tensors = read_tensors(&open(&folder.join(WEIGHTS_FILE))?)?;
         crate::file::dialects::lora_xs::from_authors(&mut config, &mut tensors);
         Ok(Self { path: folder.to_path_buf(), config, tensors, manifest, parts: Vec::new() })
@@ -212,19 +186,11 @@ impl StoredAdapter {
     ///
     /// Fails if a tensor is of a type that adapter files do not hold.
     pub fn content_id(&self) -> Result<String> {
-        let mut hash = Sha256::new();
-        // The name of the base differs from machine to machine and is not content, as paths of parts are not.
-        let place = |key: &str| key == "base_model_name_or_path" || (key == mixture::PARTS && !self.parts.is_empty());
-        let config: BTreeMap<_, _> = self.config.iter().filter(|(k, _)| !place(k)).collect();
-        hash.update(serde_json::to_vec(&config).unwrap_or_default());
-        for part in &self.parts {
-            hash.update(format!("|part {}|", part.content_id).as_bytes());
-        }
+        let mut hash = ContentHash::new(&self.config, &self.parts);
         for (name, tensor) in &self.tensors {
-            hash.update(format!("|{name}|{}|{:?}|", tensor.dtype().as_str(), tensor.dims()).as_bytes());
-            hash.update(raw_bytes(tensor)?);
+            hash.tensor(name, tensor.dtype(), tensor.dims(), &raw_bytes(tensor)?);
         }
-        Ok(format!("sha256:{}", hex(&hash.finalize())))
+        Ok(hash.finish())
     }
 
     /// The tensors as a safetensors file.
@@ -256,35 +222,96 @@ impl StoredAdapter {
     }
 }
 
-fn read_tensors(file: &SafetensorsFile) -> Result<BTreeMap<String, Tensor>> {
+/// [`StoredAdapter::content_id`] of tensors that come one after another, in the order of their names.
+pub(crate) struct ContentHash(Sha256);
+
+impl ContentHash {
+    pub(crate) fn new(config: &Map<String, Value>, parts: &[Part]) -> Self {
+        let mut hash = Sha256::new();
+        // The name of the base differs from machine to machine and is not content, as paths of parts are not.
+        let place = |key: &str| key == "base_model_name_or_path" || (key == mixture::PARTS && !parts.is_empty());
+        let config: BTreeMap<_, _> = config.iter().filter(|(k, _)| !place(k)).collect();
+        hash.update(serde_json::to_vec(&config).unwrap_or_default());
+        for part in parts {
+            hash.update(format!("|part {}|", part.content_id).as_bytes());
+        }
+        Self(hash)
+    }
+
+    pub(crate) fn tensor(&mut self, name: &str, dtype: DType, dims: &[usize], bytes: &[u8]) {
+        self.0.update(format!("|{name}|{}|{dims:?}|", dtype.as_str()).as_bytes());
+        self.0.update(bytes);
+    }
+
+    pub(crate) fn finish(self) -> String {
+        format!("sha256:{}", hex(&self.0.finalize()))
+    }
+}
+
+/// `adapter_config.json` and, where there is one, `lorimer.json` of a folder that has tensors beside them.
+pub(crate) fn read_settings(folder: &Path) -> Result<(Map<String, Value>, Option<Manifest>)> {
+    let invalid = |problem: &str| Err(lorimer_model::Error::invalid(folder, problem).into());
+    if !folder.is_dir() {
+        return invalid(
+            "an adapter is a folder with adapter_config.json and adapter_model.safetensors; there is none here",
+        );
+    }
+    if !folder.join(CONFIG_FILE).is_file() {
+        return invalid("is no adapter folder: it has no adapter_config.json");
+    }
+    let config: Map<String, Value> = read_json(&folder.join(CONFIG_FILE), MAX_CONFIG_BYTES)?;
+    if config.get("fan_in_fan_out") == Some(&Value::Bool(true)) {
+        tracing::warn!(
+            "`{}` sets fan_in_fan_out, which is for layers that the base does not have; it is taken as false, as PEFT takes it",
+            folder.display()
+        );
+    }
+    if !folder.join(WEIGHTS_FILE).is_file() {
+        return invalid(match folder.join("adapter_model.bin").exists() {
+            true => "holds adapter_model.bin, a pickle that could run code; save it again as safetensors",
+            false => "has no adapter_model.safetensors",
+        });
+    }
+    let manifest_path = folder.join(MANIFEST_FILE);
+    let manifest = match manifest_path.is_file() {
+        true => Some(read_json(&manifest_path, MAX_CONFIG_BYTES)?),
+        false => None,
+    };
+    Ok((config, manifest))
+}
+
+/// The names of a file's tensors: not too many, each plain and of a bounded length.
+pub(crate) fn checked_names(file: &SafetensorsFile) -> Result<Vec<String>> {
     let path = file.path.as_path();
     let names = file.names();
     if names.len() > MAX_TENSORS {
-        return Err(lorimer_model::Error::invalid(
-            path,
-            format!("{} tensors, at most {MAX_TENSORS} are read", names.len()),
-        )
-        .into());
+        let problem = format!("{} tensors, at most {MAX_TENSORS} are read", names.len());
+        return Err(lorimer_model::Error::invalid(path, problem).into());
     }
-    let mut tensors = BTreeMap::new();
-    for name in names {
-        if name.len() > MAX_NAME || name.chars().any(char::is_control) {
-            let shown: String = name.chars().take(60).collect();
-            return Err(lorimer_model::Error::invalid(
-                path,
-                format!("tensor name `{}…` is too long or not plain", shown.escape_debug()),
-            )
-            .into());
+    if let Some(name) = names.iter().find(|name| name.len() > MAX_NAME || name.chars().any(char::is_control)) {
+        let shown: String = name.chars().take(60).collect();
+        let problem = format!("tensor name `{}…` is too long or not plain", shown.escape_debug());
+        return Err(lorimer_model::Error::invalid(path, problem).into());
+    }
+    Ok(names)
+}
+
+/// Refuses a tensor with values that are not finite.
+pub(crate) fn check_finite(path: &Path, name: &str, tensor: &Tensor) -> Result<()> {
+    let values = tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+    match values.iter().all(|v| v.is_finite()) {
+        true => Ok(()),
+        false => {
+            Err(lorimer_model::Error::invalid(path, format!("tensor `{name}` holds values that are not finite")).into())
         }
+    }
+}
+
+fn read_tensors(file: &SafetensorsFile) -> Result<BTreeMap<String, Tensor>> {
+    let mut tensors = BTreeMap::new();
+    for name in checked_names(file)? {
         if let Some(tensor) = file.load(&name)? {
-            let finite = tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?.iter().all(|v| v.is_finite());
-            if !finite {
-                return Err(lorimer_model::Error::invalid(
-                    path,
-                    format!("tensor `{name}` holds values that are not finite"),
-                )
-                .into());
-            }
+            check_finite(&file.path, &name, &tensor)?;
             tensors.insert(name, tensor);
         }
     }

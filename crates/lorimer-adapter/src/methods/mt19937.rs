@@ -5,6 +5,7 @@ use half::bf16;
 use rand_mt::Mt;
 
 /// torch's `torch.Generator("cpu").manual_seed(seed)`.
+#[derive(Clone)]
 pub struct TorchGenerator(Mt);
 
 impl TorchGenerator {
@@ -16,6 +17,13 @@ impl TorchGenerator {
     /// `torch.rand(shape)` in f32: 24 random bits each.
     pub fn rand(&mut self, count: usize) -> Vec<f32> {
         (0..count).map(|_| (self.0.next_u32() & 0xff_ffff) as f32 / (1u32 << 24) as f32).collect()
+    }
+
+    /// Leaves out so many numbers.
+    pub fn skip(&mut self, count: usize) {
+        for _ in 0..count {
+            self.0.next_u32();
+        }
     }
 
     /// `tensor.uniform_(-bound, bound)` on an f32 tensor. What is rounded up to the bound, which does not belong to the range,

@@ -5,6 +5,7 @@ mod goldens;
 mod prelude;
 
 mod account;
+mod combine;
 mod gated;
 mod methods;
 mod peft;

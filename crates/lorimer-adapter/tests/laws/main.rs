@@ -26,6 +26,7 @@ use tiny::*;
 
 use crate::prelude::*;
 
+mod combining;
 mod files;
 mod gradients;
 mod merging;

@@ -5,6 +5,7 @@ mod common;
 mod tiny;
 
 mod cli;
+mod combine;
 mod cpu;
 mod dynamics_cli;
 mod encoder;

@@ -179,6 +179,10 @@ impl Method for Lora {
 
     fn low_rank(&self, module: &str, tensors: &std::collections::BTreeMap<String, Tensor>) -> Result<Option<LowRank>> {
         let (Some(a), Some(b)) = (tensors.get("lora_A.weight"), tensors.get("lora_B.weight")) else { return Ok(None) };
+        // The change counts from a start that only the base gives.
+        if Start::parse(&self.config.init_lora_weights)?.moves_base() {
+            return Ok(None);
+        }
         let rank = self.config.rank(module)?;
         if a.dims().len() != 2 || b.dims().len() != 2 || a.dim(0)? != rank || b.dim(1)? != rank {
             return Err(Error::Mismatch(format!(

@@ -1,0 +1,130 @@
+//! Averages for adapters whose ranks act by the token: `dense`, of the changes with every rank acting, and `tensors`, tensor by tensor.
+
+use std::collections::BTreeMap;
+
+use candle_core::{DType, Tensor};
+use serde_json::{Map, Value};
+
+use super::parents::Parents;
+use super::{Combination, Kind, Weights};
+use crate::delta::LowRank;
+use crate::error::{Error, Result};
+use crate::file::load::account_of;
+use crate::file::store::StoredAdapter;
+
+/// The average of the changes with every rank acting.
+pub const DENSE: Combination = Combination {
+    name: "dense",
+    help: "mean of the changes as plain LoRA, every rank of FlyLoRA and SMoRA taken as acting with α/r: no choice by token is left",
+    source: "FlyLoRA, arXiv 2510.08396",
+    takes: &["rank"],
+    weights: Weights::Mean,
+    kind: Kind::GatedSites(super::svd::dense),
+};
+
+/// The average of the tensors.
+pub const TENSORS: Combination = Combination {
+    name: "tensors",
+    help: "mean of each stored tensor, frozen, gates and balancing bias included: parents of one method and one start",
+    source: "FlyLoRA's script",
+    takes: &[],
+    weights: Weights::Mean,
+    kind: Kind::Tensors,
+};
+
+/// Methods whose tensors' mean is an adapter of the same kind.
+const AVERAGED: &[&str] = &["lora", "flylora", "smora"];
+
+/// The factors of a FlyLoRA or SMoRA, by module, with α/r: FlyLoRA's formula for averages, and SMoRA's where every gate is as large as their mean
+/// (k gates that sum to k are k/r on average, times α/k).
+pub(super) fn dense_factors(stored: &StoredAdapter) -> Result<BTreeMap<String, LowRank>> {
+    let (method, account) = account_of(stored)?;
+    account.refuse_unknown(method.name())?;
+    let config = method.config();
+    let number = |key: &str| config.get(key).and_then(Value::as_f64);
+    let (Some(alpha), Some(rank)) = (number("lora_alpha"), number("r")) else {
+        return Err(Error::Config(format!("`{}` has no r and lora_alpha", stored.path.display())));
+    };
+    let mut all = BTreeMap::new();
+    for (module, tensors) in &account.modules {
+        let (Some(a), Some(b)) = (tensors.get("lora_A.weight"), tensors.get("lora_B.weight")) else {
+            let text = format!("`{}`: `{module}` lacks lora_A or lora_B", stored.path.display());
+            return Err(Error::Mismatch(text));
+        };
+        if a.dims().len() != 2 || a.dim(0)? as f64 != rank {
+            let text =
+                format!("`{}`: `{module}` has A {:?}, its configuration rank {rank}", stored.path.display(), a.dims());
+            return Err(Error::Mismatch(text));
+        }
+        all.insert(module.clone(), LowRank { a: a.clone(), b: b.clone(), scaling: alpha / rank });
+    }
+    Ok(all)
+}
+
+/// Settings that say how an adapter was trained or found, not what its tensors mean.
+fn meaning(config: &Map<String, Value>) -> BTreeMap<&String, &Value> {
+    const FREE: &[&str] = &[
+        "base_model_name_or_path",
+        "inference_mode",
+        "lora_dropout",
+        "a_seed",
+        "bias_u",
+        "bias_update_rate",
+        "peft_version",
+    ];
+    config.iter().filter(|(key, value)| !FREE.contains(&key.as_str()) && !value.is_null()).collect()
+}
+
+/// Refuses parents whose tensors do not mean the same.
+pub(super) fn check(parents: &Parents) -> Result<()> {
+    let Some((first, others)) = parents.all.split_first() else { return Ok(()) };
+    for parent in &parents.all {
+        let (method, account) = account_of(&parent.stored)?;
+        account.refuse_unknown(method.name())?;
+        if !AVERAGED.contains(&method.name()) {
+            return Err(Error::Refused(format!(
+                "`{}` is of `{}`, whose tensors' mean is no average of what they do; `tensors` is for {}",
+                parent.shown(),
+                method.name(),
+                AVERAGED.join(", ")
+            )));
+        }
+    }
+    for other in others {
+        let fail = |text: String| {
+            Err(Error::Mismatch(format!(
+                "`{}` and `{}` cannot be averaged tensor by tensor: {text}",
+                first.shown(),
+                other.shown()
+            )))
+        };
+        let (a, b) = (meaning(&first.stored.config), meaning(&other.stored.config));
+        if let Some(key) = a.keys().chain(b.keys()).find(|key| a.get(*key) != b.get(*key)) {
+            return fail(format!("their adapter_config.json differ in `{key}`"));
+        }
+        let shape = |s: &StoredAdapter| -> Vec<(String, Vec<usize>)> {
+            s.tensors.iter().map(|(name, t)| (name.clone(), t.dims().to_vec())).collect()
+        };
+        let (a, b) = (shape(&first.stored), shape(&other.stored));
+        if let Some((name, _)) = a.iter().find(|t| !b.contains(t)).or_else(|| b.iter().find(|t| !a.contains(t))) {
+            return fail(format!("`{name}` is not in both, or not of one shape"));
+        }
+    }
+    Ok(())
+}
+
+/// The weighted sum of a tensor over all parents, in the type of the first.
+pub(super) fn tensor(parents: &Parents, name: &str) -> Result<Tensor> {
+    let mut sum: Option<Tensor> = None;
+    let mut dtype = DType::F32;
+    for (parent, weight) in parents.all.iter().zip(&parents.weights) {
+        let own = parent.tensor(name)?;
+        let share = (own.to_dtype(DType::F64)? * *weight)?;
+        match sum {
+            None => (dtype, sum) = (own.dtype(), Some(share)),
+            Some(before) => sum = Some((before + share)?),
+        }
+    }
+    let none = || Error::Refused("there is no adapter to average".into());
+    Ok(sum.ok_or_else(none)?.to_dtype(dtype)?)
+}

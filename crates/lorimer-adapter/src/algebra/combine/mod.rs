@@ -1,0 +1,454 @@
+//! Stored adapters combined into one, without a base and without a forward: sums, means, pruned and elected sums, clusters of units.
+//!
+//! Each combination is a line of [`COMBINATIONS`] and a function of what the parents have on one projection ([`Pool`]). Parents are read and
+//! the result is written projection by projection, so memory holds a few projections. Every result is a plain LoRA of scaling 1, but that of
+//! `tensors`, which is of the parents' method. How far it is from Σ weight · ΔW is measured in factored form and told.
+
+mod average;
+mod dense;
+mod elements;
+mod lego;
+mod linear;
+mod parents;
+pub mod settings;
+pub mod site;
+mod svd;
+mod write;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use lorimer_model::files::{remove_folder, write_atomic_with, write_folder_atomic, write_json};
+use rayon::prelude::*;
+use serde::Serialize;
+use serde_json::{Map, Value, json};
+
+use crate::error::{Error, Result};
+use crate::file::convert::peft_config;
+use crate::file::dialects::peft;
+use crate::file::store::{CONFIG_FILE, MANIFEST_FILE, Manifest, WEIGHTS_FILE};
+use parents::{Parent, Parents, content_id_of, method_of};
+use settings::Settings;
+use site::{Made, Pool};
+pub use svd::clamp;
+use write::TensorWriter;
+
+/// Which weights a combination takes, and those that it has where none are given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Weights {
+    /// Any; 1 each.
+    Sum,
+    /// Any; one over the number of parents.
+    Mean,
+    /// Positive ones; 1 each.
+    Positive,
+}
+
+/// How a combination is computed.
+#[derive(Clone, Copy)]
+pub enum Kind {
+    /// Of one projection's factors; several projections at a time.
+    Sites(fn(&Pool, &Settings) -> Result<Made>),
+    /// The same, by way of an (outputs, inputs) matrix; one projection at a time.
+    WholeSites(fn(&Pool, &Settings) -> Result<Made>),
+    /// As [`Self::Sites`], and FlyLoRA's and SMoRA's factors are taken with every rank acting.
+    GatedSites(fn(&Pool, &Settings) -> Result<Made>),
+    /// The weighted sum of each stored tensor.
+    Tensors,
+}
+
+/// One way to combine adapters.
+pub struct Combination {
+    /// Name on the command line.
+    pub name: &'static str,
+    /// What it gives.
+    pub help: &'static str,
+    /// Where it is from.
+    pub source: &'static str,
+    /// Names of the settings that it has.
+    pub takes: &'static [&'static str],
+    /// Its weights.
+    pub weights: Weights,
+    /// What it does.
+    pub kind: Kind,
+}
+
+/// Every combination, in the order of the help.
+pub const COMBINATIONS: &[Combination] = &[
+    linear::LINEAR,
+    linear::CAT,
+    svd::SVD,
+    svd::TASK_ARITHMETIC,
+    elements::MAGNITUDE_PRUNE,
+    elements::TIES,
+    elements::DARE_LINEAR,
+    elements::DARE_TIES,
+    dense::MAGNITUDE_PRUNE_SVD,
+    dense::TIES_SVD,
+    dense::DARE_LINEAR_SVD,
+    dense::DARE_TIES_SVD,
+    svd::KNOTS,
+    lego::LEGO,
+    average::DENSE,
+    average::TENSORS,
+];
+
+/// Most adapters that are combined at once.
+const MAX_PARENTS: usize = 1000;
+
+/// The registry's line for a name.
+///
+/// # Errors
+///
+/// Fails if there is none.
+pub fn combination(name: &str) -> Result<&'static Combination> {
+    COMBINATIONS.iter().find(|c| c.name == name).ok_or_else(|| {
+        let name: String = name.chars().take(40).collect();
+        let known: Vec<&str> = COMBINATIONS.iter().map(|c| c.name).collect();
+        Error::Config(format!("there is no combination `{name}`; there are {}", known.join(", ")))
+    })
+}
+
+impl Combination {
+    /// What it makes of one projection; None for the combination that goes by tensors.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the parents' ranks are none that it takes, or if a tensor operation fails.
+    pub fn site(&self, pool: &Pool, settings: &Settings) -> Option<Result<Made>> {
+        match self.kind {
+            Kind::Sites(make) | Kind::WholeSites(make) | Kind::GatedSites(make) => Some(make(pool, settings)),
+            Kind::Tensors => None,
+        }
+    }
+
+    /// The weights of so many parents: those given, the others' as it has them.
+    fn weights(&self, given: &[Option<f64>]) -> Result<Vec<f64>> {
+        let own = if self.weights == Weights::Mean { 1.0 / given.len().max(1) as f64 } else { 1.0 };
+        let weights: Vec<f64> = given.iter().map(|w| w.unwrap_or(own)).collect();
+        if let Some(weight) = weights.iter().find(|w| !w.is_finite()) {
+            return Err(Error::Config(format!("the weight {weight} should be a finite number")));
+        }
+        if let (Weights::Positive, Some(weight)) = (self.weights, weights.iter().find(|w| **w <= 0.0)) {
+            let name = self.name;
+            return Err(Error::Config(format!(
+                "`{name}` weighs members of clusters; the weight {weight} should be above 0"
+            )));
+        }
+        match weights.iter().all(|w| *w == 0.0) {
+            true => Err(Error::Config("all weights are 0, which leaves nothing".into())),
+            false => Ok(weights),
+        }
+    }
+}
+
+/// An adapter that went into another.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ParentTold {
+    /// Its folder's name.
+    pub name: String,
+    /// `sha256:…` over its configuration and tensors.
+    pub content_id: String,
+    /// The weight it was combined with.
+    pub weight: f64,
+    /// Modules of the result that it lacks.
+    pub missing: usize,
+}
+
+/// What a combination gave.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Combined {
+    /// Folder written.
+    pub output: String,
+    /// The combination's name.
+    pub method: String,
+    /// Modules written.
+    pub modules: usize,
+    /// The largest rank of a module; 0 for `tensors`.
+    pub rank: usize,
+    /// ‖ΔW' − Σ weight · ΔW‖ / ‖Σ weight · ΔW‖ over all modules (Frobenius); None for `tensors`, and where the sum is 0.
+    pub error: Option<f64>,
+    /// The module with the largest such error, and that.
+    pub worst: Option<(String, f64)>,
+    /// `sha256:…` of the result.
+    pub content_id: String,
+    /// What went in, in order.
+    pub parents: Vec<ParentTold>,
+}
+
+/// What is to be combined.
+pub struct Request<'a> {
+    /// Folders in order, with the weights that were given.
+    pub adapters: &'a [(PathBuf, Option<f64>)],
+    /// The combination's name.
+    pub method: &'a str,
+    /// Its settings.
+    pub settings: &'a Map<String, Value>,
+    /// The folder to write.
+    pub output: &'a Path,
+    /// Whether an adapter that is there may be replaced.
+    pub overwrite: bool,
+}
+
+/// Refuses to write where something is that is not to be replaced.
+fn check_output(request: &Request<'_>) -> Result<()> {
+    let output = request.output;
+    let fail = |text: &str| Err(Error::Refused(format!("`{}` {text}", output.display())));
+    if !output.exists() {
+        return Ok(());
+    }
+    if !request.overwrite {
+        return fail("exists; choose another --output, or pass --overwrite");
+    }
+    if !output.join(CONFIG_FILE).is_file() {
+        return fail("holds no adapter, so it is not overwritten; choose another --output");
+    }
+    let real = |path: &Path| path.canonicalize().ok();
+    let inside = |path: &Path| real(path).zip(real(output)).is_some_and(|(path, output)| path.starts_with(output));
+    match request.adapters.iter().any(|(path, _)| inside(path)) {
+        true => fail("holds one of the adapters that are combined; choose another --output"),
+        false => Ok(()),
+    }
+}
+
+/// Combines adapters into a new folder, which is there whole or not at all. `progress` hears (done, all, name) of modules or tensors.
+///
+/// # Errors
+///
+/// Fails if there is no such combination, if a setting or weight is none of its, if an adapter is damaged or none that it takes, if adapters
+/// belong to different bases, or if the folder exists or cannot be written.
+pub fn combine(request: &Request<'_>, mut progress: impl FnMut(usize, usize, &str)) -> Result<Combined> {
+    let combination = combination(request.method)?;
+    let settings = Settings::given(combination.name, combination.takes, request.settings)?;
+    if request.adapters.is_empty() || request.adapters.len() > MAX_PARENTS {
+        let count = request.adapters.len();
+        return Err(Error::Config(format!("{count} adapters, between 1 and {MAX_PARENTS} are combined")));
+    }
+    let weights = combination.weights(&request.adapters.iter().map(|(_, w)| *w).collect::<Vec<_>>())?;
+    check_output(request)?;
+    let mut all = request.adapters.par_iter().map(|(path, _)| Parent::open(path)).collect::<Result<Vec<_>>>()?;
+    if !matches!(combination.kind, Kind::Tensors) {
+        let gated = matches!(combination.kind, Kind::GatedSites(_));
+        all.iter_mut().try_for_each(|parent| parent.find_modules(gated))?;
+    }
+    let parents = Parents { all, weights };
+    parents.check_bases()?;
+    if matches!(combination.kind, Kind::Tensors) {
+        average::check(&parents)?;
+    }
+    let mut failed = None;
+    let mut made = None;
+    let written = write_folder_atomic(request.output, |folder| {
+        let mut fill = || -> Result<Combined> {
+            let combined = fill(folder, combination, &settings, &parents, &mut progress)?;
+            if request.overwrite && request.output.exists() {
+                remove_folder(request.output)?;
+            }
+            Ok(combined)
+        };
+        match fill() {
+            Ok(combined) => {
+                made = Some(combined);
+                Ok(())
+            }
+            Err(error) => {
+                let text = error.to_string();
+                failed = Some(error);
+                Err(lorimer_model::Error::Unsupported(text))
+            }
+        }
+    });
+    if let Some(error) = failed {
+        return Err(error);
+    }
+    written?;
+    let none = || Error::Refused("nothing was combined".into());
+    Ok(Combined { output: request.output.display().to_string(), ..made.ok_or_else(none)? })
+}
+
+/// What is known of the result when its tensors are written.
+#[derive(Default)]
+struct Account {
+    modules: Map<String, Value>,
+    ranks: BTreeMap<String, (usize, f64)>,
+    wrong: f64,
+    whole: f64,
+    worst: Option<(String, f64)>,
+}
+
+impl Account {
+    fn note(&mut self, module: &str, made: &Made, (wrong, whole): (f64, f64)) -> Result<()> {
+        let rank = made.a.dim(0)?;
+        let error = (whole > 0.0).then(|| (wrong / whole).sqrt());
+        let mut told = Map::from_iter([("rank".to_string(), json!(rank)), ("error".to_string(), json!(error))]);
+        told.extend(made.told.clone());
+        self.modules.insert(module.into(), Value::Object(told));
+        self.ranks.insert(module.into(), (rank, 1.0));
+        self.wrong += wrong;
+        self.whole += whole;
+        if let Some(error) = error.filter(|e| self.worst.as_ref().is_none_or(|(_, worst)| e > worst)) {
+            self.worst = Some((module.into(), error));
+        }
+        Ok(())
+    }
+
+    /// The mean over modules of a figure that the combination tells.
+    fn mean(&self, figure: &str) -> Option<f64> {
+        let values: Vec<f64> = self.modules.values().filter_map(|told| told.get(figure)?.as_f64()).collect();
+        (!values.is_empty()).then(|| values.iter().sum::<f64>() / values.len() as f64)
+    }
+}
+
+fn fill(
+    folder: &Path,
+    combination: &Combination,
+    settings: &Settings,
+    parents: &Parents,
+    progress: &mut dyn FnMut(usize, usize, &str),
+) -> Result<Combined> {
+    let mut account = Account::default();
+    let path = folder.join(WEIGHTS_FILE);
+    let mut failed = None;
+    let written = write_atomic_with(&path, |file| {
+        let mut fill = || match combination.kind {
+            Kind::Tensors => write_means(file, &path, parents, progress),
+            _ => write_sites(file, &path, (combination, settings), parents, &mut account, progress),
+        };
+        fill().map_err(|error| {
+            let text = error.to_string();
+            failed = Some(error);
+            lorimer_model::Error::Unsupported(text)
+        })
+    });
+    if let Some(error) = failed {
+        return Err(error);
+    }
+    written?;
+    let none = || Error::Refused("there is no adapter to combine".into());
+    let first = &parents.all.first().ok_or_else(none)?.stored;
+    let is_lora = !matches!(combination.kind, Kind::Tensors);
+    let config = match is_lora {
+        true => {
+            let base = first.config.get("base_model_name_or_path").and_then(Value::as_str).unwrap_or_default();
+            peft_config(&account.ranks, base)?
+        }
+        false => averaged_config(parents, &first.config),
+    };
+    write_json(&folder.join(CONFIG_FILE), &config)?;
+    if let Some(likeness) = account.mean("likeness").filter(|likeness| *likeness < 0.2) {
+        tracing::warn!(
+            "the adapters' A have little in common (largest cosines of {likeness:.2} on average): they began with different seeds, and clusters follow the start, not what was learnt"
+        );
+    }
+    let modules = parents.modules();
+    let told: Vec<ParentTold> = parents
+        .all
+        .iter()
+        .zip(&parents.weights)
+        .map(|(parent, weight)| ParentTold {
+            name: parent.name(),
+            content_id: parent.content_id.clone(),
+            weight: *weight,
+            missing: modules.iter().filter(|m| !parent.modules.contains_key(*m)).count(),
+        })
+        .collect();
+    let content_id = content_id_of(folder)?;
+    let error = (account.whole > 0.0).then(|| (account.wrong / account.whole).sqrt());
+    let of =
+        |get: fn(&Manifest) -> Option<Value>| parents.all.iter().find_map(|p| p.stored.manifest.as_ref().and_then(get));
+    let manifest = Manifest {
+        format: 1,
+        content_id: content_id.clone(),
+        method: if is_lora { "lora" } else { method_of(first)? }.to_string(),
+        lorimer: env!("CARGO_PKG_VERSION").to_string(),
+        base: of(|m| serde_json::to_value(m.base.as_ref()?).ok()).and_then(|b| serde_json::from_value(b).ok()),
+        chat_template: of(|m| Some(json!(m.chat_template.as_ref()?))).and_then(|t| Some(t.as_str()?.to_string())),
+        training: json!({
+            "combination": combination.name, "settings": settings.taken(combination.takes), "parents": told,
+            "error": error, "modules": account.modules,
+        }),
+        golden: Vec::new(),
+        frozen: BTreeMap::new(),
+        xlora: None,
+    };
+    write_json(&folder.join(MANIFEST_FILE), &manifest)?;
+    Ok(Combined {
+        output: String::new(),
+        method: combination.name.into(),
+        modules: if is_lora { modules.len() } else { first.tensors.len() },
+        rank: account.ranks.values().map(|(rank, _)| *rank).max().unwrap_or(0),
+        error,
+        worst: account.worst,
+        content_id,
+        parents: told,
+    })
+}
+
+/// The parents' configuration, without the seed of an A that is none of theirs.
+fn averaged_config(parents: &Parents, first: &Map<String, Value>) -> Map<String, Value> {
+    let mut config = first.clone();
+    let seed = |map: &Map<String, Value>| map.get("a_seed").cloned().unwrap_or_default();
+    if parents.all.iter().any(|p| seed(&p.stored.config) != seed(first)) {
+        config.insert("a_seed".into(), Value::Null);
+    }
+    config
+}
+
+fn write_means(
+    file: &mut std::fs::File,
+    path: &Path,
+    parents: &Parents,
+    progress: &mut dyn FnMut(usize, usize, &str),
+) -> Result<()> {
+    let names: Vec<String> =
+        parents.all.first().map(|p| p.stored.tensors.keys().cloned().collect()).unwrap_or_default();
+    let mut out = TensorWriter::new(file, path, &names)?;
+    for (done, name) in names.iter().enumerate() {
+        out.push(name, &average::tensor(parents, name)?)?;
+        progress(done + 1, names.len(), name);
+    }
+    out.finish()
+}
+
+fn write_sites(
+    file: &mut std::fs::File,
+    path: &Path,
+    (combination, settings): (&Combination, &Settings),
+    parents: &Parents,
+    account: &mut Account,
+    progress: &mut dyn FnMut(usize, usize, &str),
+) -> Result<()> {
+    const KEYS: [&str; 2] = ["lora_A.weight", "lora_B.weight"];
+    let modules = parents.modules();
+    let names: Vec<String> = modules.iter().flat_map(|m| KEYS.map(|key| peft::tensor_name(m, key))).collect();
+    let mut out = TensorWriter::new(file, path, &names)?;
+    let at_once = match combination.kind {
+        Kind::WholeSites(_) => 1,
+        _ => rayon::current_num_threads().max(1),
+    };
+    let make = |module: &String| -> Result<(Made, (f64, f64))> {
+        let pool = parents.pool(module)?;
+        let none = || Error::Refused(format!("`{}` does not go by projections", combination.name));
+        let made = combination.site(&pool, settings).ok_or_else(none)??;
+        let (wrong, whole) = pool.squared_error(&made)?;
+        match wrong.is_finite() && whole.is_finite() {
+            true => Ok((made, (wrong, whole))),
+            false => Err(Error::Refused(format!(
+                "the combination on `{module}` is not finite: weights or scalings are too large"
+            ))),
+        }
+    };
+    let mut done = 0;
+    for some in modules.chunks(at_once) {
+        let made = some.par_iter().map(make).collect::<Result<Vec<_>>>()?;
+        for (module, (made, error)) in some.iter().zip(made) {
+            for (key, tensor) in KEYS.iter().zip([&made.a, &made.b]) {
+                out.push(&peft::tensor_name(module, key), tensor)?;
+            }
+            account.note(module, &made, error)?;
+            done += 1;
+            progress(done, modules.len(), module);
+        }
+    }
+    out.finish()
+}

@@ -1,0 +1,274 @@
+//! The adapters that are combined: their files, read tensor by tensor, and whether they belong together.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+
+use candle_core::{DType, Device, Tensor};
+use lorimer_model::weights::SafetensorsFile;
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+
+use super::site::{Part, Pool};
+use crate::error::{Error, Result};
+use crate::file::convert::low_ranks;
+use crate::file::dialects::peft;
+use crate::file::load::account_of;
+use crate::file::store::{ContentHash, StoredAdapter, WEIGHTS_FILE, check_finite, checked_names, read_settings};
+
+/// Largest `tokenizer.json` beside an adapter that is compared.
+const MAX_TOKENIZER: u64 = 64 << 20;
+
+/// Factors of one module in a file.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Shape {
+    pub inputs: usize,
+    pub outputs: usize,
+    pub scaling: f64,
+}
+
+/// One adapter's file: its settings and the shapes of its tensors in memory, the tensors on disk.
+pub(super) struct Parent {
+    /// Configuration, manifest, and tensors that have the file's shapes and no numbers.
+    pub stored: StoredAdapter,
+    /// `sha256:…` over configuration and tensors.
+    pub content_id: String,
+    /// Its modules' factors.
+    pub modules: BTreeMap<String, Shape>,
+    header: SafetensorsFile,
+    data: Mutex<File>,
+    data_start: u64,
+}
+
+impl Parent {
+    /// Opens a folder, reads all of it once for its content id, and keeps its shapes.
+    pub(super) fn open(folder: &Path) -> Result<Self> {
+        let (config, manifest) = read_settings(folder)?;
+        let path = folder.join(WEIGHTS_FILE);
+        let header = SafetensorsFile::open(&path)?;
+        let names = checked_names(&header)?;
+        let io = |action| lorimer_model::Error::io(action, &path);
+        let data = File::open(&path).map_err(io("read"))?;
+        let length = data.metadata().map_err(io("read"))?.len();
+        let Some(data_start) = length.checked_sub(header.metadata.data_len() as u64) else {
+            return Err(lorimer_model::Error::invalid(&path, "changed while it was read").into());
+        };
+        let stored = StoredAdapter { path: folder.into(), config, tensors: BTreeMap::new(), manifest, parts: vec![] };
+        stored.refuse_mixture("combined with others")?;
+        let (data, modules) = (Mutex::new(data), BTreeMap::new());
+        let mut parent = Self { stored, content_id: String::new(), modules, header, data, data_start };
+        let mut hash = ContentHash::new(&parent.stored.config, &[]);
+        for name in names {
+            let (dtype, shape, bytes) = parent.bytes(&name)?;
+            let tensor = Tensor::from_raw_buffer(&bytes, dtype, &shape, &Device::Cpu)?;
+            check_finite(&parent.header.path, &name, &tensor)?;
+            hash.tensor(&name, dtype, &shape, &bytes);
+            let empty = Tensor::zeros((), dtype, &Device::Cpu)?.broadcast_as(shape)?;
+            parent.stored.tensors.insert(name, empty);
+        }
+        parent.content_id = hash.finish();
+        Ok(parent)
+    }
+
+    /// Type, shape and bytes of a tensor.
+    fn bytes(&self, name: &str) -> Result<(DType, Vec<usize>, Vec<u8>)> {
+        let path = &self.header.path;
+        let none = || lorimer_model::Error::invalid(path, format!("has no tensor `{name}`"));
+        let info = self.header.metadata.info(name).ok_or_else(none)?;
+        // The header was checked against the file's length, so the span is inside of it.
+        let (start, end) = info.data_offsets;
+        let (dtype, shape, _) = self.header.tensor(name)?.ok_or_else(none)?;
+        let mut bytes = vec![0; end - start];
+        let mut file = self.data.lock().unwrap_or_else(PoisonError::into_inner);
+        let io = |action| lorimer_model::Error::io(action, path);
+        file.seek(SeekFrom::Start(self.data_start + start as u64)).map_err(io("read"))?;
+        file.read_exact(&mut bytes).map_err(io("read"))?;
+        Ok((dtype, shape, bytes))
+    }
+
+    /// A tensor in its own type.
+    pub(super) fn tensor(&self, name: &str) -> Result<Tensor> {
+        let (dtype, shape, bytes) = self.bytes(name)?;
+        Ok(Tensor::from_raw_buffer(&bytes, dtype, &shape, &Device::Cpu)?)
+    }
+
+    /// How it is called in messages.
+    pub(super) fn shown(&self) -> String {
+        self.stored.path.display().to_string()
+    }
+
+    /// The folder's own name.
+    pub(super) fn name(&self) -> String {
+        self.stored.path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default()
+    }
+
+    fn text(&self, key: &str) -> Option<&str> {
+        self.stored.config.get(key).and_then(Value::as_str)
+    }
+
+    /// Finds its modules, all of which must be plain low-rank factors; with `gated`, FlyLoRA's and SMoRA's too, with every rank acting.
+    pub(super) fn find_modules(&mut self, gated: bool) -> Result<()> {
+        let name = self.shown();
+        let kind = self.text("peft_type").unwrap_or_default();
+        let found = match (gated, kind) {
+            (true, "FLYLORA" | "SRMOLE") => super::average::dense_factors(&self.stored)?,
+            (false, "FLYLORA" | "SRMOLE") => {
+                return Err(Error::Refused(format!(
+                    "`{name}` chooses its ranks by the token, which no fixed change does: --method dense takes all its ranks as acting, --method tensors averages its tensors, and a weighted sum is served or evaluated with --adapter"
+                )));
+            }
+            _ => low_ranks(&self.stored).map_err(|e| Error::Refused(format!("`{name}`: {e}")))?,
+        };
+        for (module, low) in found {
+            let ((rank, inputs), (outputs, other)) = (low.a.dims2()?, low.b.dims2()?);
+            if rank != other || rank == 0 {
+                let text = format!("`{name}`: `{module}` has {rank} rows of A and {other} columns of B");
+                return Err(Error::Mismatch(text));
+            }
+            if inputs == 0 || outputs == 0 {
+                return Err(Error::Mismatch(format!("`{name}`: `{module}` has {inputs} inputs and {outputs} outputs")));
+            }
+            self.modules.insert(module, Shape { inputs, outputs, scaling: low.scaling });
+        }
+        self.check_targets()
+    }
+
+    /// Refuses a file that lacks all tensors of a module which its configuration names.
+    fn check_targets(&self) -> Result<()> {
+        let Some(Value::Array(names)) = self.stored.config.get("target_modules") else { return Ok(()) };
+        let held = |name: &str| self.modules.keys().any(|m| m == name || m.ends_with(&format!(".{name}")));
+        match names.iter().filter_map(Value::as_str).find(|name| *name != "all-linear" && !held(name)) {
+            None => Ok(()),
+            Some(missing) => Err(Error::Mismatch(format!(
+                "`{}` is not whole: its configuration names `{missing}`, of which the file has no tensors",
+                self.shown()
+            ))),
+        }
+    }
+
+    /// Its change of a module, if it has one.
+    fn part(&self, module: &str, weight: f64) -> Result<Option<Part>> {
+        let Some(shape) = self.modules.get(module) else { return Ok(None) };
+        let read = |key| -> Result<Tensor> { Ok(self.tensor(&peft::tensor_name(module, key))?.to_dtype(DType::F32)?) };
+        Ok(Some(Part { a: read("lora_A.weight")?, b: read("lora_B.weight")?, scaling: shape.scaling, weight }))
+    }
+}
+
+/// All parents with their weights.
+pub(super) struct Parents {
+    pub all: Vec<Parent>,
+    pub weights: Vec<f64>,
+}
+
+impl Parents {
+    /// Refuses adapters of different bases, as far as their files tell.
+    pub(super) fn check_bases(&self) -> Result<()> {
+        let Some((first, others)) = self.all.split_first() else { return Ok(()) };
+        let fail = |other: &Parent, text: String| {
+            let (one, two) = (first.shown(), other.shown());
+            Err(Error::Mismatch(format!("`{one}` and `{two}` belong to different bases: {text}")))
+        };
+        for other in others {
+            let base = |p: &Parent| p.stored.manifest.as_ref().and_then(|m| m.base.clone());
+            match (base(first), base(other)) {
+                (Some(a), Some(b)) if a.fingerprint != b.fingerprint => {
+                    return fail(
+                        other,
+                        format!("their weights are {} ({}) and {} ({})", a.name, a.fingerprint, b.name, b.fingerprint),
+                    );
+                }
+                (Some(_), Some(_)) => {}
+                _ => {
+                    let end = |name: &str| name.trim_end_matches('/').rsplit(['/', '\\']).next().map(str::to_lowercase);
+                    let (a, b) = (first.text("base_model_name_or_path"), other.text("base_model_name_or_path"));
+                    if let (Some(a), Some(b)) = (a.filter(|a| !a.is_empty()), b.filter(|b| !b.is_empty()))
+                        && end(a) != end(b)
+                    {
+                        return fail(
+                            other,
+                            format!(
+                                "base_model_name_or_path is `{a}` and `{b}`; if that is one base, write the same name into both adapter_config.json"
+                            ),
+                        );
+                    }
+                }
+            }
+            let template = |p: &Parent| p.stored.manifest.as_ref().and_then(|m| m.chat_template.clone());
+            if let (Some(a), Some(b)) = (template(first), template(other))
+                && a != b
+            {
+                return fail(other, "they were trained with different chat templates".into());
+            }
+            if let (Some(a), Some(b)) = (tokenizer(&first.stored.path)?, tokenizer(&other.stored.path)?)
+                && a != b
+            {
+                return fail(other, "the tokenizer.json beside them differ".into());
+            }
+            for (module, shape) in &other.modules {
+                if let Some(own) = first.modules.get(module)
+                    && (own.inputs, own.outputs) != (shape.inputs, shape.outputs)
+                {
+                    let sides = |s: &Shape| format!("{} inputs and {} outputs", s.inputs, s.outputs);
+                    return fail(
+                        other,
+                        format!("`{module}` has {} in one and {} in the other", sides(own), sides(shape)),
+                    );
+                }
+            }
+        }
+        self.check_sides()
+    }
+
+    /// Modules that the first parent lacks must fit among the others too.
+    fn check_sides(&self) -> Result<()> {
+        let mut seen: BTreeMap<&str, (&Parent, &Shape)> = BTreeMap::new();
+        for parent in &self.all {
+            for (module, shape) in &parent.modules {
+                let (owner, own) = *seen.entry(module).or_insert((parent, shape));
+                if (own.inputs, own.outputs) != (shape.inputs, shape.outputs) {
+                    let (one, two) = (owner.shown(), parent.shown());
+                    return Err(Error::Mismatch(format!(
+                        "`{one}` and `{two}` belong to different bases: `{module}` has {} inputs and {} outputs in one, {} and {} in the other",
+                        own.inputs, own.outputs, shape.inputs, shape.outputs
+                    )));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The modules of any parent, in the order in which their tensors stand in a file.
+    pub(super) fn modules(&self) -> Vec<String> {
+        let mut names: Vec<String> = self.all.iter().flat_map(|p| p.modules.keys().cloned()).collect();
+        names.sort_by_cached_key(|module| peft::tensor_name(module, "lora_A.weight"));
+        names.dedup();
+        names
+    }
+
+    /// What the parents have on a module; read from their files.
+    pub(super) fn pool(&self, module: &str) -> Result<Pool> {
+        let parts = self.all.iter().zip(&self.weights).map(|(parent, weight)| parent.part(module, *weight));
+        Ok(Pool { path: module.into(), parts: parts.filter_map(Result::transpose).collect::<Result<_>>()? })
+    }
+}
+
+/// The hash of the `tokenizer.json` beside an adapter, if there is one.
+fn tokenizer(folder: &Path) -> Result<Option<Vec<u8>>> {
+    let path: PathBuf = folder.join("tokenizer.json");
+    match path.is_file() {
+        true => Ok(Some(Sha256::digest(lorimer_model::files::read_bounded(&path, MAX_TOKENIZER)?).to_vec())),
+        false => Ok(None),
+    }
+}
+
+/// The content id of a file that has just been written.
+pub(super) fn content_id_of(folder: &Path) -> Result<String> {
+    Ok(Parent::open(folder)?.content_id)
+}
+
+/// The method's name of an adapter.
+pub(super) fn method_of(stored: &StoredAdapter) -> Result<&'static str> {
+    Ok(account_of(stored)?.0.name())
+}
