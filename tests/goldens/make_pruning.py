@@ -194,7 +194,7 @@ adapter.eval()
 logits["small"] = adapter(tokens).logits[0]
 adapter.save_pretrained(out / "small")
 (out / "small/README.md").unlink(missing_ok=True)
-settings = json.loads((out / "small/adapter_config.json").read_text()) | {"base_model_name_or_path": "tiny-llama"}
+settings = json.loads((out / "small/adapter_config.json").read_text()) | {"base_model_name_or_path": "tiny-llama", "target_modules": targets}
 (out / "small/adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 wide = {}
 for name, t in load_file(out / "small/adapter_model.safetensors").items():

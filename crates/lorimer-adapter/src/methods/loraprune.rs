@@ -221,7 +221,7 @@ impl Method for LoraPrune {
     }
 
     fn activations_per_row(&self, site: &Site) -> usize {
-        self.lora.activations_per_row(site) + site.outputs
+        self.lora.activations_per_row(site)
     }
 
     fn remarks(&self, tensors: &BTreeMap<String, Tensor>) -> Result<Vec<(String, f64)>> {

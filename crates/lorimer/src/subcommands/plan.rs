@@ -14,7 +14,7 @@ use lorimer::model::{Config, DecoderConfig, LoadDtype};
 use lorimer::train::run::frozen::FrozenCache;
 use lorimer::train::run::plan::{Request, Work, plan};
 use lorimer::train::{EncodeOptions, TrainSettings};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use lorimer_bench::measure::sgemm_rate;
 use lorimer_cli::Global;
@@ -164,12 +164,20 @@ fn weight_bytes(dtype: DtypeFlag) -> Result<(f64, f64)> {
 }
 
 /// What is planned of one model.
-#[derive(serde::Serialize)]
 struct Side {
     parameters: u64,
     base_bytes: u64,
     peak_bytes: u64,
     trainable_parameters: u64,
+}
+
+impl Side {
+    fn json(&self) -> Value {
+        json!({
+            "parameters": self.parameters, "base_bytes": self.base_bytes, "peak_bytes": self.peak_bytes,
+            "trainable_parameters": self.trainable_parameters,
+        })
+    }
 }
 
 impl PlanRun {
@@ -207,7 +215,7 @@ impl PlanRun {
         };
         let pruned = side(DecoderConfig { layers, ..whole.clone() })?;
         let whole = side(whole)?;
-        let json = json!({ "ratio": ratio, "whole": whole, "pruned": pruned });
+        let json = json!({ "ratio": ratio, "whole": whole.json(), "pruned": pruned.json() });
         common::print(global, &json, || {
             let line = |name: &str, a: String, b: String| format!("  {name:<22}{a:>18}{b:>18}\n");
             let bytes = |f: fn(&Side) -> u64| (show_bytes(f(&whole)), show_bytes(f(&pruned)));

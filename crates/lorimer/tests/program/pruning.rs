@@ -30,7 +30,7 @@ fn one_run_ends_in_a_smaller_model() {
     let loss = |v: &serde_json::Value| v["loss"].as_f64().unwrap();
     assert!((loss(&masked) - loss(&alone)).abs() < 1e-4, "{masked} {alone}");
     assert!(loss(&alone) < loss(&json(&[&["eval"], &base[..], &data[..]].concat())));
-    ok(&["generate", "--model", &small, "up 3", "--max-tokens", "4"]);
+    ok(&["generate", "--model", &small, "--prompt", "up 3", "--max-tokens", "4"]);
     // Written once, and from a masked adapter only.
     let again = error(&[&["merge", "--slice", "--adapter", &out, "--output", &small], &base[..]].concat());
     assert!(again.contains("exists"), "{again}");
