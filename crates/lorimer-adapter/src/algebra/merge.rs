@@ -78,8 +78,7 @@ impl<'a> Plan<'a> {
             parameters.insert("lm_head.weight".into());
         }
         let shape = config.shape();
-        let base =
-            BaseNames { model_type: shape.model_type, sites: config.sites(), parameters, layers: shape.layers };
+        let base = BaseNames { model_type: shape.model_type, sites: config.sites(), parameters, layers: shape.layers };
         let mut plan = Self { weights, tied: config.tied(), adapters: Vec::new(), parameters: BTreeMap::new() };
         for (stored, weight) in adapters {
             plan.add((stored, *weight), adapters.len(), &base)?;

@@ -21,7 +21,7 @@ use crate::file::load::account_of;
 use crate::file::store::{BaseIdentity, StoredAdapter};
 use crate::methods::loraprune::MASK;
 use crate::pruning::units::{groups, layer_of};
-use crate::pruning::{Kind, KeptLayer, PRUNING_FILE, Pruning, spans};
+use crate::pruning::{KeptLayer, Kind, PRUNING_FILE, Pruning};
 
 /// What slicing gave.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -111,10 +111,7 @@ fn write_sliced(weights: &Weights, config: &DecoderConfig, pruning: &Pruning, ou
         write_safetensors(&output.join(file), entries)?;
     }
     if shards.len() > 1 {
-        write_json(
-            &output.join("model.safetensors.index.json"),
-            &json!({ "metadata": {}, "weight_map": index }),
-        )?;
+        write_json(&output.join("model.safetensors.index.json"), &json!({ "metadata": {}, "weight_map": index }))?;
     }
     let folder = weights.origin();
     for name in text_files(folder)? {
@@ -303,7 +300,12 @@ pub fn keep_important(
 /// # Errors
 ///
 /// Fails if a tensor operation fails.
-pub fn salience(site: &Site, layer: &LayerShape, weight: &Tensor, gradient: &Tensor) -> Result<Option<(Kind, Vec<f64>)>> {
+pub fn salience(
+    site: &Site,
+    layer: &LayerShape,
+    weight: &Tensor,
+    gradient: &Tensor,
+) -> Result<Option<(Kind, Vec<f64>)>> {
     let Some((axis, attention, unit)) = groups(&site.role, layer) else { return Ok(None) };
     let dim = 1 - axis.dim();
     let sums: Vec<f64> = (weight * gradient)?.abs()?.sum(dim)?.to_dtype(candle_core::DType::F64)?.to_vec1()?;
@@ -325,9 +327,4 @@ pub fn identity_of(config: &DecoderConfig, weights: &Weights, name: &str) -> Res
         model_type: config.model_type.clone(),
         pruned: None,
     })
-}
-
-/// Whether taking units out changes a projection of this role.
-pub fn is_cut(role: &str, layer: &LayerShape) -> bool {
-    spans(role, layer).is_some()
 }

@@ -132,7 +132,8 @@ fn check_whole_layers(targeted: &[&Site]) -> Result<()> {
     for (layer, roles) in roles {
         let apart = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
         let fused = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"];
-        let wanted = if roles.iter().any(|role| fused[..3].contains(role) && *role != "o_proj") { &fused[..] } else { &apart };
+        let wanted =
+            if roles.iter().any(|role| fused[..3].contains(role) && *role != "o_proj") { &fused[..] } else { &apart };
         let missing: Vec<&str> = wanted.iter().filter(|role| !roles.contains(**role)).copied().collect();
         if !missing.is_empty() {
             return Err(Error::Config(format!(
@@ -188,14 +189,13 @@ impl Method for LoraPrune {
             b = Some(zero);
             Ok(a)
         })?;
-        let b = source
-            .trainable("lora_B.weight", &[site.outputs, rank], |_| b.ok_or(Error::Config("no start".into())))?;
+        let b =
+            source.trainable("lora_B.weight", &[site.outputs, rank], |_| b.ok_or(Error::Config("no start".into())))?;
         let outputs = site.outputs;
         let masked = !site.is_head && !matches!(site.role.as_str(), "o_proj" | "down_proj");
         let buffers = match masked {
             true => {
-                let mask =
-                    source.trainable(MASK, &[outputs], |_| Ok(Tensor::ones(outputs, dtype, &Device::Cpu)?))?;
+                let mask = source.trainable(MASK, &[outputs], |_| Ok(Tensor::ones(outputs, dtype, &Device::Cpu)?))?;
                 let values = mask.to_dtype(DType::F64)?.to_vec1::<f64>()?;
                 if values.iter().any(|m| *m != 0.0 && *m != 1.0) {
                     return Err(Error::Mismatch(format!("`{}.{MASK}` should hold ones and zeros only", site.path)));
@@ -271,7 +271,9 @@ impl Delta for MaskedDelta {
 
     fn bias_change(&self, base: &Projection) -> TensorResult<Option<Tensor>> {
         match (&self.buffers, &base.bias) {
-            (Some((mask, _)), Some(bias)) => Ok(Some(((mask.as_detached_tensor() - 1.0)?.to_dtype(bias.dtype())? * bias)?)),
+            (Some((mask, _)), Some(bias)) => {
+                Ok(Some(((mask.as_detached_tensor() - 1.0)?.to_dtype(bias.dtype())? * bias)?))
+            }
             _ => Ok(None),
         }
     }

@@ -62,7 +62,8 @@ fn importance_schedule_and_masks_are_the_authors() {
     for (step, share) in shares.iter().enumerate() {
         assert!((sparsity(step, shares.len(), &settings) - share).abs() < 1e-12, "step {step}");
     }
-    for (name, more) in [("lora", json!({})), ("squared", json!({"power": 2})), ("magnitude", json!({"score": "magnitude"}))]
+    for (name, more) in
+        [("lora", json!({})), ("squared", json!({"power": 2})), ("magnitude", json!({"score": "magnitude"}))]
     {
         let mut settings = json!({"r": 2, "lora_alpha": 4, "prune_every": 2});
         settings.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
@@ -95,7 +96,8 @@ fn importance_schedule_and_masks_are_the_authors() {
                 };
                 if step <= 18 {
                     let expected = flat(&at(&format!("{name}.{part}.average")));
-                    let apart = held("lora_score").iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+                    let apart =
+                        held("lora_score").iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
                     assert!(apart < 1e-5, "{name} {part} {step}: {apart:e}");
                 }
                 let mask = held("lora_mask");
@@ -134,7 +136,8 @@ fn the_surrogate_is_one_step_of_the_product() {
 /// ρ never falls, begins and ends where it is told to.
 #[test]
 fn the_pruned_share_never_falls() {
-    let settings = LoraPruneConfig { prune_start: 0.1, prune_ratio: 0.7, warmup: 0.2, cooldown: 0.3, ..Default::default() };
+    let settings =
+        LoraPruneConfig { prune_start: 0.1, prune_ratio: 0.7, warmup: 0.2, cooldown: 0.3, ..Default::default() };
     for total in [1, 7, 50, 333] {
         let all: Vec<f64> = (0..total).map(|step| sparsity(step, total, &settings)).collect();
         assert!(all.windows(2).all(|w| w[0] <= w[1]) && all[0] == 0.1, "{total}");
@@ -174,8 +177,13 @@ fn a_masked_model_is_a_sliced_one() {
         // The first layer loses a group and some channels, the last one channels only.
         let kept: Vec<KeptLayer> = (0..shape.layers.len())
             .map(|i| {
-                let kv = if i == 0 { vec![shape.layers[i].kv_heads - 1] } else { (0..shape.layers[i].kv_heads).collect() };
-                KeptLayer::of_groups(&shape.layers[i], kv, (0..shape.layers[i].inner).filter(|c| c % (3 + i) != 1).collect())
+                let kv =
+                    if i == 0 { vec![shape.layers[i].kv_heads - 1] } else { (0..shape.layers[i].kv_heads).collect() };
+                KeptLayer::of_groups(
+                    &shape.layers[i],
+                    kv,
+                    (0..shape.layers[i].inner).filter(|c| c % (3 + i) != 1).collect(),
+                )
             })
             .collect();
         for p in adapter.named().iter().filter(|p| p.name.ends_with("lora_mask")) {
@@ -198,15 +206,13 @@ fn a_masked_model_is_a_sliced_one() {
         assert_eq!(kept_by_masks(&stored, config).unwrap(), kept);
         let pruning = record(&base, kept);
         let small = out.path().join("small");
-        let sliced =
-            slice_to_folder(&base, &[(stored, 1.0)], &pruning, (&small, LoadDtype::F32), |_| {}).unwrap();
+        let sliced = slice_to_folder(&base, &[(stored, 1.0)], &pruning, (&small, LoadDtype::F32), |_| {}).unwrap();
         let smaller = read(&small);
         let apart = distance(&logits(&smaller, &Frozen, &rows()), &masked);
         assert!(apart < 1e-5, "{name}: {apart:e}");
         assert!(sliced.parameters < sliced.whole_parameters && !sliced.uniform);
         let file = SafetensorsFile::open(&small.join("model.safetensors")).unwrap();
-        let numbers: u64 =
-            file.names().iter().map(|n| file.load(n).unwrap().unwrap().elem_count() as u64).sum();
+        let numbers: u64 = file.names().iter().map(|n| file.load(n).unwrap().unwrap().elem_count() as u64).sum();
         assert_eq!(numbers, sliced.parameters, "{name}");
         assert!(!small.join("whole").exists() && Pruning::read(&small.join(PRUNING_FILE)).unwrap() == pruning);
     }
@@ -222,7 +228,8 @@ fn a_dropped_unit_gives_nothing_under_dropout() {
         Adapter::attach(&model, methods::build("loraprune", settings.as_object().unwrap()).unwrap(), 0).unwrap();
     crate::tiny::move_all(&adapter);
     let attached = Attached::one(&adapter).at(Step::training(9));
-    for (site, base, _) in adapter.sites(&model).into_iter().filter(|(s, ..)| s.role == "k_proj" || s.role == "up_proj") {
+    for (site, base, _) in adapter.sites(&model).into_iter().filter(|(s, ..)| s.role == "k_proj" || s.role == "up_proj")
+    {
         let x = Tensor::ones((2, site.inputs), DType::F32, &Device::Cpu).unwrap();
         let y = attached.project(site, base, &x).unwrap();
         assert!(flat(&y.narrow(1, 0, site.outputs / 2).unwrap()).iter().all(|v| *v == 0.0), "{}", site.path);

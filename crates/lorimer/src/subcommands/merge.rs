@@ -82,13 +82,10 @@ impl Merge {
         })
     }
     /// Merges and takes out what the masks prune.
-    fn sliced(
-        &self,
-        pulled: &Pulled,
-        adapters: &[(StoredAdapter, f64)],
-        progress: impl FnMut(&str),
-    ) -> Result<Sliced> {
-        let [(adapter, _)] = adapters else { bail!("--slice goes by the masks of one adapter, {} are given", adapters.len()) };
+    fn sliced(&self, pulled: &Pulled, adapters: &[(StoredAdapter, f64)], progress: impl FnMut(&str)) -> Result<Sliced> {
+        let [(adapter, _)] = adapters else {
+            bail!("--slice goes by the masks of one adapter, {} are given", adapters.len())
+        };
         if self.output.extension().is_some_and(|e| e == "gguf") {
             bail!("--slice writes a folder, not a .gguf file");
         }

@@ -70,7 +70,9 @@ impl Prune {
             _ => {}
         }
         if matches!(self.model.dtype, DtypeFlag::Nf4 | DtypeFlag::Int8) {
-            bail!("a pruned model is not written in nf4 or int8; choose f32, f16, bf16 or stored, and --dtype when it is used");
+            bail!(
+                "a pruned model is not written in nf4 or int8; choose f32, f16, bf16 or stored, and --dtype when it is used"
+            );
         }
         let (prepared, pulled) = common::prepare_base(&self.model, global)?;
         let config = prepared.config.decoder("`lorimer prune`")?.clone();

@@ -70,7 +70,10 @@ fn an_adapter_of_a_pruned_model_runs_on_the_whole_one() {
     };
     let call = |flags: &[String]| json(&flags.iter().map(String::as_str).collect::<Vec<_>>());
     let told = call(&prune(&small, &["--method", "rand", "--seed", "1"]));
-    assert_eq!((&told["heads_pruned"], &told["channels_pruned"], &told["uniform"]), (&value!(0.25), &value!(0.25), &value!(false)));
+    assert_eq!(
+        (&told["heads_pruned"], &told["channels_pruned"], &told["uniform"]),
+        (&value!(0.25), &value!(0.25), &value!(false))
+    );
     let again = f.path("again");
     call(&prune(&again, &["--method", "rand", "--seed", "1"]));
     let bytes = |folder: &str, file: &str| std::fs::read(Path::new(folder).join(file)).unwrap();
@@ -108,7 +111,10 @@ fn an_adapter_of_a_pruned_model_runs_on_the_whole_one() {
     );
     let other = f.path("other");
     call(&prune(&other, &["--method", "rand", "--seed", "2"]));
-    assert!(error(&["eval", "--model", &other, "--adapter", &own, "--data", &f.data]).contains("ids of pruning.json differ"));
+    assert!(
+        error(&["eval", "--model", &other, "--adapter", &own, "--data", &f.data])
+            .contains("ids of pruning.json differ")
+    );
     let (wrong, out) = (format!("{other}/pruning.json"), f.path("out"));
     let refused = error(&["recover", "--adapter", &own, "--pruning", &wrong, "--output", &out]);
     assert!(refused.contains("another pruned model") && !Path::new(&out).exists(), "{refused}");
@@ -149,7 +155,19 @@ fn a_pruned_model_is_planned_from_its_configuration() {
     });
     std::fs::write(f.folder.path().join("config.json"), config.to_string()).unwrap();
     let model = f.folder.path().display().to_string();
-    let plan = ["plan", "--model", &model, "--max-length", "512", "--batch-size", "1", "--checkpointing", "on", "--dtype", "nf4"];
+    let plan = [
+        "plan",
+        "--model",
+        &model,
+        "--max-length",
+        "512",
+        "--batch-size",
+        "1",
+        "--checkpointing",
+        "on",
+        "--dtype",
+        "nf4",
+    ];
     let told = json(&[&plan[..], &["--prune-ratio", "0.85"]].concat());
     assert_eq!(told["whole"]["parameters"], 68_976_648_192u64);
     assert_eq!(told["pruned"]["parameters"], 16_272_924_672u64);

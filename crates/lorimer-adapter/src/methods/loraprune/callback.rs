@@ -58,7 +58,9 @@ impl PruneSchedule {
         let ratio = sparsity(step, total, s);
         match step == self.last(total) {
             true => Some(s.prune_ratio),
-            false => Some(ratio).filter(|r| step.is_multiple_of(s.prune_every) && *r > s.prune_start && *r < s.prune_ratio),
+            false => {
+                Some(ratio).filter(|r| step.is_multiple_of(s.prune_every) && *r > s.prune_start && *r < s.prune_ratio)
+            }
         }
     }
 
@@ -102,7 +104,9 @@ impl Pruner {
         let mut found = Groups::new();
         for module in modules {
             let (site, ..) = module;
-            let Some(layer) = site.layer.filter(|layer| !site.is_head && !self.schedule.protects(*layer)) else { continue };
+            let Some(layer) = site.layer.filter(|layer| !site.is_head && !self.schedule.protects(*layer)) else {
+                continue;
+            };
             let shape = self.schedule.layers.get(layer);
             if let Some((_, attention, _)) = shape.and_then(|shape| groups(&site.role, shape)) {
                 found.entry((layer, attention)).or_default().push(module);
@@ -129,7 +133,8 @@ impl Pruner {
         let one = |(layer, attention): (usize, bool), module: &Module<'_>| -> Result<Vec<f64>> {
             let (axis, unit) = self.unit_of(module, layer)?;
             let missing = || Error::Config(format!("`{}` has no LoRA", module.0.path));
-            let (a, b) = (parameter(module, "lora_A").ok_or_else(missing)?, parameter(module, "lora_B").ok_or_else(missing)?);
+            let (a, b) =
+                (parameter(module, "lora_A").ok_or_else(missing)?, parameter(module, "lora_B").ok_or_else(missing)?);
             let units = self.units(layer, attention);
             let gradients = match s.score {
                 Score::Magnitude | Score::Random => None,
@@ -149,8 +154,10 @@ impl Pruner {
         };
         let tasks: Vec<_> = groups.iter().flat_map(|(key, modules)| modules.iter().map(move |m| (*key, *m))).collect();
         let found = tasks.par_iter().map(|(key, module)| one(*key, module)).collect::<Result<Vec<_>>>()?;
-        let mut sums: BTreeMap<(usize, bool), Vec<f64>> =
-            groups.keys().map(|&(layer, attention)| ((layer, attention), vec![0.0; self.units(layer, attention)])).collect();
+        let mut sums: BTreeMap<(usize, bool), Vec<f64>> = groups
+            .keys()
+            .map(|&(layer, attention)| ((layer, attention), vec![0.0; self.units(layer, attention)]))
+            .collect();
         for ((key, _), own) in tasks.iter().zip(found) {
             if let Some(sum) = sums.get_mut(key) {
                 sum.iter_mut().zip(own).for_each(|(sum, own)| *sum += own);
