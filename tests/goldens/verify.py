@@ -82,6 +82,41 @@ for name, flags in exported.items():
     manifest["golden"] = before["golden"]
     (lora / "lorimer.json").write_text(json.dumps(manifest))
     worst = max(worst, compare(lora.name, AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), lora))
+# A pruned model opens in transformers and its adapter in PEFT; recovered, that gives the same on the whole base with the dropped units zeroed.
+def lorimer(*flags):
+    subprocess.run([sys.argv[1], *flags], check=True, stdout=subprocess.DEVNULL)
+
+
+small, own, recovered = (work / name for name in ("pruned", "on-pruned", "recovered"))
+lorimer("prune", "-q", "--model", base, "--method", "rand", "--ratio", "0.5", "--keep-first", "0", "--keep-last", "0", "--output", small)
+lorimer("train", "-q", "--model", small, "--data", data, "--output", own, "--max-steps", "12", "--lr", "1e-2")
+lorimer("recover", "-q", "--adapter", own, "--pruning", small / "pruning.json", "--output", recovered)
+worst = max(worst, compare(small.name, AutoModelForCausalLM.from_pretrained(small, dtype=torch.float32), own))
+whole = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+with torch.no_grad():
+    for layer, kept in zip(whole.model.layers, json.loads((small / "pruning.json").read_text())["kept"]):
+        d = whole.config.head_dim
+        heads = torch.tensor([i not in kept["heads"] for i in range(whole.config.num_attention_heads)]).repeat_interleave(d)
+        channels = torch.tensor([i not in kept["channels"] for i in range(whole.config.intermediate_size)])
+        layer.self_attn.o_proj.weight[:, heads] = 0
+        layer.mlp.down_proj.weight[:, channels] = 0
+manifest = json.loads((recovered / "lorimer.json").read_text())
+manifest["golden"] = json.loads((own / "lorimer.json").read_text())["golden"]
+(recovered / "lorimer.json").write_text(json.dumps(manifest))
+worst = max(worst, compare(recovered.name, whole, recovered))
+# What LoRAPrune writes sliced opens in transformers where all layers are alike.
+masked, sliced = work / "loraprune", work / "loraprune-sliced"
+lorimer("train", "-q", "--model", base, "--data", data, "--output", masked, "--max-steps", "20", "--lr", "1e-2", "--method", "loraprune",
+        "--set", "prune_every=2", "--set", "protect=0")
+lorimer("merge", "-q", "--model", base, "--adapter", masked, "--slice", "--output", sliced)
+plain = AutoModelForCausalLM.from_pretrained(sliced, dtype=torch.float32).eval()
+for golden in json.loads((masked / "lorimer.json").read_text())["golden"]:
+    ids, first = torch.tensor([golden["tokens"]]), golden["first"]
+    with torch.no_grad():
+        logp = plain(ids).logits[0].log_softmax(-1)
+    difference = (logp[first - 1:-1].gather(1, ids[0, first:, None])[:, 0] - torch.tensor(golden["log_probabilities"])).abs().max().item()
+    worst = max(worst, difference)
+    print(f"{sliced.name:16} log p differs by {difference:.2e}")
 for adapter in sys.argv[3:]:
     plain = AutoModelForCausalLM.from_pretrained(sys.argv[2], dtype=torch.float32, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
     worst = max(worst, compare(adapter, plain, adapter))

@@ -107,8 +107,14 @@ pub fn attach(model: &dyn BaseModel, name: &str, settings: &str) -> Adapter {
     Adapter::attach_calibrated(model, method, &stats, 3).unwrap()
 }
 
-/// Moves every trainable parameter, so that the adapter does something.
+/// Moves every trainable parameter, so that the adapter does something. Masks lose their first half.
 pub fn move_all(adapter: &Adapter) {
+    for mask in adapter.named().into_iter().filter(|p| p.name.ends_with("lora_mask")) {
+        let half = mask.var.dim(0).unwrap() / 2;
+        let kept = Tensor::ones(mask.var.dims(), mask.var.dtype(), &Device::Cpu).unwrap();
+        let gone = Tensor::zeros(half, mask.var.dtype(), &Device::Cpu).unwrap();
+        mask.var.set(&kept.slice_assign(&[0..half], &gone).unwrap()).unwrap();
+    }
     let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(8);
     for (_, var) in adapter.trainable() {
         let moved = random(var.dims(), 0.2, &mut rng).to_dtype(var.dtype()).unwrap();

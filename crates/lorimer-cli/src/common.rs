@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::{Context, Result, anyhow, bail};
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
+use lorimer_adapter::pruning::check_record;
 use lorimer_adapter::{Adapter, Attached, StoredAdapter};
 use lorimer_model::pull::{PullOptions, Pulled, pull};
 use lorimer_model::{Base, LoadDtype, OpenOptions, Prepared, TextModel};
@@ -183,6 +184,7 @@ pub fn parse_adapter(text: &str) -> Result<(PathBuf, f64), String> {
 pub fn open_adapters(base: &Base, adapters: &[(PathBuf, f64)]) -> Result<Vec<(Adapter, f64)>> {
     let open = |(path, weight): &(PathBuf, f64)| -> Result<(Adapter, f64)> {
         let stored = StoredAdapter::read(path)?;
+        check_record(&stored, &base.path, &base.model().shape().layers)?;
         if let Some(template) = stored.manifest.as_ref().and_then(|m| m.chat_template.as_ref())
             && base.text.template_source().is_none_or(|t| t != template)
         {

@@ -46,6 +46,10 @@ enum Command {
     Extract(subcommands::extract::Extract),
     /// Cut a LoRA to its first ranks
     Resize(subcommands::resize::Resize),
+    /// Take heads and channels out of a base
+    Prune(Box<subcommands::prune::Prune>),
+    /// Make an adapter of a pruned model one of the whole base
+    Recover(subcommands::recover::Recover),
     /// Change sparse adapters under one base in memory, in milliseconds
     Switch(subcommands::switch::Switch),
     /// Show what is in an adapter
@@ -87,6 +91,8 @@ fn main() -> ExitCode {
         Command::Convert(v) => v.run(cli.global),
         Command::Extract(v) => v.run(cli.global),
         Command::Resize(v) => v.run(cli.global),
+        Command::Prune(v) => v.run(cli.global),
+        Command::Recover(v) => v.run(cli.global),
         Command::Switch(v) => v.run(cli.global),
         Command::Inspect(v) => v.run(cli.global),
         Command::Check(v) => v.run(cli.global),

@@ -28,6 +28,7 @@ use crate::file::frozen::FrozenParts;
 use crate::file::load::{account_of, offer};
 use crate::file::store::StoredAdapter;
 use crate::method::{Method, ModuleTensors, ParameterSource};
+use crate::pruning::{PRUNING_FILE, check_record, record_beside};
 use crate::settings::check_targets;
 use crate::targets::Matcher;
 
@@ -76,7 +77,8 @@ impl<'a> Plan<'a> {
         if config.tied() {
             parameters.insert("lm_head.weight".into());
         }
-        let base = BaseNames { model_type: config.shape().model_type.clone(), sites: config.sites(), parameters };
+        let shape = config.shape();
+        let base = BaseNames { model_type: shape.model_type, sites: config.sites(), parameters, layers: shape.layers };
         let mut plan = Self { weights, tied: config.tied(), adapters: Vec::new(), parameters: BTreeMap::new() };
         for (stored, weight) in adapters {
             plan.add((stored, *weight), adapters.len(), &base)?;
@@ -87,6 +89,7 @@ impl<'a> Plan<'a> {
     /// Adds one of `count` adapters.
     fn add(&mut self, (stored, weight): (&StoredAdapter, f64), count: usize, base: &BaseNames) -> Result<()> {
         stored.refuse_mixture("merged")?;
+        check_record(stored, self.weights.origin(), &base.layers)?;
         let (mut method, mut account) = account_of(stored)?;
         if method.blocks().is_some() {
             return Err(refuse(method.name(), "merged"));
@@ -262,11 +265,11 @@ impl Rounding {
 }
 
 /// One tensor of a file to write: its bytes are made when its turn comes.
-struct Entry<'a> {
-    name: String,
-    dtype: DType,
-    shape: Vec<usize>,
-    bytes: Box<dyn FnOnce() -> Result<Vec<u8>> + 'a>,
+pub(super) struct Entry<'a> {
+    pub(super) name: String,
+    pub(super) dtype: DType,
+    pub(super) shape: Vec<usize>,
+    pub(super) bytes: Box<dyn FnOnce() -> Result<Vec<u8>> + 'a>,
 }
 
 impl Entry<'_> {
@@ -276,7 +279,7 @@ impl Entry<'_> {
 }
 
 /// Streams tensors into a safetensors file, one in memory at a time.
-fn write_safetensors(path: &Path, entries: Vec<Entry<'_>>) -> Result<()> {
+pub(super) fn write_safetensors(path: &Path, entries: Vec<Entry<'_>>) -> Result<()> {
     let mut header = serde_json::Map::new();
     header.insert("__metadata__".into(), serde_json::json!({ "format": "pt" }));
     let mut offset = 0;
@@ -335,6 +338,8 @@ pub fn merge_to_folder(
     refuse_own_folder(base, output)?;
     let (config, weights) = open_weights(base, LoadDtype::F32)?;
     let plan = Plan::new(adapters, &config, &weights)?;
+    // A pruned model stays one of its base when it is aligned.
+    let pruning = if base.is_dir() { record_beside(base, &config.shape().layers)? } else { None };
     let untie = config.tied() && (plan.touches("lm_head.weight") || plan.touches(EMBEDDING));
     create_folder(output)?;
     let rounding = std::cell::RefCell::new(Rounding::default());
@@ -423,6 +428,9 @@ pub fn merge_to_folder(
         let index = serde_json::json!({ "metadata": {}, "weight_map": index });
         write_json(&output.join("model.safetensors.index.json"), &index)?;
     }
+    if let Some(pruning) = &pruning {
+        write_json(&output.join(PRUNING_FILE), pruning)?;
+    }
     write_companions(&weights, &config, output, untie, dtype)?;
     Ok(rounding.into_inner().report(output))
 }
@@ -470,7 +478,7 @@ fn write_companions(weights: &Weights, config: &Config, output: &Path, untie: bo
     Ok(())
 }
 
-fn refuse_own_folder(base: &Path, output: &Path) -> Result<()> {
+pub(super) fn refuse_own_folder(base: &Path, output: &Path) -> Result<()> {
     let same = |a: &Path, b: &Path| matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b);
     if same(base, output) || base.parent().is_some_and(|p| base.is_file() && same(p, output)) {
         return Err(Error::Refused(format!("`{}` is the base itself; choose another output", output.display())));

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashSet};
 
 use candle_core::Tensor;
-use lorimer_model::{BaseModel, Site};
+use lorimer_model::{BaseModel, LayerShape, Site};
 
 use crate::error::{Error, Result};
 use crate::file::dialects::peft;
@@ -208,6 +208,8 @@ pub struct BaseNames {
     pub sites: Vec<Site>,
     /// On-disk names of all its parameters.
     pub parameters: HashSet<String>,
+    /// Shapes of its layers.
+    pub layers: Vec<LayerShape>,
 }
 
 impl BaseNames {
@@ -220,7 +222,8 @@ impl BaseNames {
             parameters.extend(projection.bias.is_some().then(|| site.bias_path()));
             sites.push(site.clone());
         }
-        Self { model_type: model.shape().model_type.clone(), sites, parameters }
+        let shape = model.shape().clone();
+        Self { model_type: shape.model_type, sites, parameters, layers: shape.layers }
     }
 }
 

@@ -15,6 +15,7 @@ use crate::file::account::{Accounting, BaseNames, FileAccount, WholeParameter};
 use crate::file::dialects::peft;
 use crate::file::store::StoredAdapter;
 use crate::method::{CalibrationStats, Method, ModuleTensors, ParameterSource};
+use crate::pruning::record::refuse_elsewhere;
 use crate::settings::check_targets;
 use crate::targets::Matcher;
 
@@ -45,6 +46,7 @@ impl Adapter {
     pub fn load(model: &dyn BaseModel, stored: &StoredAdapter) -> Result<(Self, Accounting)> {
         let (mut method, mut account) = account_of(stored)?;
         account.refuse_embedding(stored)?;
+        refuse_elsewhere(stored, &model.shape().layers)?;
         method.take_parts(&stored.parts)?;
         bind(method.as_mut(), model)?;
         let of_parts = !method.parts().is_empty();

@@ -15,6 +15,7 @@ use crate::error::{Error, Result};
 use crate::file::frozen::FrozenParts;
 use crate::file::mixture;
 use crate::part::Part;
+use crate::pruning::PrunedFrom;
 
 /// Largest `adapter_config.json` and `lorimer.json`.
 const MAX_CONFIG_BYTES: u64 = 4 << 20;
@@ -50,6 +51,9 @@ pub struct BaseIdentity {
     pub fingerprint: String,
     /// `llama`, `qwen2` …
     pub model_type: String,
+    /// Of a base that is a pruned model with its `pruning.json`: which, and the whole base that it is a part of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pruned: Option<PrunedFrom>,
 }
 
 /// `lorimer.json`.

@@ -22,6 +22,7 @@ pub mod lora;
 pub mod lora_pro;
 pub mod lora_sb;
 pub mod lora_xs;
+pub mod loraprune;
 pub mod mt19937;
 pub mod nlora;
 pub mod parts;
@@ -65,6 +66,7 @@ pub const REGISTRY: &[Entry] = &[
     allora::ENTRY,
     dylora::ENTRY,
     sora::ENTRY,
+    loraprune::ENTRY,
     diffora::ENTRY,
     ba_lora::ENTRY,
 ];

@@ -7,6 +7,10 @@ use candle_core::{DType, Tensor, Var};
 use crate::error::Result;
 use crate::parameter::{Named, Role};
 use crate::step::SampledRank;
+use crate::training::optimizer::Module;
+
+/// The gradient of a parameter, where there is one.
+pub type GradientOf<'a> = dyn Fn(&Var) -> Option<&'a Tensor> + Sync + 'a;
 
 /// Acts before the forwards, between backward and optimiser, and after the optimiser of each step.
 pub trait Callback: Send + Sync {
@@ -37,6 +41,15 @@ pub trait Callback: Send + Sync {
     /// Changes the gradient of a parameter.
     fn gradient(&self, _role: Role, _var: &Var, g: Tensor) -> Result<Tensor> {
         Ok(g)
+    }
+    /// Between the clipping of a step's whole gradients and the optimiser's step: on the projections, with the gradient of a parameter where there
+    /// is one. It may move buffers.
+    fn before(&self, _step: usize, _modules: &[Module<'_>], _gradient: &GradientOf<'_>) -> Result<()> {
+        Ok(())
+    }
+    /// Whether it takes units of the base away while training ([`Self::before`]): it needs whole gradients, and only the end has its result.
+    fn prunes(&self) -> bool {
+        false
     }
     /// After the optimiser's step of which `rate` is the learning rate over its peak.
     fn after(&self, _step: usize, _rate: f64, _parameters: &[Named<'_>]) -> Result<()> {

@@ -189,34 +189,26 @@ impl DecoderConfig {
 
     /// Projections of a layer: name within it, and shape (outputs, inputs).
     pub(crate) fn layer_projections(&self, layer: &LayerShape) -> Vec<(&'static str, (usize, usize))> {
-        let (h, q, kv, inner) = (self.hidden_size, layer.q_width(), layer.kv_width(), layer.inner);
-        match self.fused {
-            false => vec![
-                ("self_attn.q_proj", (q, h)),
-                ("self_attn.k_proj", (kv, h)),
-                ("self_attn.v_proj", (kv, h)),
-                ("self_attn.o_proj", (h, q)),
-                ("mlp.gate_proj", (inner, h)),
-                ("mlp.up_proj", (inner, h)),
-                ("mlp.down_proj", (h, inner)),
-            ],
-            true => vec![
-                ("self_attn.qkv_proj", (q + 2 * kv, h)),
-                ("self_attn.o_proj", (h, q)),
-                ("mlp.gate_up_proj", (2 * inner, h)),
-                ("mlp.down_proj", (h, inner)),
-            ],
-        }
+        layer_projections(self.hidden_size, self.fused, layer)
     }
 
     /// Every projection's site in the order of the forward, without loading anything.
     pub fn sites(&self) -> Vec<Site> {
-        let of = |(i, layer): (usize, &LayerShape)| {
-            let site = move |(name, shape)| Site::new(&format!("model.layers.{i}.{name}"), shape);
-            self.layer_projections(layer).into_iter().map(site)
+        sites_of(self.hidden_size, self.vocab_size, self.fused, &self.layers)
+    }
+
+    /// Numbers in the model's weights.
+    pub fn parameter_count(&self) -> u64 {
+        let of = |site: &Site| {
+            let bias = if self.has_bias(&site.role) { site.outputs } else { 0 };
+            (site.outputs as u64) * (site.inputs as u64) + bias as u64
         };
-        let head = Site::new("lm_head", (self.vocab_size, self.hidden_size));
-        self.layers.iter().enumerate().flat_map(of).chain([head]).collect()
+        let sites = self.sites();
+        let projections: u64 = sites.iter().filter(|site| !(site.is_head && self.tied)).map(of).sum();
+        let norms = if self.output_norms { 4 } else { 2 };
+        let heads: usize = self.layers.iter().map(|layer| if self.qk_norm { 2 * layer.head_dim } else { 0 }).sum();
+        let norms = (norms * self.layers.len() + 1) as u64 * self.hidden_size as u64 + heads as u64;
+        projections + norms + (self.vocab_size as u64) * (self.hidden_size as u64)
     }
 
     /// Bytes that the weights would take in memory under `dtype`, found without reading them.
@@ -321,5 +313,36 @@ impl DecoderConfig {
     }
 }
 
+/// Projections of a decoder's layer: name within it, and shape (outputs, inputs). `fused`: q, k, v are one, and gate and up another.
+pub fn layer_projections(hidden: usize, fused: bool, layer: &LayerShape) -> Vec<(&'static str, (usize, usize))> {
+    let (q, kv, inner) = (layer.q_width(), layer.kv_width(), layer.inner);
+    match fused {
+        false => vec![
+            ("self_attn.q_proj", (q, hidden)),
+            ("self_attn.k_proj", (kv, hidden)),
+            ("self_attn.v_proj", (kv, hidden)),
+            ("self_attn.o_proj", (hidden, q)),
+            ("mlp.gate_proj", (inner, hidden)),
+            ("mlp.up_proj", (inner, hidden)),
+            ("mlp.down_proj", (hidden, inner)),
+        ],
+        true => vec![
+            ("self_attn.qkv_proj", (q + 2 * kv, hidden)),
+            ("self_attn.o_proj", (hidden, q)),
+            ("mlp.gate_up_proj", (2 * inner, hidden)),
+            ("mlp.down_proj", (hidden, inner)),
+        ],
+    }
+}
+
+/// The sites of a decoder with these layers, in the order of the forward, the head last.
+pub fn sites_of(hidden: usize, vocabulary: usize, fused: bool, layers: &[LayerShape]) -> Vec<Site> {
+    let of = |(i, layer): (usize, &LayerShape)| {
+        let site = move |(name, shape)| Site::new(&format!("model.layers.{i}.{name}"), shape);
+        layer_projections(hidden, fused, layer).into_iter().map(site)
+    };
+    layers.iter().enumerate().flat_map(of).chain([Site::new("lm_head", (vocabulary, hidden))]).collect()
+}
+
 /// Keys of an entry of `layer_shapes`.
-const LAYER_KEYS: [&str; 3] = ["num_attention_heads", "num_key_value_heads", "intermediate_size"];
+pub const LAYER_KEYS: [&str; 3] = ["num_attention_heads", "num_key_value_heads", "intermediate_size"];

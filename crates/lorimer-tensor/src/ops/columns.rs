@@ -27,9 +27,11 @@ fn scale_columns<T: Real>(tape: Option<&Tape>, x: &Tensor, scale: &Tensor) -> Re
     let y = scaled::<T>(x, scale)?;
     if let Some(tape) = tape {
         let (x_id, s_id) = (tape.tracks(x).then(|| x.id()), tape.tracks(scale).then(|| scale.id()));
-        let (values, scale) = (tape.recompute(x), scale.clone());
+        // The scale's gradient alone needs x.
+        let scaled_by = s_id.map(|id| (id, tape.recompute(x)));
+        let scale = scale.clone();
         tape.record(&y, move |g, gradients| {
-            if let Some(id) = s_id {
+            if let Some((id, values)) = scaled_by {
                 let n = scale.elem_count().max(1);
                 let sum = with_slices([g, &values()?], |[g, x]: [&[T]; 2]| {
                     let mut sum = vec![T::zero(); n];

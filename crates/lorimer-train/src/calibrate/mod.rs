@@ -11,6 +11,7 @@
 
 pub mod pca;
 pub mod search;
+pub mod units;
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};

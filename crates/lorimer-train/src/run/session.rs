@@ -6,6 +6,7 @@ use std::sync::atomic::AtomicBool;
 
 use lorimer_adapter::file::card::card;
 use lorimer_adapter::file::store::CONFIG_FILE;
+use lorimer_adapter::pruning::{PrunedFrom, record_beside};
 use lorimer_adapter::{Adapter, Attached, BaseIdentity, CalibrationStats, Golden, Manifest, Method, StoredAdapter};
 use lorimer_model::Base;
 use lorimer_model::pull::own_cache;
@@ -75,6 +76,7 @@ impl Session<'_> {
         }
         let longest = self.train.iter().chain(self.eval).map(|e| e.tokens.len()).max().unwrap_or(0);
         self.base.model().check_length(longest).map_err(lorimer_model::Error::from)?;
+        let pruned = self.pruned()?;
         let config = method.config();
         let stats = self.calibrate(method.as_ref(), &mut progress)?;
         let adapter = Adapter::attach_calibrated(self.base.model(), method, &stats, self.settings.seed)?;
@@ -106,7 +108,7 @@ impl Session<'_> {
         };
         let outcome = run.train(&mut progress)?;
         if !outcome.interrupted {
-            self.write(&adapter, &outcome, &config)?;
+            self.write(&adapter, &outcome, &config, pruned)?;
             Checkpoint::clear(&self.output)?;
         }
         Ok((outcome, adapter))
@@ -127,7 +129,22 @@ impl Session<'_> {
         self.base.model().projections().first().map(|(_, p)| p.weight.storage_name())
     }
 
-    fn write(&self, adapter: &Adapter, outcome: &Outcome, config: &serde_json::Map<String, Value>) -> Result<()> {
+    /// Of a base that is a pruned model: which.
+    fn pruned(&self) -> Result<Option<PrunedFrom>> {
+        if !self.base.path.is_dir() {
+            return Ok(None);
+        }
+        let record = record_beside(&self.base.path, &self.base.model().shape().layers)?;
+        Ok(record.map(|pruning| pruning.identity()))
+    }
+
+    fn write(
+        &self,
+        adapter: &Adapter,
+        outcome: &Outcome,
+        config: &serde_json::Map<String, Value>,
+        pruned: Option<PrunedFrom>,
+    ) -> Result<()> {
         let mut stored = adapter.to_stored(self.base_name)?;
         if stored.tensors.is_empty() {
             return Err(Error::Settings(
@@ -144,6 +161,7 @@ impl Session<'_> {
                 name: self.base_name.to_string(),
                 fingerprint: self.base.fingerprint.clone(),
                 model_type: self.base.model().shape().model_type.clone(),
+                pruned,
             }),
             chat_template: self.base.text.template_source().map(str::to_string),
             training: json!({

@@ -1,11 +1,11 @@
 //! The training loop.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use candle_core::{Tensor, Var};
+use candle_core::{Tensor, TensorId, Var};
 use lorimer_adapter::methods::{ObjectiveChoice, OptimizerChoice};
 use lorimer_adapter::training::callback::{self, Callback, Idle, RunShape};
 use lorimer_adapter::training::{AdamWConfig, Moment, Optimizer, ParamGroup};
@@ -342,6 +342,7 @@ impl Run<'_> {
         self.check_parts(&choice, callback.as_ref(), &named)?;
         let objective = s.objective.as_ref().map(|o| &o.0).or(own.objective.as_ref()).map(|kind| kind.build());
         let per_layer = choice.0.per_layer();
+        let modules = self.adapter.sites(self.model);
         let mut state = State { settings: self.identity.clone(), ..Default::default() };
         let mut best: BTreeMap<String, Tensor> = BTreeMap::new();
         if self.resume
@@ -438,6 +439,11 @@ impl Run<'_> {
             }
             let norm = optimize::check_norm((layers + optimize::squares(&gradients)?).sqrt())?;
             optimize::shrink(&mut gradients, if per_layer { last_norm } else { norm }, s.max_grad_norm)?;
+            if callback.prunes() {
+                let of = named.iter().zip(&gradients).filter_map(|(p, g)| Some((p.var.id(), g.as_ref()?)));
+                let of: HashMap<TensorId, &Tensor> = of.collect();
+                callback.before(state.step, &modules, &|var: &Var| of.get(&var.id()).copied())?;
+            }
             optimizer.step_with(&parameters, &gradients, &how, rate)?;
             callback.after(state.step, rate / s.learning_rate, &named)?;
             self.adapter.after_step()?;
@@ -516,6 +522,10 @@ impl Run<'_> {
                 "`{method}` steps rows of A and B apart, which --optimizer {} cannot; use adamw",
                 choice.0.name()
             ));
+        }
+        if callback.prunes() && (choice.0.per_layer() || s.keep_best) {
+            let what = if s.keep_best { "--keep-best would take an earlier one" } else { "per_layer drops gradients" };
+            return fail(format!("`{method}` prunes by whole gradients until its end, and {what}; leave it out"));
         }
         if self.adapter.router().is_some() && !choice.0.takes_any_parameter() {
             return fail(format!(

@@ -9,5 +9,6 @@ mod tiny;
 mod authors;
 mod dynamics;
 mod goldens;
+mod pruning;
 mod reproductions;
 mod search;

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Args;
+use lorimer::adapter::pruning::check_record;
 use lorimer::adapter::{Adapter, StoredAdapter};
 use lorimer::train::run::session::replay;
 use serde_json::json;
@@ -28,6 +29,7 @@ impl Check {
     pub fn run(self, global: Global) -> Result<ExitCode> {
         let stored = StoredAdapter::read(&self.adapter)?;
         let (base, _) = common::open_base(&self.model, global)?;
+        check_record(&stored, &base.path, &base.model().shape().layers)?;
         let (adapter, accounting) = Adapter::load(base.model(), &stored)?;
         let effect = adapter.effect(base.model())?;
         let has_effect = adapter.has_effect(base.model())?;

@@ -5,10 +5,13 @@ use std::process::ExitCode;
 
 use anyhow::{Result, bail};
 use clap::Args;
-use lorimer::adapter::StoredAdapter;
 use lorimer::adapter::algebra::combine::{COMBINATIONS, Combined, Request, combine};
 use lorimer::adapter::algebra::merge::{merge_to_folder, merge_to_gguf};
-use lorimer::model::pull::{PullOptions, pull};
+use lorimer::adapter::algebra::slice::{Sliced, identity_of, kept_by_masks, slice_to_folder};
+use lorimer::adapter::{Pruning, StoredAdapter};
+use lorimer::model::LoadDtype;
+use lorimer::model::base::open_weights;
+use lorimer::model::pull::{PullOptions, Pulled, pull};
 use serde_json::{Map, Value, json};
 
 use lorimer_cli::common::{DtypeFlag, parse_adapter};
@@ -62,6 +65,9 @@ pub struct Merge {
     /// the error printed
     #[arg(long, short)]
     output: PathBuf,
+    /// Take the heads and channels out that the adapter's masks prune (--method loraprune): a smaller dense model with its pruning.json
+    #[arg(long, help_heading = "Into a base")]
+    slice: bool,
 }
 
 /// The list of combinations for the help.
@@ -82,6 +88,20 @@ fn parse_weighted(text: &str) -> Result<(PathBuf, Option<f64>), String> {
     }
 }
 
+/// What slicing gave, for people.
+pub fn show_sliced(s: &Sliced) -> String {
+    let kind = if s.uniform { "all layers alike" } else { "layers differ: config.json has layer_shapes" };
+    format!(
+        "wrote {} with {} of {} parameters ({:.1} %); {:.1} % of the key-value heads and {:.1} % of the channels are gone, {kind}",
+        s.output,
+        common::short(s.parameters as usize),
+        common::short(s.whole_parameters as usize),
+        100.0 * s.parameters as f64 / s.whole_parameters as f64,
+        100.0 * s.heads_pruned,
+        100.0 * s.channels_pruned
+    )
+}
+
 impl Merge {
     pub fn run(self, global: Global) -> Result<ExitCode> {
         match self.adapters.is_empty() {
@@ -96,6 +116,7 @@ impl Merge {
             ("--model", self.model.is_some()),
             ("--adapter", !self.adapter.is_empty()),
             ("--dtype", self.dtype.is_some()),
+            ("--slice", self.slice),
         ];
         let of_one = [
             ("--method", self.method.is_some()),
@@ -133,6 +154,11 @@ impl Merge {
             bar.inc(1);
         };
         let dtype = self.dtype.unwrap_or_default();
+        if self.slice {
+            let sliced = self.sliced(&pulled, &adapters, progress)?;
+            bar.finish_and_clear();
+            return common::print(global, &sliced, || show_sliced(&sliced));
+        }
         let merged = match self.output.extension().is_some_and(|e| e == "gguf") {
             true => merge_to_gguf(&pulled.path, &adapters, &self.output, progress)?,
             false => merge_to_folder(&pulled.path, &adapters, &self.output, dtype.into(), progress)?,
@@ -148,6 +174,24 @@ impl Merge {
                 100.0 * merged.error_of_change
             )
         })
+    }
+
+    /// Merges and takes out what the masks prune.
+    fn sliced(&self, pulled: &Pulled, adapters: &[(StoredAdapter, f64)], progress: impl FnMut(&str)) -> Result<Sliced> {
+        let [(adapter, _)] = adapters else {
+            bail!("--slice goes by the masks of one adapter, {} are given", adapters.len())
+        };
+        if self.output.extension().is_some_and(|e| e == "gguf") {
+            bail!("--slice writes a folder, not a .gguf file");
+        }
+        let (config, weights) = open_weights(&pulled.path, LoadDtype::F32)?;
+        let config = config.decoder("--slice")?;
+        let identity = identity_of(config, &weights, &pulled.name)?;
+        let kept = kept_by_masks(adapter, config)?;
+        let settings = json!({ "adapter": adapter.content_id()? });
+        let pruning = Pruning::new(config, identity, ("loraprune", settings), kept)?;
+        let dtype = self.dtype.unwrap_or_default();
+        Ok(slice_to_folder(&pulled.path, adapters, &pruning, (&self.output, dtype.into()), progress)?)
     }
 
     /// The flags as the method's settings.

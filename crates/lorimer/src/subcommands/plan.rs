@@ -5,13 +5,20 @@ use std::process::ExitCode;
 
 use anyhow::{Result, bail};
 use clap::Args;
-use lorimer::train::run::plan::Work;
+use lorimer::adapter::Method;
+use lorimer::adapter::algebra::slice::pruned_shapes;
+use lorimer::model::base::open_weights;
+use lorimer::model::files::{MAX_JSON_BYTES, read_json};
+use lorimer::model::pull::{PullOptions, pull};
+use lorimer::model::{Config, DecoderConfig, LoadDtype};
+use lorimer::train::run::frozen::FrozenCache;
+use lorimer::train::run::plan::{Request, Work, plan};
 use lorimer::train::{EncodeOptions, TrainSettings};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use lorimer_bench::measure::sgemm_rate;
 use lorimer_cli::Global;
-use lorimer_cli::common::{self, ModelArgs};
+use lorimer_cli::common::{self, DtypeFlag, ModelArgs};
 use lorimer_cli::flags::{AdapterArgs, Planned, StepArgs, free_memory, show_bytes};
 
 /// Share of the machine's rate in large products that a whole step reaches: measured by `lorimer bench train`.
@@ -41,6 +48,22 @@ pub struct PlanRun {
     epochs: f64,
     #[command(flatten)]
     step: StepArgs,
+    #[command(flatten)]
+    pruned: PrunedArgs,
+}
+
+/// A pruned model of the base, planned beside it from its config.json alone.
+#[derive(Args)]
+struct PrunedArgs {
+    /// Plan the model that `lorimer prune` would make with this ratio, beside the whole one; config.json is enough
+    #[arg(long, help_heading = "Pruned model", value_name = "RATIO")]
+    prune_ratio: Option<f64>,
+    /// First layers that stay whole
+    #[arg(long, default_value_t = 4, help_heading = "Pruned model", requires = "prune_ratio")]
+    keep_first: usize,
+    /// Last layers that stay whole
+    #[arg(long, default_value_t = 2, help_heading = "Pruned model", requires = "prune_ratio")]
+    keep_last: usize,
 }
 
 impl PlanRun {
@@ -49,6 +72,9 @@ impl PlanRun {
             bail!("--batch-size should be 1 to 65536 and --max-length 1 to 16777216");
         }
         let method = self.adapter.build(None)?;
+        if let Some(ratio) = self.pruned.prune_ratio {
+            return self.run_pruned(ratio, method.as_ref(), global);
+        }
         let (prepared, pulled) = common::prepare_base(&self.model, global)?;
         prepared.config.decoder("`lorimer plan`")?;
         let rows = match &self.data {
@@ -120,6 +146,87 @@ impl PlanRun {
                 _ => {}
             }
             out.trim_end().to_string()
+        })
+    }
+}
+
+/// Bytes a weight of a layer takes, and one of embedding and head.
+fn weight_bytes(dtype: DtypeFlag) -> Result<(f64, f64)> {
+    Ok(match dtype {
+        DtypeFlag::F32 => (4.0, 4.0),
+        DtypeFlag::F16 | DtypeFlag::Bf16 => (2.0, 2.0),
+        // Half a byte, a byte for each 64 weights and four for each 256 of those.
+        DtypeFlag::Nf4 => (0.5 + 1.0 / 64.0 + 4.0 / (64.0 * 256.0), 2.0),
+        DtypeFlag::Stored | DtypeFlag::Int8 => {
+            bail!("without weights --dtype stored and int8 have no size; choose f32, f16, bf16 or nf4")
+        }
+    })
+}
+
+/// What is planned of one model.
+struct Side {
+    parameters: u64,
+    base_bytes: u64,
+    peak_bytes: u64,
+    trainable_parameters: u64,
+}
+
+impl Side {
+    fn json(&self) -> Value {
+        json!({
+            "parameters": self.parameters, "base_bytes": self.base_bytes, "peak_bytes": self.peak_bytes,
+            "trainable_parameters": self.trainable_parameters,
+        })
+    }
+}
+
+impl PlanRun {
+    /// The whole base and the model that is left of it, from the configuration alone.
+    fn run_pruned(&self, ratio: f64, method: &dyn Method, global: Global) -> Result<ExitCode> {
+        if self.data.is_some() {
+            bail!("--prune-ratio plans full rows, from config.json alone; leave --data out");
+        }
+        let pulled = pull(&self.model.model, PullOptions { refresh: false, progress: common::draws(global) })?;
+        let path = pulled.path.join("config.json");
+        let config = match pulled.path.is_dir() && path.is_file() {
+            true => Config::from_json(&read_json(&path, MAX_JSON_BYTES)?, &path)?,
+            false => open_weights(&pulled.path, LoadDtype::F32)?.0,
+        };
+        let whole = config.decoder("`lorimer plan`")?.clone();
+        let layers = pruned_shapes(&whole.layers, ratio, (self.pruned.keep_first, self.pruned.keep_last))?;
+        let (bytes, head_bytes) = weight_bytes(self.model.dtype)?;
+        let side = |config: DecoderConfig| -> Result<Side> {
+            let parameters = config.parameter_count();
+            let table = (config.vocab_size as u64) * (config.hidden_size as u64) * if config.tied { 1 } else { 2 };
+            let base_bytes = ((parameters - table) as f64 * bytes + table as f64 * head_bytes) as u64;
+            let plan = plan(&Request {
+                config: &Config::Decoder(config),
+                base_bytes: base_bytes as usize,
+                file_bytes: 0,
+                method,
+                work: Work::worst(self.batch_size, self.max_length, self.max_steps.unwrap_or(100)),
+                checkpointing: self.step.checkpoints(),
+                optimizer: self.step.optimizer_of(method),
+                objective: method.training().objective.is_some(),
+                frozen_cache: FrozenCache::Off,
+            })?;
+            let trainable_parameters = plan.trainable_parameters;
+            Ok(Side { parameters, base_bytes, peak_bytes: plan.peak_bytes, trainable_parameters })
+        };
+        let pruned = side(DecoderConfig { layers, ..whole.clone() })?;
+        let whole = side(whole)?;
+        let json = json!({ "ratio": ratio, "whole": whole.json(), "pruned": pruned.json() });
+        common::print(global, &json, || {
+            let line = |name: &str, a: String, b: String| format!("  {name:<22}{a:>18}{b:>18}\n");
+            let bytes = |f: fn(&Side) -> u64| (show_bytes(f(&whole)), show_bytes(f(&pruned)));
+            let (base, peak) = (bytes(|s| s.base_bytes), bytes(|s| s.peak_bytes));
+            let numbers = |f: fn(&Side) -> u64| (f(&whole).to_string(), f(&pruned).to_string());
+            let (all, own) = (numbers(|s| s.parameters), numbers(|s| s.trainable_parameters));
+            line("", "whole".into(), "pruned".into())
+                + &line("parameters", all.0, all.1)
+                + &line("base weights", base.0, base.1)
+                + &line("trainable", own.0, own.1)
+                + &line("peak of training", peak.0, peak.1)
         })
     }
 }

@@ -151,6 +151,7 @@ fn killed_runs_of_other_dynamics_resume_to_the_same_bytes() {
         "--method dylora --rank 6",
         "--method sora --set stages=3 --set xi=0.02 --set xi_min=0.001",
         "--method sparse-gin --dropout 0.2",
+        "--method loraprune --dropout 0.2 --set prune_every=5 --set protect=0",
     ] {
         resumes_exactly(&format!("--max-steps 60 --save-steps 7 --resume {method}"));
     }

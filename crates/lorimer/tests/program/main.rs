@@ -12,6 +12,7 @@ mod encoder;
 mod hub;
 mod methods;
 mod plan;
+mod pruning;
 mod serving_http;
 mod serving_s3;
 mod xlora;

@@ -1,0 +1,9 @@
+//! Taking whole units out of a decoder's layers: what a unit is, which are kept, and the record of it beside a smaller model.
+
+pub mod origin;
+pub mod record;
+pub mod units;
+
+pub use origin::PrunedFrom;
+pub use record::{PRUNING_FILE, Pruning, check_record, record_beside};
+pub use units::{Axis, KeptLayer, Kind, Span, spans};

@@ -1,0 +1,16 @@
+//! What an adapter says of the smaller model that it was trained on.
+
+use serde::{Deserialize, Serialize};
+
+/// In `lorimer.json`, of an adapter that was trained on a smaller model: which, and of which base it is a part.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PrunedFrom {
+    /// The id of its `pruning.json`.
+    pub pruning: String,
+    /// Hub id or path of the whole base.
+    pub name: String,
+    /// `sha256:…` over the whole base's weights.
+    pub fingerprint: String,
+    /// Query heads, key-value heads and channels of each layer of the smaller model.
+    pub layers: Vec<[usize; 3]>,
+}

@@ -1,0 +1,260 @@
+//! `pruning.json`: which units of a base a smaller model keeps.
+
+use std::path::Path;
+
+use lorimer_model::decoder::DecoderConfig;
+use lorimer_model::decoder::config::sites_of;
+use lorimer_model::files::read_json;
+use lorimer_model::weights::hex;
+use lorimer_model::{LayerShape, Site};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+
+use super::origin::PrunedFrom;
+use super::units::KeptLayer;
+use crate::error::{Error, Result};
+use crate::file::store::{BaseIdentity, StoredAdapter};
+
+/// The file beside the smaller model.
+pub const PRUNING_FILE: &str = "pruning.json";
+/// Largest such file: 1024 layers of some ten thousand channels.
+const MAX_BYTES: u64 = 256 << 20;
+/// Most layers, and most units of a kind in a layer.
+const MAX_LAYERS: usize = 1024;
+const MAX_UNITS: usize = 1 << 20;
+/// Version of the format.
+const FORMAT: u32 = 1;
+
+/// Shape of a layer before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WholeLayer {
+    /// Query heads.
+    pub heads: usize,
+    /// Key-value heads.
+    pub kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Channels.
+    pub channels: usize,
+}
+
+impl From<&LayerShape> for WholeLayer {
+    fn from(s: &LayerShape) -> Self {
+        Self { heads: s.heads, kv_heads: s.kv_heads, head_dim: s.head_dim, channels: s.inner }
+    }
+}
+
+impl From<&WholeLayer> for LayerShape {
+    fn from(s: &WholeLayer) -> Self {
+        Self { heads: s.heads, kv_heads: s.kv_heads, head_dim: s.head_dim, inner: s.channels }
+    }
+}
+
+/// Which units of a base a smaller model keeps.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Pruning {
+    /// Version of this file's format.
+    pub format: u32,
+    /// `sha256:…` over all the rest.
+    pub id: String,
+    /// The whole base.
+    pub base: BaseIdentity,
+    /// `rand`, `stru` or `loraprune`.
+    pub method: String,
+    /// How the units were chosen: ratio, seed, layers left whole.
+    pub settings: Value,
+    /// Width of the hidden state.
+    pub hidden: usize,
+    /// Number of tokens known.
+    pub vocabulary: usize,
+    /// Whether q, k, v are one projection, and gate and up another.
+    pub fused: bool,
+    /// The base's layers.
+    pub whole: Vec<WholeLayer>,
+    /// What is kept of each.
+    pub kept: Vec<KeptLayer>,
+}
+
+impl Pruning {
+    /// The record of a choice.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the choice is none of the base's units.
+    pub fn new(
+        config: &DecoderConfig,
+        base: BaseIdentity,
+        (method, settings): (&str, Value),
+        kept: Vec<KeptLayer>,
+    ) -> Result<Self> {
+        let mut pruning = Self {
+            format: FORMAT,
+            id: String::new(),
+            base,
+            method: method.to_string(),
+            settings,
+            hidden: config.hidden_size,
+            vocabulary: config.vocab_size,
+            fused: config.fused,
+            whole: config.layers.iter().map(WholeLayer::from).collect(),
+            kept,
+        };
+        pruning.id = pruning.own_id();
+        pruning.check().map_err(Error::Config)?;
+        Ok(pruning)
+    }
+
+    fn own_id(&self) -> String {
+        let bare = Self { id: String::new(), ..self.clone() };
+        format!("sha256:{}", hex(&Sha256::digest(serde_json::to_vec(&bare).unwrap_or_default())))
+    }
+
+    /// What is wrong, in words.
+    fn check(&self) -> std::result::Result<(), String> {
+        if self.format != FORMAT {
+            return Err(format!("has format {}, {FORMAT} is known", self.format));
+        }
+        if self.kept.len() != self.whole.len() || self.whole.is_empty() || self.whole.len() > MAX_LAYERS {
+            return Err(format!("keeps units of {} layers where the base has {}", self.kept.len(), self.whole.len()));
+        }
+        for (i, (whole, kept)) in self.whole.iter().zip(&self.kept).enumerate() {
+            let sizes = [whole.heads, whole.kv_heads, whole.head_dim, whole.channels];
+            if sizes.iter().any(|n| *n == 0 || *n > MAX_UNITS) || !whole.heads.is_multiple_of(whole.kv_heads) {
+                return Err(format!("has a layer {i} whose sizes cannot be"));
+            }
+            kept.check(&whole.into()).map_err(|problem| format!("layer {i}: {problem}"))?;
+        }
+        let size = |n: usize| n > 0 && n <= 1 << 24;
+        if !size(self.hidden) || !size(self.vocabulary) {
+            return Err("has sizes that cannot be".into());
+        }
+        match self.id == self.own_id() {
+            true => Ok(()),
+            false => Err("is not what was written: its id is another than that of its content".into()),
+        }
+    }
+
+    /// Reads the record.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the file cannot be read, is too large, is no such record, or was changed.
+    pub fn read(path: &Path) -> Result<Self> {
+        let pruning: Self = read_json(path, MAX_BYTES)?;
+        pruning.check().map_err(|problem| lorimer_model::Error::invalid(path, problem))?;
+        Ok(pruning)
+    }
+
+    /// The record beside a model in a folder, where there is one.
+    ///
+    /// # Errors
+    ///
+    /// Fails as [`Self::read`] does.
+    pub fn of_folder(folder: &Path) -> Result<Option<Self>> {
+        let path = folder.join(PRUNING_FILE);
+        if path.is_file() { Self::read(&path).map(Some) } else { Ok(None) }
+    }
+
+    /// The base's layers.
+    pub fn layers(&self) -> Vec<LayerShape> {
+        self.whole.iter().map(LayerShape::from).collect()
+    }
+
+    /// The smaller model's layers.
+    pub fn kept_layers(&self) -> Vec<LayerShape> {
+        self.whole.iter().zip(&self.kept).map(|(whole, kept)| kept.shape(&whole.into())).collect()
+    }
+
+    /// The base's projections.
+    pub fn sites(&self) -> Vec<Site> {
+        sites_of(self.hidden, self.vocabulary, self.fused, &self.layers())
+    }
+
+    /// The smaller model's projections.
+    pub fn kept_sites(&self) -> Vec<Site> {
+        sites_of(self.hidden, self.vocabulary, self.fused, &self.kept_layers())
+    }
+
+    /// What an adapter's `lorimer.json` says of it.
+    pub fn identity(&self) -> PrunedFrom {
+        PrunedFrom {
+            pruning: self.id.clone(),
+            name: self.base.name.clone(),
+            fingerprint: self.base.fingerprint.clone(),
+            layers: triples(&self.kept_layers()),
+        }
+    }
+}
+
+fn triples(layers: &[LayerShape]) -> Vec<[usize; 3]> {
+    layers.iter().map(|layer| [layer.heads, layer.kv_heads, layer.inner]).collect()
+}
+
+/// The record beside the model of a folder whose layers are these.
+///
+/// # Errors
+///
+/// Fails if there is one that cannot be read, or that is of other layers.
+pub fn record_beside(folder: &Path, layers: &[LayerShape]) -> Result<Option<Pruning>> {
+    let found = Pruning::of_folder(folder)?;
+    match &found {
+        Some(pruning) if pruning.kept_layers() != layers => Err(Error::Mismatch(format!(
+            "`{}` is of a model with other layers than the one beside it",
+            folder.join(PRUNING_FILE).display()
+        ))),
+        _ => Ok(found),
+    }
+}
+
+/// Refuses an adapter of a smaller model on a model of other layers: what it was trained on is not there.
+///
+/// # Errors
+///
+/// Fails if it is one.
+pub(crate) fn refuse_elsewhere(stored: &StoredAdapter, layers: &[LayerShape]) -> Result<()> {
+    let base = stored.manifest.as_ref().and_then(|m| m.base.as_ref());
+    match base.and_then(|base| base.pruned.as_ref()) {
+        Some(pruned) if pruned.layers != triples(layers) => Err(elsewhere(stored, pruned)),
+        _ => Ok(()),
+    }
+}
+
+fn elsewhere(stored: &StoredAdapter, pruned: &PrunedFrom) -> Error {
+    let name: String = pruned.name.chars().take(80).collect();
+    Error::Mismatch(format!(
+        "`{}` was trained on a pruned model of `{}`, which this base is not; `lorimer recover` makes it an adapter for the whole one",
+        stored.path.display(),
+        name.escape_debug()
+    ))
+}
+
+/// Refuses an adapter of a smaller model beside a model whose record is another or none, and one of a whole base on a smaller model. An adapter
+/// without `lorimer.json` says nothing of its base.
+///
+/// # Errors
+///
+/// Fails if the two do not belong together, or if the record cannot be read.
+pub fn check_record(stored: &StoredAdapter, folder: &Path, layers: &[LayerShape]) -> Result<()> {
+    let Some(base) = stored.manifest.as_ref().and_then(|m| m.base.as_ref()) else { return Ok(()) };
+    let here = match folder.is_dir() {
+        true => record_beside(folder, layers)?,
+        false => None,
+    };
+    match (&base.pruned, here) {
+        (Some(own), Some(here)) if own.pruning != here.id => Err(Error::Mismatch(format!(
+            "`{}` was trained on another pruned model than `{}`: the ids of pruning.json differ",
+            stored.path.display(),
+            folder.display()
+        ))),
+        (Some(own), None) => Err(elsewhere(stored, own)),
+        (None, Some(here)) if base.fingerprint == here.base.fingerprint => Err(Error::Mismatch(format!(
+            "`{}` was trained on the whole base, `{}` is a pruned model of it",
+            stored.path.display(),
+            folder.display()
+        ))),
+        _ => Ok(()),
+    }
+}
