@@ -115,7 +115,12 @@ fn manifest(fingerprint: &str, template: Option<&str>) -> Manifest {
         content_id: "sha256:0".into(),
         method: "lora".into(),
         lorimer: "0".into(),
-        base: Some(BaseIdentity { name: "b".into(), fingerprint: fingerprint.into(), model_type: "llama".into() }),
+        base: Some(BaseIdentity {
+            name: "b".into(),
+            fingerprint: fingerprint.into(),
+            model_type: "llama".into(),
+            pruned: None,
+        }),
         chat_template: template.map(str::to_string),
         training: Value::Null,
         golden: Vec::new(),
