@@ -5,9 +5,8 @@ use std::collections::BTreeMap;
 use candle_core::{DType, Tensor};
 use serde_json::{Map, Value};
 
+use super::entry::{Combination, Kind, Weights};
 use super::parents::Parents;
-use super::{Combination, Kind, Weights};
-use crate::delta::LowRank;
 use crate::error::{Error, Result};
 use crate::file::load::account_of;
 use crate::file::store::StoredAdapter;
@@ -34,32 +33,6 @@ pub const TENSORS: Combination = Combination {
 
 /// Methods whose tensors' mean is an adapter of the same kind.
 const AVERAGED: &[&str] = &["lora", "flylora", "smora"];
-
-/// The factors of a FlyLoRA or SMoRA, by module, with α/r: FlyLoRA's formula for averages, and SMoRA's where every gate is as large as their mean
-/// (k gates that sum to k are k/r on average, times α/k).
-pub(super) fn dense_factors(stored: &StoredAdapter) -> Result<BTreeMap<String, LowRank>> {
-    let (method, account) = account_of(stored)?;
-    account.refuse_unknown(method.name())?;
-    let config = method.config();
-    let number = |key: &str| config.get(key).and_then(Value::as_f64);
-    let (Some(alpha), Some(rank)) = (number("lora_alpha"), number("r")) else {
-        return Err(Error::Config(format!("`{}` has no r and lora_alpha", stored.path.display())));
-    };
-    let mut all = BTreeMap::new();
-    for (module, tensors) in &account.modules {
-        let (Some(a), Some(b)) = (tensors.get("lora_A.weight"), tensors.get("lora_B.weight")) else {
-            let text = format!("`{}`: `{module}` lacks lora_A or lora_B", stored.path.display());
-            return Err(Error::Mismatch(text));
-        };
-        if a.dims().len() != 2 || a.dim(0)? as f64 != rank {
-            let text =
-                format!("`{}`: `{module}` has A {:?}, its configuration rank {rank}", stored.path.display(), a.dims());
-            return Err(Error::Mismatch(text));
-        }
-        all.insert(module.clone(), LowRank { a: a.clone(), b: b.clone(), scaling: alpha / rank });
-    }
-    Ok(all)
-}
 
 /// Settings that say how an adapter was trained or found, not what its tensors mean.
 fn meaning(config: &Map<String, Value>) -> BTreeMap<&String, &Value> {

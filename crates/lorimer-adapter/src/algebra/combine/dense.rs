@@ -10,10 +10,10 @@ use rand_chacha::ChaCha8Rng;
 use serde_json::json;
 
 use super::elements::{Elements, Limit, drop_at_random, generator, limit, mix, prune};
+use super::entry::{Combination, Kind, Weights};
 use super::settings::Settings;
 use super::site::{Made, Part, Pool, matrix, values};
 use super::svd::{split, wanted_rank};
-use super::{Combination, Kind, Weights};
 use crate::error::Result;
 use crate::step::site_seed;
 

@@ -3,11 +3,10 @@
 
 use candle_core::Tensor;
 
-use super::linear::factors;
+use super::entry::{Combination, Kind, Weights};
 use super::settings::{MajoritySign, Settings};
-use super::site::{matrix, values};
-use super::{Combination, Kind, Weights};
-use crate::error::Result;
+use super::site::{Made, Part, Pool, matrix, values};
+use crate::error::{Error, Result};
 use crate::methods::mt19937::TorchGenerator;
 use crate::step::site_seed;
 
@@ -177,4 +176,23 @@ pub(super) fn merged(
     }
     let weights: Vec<f64> = all.iter().map(|(_, w)| *w).collect();
     Ok(matrix(mix(&pruned, &weights, rule, settings.majority_sign_method), rows, columns)?)
+}
+
+/// Rank-preserving combinations: an element-wise rule on all A and on all B, after √|weight·scaling|, with the sign on A.
+pub(super) fn factors(pool: &Pool, settings: &Settings, rule: Elements) -> Result<Made> {
+    let rank = pool.parts.first().map_or(0, Part::rank);
+    if let Some(other) = pool.parts.iter().map(Part::rank).find(|r| *r != rank) {
+        return Err(Error::Refused(format!(
+            "`{}` has rank {rank} in one adapter and {other} in another, and this method sums factors of one rank; take `cat`, `svd` or `lego`",
+            pool.path
+        )));
+    }
+    let root = |part: &Part| (part.weight * part.scaling).abs().sqrt();
+    let signed = |part: &Part| root(part) * if part.weight * part.scaling >= 0.0 { 1.0 } else { -1.0 };
+    let mut random = generator(settings, &pool.path);
+    let a: Vec<(&Tensor, f64)> = pool.parts.iter().map(|part| (&part.a, signed(part))).collect();
+    let b: Vec<(&Tensor, f64)> = pool.parts.iter().map(|part| (&part.b, root(part))).collect();
+    let a = merged(&a, rule, settings, &mut random)?;
+    let b = merged(&b, rule, settings, &mut random)?;
+    Made::new(&a, &b)
 }

@@ -12,6 +12,7 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use super::site::{Part, Pool};
+use crate::delta::LowRank;
 use crate::error::{Error, Result};
 use crate::file::convert::low_ranks;
 use crate::file::dialects::peft;
@@ -113,7 +114,7 @@ impl Parent {
         let name = self.shown();
         let kind = self.text("peft_type").unwrap_or_default();
         let found = match (gated, kind) {
-            (true, "FLYLORA" | "SRMOLE") => super::average::dense_factors(&self.stored)?,
+            (true, "FLYLORA" | "SRMOLE") => dense_factors(&self.stored)?,
             (false, "FLYLORA" | "SRMOLE") => {
                 return Err(Error::Refused(format!(
                     "`{name}` chooses its ranks by the token, which no fixed change does: --method dense takes all its ranks as acting, --method tensors averages its tensors, and a weighted sum is served or evaluated with --adapter"
@@ -271,4 +272,30 @@ pub(super) fn content_id_of(folder: &Path) -> Result<String> {
 /// The method's name of an adapter.
 pub(super) fn method_of(stored: &StoredAdapter) -> Result<&'static str> {
     Ok(account_of(stored)?.0.name())
+}
+
+/// The factors of a FlyLoRA or SMoRA, by module, with α/r: FlyLoRA's formula for averages, and SMoRA's where every gate is as large as their mean
+/// (k gates that sum to k are k/r on average, times α/k).
+fn dense_factors(stored: &StoredAdapter) -> Result<BTreeMap<String, LowRank>> {
+    let (method, account) = account_of(stored)?;
+    account.refuse_unknown(method.name())?;
+    let config = method.config();
+    let number = |key: &str| config.get(key).and_then(Value::as_f64);
+    let (Some(alpha), Some(rank)) = (number("lora_alpha"), number("r")) else {
+        return Err(Error::Config(format!("`{}` has no r and lora_alpha", stored.path.display())));
+    };
+    let mut all = BTreeMap::new();
+    for (module, tensors) in &account.modules {
+        let (Some(a), Some(b)) = (tensors.get("lora_A.weight"), tensors.get("lora_B.weight")) else {
+            let text = format!("`{}`: `{module}` lacks lora_A or lora_B", stored.path.display());
+            return Err(Error::Mismatch(text));
+        };
+        if a.dims().len() != 2 || a.dim(0)? as f64 != rank {
+            let text =
+                format!("`{}`: `{module}` has A {:?}, its configuration rank {rank}", stored.path.display(), a.dims());
+            return Err(Error::Mismatch(text));
+        }
+        all.insert(module.clone(), LowRank { a: a.clone(), b: b.clone(), scaling: alpha / rank });
+    }
+    Ok(all)
 }

@@ -6,9 +6,9 @@ use lorimer_tensor::linalg::{product_svd, qr, svd};
 use serde_json::json;
 
 use super::elements::{Elements, generator, merged};
+use super::entry::{Combination, Kind, Weights};
 use super::settings::Settings;
 use super::site::{Made, Part, Pool, matrix, values};
-use super::{Combination, Kind, Weights};
 use crate::error::Result;
 
 /// PEFT's `svd`.

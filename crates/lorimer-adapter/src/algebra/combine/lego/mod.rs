@@ -10,9 +10,9 @@ use candle_core::{DType, Device, Tensor};
 use lorimer_tensor::linalg::product_svd;
 use serde_json::json;
 
+use super::entry::{Combination, Kind, Weights};
 use super::settings::{Basis, Features, Gauge, Norm, Settings};
 use super::site::{Made, Part, Pool};
-use super::{Combination, Kind, Weights};
 use crate::error::{Error, Result};
 use crate::step::site_seed;
 use clusters::Points;
