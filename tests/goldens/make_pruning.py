@@ -194,7 +194,7 @@ adapter.eval()
 logits["small"] = adapter(tokens).logits[0]
 adapter.save_pretrained(out / "small")
 (out / "small/README.md").unlink(missing_ok=True)
-settings = json.loads((out / "small/adapter_config.json").read_text()) | {"base_model_name_or_path": "tiny-llama", "target_modules": targets}
+settings = json.loads((out / "small/adapter_config.json").read_text()) | {"base_model_name_or_path": "pruned", "target_modules": targets}
 (out / "small/adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 wide = {}
 for name, t in load_file(out / "small/adapter_model.safetensors").items():
@@ -211,7 +211,7 @@ for name, t in load_file(out / "small/adapter_model.safetensors").items():
 folder = out / "recovered"
 folder.mkdir(exist_ok=True)
 save_file({n: t.contiguous() for n, t in wide.items()}, folder / "adapter_model.safetensors")
-(folder / "adapter_config.json").write_text((out / "small/adapter_config.json").read_text())
+(folder / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": "tiny-llama"}, indent=2) + "\n")
 logits["recovered"] = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), folder).eval()(tokens).logits[0]
 save_file({n: t.detach().clone().contiguous() for n, t in logits.items()}, out / "loram.safetensors")
 (out / "kept.json").write_text(json.dumps(kept) + "\n")

@@ -110,10 +110,10 @@ pub fn attach(model: &dyn BaseModel, name: &str, settings: &str) -> Adapter {
 /// Moves every trainable parameter, so that the adapter does something. Masks lose their first half.
 pub fn move_all(adapter: &Adapter) {
     for mask in adapter.named().into_iter().filter(|p| p.name.ends_with("lora_mask")) {
-        let half = mask.var.dim(0).unwrap() / 2;
-        let kept = Tensor::ones(mask.var.dims(), mask.var.dtype(), &Device::Cpu).unwrap();
-        let gone = Tensor::zeros(half, mask.var.dtype(), &Device::Cpu).unwrap();
-        mask.var.set(&kept.slice_assign(&[0..half], &gone).unwrap()).unwrap();
+        let n = mask.var.dim(0).unwrap();
+        let kept: Vec<f64> = (0..n).map(|i| if i < n / 2 { 0.0 } else { 1.0 }).collect();
+        let kept = Tensor::from_vec(kept, n, &Device::Cpu).unwrap().to_dtype(mask.var.dtype()).unwrap();
+        mask.var.set(&kept).unwrap();
     }
     let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(8);
     for (_, var) in adapter.trainable() {

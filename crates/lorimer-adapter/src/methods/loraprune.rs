@@ -79,9 +79,9 @@ pub const ENTRY: Entry = Entry {
     flags: FLAGS,
     source: include_str!("loraprune.rs"),
     laws: &[(r#"{"r": 3}"#, 0.0), (r#"{"r": 2, "prune_ratio": 0.3, "protect": 0, "lora_dropout": 0.2}"#, 0.0)],
-    build: |settings| LoraPrune::new(settings, LoraConfig::given),
+    build: |settings| LoraPrune::built(settings, LoraConfig::given),
     recognises: |config| config.get("peft_type").and_then(Value::as_str) == Some(PEFT_TYPE),
-    from_file: |config| LoraPrune::new(config, |_, lora| LoraConfig::from_file(lora)),
+    from_file: |config| LoraPrune::built(config, |_, lora| LoraConfig::from_file(lora)),
 };
 
 /// PEFT does not have it: as plain LoRA the masks would be lost.
@@ -95,7 +95,8 @@ struct LoraPrune {
 }
 
 impl LoraPrune {
-    fn new(
+    /// Of settings, among which are LoRA's as `lora` reads them.
+    fn built(
         settings: &Map<String, Value>,
         lora: impl Fn(&'static str, &Map<String, Value>) -> Result<LoraConfig>,
     ) -> Result<Box<dyn Method>> {

@@ -394,7 +394,8 @@ fn records_and_adapters_that_do_not_belong_together_are_refused() {
     missing.tensors.retain(|name, _| !name.contains("layers.1.mlp.up_proj"));
     assert!(refused(&missing, &pruning, true).contains("not whole"));
     let model = tiny("tiny-llama");
-    let bone = Adapter::attach(&model, methods::build("bone", &Map::new()).unwrap(), 0).unwrap();
+    let small = json!({"r": 4});
+    let bone = Adapter::attach(&model, methods::build("bone", small.as_object().unwrap()).unwrap(), 0).unwrap();
     assert!(refused(&bone.to_stored("base").unwrap(), &pruning, true).contains("`bone` adapter cannot be recovered"));
     let lora = Adapter::attach(&model, methods::build("lora", &Map::new()).unwrap(), 0).unwrap();
     assert!(refused(&lora.to_stored("base").unwrap(), &pruning, true).contains("has shape"));
