@@ -215,7 +215,7 @@ mod tests {
         let workload = Workload { adapters: 1, rate: 8.0, duration: 60.0, ranks: vec![64], ..Default::default() };
         let roomy = run(&workload, &machine(), Policy::default());
         let adapter = numbers(64) * 4;
-        let tight = run(&workload, &Machine { pool_bytes: 2 * adapter + (400 << 20), ..machine() }, Policy::default());
+        let tight = run(&workload, &Machine { pool_bytes: 2 * adapter + (1500 << 20), ..machine() }, Policy::default());
         assert!(tight.requests_per_second > 0.95 * roomy.requests_per_second, "{tight:?} against {roomy:?}");
     }
 
