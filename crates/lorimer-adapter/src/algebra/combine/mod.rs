@@ -165,34 +165,35 @@ pub fn combine(request: &Request<'_>, mut progress: impl FnMut(usize, usize, &st
     if matches!(combination.kind, Kind::Tensors) {
         average::check(&parents)?;
     }
-    let mut failed = None;
     let mut made = None;
-    let written = write_folder_atomic(request.output, |folder| {
-        let mut fill = || -> Result<Combined> {
-            let combined = fill(folder, combination, &settings, &parents, &mut progress)?;
+    carrying(|carry| {
+        write_folder_atomic(request.output, |folder| {
+            let combined = fill(folder, combination, &settings, &parents, &mut progress).map_err(&mut *carry)?;
             if request.overwrite && request.output.exists() {
                 remove_folder(request.output)?;
             }
-            Ok(combined)
-        };
-        match fill() {
-            Ok(combined) => {
-                made = Some(combined);
-                Ok(())
-            }
-            Err(error) => {
-                let text = error.to_string();
-                failed = Some(error);
-                Err(lorimer_model::Error::Unsupported(text))
-            }
-        }
-    });
-    if let Some(error) = failed {
-        return Err(error);
-    }
-    written?;
+            made = Some(combined);
+            Ok(())
+        })
+    })?;
     let none = || Error::Refused("nothing was combined".into());
     Ok(Combined { output: request.output.display().to_string(), ..made.ok_or_else(none)? })
+}
+
+/// Writes by a function of `lorimer-model`, whose errors cannot hold this crate's: what `carry` is given is what comes out.
+fn carrying(
+    write: impl FnOnce(&mut dyn FnMut(Error) -> lorimer_model::Error) -> lorimer_model::Result<()>,
+) -> Result<()> {
+    let mut carried = None;
+    let written = write(&mut |error| {
+        let text = error.to_string();
+        carried = Some(error);
+        lorimer_model::Error::Unsupported(text)
+    });
+    match carried {
+        Some(error) => Err(error),
+        None => Ok(written?),
+    }
 }
 
 /// What is known of the result when its tensors are written.
@@ -228,6 +229,7 @@ impl Account {
     }
 }
 
+/// Fills the folder of the result.
 fn fill(
     folder: &Path,
     combination: &Combination,
@@ -237,22 +239,15 @@ fn fill(
 ) -> Result<Combined> {
     let mut account = Account::default();
     let path = folder.join(WEIGHTS_FILE);
-    let mut failed = None;
-    let written = write_atomic_with(&path, |file| {
-        let mut fill = || match combination.kind {
-            Kind::Tensors => write_means(file, &path, parents, progress),
-            _ => write_sites(file, &path, (combination, settings), parents, &mut account, progress),
-        };
-        fill().map_err(|error| {
-            let text = error.to_string();
-            failed = Some(error);
-            lorimer_model::Error::Unsupported(text)
+    carrying(|carry| {
+        write_atomic_with(&path, |file| {
+            let written = match combination.kind {
+                Kind::Tensors => write_means(file, &path, parents, progress),
+                _ => write_sites(file, &path, (combination, settings), parents, &mut account, progress),
+            };
+            written.map_err(&mut *carry)
         })
-    });
-    if let Some(error) = failed {
-        return Err(error);
-    }
-    written?;
+    })?;
     let none = || Error::Refused("there is no adapter to combine".into());
     let first = &parents.all.first().ok_or_else(none)?.stored;
     let is_lora = !matches!(combination.kind, Kind::Tensors);
@@ -270,28 +265,17 @@ fn fill(
         );
     }
     let modules = parents.modules();
-    let told: Vec<ParentTold> = parents
-        .all
-        .iter()
-        .zip(&parents.weights)
-        .map(|(parent, weight)| ParentTold {
-            name: parent.name(),
-            content_id: parent.content_id.clone(),
-            weight: *weight,
-            missing: modules.iter().filter(|m| !parent.modules.contains_key(*m)).count(),
-        })
-        .collect();
+    let told = told(parents, &modules);
     let content_id = content_id_of(folder)?;
     let error = (account.whole > 0.0).then(|| (account.wrong / account.whole).sqrt());
-    let of =
-        |get: fn(&Manifest) -> Option<Value>| parents.all.iter().find_map(|p| p.stored.manifest.as_ref().and_then(get));
+    let manifests = || parents.all.iter().filter_map(|p| p.stored.manifest.as_ref());
     let manifest = Manifest {
         format: 1,
         content_id: content_id.clone(),
         method: if is_lora { "lora" } else { method_of(first)? }.to_string(),
         lorimer: env!("CARGO_PKG_VERSION").to_string(),
-        base: of(|m| serde_json::to_value(m.base.as_ref()?).ok()).and_then(|b| serde_json::from_value(b).ok()),
-        chat_template: of(|m| Some(json!(m.chat_template.as_ref()?))).and_then(|t| Some(t.as_str()?.to_string())),
+        base: manifests().find_map(|m| m.base.clone()),
+        chat_template: manifests().find_map(|m| m.chat_template.clone()),
         training: json!({
             "combination": combination.name, "settings": settings.taken(combination.takes), "parents": told,
             "error": error, "modules": account.modules,
@@ -311,6 +295,17 @@ fn fill(
         content_id,
         parents: told,
     })
+}
+
+/// What is told of the parents.
+fn told(parents: &Parents, modules: &[String]) -> Vec<ParentTold> {
+    let one = |(parent, weight): (&Parent, &f64)| ParentTold {
+        name: parent.name(),
+        content_id: parent.content_id.clone(),
+        weight: *weight,
+        missing: modules.iter().filter(|m| !parent.modules.contains_key(*m)).count(),
+    };
+    parents.all.iter().zip(&parents.weights).map(one).collect()
 }
 
 /// The parents' configuration, without the seed of an A that is none of theirs.
