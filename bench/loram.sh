@@ -1,10 +1,10 @@
 #!/bin/sh
 # LoRAM at 50 %: an adapter trained on a pruned model, unaligned and aligned, and run on the whole base; peak memory by ratio.
-# usage: bench/loram.sh LORIMER MODEL FOLDER [SEED...]    (STEPS=80, ALIGN=60 by default; what is there is not computed again)
+# usage: bench/loram.sh LORIMER MODEL FOLDER [SEED...]    (STEPS=80, ALIGN=60, KEEP="--keep-first 4 --keep-last 2"; what is there is not computed again)
 set -e
 lorimer=$1 model=$2 folder=$3
 shift 3
-seeds=${*:-0 1 2} steps=${STEPS:-80} align=${ALIGN:-60}
+seeds=${*:-0 1 2} steps=${STEPS:-80} align=${ALIGN:-60} keep=${KEEP:---keep-first 4 --keep-last 2}
 mkdir -p "$folder"
 data=data/wordnet-kind
 once() {
@@ -17,16 +17,16 @@ lora() {
     --warmup-steps 5 --overwrite --json -q --output "$folder/$1"
 }
 evaluate() {
-  name=$1
+  result=$1
   shift
-  once "$folder/$name.json" "$lorimer" eval --data $data.valid.jsonl --json -q "$@"
+  once "$folder/$result.json" "$lorimer" eval --data $data.valid.jsonl --json -q "$@"
 }
 evaluate untuned --model "$model"
 for seed in $seeds; do
   lora "whole-$seed" "$model" "$seed"
   evaluate "whole-$seed" --model "$model" --adapter "$folder/whole-$seed"
   small=$folder/pruned-$seed
-  once "$small-made.json" "$lorimer" prune --model "$model" --method rand --ratio 0.5 --seed "$seed" --output "$small" --json -q
+  once "$small-made.json" "$lorimer" prune --model "$model" --method rand $keep --ratio 0.5 --seed "$seed" --output "$small" --json -q
   # Alignment: all parameters of the pruned model on whole texts of another task, definitions.
   once "$small-full.json" "$lorimer" train --model "$small" --data data/wordnet-define.train.jsonl --train-on-prompt --method full --lr 1e-4 --seed "$seed" \
     --max-steps "$align" --warmup-steps 5 --overwrite --json -q --output "$small-full"
@@ -41,7 +41,7 @@ for seed in $seeds; do
   rm -rf "$small-full"
 done
 for ratio in 0 0.25 0.5 0.75; do
-  once "$folder/at-$ratio-made.json" "$lorimer" prune --model "$model" --method rand --ratio $ratio --output "$folder/at-$ratio" --json -q
+  once "$folder/at-$ratio-made.json" "$lorimer" prune --model "$model" --method rand $keep --ratio $ratio --output "$folder/at-$ratio" --json -q
   for dtype in f32 nf4; do
     once "$folder/at-$ratio-$dtype.json" "$lorimer" train --model "$folder/at-$ratio" --dtype $dtype --data $data.train.jsonl --method lora --rank 8 \
       --max-steps 5 --overwrite --json -q --output "$folder/at-$ratio-$dtype"
