@@ -20,6 +20,7 @@ pub mod settings;
 pub mod step;
 pub mod targets;
 pub mod training;
+pub mod unit;
 
 pub use adapter::Adapter;
 pub use attached::Attached;
@@ -36,3 +37,4 @@ pub use part::Part;
 pub use router::{Router, Routes};
 pub use step::{SampledRank, Step};
 pub use training::Training;
+pub use unit::{RouteMeter, RouteTotals, UnitRoute, UnitRouter};

@@ -9,5 +9,6 @@ mod tiny;
 mod authors;
 mod dynamics;
 mod goldens;
+mod llava_mole;
 mod reproductions;
 mod search;

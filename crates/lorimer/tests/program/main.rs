@@ -9,6 +9,7 @@ mod cpu;
 mod dynamics_cli;
 mod encoder;
 mod hub;
+mod limits;
 mod methods;
 mod plan;
 mod serving_http;
