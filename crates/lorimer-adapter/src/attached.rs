@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use candle_core::{Result as TensorResult, Tensor, Var};
 use lorimer_model::{Adaptation, AttentionCall, BlockScope, PassDone, Point, Projection, Site};
-use lorimer_tensor::{LowRankTerm, Ops, Part, Tape};
+use lorimer_tensor::{Gradients, LowRankTerm, Ops, Part, Tape};
 
 use crate::adapter::Adapter;
 use crate::block::BlockDelta;
@@ -13,6 +13,7 @@ use crate::error::{Error, Result};
 use crate::method::Method;
 use crate::router::{Router, Routes};
 use crate::step::Step;
+use crate::unit::{RouteMeter, UnitRoute, UnitRouter};
 
 /// Refuses to sum or scale what is not additive.
 pub(crate) fn refuse_sum(method: &dyn Method, adapters: usize, weight: f64) -> Result<()> {
@@ -25,18 +26,27 @@ pub(crate) fn refuse_sum(method: &dyn Method, adapters: usize, weight: f64) -> R
 }
 
 /// Adapters at work on a model: their changes add up, each times its weight.
+#[derive(Clone)]
 pub struct Attached<'a> {
     adapters: Vec<(&'a Adapter, f64)>,
     step: Step,
     tape: Option<&'a Tape>,
     /// In a pass of an adapter with a router: the routes of its projections.
     routes: Option<Arc<Routes>>,
+    /// In a block's gated unit that a router routes: where its rows go.
+    unit: Option<Arc<UnitRoute>>,
+    /// In training: what watches the routes of units.
+    meter: Option<&'a RouteMeter>,
 }
 
 impl<'a> Attached<'a> {
     /// One adapter at full weight.
     pub fn one(adapter: &'a Adapter) -> Self {
-        Self { adapters: vec![(adapter, 1.0)], step: Step::default(), tape: None, routes: None }
+        Self::of(vec![(adapter, 1.0)])
+    }
+
+    fn of(adapters: Vec<(&'a Adapter, f64)>) -> Self {
+        Self { adapters, step: Step::default(), tape: None, routes: None, unit: None, meter: None }
     }
 
     /// Several adapters with weights. Whole parameters cannot be mixed, so at most one adapter may bring any of a name,
@@ -58,17 +68,22 @@ impl<'a> Attached<'a> {
                 }
             }
         }
-        Ok(Self { adapters, step: Step::default(), tape: None, routes: None })
+        Ok(Self::of(adapters))
     }
 
     /// The same adapters in a forward of another kind.
     pub fn at(&self, step: Step) -> Self {
-        Self { adapters: self.adapters.clone(), step, tape: self.tape, routes: self.routes.clone() }
+        Self { step, ..self.clone() }
     }
 
     /// The same adapters with their forward recorded on a tape.
     pub fn recorded<'b>(&'b self, tape: &'b Tape) -> Attached<'b> {
-        Attached { adapters: self.adapters.clone(), step: self.step, tape: Some(tape), routes: self.routes.clone() }
+        Attached { tape: Some(tape), ..self.clone() }
+    }
+
+    /// The same adapters with routes of units watched.
+    pub fn watched<'b>(&'b self, meter: &'b RouteMeter) -> Attached<'b> {
+        Attached { meter: Some(meter), ..self.clone() }
     }
 
     /// Whether the output of a row depends on that row alone, so that what sequences share may be computed once.
@@ -86,6 +101,11 @@ impl<'a> Attached<'a> {
         self.adapters.iter().flat_map(|(a, _)| a.blocks()).any(|(_, d)| d.reads_other_rows())
     }
 
+    /// Whether the rows of some block's gated unit go to experts, so that parts of the adapter may have no row.
+    pub fn routes_units(&self) -> bool {
+        self.adapters.iter().flat_map(|(a, _)| a.blocks()).any(|(_, d)| d.unit_router().is_some())
+    }
+
     /// The first block that has a layer of an adapter's.
     pub fn first_block(&self) -> Option<usize> {
         self.adapters.iter().flat_map(|(a, _)| a.blocks()).map(|(block, _)| block.layer).min()
@@ -100,7 +120,7 @@ impl<'a> Attached<'a> {
             }
             _ => self.routes.clone(),
         };
-        Ok(Self { adapters: self.adapters.clone(), step: self.step, tape: self.tape, routes })
+        Ok(Self { routes, ..self.clone() })
     }
 
     /// What this pass was given for its projections.
@@ -135,7 +155,7 @@ impl Attached<'_> {
             None => ops.linear(x, &base.weight)?,
         };
         let mut y = plain.clone();
-        for (adapter, delta, weight) in self.here(site).filter(|_| self.routes.is_none()) {
+        for (adapter, delta, weight) in self.here(site).filter(|_| !self.is_routed()) {
             // Another adapter's weight takes the place of the base's; what this one changes is still the base's.
             let from = match own.is_some() && !adapter.parameters.contains_key(&site.weight_path()) {
                 true => ops.linear(x, &base.weight)?,
@@ -196,6 +216,27 @@ impl Attached<'_> {
         ops.add(&y, &ops.dense(&gated, &b)?)
     }
 
+    /// In a unit with a route: the output and the change of the experts that each row goes to.
+    fn with_experts(&self, site: &Site, y: Tensor, x: &Tensor) -> TensorResult<Tensor> {
+        let (Some(route), Some((_, delta, _))) = (&self.unit, self.here(site).next()) else { return Ok(y) };
+        let ops = self.ops();
+        let own = match delta.mask(x, &self.step)? {
+            Some(mask) => ops.subgraph(&[x], &[], |t| &t[0] * &mask)?,
+            None => x.clone(),
+        };
+        ops.add(&y, &route.change(ops, &own, &delta.experts())?)
+    }
+
+    /// Whether routes made before decide what is added to an output, and how.
+    fn is_routed(&self) -> bool {
+        self.routes.is_some() || self.unit.is_some()
+    }
+
+    /// What routes a block's gated unit.
+    fn unit_router(&self, layer: usize) -> Option<&dyn UnitRouter> {
+        self.block(layer)?.unit_router()
+    }
+
     /// The output with all biases, from the one without.
     fn with_biases(&self, site: &Site, base: &Projection, mut y: Tensor) -> TensorResult<Tensor> {
         let ops = self.ops();
@@ -243,7 +284,7 @@ impl Adaptation for Attached<'_> {
         }
         let routes = router.first_pass()?.map(|numbers| Arc::new(Routes::constant(numbers)));
         let adapters = if routes.is_some() { self.adapters.clone() } else { Vec::new() };
-        Ok(Box::new(Attached { adapters, step: self.step, tape: self.tape, routes }))
+        Ok(Box::new(Attached { adapters, routes, ..self.clone() }))
     }
 
     fn ops(&self) -> Ops<'_> {
@@ -271,7 +312,7 @@ impl Adaptation for Attached<'_> {
             }
             let (low_rank, rest) = match self.here(site).collect::<Vec<_>>()[..] {
                 [] => (None, Rest::Nothing),
-                _ if self.routes.is_some() => (None, Rest::Nothing),
+                _ if self.is_routed() => (None, Rest::Nothing),
                 [(_, delta, 1.0)] => {
                     let mask = delta.mask(x, &self.step)?;
                     match self.form(delta, base, x)? {
@@ -310,7 +351,8 @@ impl Adaptation for Attached<'_> {
         }
         let all = targets.iter().zip(outputs).map(|((site, base), y)| {
             let y = y.map_or_else(|| self.project_plain(site, base, x), Ok)?;
-            self.with_biases(site, base, self.with_routes(site, base, y, x)?)
+            let y = self.with_experts(site, self.with_routes(site, base, y, x)?, x)?;
+            self.with_biases(site, base, y)
         });
         all.collect()
     }
@@ -327,6 +369,23 @@ impl Adaptation for Attached<'_> {
         match self.block(block.layer()) {
             Some(delta) => delta.attended(self.ops(), &h, block, &self.step),
             None => Ok(h),
+        }
+    }
+
+    fn unit<'s>(&'s self, layer: usize, x: &Tensor) -> TensorResult<Option<Box<dyn Adaptation + 's>>> {
+        let Some(router) = self.unit_router(layer) else { return Ok(None) };
+        let shares = router.shares(self.ops(), x)?;
+        let route = router.route(self.ops(), &shares)?;
+        if let Some(meter) = self.meter {
+            meter.note(layer, &shares);
+        }
+        Ok(Some(Box::new(Attached { unit: Some(Arc::new(route)), ..self.clone() })))
+    }
+
+    fn unit_gradients(&self, layer: usize, gradients: &mut Gradients) -> TensorResult<()> {
+        match (self.meter, self.tape) {
+            (Some(meter), Some(tape)) => meter.add_gradient(layer, |p| tape.tracks(p), gradients),
+            _ => Ok(()),
         }
     }
 

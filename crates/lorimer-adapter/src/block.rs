@@ -1,4 +1,5 @@
-//! Changes of whole blocks: a trained layer that follows a frozen block's attention, with what it sees of the attention.
+//! Changes of whole blocks: a trained layer that follows a frozen block's attention, with what it sees of the attention, or a router of its gated
+//! unit.
 
 use candle_core::{Result as TensorResult, Tensor, Var};
 use lorimer_model::{BlockScope, LayerShape, ModelShape, Site};
@@ -7,6 +8,7 @@ use lorimer_tensor::{EdgeRule, Ops};
 use crate::error::{Error, Result};
 use crate::parameter::Parameter;
 use crate::step::Step;
+use crate::unit::UnitRouter;
 
 /// A block of a model, as the place of a layer.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -30,7 +32,7 @@ impl BlockSite {
     pub fn all<'a>(shape: &ModelShape, sites: impl IntoIterator<Item = &'a Site>, module: &str) -> Result<Vec<Self>> {
         if !shape.causal {
             return Err(Error::Config(format!(
-                "`{module}` follows the attention of models that predict tokens, and a `{}` model reads both ways",
+                "`{module}` belongs to the blocks of models that predict tokens, and a `{}` model reads both ways",
                 shape.model_type
             )));
         }
@@ -59,6 +61,10 @@ pub trait BlockDelta: std::fmt::Debug + Send + Sync {
     fn edges(&self) -> Option<EdgeRule> {
         None
     }
+    /// What routes the rows of the block's gated unit, where it does that and nothing after the attention.
+    fn unit_router(&self) -> Option<&dyn UnitRouter> {
+        None
+    }
     /// The hidden state after the attention's residual, `h` (rows, hidden), with the layer's change, in recorded operations.
     fn attended(&self, ops: Ops<'_>, h: &Tensor, block: &mut BlockScope<'_>, step: &Step) -> TensorResult<Tensor>;
     /// Numbers that it keeps of each token for those after it: the width of what it gives to [`BlockScope::keep`], 0 where it keeps nothing.
@@ -85,11 +91,4 @@ pub trait BlockDelta: std::fmt::Debug + Send + Sync {
     fn stored(&self) -> TensorResult<Vec<(&'static str, Tensor)>> {
         Ok(self.parameters().into_iter().map(|p| (p.key, p.var.detach())).collect())
     }
-}
-
-/// Refuses what cannot be done with a method that changes blocks: `what` is the end of "… cannot be".
-pub(crate) fn refuse(method: &str, what: &str) -> Error {
-    Error::Refused(format!(
-        "a `{method}` adapter cannot be {what}: it is a layer after each attention, and no change of the base's weights"
-    ))
 }

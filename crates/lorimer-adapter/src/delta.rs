@@ -140,13 +140,18 @@ pub trait Delta: Send + Sync {
     fn gates(&self, _x: &Tensor, _u: &Tensor, _step: &Step) -> TensorResult<Tensor> {
         candle_core::bail!("a method with gates has to compute them")
     }
-    /// With [`Change::Gated`] of an adapter that has a [`crate::Router`]: the gates (rows, rank) from the projection's route (rows, n).
+    /// With [`Change::Gated`] of an adapter that has a [`crate::Router`] or [`Self::experts`]: the gates (rows, rank) from the projection's route (rows, n).
     ///
     /// # Errors
     ///
     /// Fails if a tensor operation fails.
     fn route_gates(&self, _route: &Tensor) -> TensorResult<Tensor> {
         candle_core::bail!("a method with a router has to say what its routes do")
+    }
+    /// With [`Change::Gated`] in a block's gated unit that a router routes ([`crate::UnitRouter`]): the low-rank changes that a row goes to. They are
+    /// the change's ranks, one expert's after another's, and [`Self::route_gates`] makes gates of the factors of each.
+    fn experts(&self) -> Vec<LowRank> {
+        Vec::new()
     }
     /// With [`Change::Gated`]: the gates as they are served.
     ///

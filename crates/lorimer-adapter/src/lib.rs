@@ -21,6 +21,7 @@ pub mod settings;
 pub mod step;
 pub mod targets;
 pub mod training;
+pub mod unit;
 
 pub use adapter::Adapter;
 pub use attached::Attached;
@@ -38,3 +39,4 @@ pub use pruning::Pruning;
 pub use router::{Router, Routes};
 pub use step::{SampledRank, Step};
 pub use training::Training;
+pub use unit::{RouteMeter, RouteTotals, UnitRoute, UnitRouter};

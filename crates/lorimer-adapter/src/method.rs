@@ -342,10 +342,20 @@ pub trait BlockMethod {
     fn module(&self) -> &'static str;
     /// The layer on one block, new or out of a file; None where the block is left alone.
     fn attach(&self, block: &BlockSite, source: &mut ParameterSource<'_>) -> Result<Option<Box<dyn BlockDelta>>>;
+    /// Why its changes are none of weights: the end of "it cannot be merged: …".
+    fn what(&self) -> &'static str {
+        "it is a layer after each attention, and no change of the base's weights"
+    }
     /// Whether [`Self::attach`] gives this block a layer.
     fn targets(&self, layer: usize) -> bool;
     /// Number of trainable parameters on a block: the formula of the method's header.
     fn parameters(&self, block: &BlockSite) -> usize;
     /// Floats that training keeps for each row of a block until the backward.
     fn activations_per_row(&self, block: &BlockSite) -> usize;
+}
+
+/// Refuses what cannot be done with a method that changes blocks: `what` is the end of "… cannot be".
+pub(crate) fn refuse_blocks(method: &dyn Method, what: &str) -> Error {
+    let why = method.blocks().map_or("it changes blocks", |own| own.what());
+    Error::Refused(format!("a `{}` adapter cannot be {what}: {why}", method.name()))
 }

@@ -8,6 +8,7 @@ use lorimer_cli::Global;
 
 pub mod compare;
 pub mod embed;
+pub mod limits;
 pub mod measure;
 pub mod plan;
 pub mod serve;

@@ -1,7 +1,7 @@
 //! What happens to a frozen model while it runs.
 
 use candle_core::{Result, Tensor, bail};
-use lorimer_tensor::{AttentionForm, Ops, Segment};
+use lorimer_tensor::{AttentionForm, Gradients, Ops, Segment};
 
 use crate::scope::BlockScope;
 use crate::site::{Projection, Site};
@@ -90,6 +90,23 @@ pub trait Adaptation {
         self.hidden(Point::Attended(block.layer()), h)
     }
 
+    /// The adaptation of a block's gated unit, from what the unit reads (rows, hidden): it takes the place of this one in the unit's projections, so
+    /// that what is made of the input once serves all of them. It lives as long as the unit's forward. None: this one.
+    ///
+    /// # Errors
+    /// Whatever the adaptation makes of the input.
+    fn unit<'s>(&'s self, _layer: usize, _x: &Tensor) -> Result<Option<Box<dyn Adaptation + 's>>> {
+        Ok(None)
+    }
+
+    /// Before a block's backward: adds the gradients of what [`Self::unit`] made there of an auxiliary loss's.
+    ///
+    /// # Errors
+    /// Tensor operations.
+    fn unit_gradients(&self, _layer: usize, _gradients: &mut Gradients) -> Result<()> {
+        Ok(())
+    }
+
     /// A hidden state between layers or within one (rows, hidden): to record, to route on, to change.
     fn hidden(&self, _point: Point, h: Tensor) -> Result<Tensor> {
         Ok(h)
@@ -134,6 +151,9 @@ impl Adaptation for Inference<'_> {
     fn attended(&self, h: Tensor, block: &mut BlockScope<'_>) -> Result<Tensor> {
         Ok(self.0.attended(h, block)?.detach())
     }
+    fn unit<'s>(&'s self, layer: usize, x: &Tensor) -> Result<Option<Box<dyn Adaptation + 's>>> {
+        Ok(self.0.unit(layer, x)?.map(|unit| Box::new(InferencePass(unit)) as Box<dyn Adaptation + 's>))
+    }
     fn hidden(&self, point: Point, h: Tensor) -> Result<Tensor> {
         Ok(self.0.hidden(point, h)?.detach())
     }
@@ -142,7 +162,7 @@ impl Adaptation for Inference<'_> {
     }
 }
 
-/// One pass of an adaptation, without gradients.
+/// One pass of an adaptation, or a unit of it, without gradients.
 struct InferencePass<'a>(Box<dyn Adaptation + 'a>);
 
 impl Adaptation for InferencePass<'_> {
@@ -154,6 +174,9 @@ impl Adaptation for InferencePass<'_> {
     }
     fn attended(&self, h: Tensor, block: &mut BlockScope<'_>) -> Result<Tensor> {
         Inference(self.0.as_ref()).attended(h, block)
+    }
+    fn unit<'s>(&'s self, layer: usize, x: &Tensor) -> Result<Option<Box<dyn Adaptation + 's>>> {
+        Ok(self.0.unit(layer, x)?.map(|unit| Box::new(InferencePass(unit)) as Box<dyn Adaptation + 's>))
     }
     fn hidden(&self, point: Point, h: Tensor) -> Result<Tensor> {
         Inference(self.0.as_ref()).hidden(point, h)

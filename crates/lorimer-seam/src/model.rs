@@ -292,6 +292,7 @@ impl Recompute {
             tape.track(&input);
         }
         let output = model.block(i, &input, layout, on, None)?;
+        on.unit_gradients(i, gradients)?;
         if tape.tracks(&output) {
             tape.backward(&output, gradient, gradients)?;
         }

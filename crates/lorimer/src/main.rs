@@ -60,6 +60,8 @@ enum Command {
     Bench(lorimer_bench::Bench),
     /// Compare methods on tasks: sweeps, runs, tables and plots
     Compare(lorimer_bench::compare::Compare),
+    /// Measure the norms of attention heads that decide what their gradient may cost
+    Limits(lorimer_bench::limits::Limits),
     /// One run of a comparison
     #[command(hide = true)]
     CompareRun(lorimer_bench::compare::run::CompareRun),
@@ -98,6 +100,7 @@ fn main() -> ExitCode {
         Command::Check(v) => v.run(cli.global),
         Command::Bench(v) => v.run(cli.global),
         Command::Compare(v) => v.run(cli.global),
+        Command::Limits(v) => v.run(cli.global),
         Command::CompareRun(v) => v.run(cli.global),
         Command::Methods(v) => v.run(cli.global),
     };

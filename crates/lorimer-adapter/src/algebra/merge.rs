@@ -19,7 +19,6 @@ use serde_json::Value;
 
 use crate::adapter::{equal, replaced_by};
 use crate::attached::refuse_sum;
-use crate::block::refuse;
 use crate::delta::Delta;
 use crate::error::{Error, Result};
 use crate::file::account::{BaseNames, WholeParameter};
@@ -27,7 +26,7 @@ use crate::file::bytes::{raw_bytes, safetensors_dtype};
 use crate::file::frozen::FrozenParts;
 use crate::file::load::{account_of, offer};
 use crate::file::store::StoredAdapter;
-use crate::method::{Method, ModuleTensors, ParameterSource};
+use crate::method::{Method, ModuleTensors, ParameterSource, refuse_blocks};
 use crate::pruning::{PRUNING_FILE, check_record, record_beside};
 use crate::settings::check_targets;
 use crate::targets::Matcher;
@@ -92,7 +91,7 @@ impl<'a> Plan<'a> {
         check_record(stored, self.weights.origin(), &base.layers)?;
         let (mut method, mut account) = account_of(stored)?;
         if method.blocks().is_some() {
-            return Err(refuse(method.name(), "merged"));
+            return Err(refuse_blocks(method.as_ref(), "merged"));
         }
         check_targets(&stored.config, &base.model_type, base.sites.iter())?;
         account.refuse_embedding(stored)?;

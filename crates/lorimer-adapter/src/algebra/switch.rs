@@ -12,9 +12,9 @@ use rayon::prelude::*;
 use serde::Serialize;
 
 use crate::adapter::Adapter;
-use crate::block::refuse;
 use crate::delta::{Change, Delta};
 use crate::error::{Error, Result};
+use crate::method::refuse_blocks;
 use crate::step::Step;
 
 /// The entries that an adapter changes, ready to be written.
@@ -54,7 +54,7 @@ impl Entries {
     pub fn of(model: &dyn BaseModel, adapter: &Adapter) -> Result<Self> {
         let name = adapter.method.name();
         if adapter.blocks().next().is_some() {
-            return Err(refuse(name, "switched in place"));
+            return Err(refuse_blocks(adapter.method.as_ref(), "switched in place"));
         }
         if !adapter.parameters().is_empty() {
             return Err(Error::Refused(format!(

@@ -15,13 +15,13 @@ use lorimer_model::weights::SafetensorsFile;
 use lorimer_model::weights::gguf::{Gguf, module_to_gguf, row_order};
 use serde_json::{Map, Value, json};
 
-use crate::block::refuse;
 use crate::delta::LowRank;
 use crate::error::{Error, Result};
 use crate::file::bytes::safetensors_bytes;
 use crate::file::dialects::{DIFFUSERS, Dialect, Factor, Factors, LLAMA_CPP, MLX, SAFETENSORS, Scale, mlx, peft};
 use crate::file::load::account_of;
 use crate::file::store::{CONFIG_FILE, StoredAdapter};
+use crate::method::refuse_blocks;
 
 /// Where diffusers keeps settings in a file's header.
 const DIFFUSERS_NOTE: &str = "lora_adapter_metadata";
@@ -36,7 +36,7 @@ pub fn low_ranks(stored: &StoredAdapter) -> Result<BTreeMap<String, LowRank>> {
     stored.refuse_mixture("converted")?;
     let (method, account) = account_of(stored)?;
     if method.blocks().is_some() {
-        return Err(refuse(method.name(), "converted"));
+        return Err(refuse_blocks(method.as_ref(), "converted"));
     }
     account.refuse_embedding(stored)?;
     account.refuse_unknown(method.name())?;

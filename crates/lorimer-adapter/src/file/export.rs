@@ -11,13 +11,13 @@ use serde::Serialize;
 use serde_json::json;
 
 use crate::adapter::Adapter;
-use crate::block::refuse;
 use crate::delta::{Delta, LowRank};
 use crate::error::{Error, Result};
 use crate::file::account::FileAccount;
 use crate::file::convert::to_peft;
 use crate::file::dialects::peft;
 use crate::file::store::StoredAdapter;
+use crate::method::refuse_blocks;
 use crate::step::Step;
 
 /// Rank of the approximation where none is given.
@@ -84,7 +84,7 @@ pub fn to_lora(
     base_name: &str,
 ) -> Result<(StoredAdapter, Exported)> {
     if adapter.blocks().next().is_some() {
-        return Err(refuse(adapter.method.name(), "written as a LoRA"));
+        return Err(refuse_blocks(adapter.method.as_ref(), "written as a LoRA"));
     }
     let sites = adapter.sites(model);
     let found = sites

@@ -17,6 +17,7 @@ pub mod flylora;
 pub mod full;
 pub mod galore;
 pub mod hydra;
+pub mod llava_mole;
 pub mod loldu;
 pub mod lora;
 pub mod lora_pro;
@@ -57,6 +58,7 @@ pub const REGISTRY: &[Entry] = &[
     smora::ENTRY,
     sparse_gin::ENTRY,
     xlora::ENTRY,
+    llava_mole::ENTRY,
     hydra::ENTRY,
     vera::ENTRY,
     full::ENTRY,

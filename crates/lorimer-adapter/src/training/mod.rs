@@ -24,4 +24,6 @@ pub struct Training {
     pub callback: Option<Arc<dyn CallbackKind>>,
     /// What is minimised beside the loss of the task.
     pub objective: Option<Arc<dyn ObjectiveKind>>,
+    /// What the balance of the blocks' routes is multiplied by ([`crate::RouteMeter`]), its mean over samples added to the loss.
+    pub router_balance: f64,
 }

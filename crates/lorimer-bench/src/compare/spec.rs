@@ -257,8 +257,7 @@ impl Spec {
         let mut set = method.map(|m| m.set.clone()).unwrap_or_default();
         if let Some(method) = method {
             // What changes blocks has no projections to name.
-            let plain = methods::build(method.method(), &Map::new());
-            if plain.is_ok_and(|plain| plain.blocks().is_none()) {
+            if methods::entry(method.method()).is_ok_and(|entry| entry.kind != "block") {
                 set.entry("target_modules").or_insert_with(|| self.target_modules.clone());
             }
             set.extend(self.start_rate(method).filter(|(key, _)| !method.set.contains_key(key)));

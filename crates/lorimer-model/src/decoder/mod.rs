@@ -289,6 +289,8 @@ impl BaseModel for Decoder {
         }
         let h = on.attended(ops.add(&h, &change)?, &mut scope)?;
         let x = layer.unit_norm.forward(&h, on)?;
+        let unit = on.unit(i, &x)?;
+        let on = unit.as_deref().unwrap_or(on);
         let [gate, up] = layer.gate_and_up(&x, on)?;
         let gated = ops.gated(self.config.activation, &gate, &up)?;
         let mut change = layer.down.forward(&gated, on)?;

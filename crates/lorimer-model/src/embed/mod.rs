@@ -3,7 +3,9 @@
 mod options;
 
 use candle_core::{DType, Result as TensorResult, Tensor};
-use lorimer_seam::{Adaptation, AttentionCall, BaseModel, Batch, BlockScope, PassDone, Point, Projection, Site};
+use lorimer_seam::{
+    Adaptation, AttentionCall, BaseModel, Batch, BlockScope, LastPass, PassDone, Point, Projection, Site,
+};
 use lorimer_tensor::{Ops, Segment, Segmented, Tape, project_segmented};
 use rayon::prelude::*;
 
@@ -18,7 +20,7 @@ const ROWS: usize = 512;
 /// An adaptation without gradients. On a tape that follows nothing operations run on all threads, and projections that nothing is done to are
 /// computed together with their biases.
 struct Swift<'a> {
-    on: &'a dyn Adaptation,
+    on: LastPass<'a>,
     tape: Tape,
     fused: bool,
 }
@@ -58,6 +60,11 @@ impl Adaptation for Swift<'_> {
 
     fn attended(&self, h: Tensor, block: &mut BlockScope<'_>) -> TensorResult<Tensor> {
         Ok(self.on.attended(h, block)?.detach())
+    }
+
+    fn unit<'s>(&'s self, layer: usize, x: &Tensor) -> TensorResult<Option<Box<dyn Adaptation + 's>>> {
+        let Some(unit) = self.on.unit(layer, x)? else { return Ok(None) };
+        Ok(Some(Box::new(Swift { on: LastPass::After(unit), tape: Tape::new([]), fused: self.fused })))
     }
 
     fn hidden(&self, point: Point, h: Tensor) -> TensorResult<Tensor> {
@@ -111,7 +118,7 @@ pub fn embed_tokens(
     let mut order: Vec<usize> = (0..texts.len()).collect();
     order.sort_by_key(|&i| texts[i].len());
     let mut found = vec![Vec::new(); texts.len()];
-    let on = Swift { on, tape: Tape::new([]), fused: model.dtype() == DType::F32 };
+    let on = Swift { on: LastPass::Only(on), tape: Tape::new([]), fused: model.dtype() == DType::F32 };
     let mut rest = order.as_slice();
     while !rest.is_empty() {
         let mut rows = 0;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
 use lorimer_adapter::file::export::low_rank_of;
-use lorimer_adapter::{Adapter, BlockDelta, BlockSite, Change, GatedLowRank, Golden, LowRank, Router, Step};
+use lorimer_adapter::{Adapter, BlockDelta, BlockSite, Change, Delta, GatedLowRank, Golden, LowRank, Router, Step};
 use lorimer_model::text::chat::ChatTemplate;
 use lorimer_model::{BaseModel, Projection, Site};
 use lorimer_tensor::RankGate;
@@ -68,6 +68,8 @@ pub struct Hosted {
     pub router: Option<HostedRouter>,
     /// By the projection's path.
     pub places: HashMap<String, Place>,
+    /// Of projections in a routed unit: how a row's factors become gates of the experts' ranks.
+    pub experts: HashMap<String, Spread>,
     /// Layers after blocks' attention, in the blocks' order.
     pub layers: Vec<HostedLayer>,
     /// How exact it is.
@@ -99,6 +101,17 @@ pub struct Spread {
     pub terms: Vec<(usize, usize, f32)>,
 }
 
+impl Spread {
+    /// Of a projection, from one route a number (n, n).
+    fn of(delta: &dyn Delta, each: &Tensor, place: usize) -> Result<Self> {
+        let factors = delta.route_gates(each)?.to_dtype(DType::F32)?.to_vec2::<f32>()?;
+        let rank = factors.first().map_or(0, Vec::len);
+        let terms = (0..rank).flat_map(|j| factors.iter().enumerate().map(move |(i, row)| (j, i, row[j])));
+        let terms = terms.filter(|(.., factor)| *factor != 0.0).collect();
+        Ok(Self { place, rank, terms })
+    }
+}
+
 impl std::fmt::Debug for HostedRouter {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "a router of {} projections", self.spreads.len())
@@ -111,11 +124,7 @@ impl HostedRouter {
         let mut spreads = HashMap::new();
         for (path, delta) in adapter.deltas() {
             let Some(place) = router.place(path) else { continue };
-            let factors = delta.route_gates(&each)?.to_dtype(DType::F32)?.to_vec2::<f32>()?;
-            let rank = factors.first().map_or(0, Vec::len);
-            let terms = (0..rank).flat_map(|j| factors.iter().enumerate().map(move |(i, row)| (j, i, row[j])));
-            let terms = terms.filter(|(.., factor)| *factor != 0.0).collect();
-            spreads.insert(path.to_string(), Spread { place, rank, terms });
+            spreads.insert(path.to_string(), Spread::of(delta, &each, place)?);
         }
         Ok(Self { router: router.clone(), spreads })
     }
@@ -209,6 +218,19 @@ fn layers_of(adapter: &Adapter) -> Result<Vec<HostedLayer>> {
     adapter.blocks().map(of).collect()
 }
 
+/// How a route becomes gates, of projections in routed units.
+fn experts_of(adapter: &Adapter) -> Result<HashMap<String, Spread>> {
+    let mut all = HashMap::new();
+    for (path, delta) in adapter.deltas() {
+        let n = delta.experts().len();
+        if n > 0 {
+            let each = Tensor::eye(n, DType::F32, &candle_core::Device::Cpu)?;
+            all.insert(path.to_string(), Spread::of(delta, &each, 0)?);
+        }
+    }
+    Ok(all)
+}
+
 impl Hosted {
     /// The served form of an adapter on a model. `rank` is that of projections whose change is not low-rank as it is; 64 where none is
     /// given.
@@ -243,6 +265,7 @@ impl Hosted {
             gates: Vec::new(),
             router: adapter.router().map(|router| HostedRouter::new(adapter, router)).transpose()?,
             places: HashMap::new(),
+            experts: experts_of(adapter)?,
             layers: Vec::new(),
             conversion: Conversion { exact: 0, modules: 0, error: 0.0 },
             not_additive: adapter.method.not_additive(),

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError, RwLock};
 
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 use lorimer_model::{
     Adaptation, AttentionCall, BaseModel, BlockScope, Point, Projection, Site, run_blocks, whole_pass,
 };
@@ -15,6 +15,7 @@ use lorimer_tensor::{
 use crate::adapters::hosted::{Hosted, HostedLayer, HostedRouter, Spread};
 use crate::engine::kept::{Kept, Place, apply, over_kept_rows};
 use crate::engine::pool::{BLOCK, Geometry};
+use crate::engine::routes::{Routes, RowGates, Run};
 
 /// Distance between the first keys of two sequences in the segments that the model hands on; longer than any sequence.
 const APART: usize = 1 << 32;
@@ -79,7 +80,7 @@ impl<'a> Batched<'a> {
         let h = model.embed(tokens, &pass.positions(), &pass)?;
         // A layer after the attention has to have all rows.
         let mut used = self.sequences.iter().flat_map(|s| &s.adapters);
-        let whole = used.any(|used| !used.hosted.layers.is_empty());
+        let whole = used.any(|used| used.hosted.layers.iter().any(|layer| layer.delta.reads_other_rows()));
         let some = (needed.len() < tokens.len() && !whole).then_some(needed);
         let layout = model.layout(&pass.positions(), &pass.segments(), some);
         // Only keys and values of the last layer are wanted where no token is drawn.
@@ -163,79 +164,27 @@ impl<'a> Batched<'a> {
     }
 }
 
-/// Sequences next to each other with the same adapters.
-struct Run {
-    /// Their places in the pass.
-    places: Range<usize>,
-    /// Routes of their rows, where the adapter has a router.
-    routes: Option<Routes>,
-    /// Whether the pass is the bare base for them.
-    bare: bool,
+/// Routes of a unit's rows, a run each, where its adapter has a router there.
+type UnitRoutes = Vec<Option<Routes>>;
+
+/// A unit of a block, whose rows have their routes.
+struct UnitPass<'p, 'b, 'a> {
+    pass: &'p Pass<'b, 'a>,
+    routes: UnitRoutes,
 }
 
-impl Run {
-    fn plain(places: Range<usize>) -> Self {
-        Self { places, routes: None, bare: false }
-    }
-}
-
-/// A router's numbers for the rows of a run.
-struct Routes {
-    /// (rows, width), or one row for all.
-    numbers: Vec<f32>,
-    width: usize,
-    /// Whether one row, which is the same for all projections, stands for all.
-    constant: bool,
-    /// The run's rows that the last layer gives.
-    needed: Vec<u32>,
-}
-
-impl Routes {
-    fn of(numbers: &Tensor, constant: bool, needed: Vec<u32>) -> Result<Self> {
-        let width = numbers.dim(1)?;
-        Ok(Self { numbers: numbers.flatten_all()?.to_vec1()?, width, constant, needed })
+impl Adaptation for UnitPass<'_, '_, '_> {
+    fn ops(&self) -> Ops<'_> {
+        self.pass.ops()
     }
 
-    /// The numbers of a row, from a place on; none where there are not so many.
-    fn row(&self, row: usize, place: usize) -> &[f32] {
-        let at = if self.constant { 0 } else { row * self.width + place };
-        self.numbers.get(at..).unwrap_or_default()
-    }
-}
-
-/// Gates of a run's rows at a projection.
-struct RowGates<'r> {
-    routes: &'r Routes,
-    spread: &'r Spread,
-    /// The run's first row of those that are computed together, and how many it has there.
-    rows: Range<usize>,
-    /// Which of the run's rows they are, where not all.
-    needed: Option<&'r [u32]>,
-}
-
-impl std::fmt::Debug for RowGates<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "gates of rows {:?}", self.rows)
-    }
-}
-
-impl RankGate for RowGates<'_> {
-    fn apply(&self, first: usize, _x: &[f32], _inputs: usize, u: &mut [f32]) {
-        let mut gates = vec![0f32; self.spread.rank];
-        for (i, u) in u.chunks_exact_mut(self.spread.rank.max(1)).enumerate() {
-            let at = (first + i).saturating_sub(self.rows.start);
-            let row = self.needed.map_or(at, |needed| needed.get(at).map_or(0, |&row| row as usize));
-            let numbers = self.routes.row(row, self.spread.place);
-            gates.fill(0.0);
-            for &(j, i, factor) in &self.spread.terms {
-                gates[j] += factor * numbers.get(i).copied().unwrap_or(0.0);
-            }
-            u.iter_mut().zip(&gates).for_each(|(u, gate)| *u *= gate);
-        }
+    fn project(&self, site: &Site, base: &Projection, x: &Tensor) -> Result<Tensor> {
+        let mut all = self.project_all(&[(site, base)], x)?;
+        all.pop().ok_or_else(|| candle_core::Error::Msg("no projection".into()))
     }
 
-    fn bytes(&self) -> usize {
-        self.routes.numbers.len() * size_of::<f32>()
+    fn project_all(&self, targets: &[(&Site, &Projection)], x: &Tensor) -> Result<Vec<Tensor>> {
+        self.pass.project_routed(targets, x, Some(&self.routes))
     }
 }
 
@@ -358,12 +307,67 @@ impl<'a> Pass<'_, 'a> {
         }
     }
 
+    /// How a run's routes of a unit become gates of a projection's ranks, where these are experts'.
+    fn experts(&self, run: &Run, site: &Site) -> Option<&'a Spread> {
+        let adapters = &self.batch.sequences[self.which[run.places.start]].adapters;
+        adapters.iter().filter(|_| !run.bare).find_map(|used| used.hosted.experts.get(&site.path))
+    }
+
+    /// Routes of a unit's rows by run, from what the unit reads; None where no run has a router there.
+    fn unit_routes(&self, layer: usize, x: &Tensor) -> Result<Option<UnitRoutes>> {
+        let ranges = self.ranges(x.dim(0)?)?;
+        let of = |run: &Run| -> Result<Option<Routes>> {
+            let adapters = &self.batch.sequences[self.which[run.places.start]].adapters;
+            let mut layers = adapters.iter().flat_map(|used| &used.hosted.layers);
+            let own = layers.find(|own| own.layer == layer).and_then(|own| own.delta.unit_router());
+            let Some(router) = own.filter(|_| !run.bare) else { return Ok(None) };
+            let rows = ranges[run.places.start].start..ranges[run.places.end - 1].end;
+            if rows.is_empty() {
+                return Ok(Some(Routes::default()));
+            }
+            let shares = router.shares(self.ops(), &x.narrow(0, rows.start, rows.len())?.contiguous()?)?;
+            Routes::of(&router.route(self.ops(), &shares)?.factors(DType::F32)?, false, Vec::new()).map(Some)
+        };
+        let routes = self.runs.iter().map(of).collect::<Result<UnitRoutes>>()?;
+        Ok(routes.iter().any(Option::is_some).then_some(routes))
+    }
+
+    /// Projections with what the adapters do there, within a unit whose routes are known or outside of one.
+    fn project_routed(
+        &self,
+        targets: &[(&Site, &Projection)],
+        x: &Tensor,
+        unit: Option<&UnitRoutes>,
+    ) -> Result<Vec<Tensor>> {
+        let rows = x.dim(0)?;
+        let gates = targets.iter().map(|(site, _)| self.gates(site, rows, unit)).collect::<Result<Vec<_>>>()?;
+        let pool = self.batch.pool.read().unwrap_or_else(PoisonError::into_inner);
+        let parts = targets.iter().zip(&gates).map(|((site, base), gates)| {
+            let groups = self.groups(&pool, site, rows, gates)?;
+            Ok(Segmented { weight: &base.weight, bias: base.bias.as_ref(), groups })
+        });
+        project_segmented(x, &parts.collect::<Result<Vec<_>>>()?)
+    }
+
     /// Gates of each run's rows at a projection, where its adapter has a router.
-    fn gates(&self, site: &Site, rows: usize) -> Result<Vec<Option<RowGates<'_>>>> {
+    fn gates<'g>(
+        &'g self,
+        site: &Site,
+        rows: usize,
+        unit: Option<&'g UnitRoutes>,
+    ) -> Result<Vec<Option<RowGates<'g>>>> {
         let ranges = self.ranges(rows)?;
         let all = rows == self.ranges.last().map_or(0, |r| r.end);
         let mut all_gates = Vec::with_capacity(self.runs.len());
-        for run in &self.runs {
+        for (i, run) in self.runs.iter().enumerate() {
+            if let Some(spread) = self.experts(run, site) {
+                let Some(Some(routes)) = unit.map(|unit| &unit[i]) else {
+                    candle_core::bail!("`{}` has experts, and its unit no route", site.path)
+                };
+                let rows = ranges[run.places.start].start..ranges[run.places.end - 1].end;
+                all_gates.push(Some(RowGates { routes, spread, rows, needed: None }));
+                continue;
+            }
             let hosted = self.batch.router(self.which[run.places.start]).filter(|_| !run.bare);
             let Some(spread) = hosted.and_then(|hosted| hosted.spread(&site.path)) else {
                 all_gates.push(None);
@@ -396,10 +400,11 @@ impl<'a> Pass<'_, 'a> {
                 let place = used.hosted.places.get(&site.path)?;
                 let page = self.batch.geometry.page();
                 let paged = |start, count, length| Paged { pool, page, pages: used.pages, start, count, length };
-                let gate = match used.hosted.router {
+                let routes_here = used.hosted.router.is_some() || used.hosted.experts.contains_key(&site.path);
+                let gate = match routes_here {
                     // Without rows there is nothing to gate.
-                    Some(_) => Some(routed.as_ref()? as &dyn RankGate),
-                    None => place.gate.and_then(|i| Some(used.hosted.gates.get(i)?.as_ref())),
+                    true => Some(routed.as_ref()? as &dyn RankGate),
+                    false => place.gate.and_then(|i| Some(used.hosted.gates.get(i)?.as_ref())),
                 };
                 Some(Addition {
                     a: paged(place.a, place.rank, site.inputs),
@@ -427,14 +432,12 @@ impl Adaptation for Pass<'_, '_> {
     }
 
     fn project_all(&self, targets: &[(&Site, &Projection)], x: &Tensor) -> Result<Vec<Tensor>> {
-        let rows = x.dim(0)?;
-        let gates = targets.iter().map(|(site, _)| self.gates(site, rows)).collect::<Result<Vec<_>>>()?;
-        let pool = self.batch.pool.read().unwrap_or_else(PoisonError::into_inner);
-        let parts = targets.iter().zip(&gates).map(|((site, base), gates)| {
-            let groups = self.groups(&pool, site, rows, gates)?;
-            Ok(Segmented { weight: &base.weight, bias: base.bias.as_ref(), groups })
-        });
-        project_segmented(x, &parts.collect::<Result<Vec<_>>>()?)
+        self.project_routed(targets, x, None)
+    }
+
+    fn unit<'s>(&'s self, layer: usize, x: &Tensor) -> Result<Option<Box<dyn Adaptation + 's>>> {
+        let routes = self.unit_routes(layer, x)?;
+        Ok(routes.map(|routes| Box::new(UnitPass { pass: self, routes }) as Box<dyn Adaptation + 's>))
     }
 
     fn attend(&self, point: Point, call: AttentionCall<'_>, _: &mut BlockScope<'_>) -> Result<Tensor> {

@@ -11,6 +11,7 @@ pub mod batching;
 pub mod kept;
 pub mod pool;
 pub mod prefix;
+pub(crate) mod routes;
 pub mod scheduler;
 pub mod simulate;
 pub mod worker;

@@ -12,3 +12,4 @@ mod progress;
 mod requests;
 mod shapes;
 mod store;
+mod units;

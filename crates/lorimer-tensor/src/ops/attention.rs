@@ -1,6 +1,7 @@
 //! Attention with grouped heads over packed, variable-length segments: causal, in a sliding window, or of all keys; no `T × T` matrix is kept.
 
 pub mod along;
+pub mod chained;
 pub mod edges;
 
 use std::borrow::Cow;

@@ -1,5 +1,6 @@
 //! What a run leaves to look at: a JSONL log, a TensorBoard event file, a loss plot as SVG and PNG.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -22,6 +23,12 @@ pub struct Record {
     /// The objective's further term (BA-LoRA's regularisers).
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub regularizer: Option<f64>,
+    /// Σ_e P_e C_e of the routes of blocks' units, its mean over the step's rows of data (LLaVA-MoLE).
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub router_balance: Option<f64>,
+    /// Of each block whose unit is routed, the share of the step's positions that went to each expert (LLaVA-MoLE).
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub expert_shares: Option<BTreeMap<usize, Vec<f64>>>,
     /// Share of gates that are open (SoRA).
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub open_gates: Option<f64>,
@@ -46,10 +53,11 @@ pub struct Record {
 }
 
 impl Record {
-    fn scalars(&self) -> Vec<(&'static str, f64)> {
+    fn scalars(&self) -> Vec<(String, f64)> {
         let all = [
             ("train/loss", self.loss),
             ("train/regularizer", self.regularizer),
+            ("train/router_balance", self.router_balance),
             ("train/open_gates", self.open_gates),
             ("train/rank", self.rank.map(|r| r as f64)),
             ("train/learning_rate", self.learning_rate),
@@ -58,7 +66,12 @@ impl Record {
             ("eval/exact_match", self.eval_exact_match),
             ("eval/choice_accuracy", self.eval_choice_accuracy),
         ];
-        all.into_iter().filter_map(|(name, value)| Some((name, value?))).collect()
+        let all = all.into_iter().filter_map(|(name, value)| Some((name.to_string(), value?)));
+        let shares = self.expert_shares.iter().flatten().flat_map(|(layer, shares)| {
+            let of = move |(e, share): (usize, &f64)| (format!("train/expert_shares/block_{layer}/{e}"), *share);
+            shares.iter().enumerate().map(of)
+        });
+        all.chain(shares).collect()
     }
 }
 
@@ -171,7 +184,7 @@ fn event(step: usize, body: Body<'_>) -> Vec<u8> {
 }
 
 fn summary(record: &Record) -> Vec<u8> {
-    record.scalars().into_iter().flat_map(|(tag, v)| framed(&event(record.step, Body::Scalar(tag, v)))).collect()
+    record.scalars().into_iter().flat_map(|(tag, v)| framed(&event(record.step, Body::Scalar(&tag, v)))).collect()
 }
 
 /// Draws the run's losses to `loss.svg` and `loss.png`.

@@ -3,8 +3,8 @@
 use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor, Var};
-use lorimer_adapter::Attached;
 use lorimer_adapter::training::objective::{BLOCK_ROWS, Moment, Objective};
+use lorimer_adapter::{Attached, RouteMeter, RouteTotals};
 use lorimer_model::{
     Adaptation, BaseModel, Batch, Frozen, Inference, Layout, PassDone, Recompute, earlier_passes, last_pass, run_blocks,
 };
@@ -81,6 +81,8 @@ pub struct StepInputs<'a> {
     pub objective: Option<(&'a dyn Objective, f64, Moment)>,
     /// Label smoothing: the share of the loss that is the mean over the vocabulary.
     pub smoothing: f64,
+    /// Where a step's routes of blocks' units are added up, and what the sum of their balance over samples is multiplied by in the loss.
+    pub routes: Option<(&'a mut RouteTotals, f64)>,
     /// Called after each layer's backward; layers are then computed again in the backward.
     pub layer_done: Option<LayerDone<'a>>,
 }
@@ -143,6 +145,9 @@ pub fn accumulate(
         }
         false => (None, predicting),
     };
+    let meter = inputs.routes.as_ref().map(|(_, weight)| RouteMeter::new(batch.rows.clone(), *weight));
+    let watched = meter.as_ref().map(|meter| attached.watched(meter));
+    let attached = watched.as_ref().unwrap_or(attached);
     let layout = model.layout(&batch.positions, &batch.segments, needed.as_deref());
     let start = match inputs.lower {
         Some((lower, places)) => Some((lower.layers(), lower.assemble(places, &batch)?)),
@@ -173,6 +178,15 @@ pub fn accumulate(
         false => pass.whole(gradients),
         true => pass.layer_by_layer(gradients, layer_done),
     })?;
+    if let (Some((totals, _)), Some(meter)) = (inputs.routes, &meter) {
+        meter.add_to(totals)?;
+    }
+    if attached.routes_units() {
+        // An expert that no row went to has a gradient, of zeros.
+        for (_, var) in parameters.iter().filter(|(_, var)| gradients.get(var).is_none()).collect::<Vec<_>>() {
+            gradients.add(var.id(), var.zeros_like()?)?;
+        }
+    }
     loss.forward_seconds = forward.duration_since(clock).as_secs_f64();
     loss.backward_seconds = forward.elapsed().as_secs_f64();
     Ok(loss)
@@ -300,6 +314,7 @@ impl Pass<'_> {
         drop(h);
         let forward = Instant::now();
         let seed = self.seed(&loss)?;
+        (0..self.model.shape().layers.len()).try_for_each(|i| on.unit_gradients(i, gradients))?;
         tape.backward(&loss, seed, gradients)?;
         Ok((Self::numbers(&task, auxiliary)?, forward))
     }

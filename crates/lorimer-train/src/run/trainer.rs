@@ -9,7 +9,7 @@ use candle_core::{Tensor, TensorId, Var};
 use lorimer_adapter::methods::{ObjectiveChoice, OptimizerChoice};
 use lorimer_adapter::training::callback::{self, Callback, Idle, RunShape};
 use lorimer_adapter::training::{AdamWConfig, Moment, Optimizer, ParamGroup};
-use lorimer_adapter::{Adapter, Attached, Named, Role, Step};
+use lorimer_adapter::{Adapter, Attached, Named, Role, RouteTotals, Step};
 use lorimer_model::decoder::EMBEDDING;
 use lorimer_model::{BaseModel, TextModel};
 use lorimer_tensor::Gradients;
@@ -334,6 +334,7 @@ impl Run<'_> {
         let warmup = s.warmup(self.train.len());
         let schedule = Schedule { peak: s.learning_rate, warmup, total, shape: s.schedule };
         let own = self.adapter.method.training();
+        let own_balance = own.router_balance;
         let choice = s.optimizer.clone().or(own.optimizer.map(OptimizerChoice)).unwrap_or_default();
         let mut optimizer = optimize::build(&choice, s.adamw, self.model, self.adapter)?;
         let shape = RunShape { seed: s.seed, steps: total, peak: s.learning_rate };
@@ -343,6 +344,7 @@ impl Run<'_> {
         let objective = s.objective.as_ref().map(|o| &o.0).or(own.objective.as_ref()).map(|kind| kind.build());
         let per_layer = choice.0.per_layer();
         let modules = self.adapter.sites(self.model);
+        let has_units = self.adapter.blocks().any(|(_, delta)| delta.unit_router().is_some());
         let mut state = State { settings: self.identity.clone(), ..Default::default() };
         let mut best: BTreeMap<String, Tensor> = BTreeMap::new();
         if self.resume
@@ -397,6 +399,7 @@ impl Run<'_> {
             // Stepping layer by layer, nobody knows the whole gradient's norm yet; the last step's has to do.
             let last_norm = state.history.iter().rev().find_map(|r| r.gradient_norm).unwrap_or(0.0);
             let mut layers = 0.0;
+            let mut routes = has_units.then(RouteTotals::default);
             for (m, places) in micro.iter().enumerate() {
                 let rows: Vec<&Example> = places.iter().map(|&i| &self.train[i]).collect();
                 let seed = lorimer_adapter::step::site_seed(s.seed, &format!("step {} micro {m}", state.step));
@@ -417,6 +420,7 @@ impl Run<'_> {
                     lower: lower.as_ref().map(|lower| (lower, places.as_slice())),
                     objective: objective.as_deref().map(|o| (o, own as f64 * scale, moment)),
                     smoothing: s.label_smoothing,
+                    routes: routes.as_mut().map(|totals| (totals, own_balance / rows_of_data.max(1) as f64)),
                     layer_done: if per_layer { Some(&mut layer_done) } else { None },
                 };
                 let found = accumulate(self.model, &on, &parameters, &rows, scale, s.step, inputs, &mut sums)?;
@@ -456,6 +460,8 @@ impl Run<'_> {
                 step: state.step,
                 loss: Some(loss),
                 regularizer: objective.is_some().then_some(auxiliary),
+                router_balance: routes.as_ref().map(|r| r.balance / r.samples.max(1) as f64),
+                expert_shares: routes.as_ref().map(RouteTotals::shares),
                 open_gates: callback::open_gates(&named)?.map(|(open, all)| open as f64 / all as f64),
                 rank: rank.map(|r| r.rank),
                 learning_rate: Some(rate),

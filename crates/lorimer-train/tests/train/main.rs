@@ -9,6 +9,7 @@ mod tiny;
 mod authors;
 mod dynamics;
 mod goldens;
+mod llava_mole;
 mod pruning;
 mod reproductions;
 mod search;

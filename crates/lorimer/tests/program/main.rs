@@ -10,6 +10,7 @@ mod cpu;
 mod dynamics_cli;
 mod encoder;
 mod hub;
+mod limits;
 mod methods;
 mod plan;
 mod pruning;
