@@ -1,6 +1,6 @@
 //! Stored adapters combined into one, without a base and without a forward: sums, means, pruned and elected sums, clusters of units.
 //!
-//! Each combination is a line of [`COMBINATIONS`] and a function of what the parents have on one projection ([`Pool`]). Parents are read and
+//! Each combination is a line of [`COMBINATIONS`] and a function of what the parents have on one projection ([`site::Pool`]). Parents are read and
 //! the result is written projection by projection, so memory holds a few projections. Every result is a plain LoRA of scaling 1, but that of
 //! `tensors`, which is of the parents' method. How far it is from Σ weight · ΔW is measured in factored form and told.
 
