@@ -1,5 +1,5 @@
 #!/bin/sh
-# A byte-level Llama of 1.5 million parameters, trained from scratch on the texts of data/: a base for experiments that should take minutes.
+# A byte-level Llama of 1.2 million parameters, trained from scratch on the texts of data/: a base for experiments that should take minutes.
 # usage: bench/small_base.sh LORIMER FOLDER [STEPS]    (the model is then FOLDER/base)
 set -e
 lorimer=$1 folder=$2 steps=${3:-400}

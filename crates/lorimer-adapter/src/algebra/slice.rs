@@ -272,6 +272,10 @@ pub fn pruned_shapes(layers: &[LayerShape], ratio: f64, (first, last): (usize, u
 
 /// The units of each layer that are kept: the most important ones of those shapes. `importance` gives each layer's of key-value heads and of channels;
 /// the least goes, of equals the first.
+///
+/// # Errors
+///
+/// Fails if `importance` does.
 pub fn keep_important(
     layers: &[LayerShape],
     shapes: &[LayerShape],
