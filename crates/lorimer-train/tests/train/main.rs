@@ -9,5 +9,6 @@ mod tiny;
 mod authors;
 mod dynamics;
 mod goldens;
+mod quantize;
 mod reproductions;
 mod search;

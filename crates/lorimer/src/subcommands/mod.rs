@@ -11,6 +11,7 @@ pub mod merge;
 pub mod methods;
 pub mod plan;
 pub mod pull;
+pub mod quantize;
 pub mod quickstart;
 pub mod resize;
 pub mod serve;

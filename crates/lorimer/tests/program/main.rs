@@ -11,6 +11,7 @@ mod encoder;
 mod hub;
 mod methods;
 mod plan;
+mod quantize;
 mod serving_http;
 mod serving_s3;
 mod xlora;
