@@ -84,13 +84,13 @@ pub fn truncated_svd(w: &Tensor, k: usize) -> Result<(Tensor, Tensor, Tensor)> {
 /// randomness", algorithm 4.4), and Qᵀ W (k, n); k the columns of `start` (n, k). Products are in the matrix's own type, the basis in f64.
 pub fn leading_basis(w: &Tensor, start: &Tensor, iterations: usize) -> Result<(Tensor, Tensor)> {
     let dtype = w.dtype();
-    let wt = w.t()?.contiguous()?;
+    let project = |q: &Tensor| q.t()?.contiguous()?.to_dtype(dtype)?.matmul(w);
     let (mut q, _) = qr(&w.matmul(&start.to_dtype(dtype)?)?)?;
     for _ in 0..iterations {
-        let (z, _) = qr(&wt.matmul(&q.to_dtype(dtype)?)?)?;
+        let (z, _) = qr(&project(&q)?.t()?)?;
         (q, _) = qr(&w.matmul(&z.to_dtype(dtype)?)?)?;
     }
-    let projected = q.t()?.contiguous()?.to_dtype(dtype)?.matmul(w)?;
+    let projected = project(&q)?;
     Ok((q, projected))
 }
 

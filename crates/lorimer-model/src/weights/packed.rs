@@ -2,31 +2,19 @@
 //! bitsandbytes' NF4 and FP4, GPTQ and AWQ in 4 bits. They stay packed in memory; nothing is rounded anew.
 
 mod affine;
+mod checkpoint;
 mod levels;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-use candle_core::DType;
 use lorimer_tensor::FrozenWeight;
 use serde_json::{Map, Value};
 
-use super::raw::RawTensor;
+use self::checkpoint::{Checkpoint, Find, Packed};
 use crate::error::{Error, Result};
 
 pub use levels::{FORMAT, NormalFloatModule, bitsandbytes_tensors, normal_float_tensors};
-
-/// Finds a tensor of the checkpoint by its name.
-pub(crate) type Find<'a, 't> = &'a (dyn Fn(&str) -> Result<Option<RawTensor<'t, DType>>> + 'a);
-
-/// One packed weight.
-pub(crate) struct PackedWeight {
-    /// (outputs, inputs).
-    shape: (usize, usize),
-    /// Bytes that it takes in memory.
-    bytes: usize,
-    kind: Kind,
-}
 
 enum Kind {
     NormalFloat(NormalFloatModule),
@@ -35,71 +23,24 @@ enum Kind {
     Awq(affine::Awq),
 }
 
+impl<K> Packed<K> {
+    fn of(self, kind: fn(K) -> Kind) -> Packed<Kind> {
+        Packed { shape: self.shape, bytes: self.bytes, kind: kind(self.kind) }
+    }
+}
+
+/// Weights of one kind, by name.
+fn all<K>(found: BTreeMap<String, Packed<K>>, kind: fn(K) -> Kind) -> BTreeMap<String, Packed<Kind>> {
+    found.into_iter().map(|(name, packed)| (name, packed.of(kind))).collect()
+}
+
 /// The packed weights of a checkpoint.
 pub(crate) struct Packing {
     /// `quant_method` of the configuration.
     pub(crate) method: String,
-    weights: BTreeMap<String, PackedWeight>,
+    weights: BTreeMap<String, Packed<Kind>>,
     /// Tensors that are parts of packed weights.
     parts: BTreeSet<String>,
-}
-
-/// What reading a packing needs to know of its checkpoint.
-struct Checkpoint<'a, 't> {
-    /// For errors.
-    path: &'a Path,
-    settings: &'a Map<String, Value>,
-    names: Vec<&'a str>,
-    find: Find<'a, 't>,
-}
-
-impl<'t> Checkpoint<'_, 't> {
-    fn invalid(&self, problem: impl Into<String>) -> Error {
-        Error::invalid(self.path, problem)
-    }
-
-    /// A tensor of a type and number of dimensions; its shape and bytes.
-    fn tensor(&self, name: &str, dtypes: &[DType], dimensions: usize) -> Result<(DType, Vec<usize>, &'t [u8])> {
-        let missing = || self.invalid(format!("tensor `{}` is missing", name.escape_debug()));
-        let (dtype, shape, bytes) = (self.find)(name)?.ok_or_else(missing)?;
-        if !dtypes.contains(&dtype) || shape.len() != dimensions {
-            let wanted: Vec<&str> = dtypes.iter().map(|d| d.as_str()).collect();
-            return Err(self.invalid(format!(
-                "tensor `{}` is {} of shape {shape:?}; {} with {dimensions} dimensions was expected",
-                name.escape_debug(),
-                dtype.as_str(),
-                wanted.join(" or ")
-            )));
-        }
-        Ok((dtype, shape, bytes))
-    }
-
-    /// A whole number of the settings, under one of its names.
-    fn number(&self, keys: &[&str]) -> Result<Option<i64>> {
-        for key in keys {
-            match self.settings.get(*key) {
-                None | Some(Value::Null) => {}
-                Some(v) => {
-                    let problem = || self.invalid(format!("quantization_config's `{key}` should be a whole number"));
-                    return v.as_i64().map(Some).ok_or_else(problem);
-                }
-            }
-        }
-        Ok(None)
-    }
-
-    fn flag(&self, key: &str, default: bool) -> Result<bool> {
-        match self.settings.get(key) {
-            None | Some(Value::Null) => Ok(default),
-            Some(Value::Bool(flag)) => Ok(*flag),
-            Some(_) => Err(self.invalid(format!("quantization_config's `{key}` should be true or false"))),
-        }
-    }
-
-    /// Names that end so, without that end.
-    fn ending(&self, end: &str) -> Vec<String> {
-        self.names.iter().filter_map(|name| name.strip_suffix(end)).map(str::to_string).collect()
-    }
 }
 
 impl Packing {
@@ -117,10 +58,10 @@ impl Packing {
         let checkpoint = Checkpoint { path, settings, names, find };
         let method = settings.get("quant_method").and_then(Value::as_str).unwrap_or_default();
         let weights = match method {
-            FORMAT => levels::normal_float(&checkpoint)?,
-            "bitsandbytes" => levels::bitsandbytes(&checkpoint)?,
-            "gptq" => affine::gptq(&checkpoint)?,
-            "awq" => affine::awq(&checkpoint)?,
+            FORMAT => all(levels::normal_float(&checkpoint)?, Kind::NormalFloat),
+            "bitsandbytes" => all(levels::bitsandbytes(&checkpoint)?, Kind::Bitsandbytes),
+            "gptq" => all(affine::gptq(&checkpoint)?, Kind::Gptq),
+            "awq" => all(affine::awq(&checkpoint)?, Kind::Awq),
             other => {
                 let shown: String = other.chars().take(40).collect();
                 return Err(checkpoint.invalid(format!(
@@ -207,9 +148,4 @@ fn is_part(name: &str) -> bool {
                 | "scales"
                 | "g_idx"
         )
-}
-
-/// Little-endian f32 of a tensor's bytes.
-fn floats(bytes: &[u8]) -> Vec<f32> {
-    bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect()
 }

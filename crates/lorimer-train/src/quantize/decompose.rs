@@ -55,10 +55,10 @@ pub struct Decomposed {
 
 /// Fisher information as the weights of an error. F is divided by its mean, so that F × 7 is decomposed as F is.
 pub struct Weighting {
-    normed: Tensor,
-    /// √ of the means of rows (outputs, 1) and of columns (1, inputs).
-    rows: Tensor,
-    columns: Tensor,
+    normed: Vec<f32>,
+    /// √ of the means of rows (outputs) and of columns (inputs).
+    rows: Vec<f32>,
+    columns: Vec<f32>,
     mean: f64,
 }
 
@@ -69,30 +69,54 @@ impl Weighting {
     ///
     /// Fails if a number of F is negative or not finite.
     pub fn new(fisher: &Tensor) -> Result<Option<Self>> {
-        let fisher = fisher.to_dtype(DType::F64)?;
-        let (least, mean) = (fisher.min_all()?.to_scalar::<f64>()?, fisher.mean_all()?.to_scalar::<f64>()?);
-        if !mean.is_finite() || !(least >= 0.0) {
+        let (outputs, inputs) = fisher.dims2()?;
+        let values = fisher.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
+        let mean = values.iter().sum::<f64>() / values.len().max(1) as f64;
+        if !mean.is_finite() || values.iter().any(|v| *v < 0.0) {
             return Err(Error::Settings("Fisher information should be finite and not negative".into()));
         }
         if mean == 0.0 {
             return Ok(None);
         }
-        let normed = (fisher / mean)?;
-        let root = |t: Tensor| t.maximum(FLOOR)?.sqrt()?.to_dtype(DType::F32);
-        let (rows, columns) = (root(normed.mean_keepdim(1)?)?, root(normed.mean_keepdim(0)?)?);
-        Ok(Some(Self { normed: normed.to_dtype(DType::F32)?, rows, columns, mean }))
+        let (mut rows, mut columns) = (vec![0f64; outputs], vec![0f64; inputs]);
+        for (values, row) in values.chunks_exact(inputs).zip(&mut rows) {
+            for (v, column) in values.iter().zip(&mut columns) {
+                *row += v / mean / inputs as f64;
+                *column += v / mean / outputs as f64;
+            }
+        }
+        let root = |means: Vec<f64>| means.into_iter().map(|m| m.max(FLOOR).sqrt() as f32).collect();
+        let normed = values.iter().map(|v| (v / mean) as f32).collect();
+        Ok(Some(Self { normed, rows: root(rows), columns: root(columns), mean }))
     }
 }
 
+// Large matrices are worked on as plain numbers: candle's pool for elementwise operations waits spinning, and configurations are tried beside each other.
+
+fn difference(a: &[f32], b: &[f32]) -> Vec<f32> {
+    a.iter().zip(b).map(|(a, b)| a - b).collect()
+}
+
 /// ‖√F ⊙ d‖².
-pub(super) fn squared(d: &Tensor, weighting: Option<&Weighting>) -> TensorResult<f64> {
-    let squares = d.sqr()?;
-    let squares = match weighting {
-        Some(w) => (squares * &w.normed)?,
-        None => squares,
+pub(super) fn squared(d: &[f32], weighting: Option<&Weighting>) -> f64 {
+    // In f32 a few hundred at a time, as f64 from there on.
+    let sum = |part: &[f32], weights: Option<&[f32]>| -> f64 {
+        let squares = part.iter().map(|v| v * v);
+        f64::from(match weights {
+            Some(weights) => squares.zip(weights).map(|(v, w)| v * w).sum::<f32>(),
+            None => squares.sum::<f32>(),
+        })
     };
-    let sum = squares.sum_keepdim(1)?.to_dtype(DType::F64)?.sum_all()?.to_scalar::<f64>()?;
-    Ok(sum * weighting.map_or(1.0, |w| w.mean))
+    const PART: usize = 256;
+    match weighting {
+        Some(w) => w.mean * d.chunks(PART).zip(w.normed.chunks(PART)).map(|(d, w)| sum(d, Some(w))).sum::<f64>(),
+        None => d.chunks(PART).map(|d| sum(d, None)).sum(),
+    }
+}
+
+/// `left` (m, r) times `right` (r, n) as numbers.
+fn product(left: &Tensor, right: &Tensor) -> TensorResult<Vec<f32>> {
+    left.matmul(right)?.flatten_all()?.to_vec1()
 }
 
 /// Finds L1 (outputs, r) and L2 (r, inputs), the best of rank r for a matrix, each with the roots of the singular values.
@@ -105,14 +129,15 @@ struct Svd<'a> {
 }
 
 impl Svd<'_> {
-    fn factors(&mut self, w: &Tensor) -> TensorResult<(Tensor, Tensor)> {
-        let (outputs, inputs) = w.dims2()?;
+    fn factors(&mut self, mut w: Vec<f32>, (outputs, inputs): (usize, usize)) -> TensorResult<(Tensor, Tensor)> {
         let rank = self.rank;
         let width = (rank + OVERSAMPLING).min(outputs).min(inputs);
-        let scaled = match self.weighting {
-            Some(f) => w.broadcast_mul(&f.rows)?.broadcast_mul(&f.columns)?,
-            None => w.clone(),
-        };
+        if let Some(f) = self.weighting {
+            for (w, row) in w.chunks_exact_mut(inputs).zip(&f.rows) {
+                w.iter_mut().zip(&f.columns).for_each(|(w, column)| *w *= row * column);
+            }
+        }
+        let scaled = Tensor::from_vec(w, (outputs, inputs), &Device::Cpu)?;
         let mut random = |columns: usize| -> TensorResult<Tensor> {
             let values: Vec<f32> = (0..inputs * columns).map(|_| self.rng.random_range(-1.0..1.0)).collect();
             Tensor::from_vec(values, (inputs, columns), &Device::Cpu)
@@ -129,7 +154,10 @@ impl Svd<'_> {
         let left = q.matmul(&u)?.broadcast_mul(&root)?.to_dtype(DType::F32)?;
         let right = vt.broadcast_mul(&root.unsqueeze(1)?)?.to_dtype(DType::F32)?;
         Ok(match self.weighting {
-            Some(f) => (left.broadcast_div(&f.rows)?, right.broadcast_div(&f.columns)?),
+            Some(f) => (
+                left.broadcast_div(&Tensor::from_slice(&f.rows, (outputs, 1), &Device::Cpu)?)?,
+                right.broadcast_div(&Tensor::from_slice(&f.columns, (1, inputs), &Device::Cpu)?)?,
+            ),
             None => (left, right),
         })
     }
@@ -158,15 +186,10 @@ impl Kept {
 /// Fails if the rank is larger than the matrix, if the configuration cannot be stored, or if a number is not finite.
 pub fn decompose(w: &Tensor, config: &NfConfig, steps: Steps, weighting: Option<&Weighting>) -> Result<Decomposed> {
     let shape = w.dims2()?;
-    let w = w.to_dtype(DType::F32)?.contiguous()?;
-    let quant = |w: &Tensor| -> TensorResult<(Levels, Tensor)> {
-        let levels = quantise(&w.flatten_all()?.to_vec1::<f32>()?, shape, config)?;
-        let dense = Tensor::from_vec(levels.expanded(), shape, &Device::Cpu)?;
-        Ok((levels, dense))
-    };
-    let (first, first_dense) = quant(&w)?;
-    let rest = (&w - &first_dense)?;
-    let plain = squared(&rest, weighting)?;
+    let w = w.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+    let first = quantise(&w, shape, config)?;
+    let rest = difference(&w, &first.expanded());
+    let plain = squared(&rest, weighting);
     if steps.rank == 0 {
         return Ok(Decomposed { quantised: first, factors: None, error: plain, plain, steps: Vec::new() });
     }
@@ -177,36 +200,32 @@ pub fn decompose(w: &Tensor, config: &NfConfig, steps: Steps, weighting: Option<
     let mut svd = Svd { rank: steps.rank, weighting, rng, before: None };
     let mut kept: Option<Kept> = None;
     let (mut errors, mut last) = (Vec::new(), f64::INFINITY);
-    let mut q = match steps.begin {
-        Begin::Quantised => Some((first.clone(), first_dense.clone())),
-        Begin::LowRank => {
-            let repair = svd.factors(&rest)?;
-            svd.before = None;
-            let error = squared(&(rest - repair.0.matmul(&repair.1)?)?, weighting)?;
-            Kept::consider(&mut kept, error, &first, &repair);
-            None
-        }
-    };
+    // Q, and what it leaves of W.
+    let mut now = Some((first, rest));
+    if let Some((first, rest)) = now.take_if(|_| steps.begin == Begin::LowRank) {
+        let repair = svd.factors(rest.clone(), shape)?;
+        let error = squared(&difference(&rest, &product(&repair.0, &repair.1)?), weighting);
+        Kept::consider(&mut kept, error, &first, &repair);
+        svd.before = None;
+    }
     for _ in 0..steps.most {
-        let target = match &q {
-            Some((_, dense)) => (&w - dense)?,
-            None => w.clone(),
-        };
-        let factors = svd.factors(&target)?;
-        let change = factors.0.matmul(&factors.1)?;
-        if let Some((levels, _)) = &q {
-            Kept::consider(&mut kept, squared(&(target - &change)?, weighting)?, levels, &factors);
+        let target = now.as_ref().map_or(&w, |(_, rest)| rest);
+        let factors = svd.factors(target.clone(), shape)?;
+        let change = product(&factors.0, &factors.1)?;
+        if let Some((levels, rest)) = &now {
+            Kept::consider(&mut kept, squared(&difference(rest, &change), weighting), levels, &factors);
         }
-        let rest = (&w - change)?;
-        let (levels, dense) = quant(&rest)?;
-        let error = squared(&(rest - &dense)?, weighting)?;
+        let rest = difference(&w, &change);
+        let levels = quantise(&rest, shape, config)?;
+        let dense = levels.expanded();
+        let error = squared(&difference(&rest, &dense), weighting);
         Kept::consider(&mut kept, error, &levels, &factors);
         errors.push(error.sqrt());
         if error > last * (1.0 - steps.tolerance).powi(2) {
             break;
         }
         last = error;
-        q = Some((levels, dense));
+        now = Some((levels, difference(&w, &dense)));
     }
     let Some(kept) = kept else { return Err(Error::Settings("a decomposition takes at least one step".into())) };
     Ok(Decomposed { quantised: kept.quantised, factors: Some(kept.factors), error: kept.error, plain, steps: errors })

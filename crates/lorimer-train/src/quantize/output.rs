@@ -16,7 +16,8 @@ use lorimer_model::weights::packed::FORMAT;
 use lorimer_model::{LoadDtype, Site};
 use serde_json::{Map, Value, json};
 
-use super::{Format, Method, Partial, Quantize, Report};
+use super::job::{Partial, Quantize, Report};
+use super::settings::{Format, Method};
 use crate::error::{Error, Result};
 
 /// Writes the folder whole and gives it its name; what was kept beside it goes.

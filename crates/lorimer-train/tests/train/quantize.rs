@@ -53,10 +53,12 @@ fn errors_fall_as_the_authors_do() {
         let steps = Steps { rank: run["rank"].as_u64().unwrap() as usize, ..STEPS };
         let found = decompose(&get("small"), &config, steps, weighting.as_ref()).unwrap();
         let expected: Vec<f64> = run["errors"].as_array().unwrap().iter().map(|e| e.as_f64().unwrap()).collect();
-        // A rank of 22 leaves ten directions, all that there are; of 8 the randomised SVD is near.
-        let tolerance = if steps.rank == 22 { 2e-3 } else { 2e-2 };
+        // A rank of 22 leaves ten directions, all that there are; of 8 the randomised SVD is near. Later steps differ by weights that rounding puts
+        // at another level.
+        let first = if steps.rank == 22 { 1e-4 } else { 1e-2 };
+        assert!((found.steps[0] - expected[0]).abs() <= first * expected[0], "{} for {}", found.steps[0], expected[0]);
         for (a, b) in found.steps.iter().zip(&expected).take(3) {
-            assert!((a - b).abs() <= tolerance * b, "{a} for {b} in {run}");
+            assert!((a - b).abs() <= 2e-2 * b, "{a} for {b} in {run}");
         }
         let best = expected.iter().copied().fold(f64::INFINITY, f64::min);
         assert!(found.error.sqrt() <= best * 1.02, "{} for {best}", found.error.sqrt());

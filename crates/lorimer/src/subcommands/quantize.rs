@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use anyhow::{Result, bail};
 use clap::{Args, ValueEnum};
 use lorimer::adapter::algebra::merge::merge_to_folder;
+use lorimer::model::pull::own_cache;
 use lorimer::model::{Base, LoadDtype, OpenOptions};
 use lorimer::train::data::Format as RowFormat;
 use lorimer::train::quantize::{FisherData, Format, Grid, Method, Quantize as Run, QuantizeSettings, Report, Stage};
@@ -157,6 +158,7 @@ impl Quantize {
             settings,
             fisher: base.as_ref().map(|base| FisherData { base, rows: rows.iter().collect() }),
             output: &self.output,
+            cache: Some(own_cache().join("quantize")),
             stop: &stop,
         };
         let Some(report) = run.run(progress(global))? else {

@@ -11,7 +11,7 @@ use half::f16;
 use lorimer_tensor::FrozenWeight;
 use lorimer_tensor::storage::affine::{Affine, bytes as affine_bytes};
 
-use super::{Checkpoint, Kind, PackedWeight};
+use super::checkpoint::{Checkpoint, Packed};
 use crate::error::Result;
 
 /// Numbers of 4 bits in 32 bits.
@@ -95,7 +95,7 @@ fn expect(checkpoint: &Checkpoint<'_, '_>, name: &str, found: &[usize], wanted: 
     }
 }
 
-pub(super) fn gptq(checkpoint: &Checkpoint<'_, '_>) -> Result<BTreeMap<String, PackedWeight>> {
+pub(super) fn gptq(checkpoint: &Checkpoint<'_, '_>) -> Result<BTreeMap<String, Packed<Gptq>>> {
     four_bits(checkpoint, &["bits"], "GPTQ")?;
     one_of(checkpoint, "checkpoint_format", &["gptq", "gptq_v2"])?;
     one_of(checkpoint, "pack_dtype", &["int32"])?;
@@ -120,10 +120,7 @@ pub(super) fn gptq(checkpoint: &Checkpoint<'_, '_>) -> Result<BTreeMap<String, P
         let order = order(checkpoint, &module, (inputs, groups), group)?;
         let kind = Gptq { group, lacks: u8::from(!second), ordered: order.is_some() };
         let bytes = affine_bytes((outputs, inputs), groups, kind.ordered);
-        weights.insert(
-            format!("{module}.weight"),
-            PackedWeight { shape: (outputs, inputs), bytes, kind: Kind::Gptq(kind) },
-        );
+        weights.insert(format!("{module}.weight"), Packed { shape: (outputs, inputs), bytes, kind });
     }
     Ok(weights)
 }
@@ -179,7 +176,7 @@ pub(super) fn load_gptq(
     Ok(FrozenWeight::Affine(Arc::new(Affine::new((outputs, inputs), code, parts, (kind.group, order))?)))
 }
 
-pub(super) fn awq(checkpoint: &Checkpoint<'_, '_>) -> Result<BTreeMap<String, PackedWeight>> {
+pub(super) fn awq(checkpoint: &Checkpoint<'_, '_>) -> Result<BTreeMap<String, Packed<Awq>>> {
     four_bits(checkpoint, &["bits", "w_bit"], "AWQ")?;
     one_of(checkpoint, "version", &["gemm"])?;
     if !checkpoint.flag("zero_point", true)? {
@@ -195,7 +192,7 @@ pub(super) fn awq(checkpoint: &Checkpoint<'_, '_>) -> Result<BTreeMap<String, Pa
         let zeros = format!("{module}.qzeros");
         expect(checkpoint, &zeros, &checkpoint.tensor(&zeros, &[DType::I32], 2)?.1, [groups, outputs / PACK])?;
         let bytes = affine_bytes((outputs, inputs), groups, false);
-        let weight = PackedWeight { shape: (outputs, inputs), bytes, kind: Kind::Awq(Awq { group }) };
+        let weight = Packed { shape: (outputs, inputs), bytes, kind: Awq { group } };
         weights.insert(format!("{module}.weight"), weight);
     }
     Ok(weights)

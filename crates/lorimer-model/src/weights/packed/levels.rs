@@ -11,7 +11,7 @@ use lorimer_tensor::storage::{bits, nf4};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::{Checkpoint, Kind, PackedWeight, floats};
+use super::checkpoint::{Checkpoint, Packed, floats};
 use crate::error::Result;
 
 /// `quant_method` of a checkpoint in LQ-LoRA's NormalFloat.
@@ -96,7 +96,7 @@ fn count(shape: (usize, usize)) -> Option<usize> {
     shape.0.checked_mul(shape.1).filter(|count| *count > 0 && count.checked_mul(8).is_some())
 }
 
-pub(super) fn normal_float(checkpoint: &Checkpoint<'_, '_>) -> Result<BTreeMap<String, PackedWeight>> {
+pub(super) fn normal_float(checkpoint: &Checkpoint<'_, '_>) -> Result<BTreeMap<String, Packed<NormalFloatModule>>> {
     #[derive(Deserialize)]
     #[serde(deny_unknown_fields)]
     #[allow(dead_code)]
@@ -121,7 +121,7 @@ pub(super) fn normal_float(checkpoint: &Checkpoint<'_, '_>) -> Result<BTreeMap<S
                 .invalid(format!("tensor `{}` has {found} bytes, {wanted} were expected", name.escape_debug())));
         }
         let bytes = config.bytes(count) + 4;
-        weights.insert(name, PackedWeight { shape: own.shape, bytes, kind: Kind::NormalFloat(own) });
+        weights.insert(name, Packed { shape: own.shape, bytes, kind: own });
     }
     Ok(weights)
 }
@@ -178,7 +178,7 @@ pub(super) struct QuantState {
 /// Ends of the name of a weight's `quant_state`.
 const STATES: [&str; 2] = [".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4"];
 
-pub(super) fn bitsandbytes(checkpoint: &Checkpoint<'_, '_>) -> Result<BTreeMap<String, PackedWeight>> {
+pub(super) fn bitsandbytes(checkpoint: &Checkpoint<'_, '_>) -> Result<BTreeMap<String, Packed<QuantState>>> {
     if checkpoint.flag("load_in_8bit", false)? || !checkpoint.flag("load_in_4bit", true)? {
         return Err(checkpoint.invalid(
             "the weights are in bitsandbytes' 8 bits (LLM.int8); its 4 bits are read, or use the model before it was packed",
@@ -221,7 +221,7 @@ pub(super) fn bitsandbytes(checkpoint: &Checkpoint<'_, '_>) -> Result<BTreeMap<S
                     Some(nested) => scales + scales.div_ceil(nested) * 4 + 4,
                     None => scales * 4,
                 };
-            weights.insert(name, PackedWeight { shape, bytes, kind: Kind::Bitsandbytes(state) });
+            weights.insert(name, Packed { shape, bytes, kind: state });
         }
     }
     Ok(weights)
