@@ -128,6 +128,14 @@ pub(crate) fn unsigned(q: u8, second: f32, bits: usize) -> f32 {
     if second > 0.0 { f32::from(q) / (((1u32 << bits) - 1) as f32 / second) } else { 0.0 }
 }
 
+/// Refuses more or fewer values than a shape has.
+pub(crate) fn check_count(values: &[f32], shape: (usize, usize)) -> Result<()> {
+    match shape.0.checked_mul(shape.1) == Some(values.len()) {
+        true => Ok(()),
+        false => candle_core::bail!("{} values for a matrix of shape {shape:?}", values.len()),
+    }
+}
+
 /// A matrix (outputs, inputs) of levels.
 #[derive(Debug, Clone)]
 pub struct Levels {

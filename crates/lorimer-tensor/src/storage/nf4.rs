@@ -9,7 +9,7 @@ use rayon::prelude::*;
 
 use crate::storage::bits;
 use crate::storage::blockwise::SIGNED;
-use crate::storage::levels::{DoubleScales, Levels, ScaleType, Scales};
+use crate::storage::levels::{DoubleScales, Levels, ScaleType, Scales, check_count};
 
 /// Weights in a block.
 pub const BLOCK: usize = 64;
@@ -48,6 +48,7 @@ pub fn bytes((outputs, inputs): (usize, usize)) -> usize {
 ///
 /// Fails if there are more or fewer values than the shape has.
 pub fn quantise(values: &[f32], shape: (usize, usize)) -> Result<Levels> {
+    check_count(values, shape)?;
     let blocks = values.len().div_ceil(BLOCK);
     let mut codes = vec![0u8; bits::bytes(values.len(), 4)];
     let mut largest = vec![0f32; blocks];

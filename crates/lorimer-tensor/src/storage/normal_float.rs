@@ -11,7 +11,7 @@ use candle_core::Result;
 use rayon::prelude::*;
 
 use crate::storage::bits;
-use crate::storage::levels::{DoubleScales, Levels, ScaleType, Scales};
+use crate::storage::levels::{DoubleScales, Levels, ScaleType, Scales, check_count};
 
 /// Quantiles go from 1 − δ to δ: NF4's.
 const DELTA: f64 = 0.967_708_3;
@@ -127,6 +127,7 @@ fn quantile(p: f64) -> f64 {
 /// beyond what it is kept in.
 pub fn quantise(values: &[f32], shape: (usize, usize), config: &NfConfig) -> Result<Levels> {
     config.check()?;
+    check_count(values, shape)?;
     if values.iter().any(|v| !v.is_finite()) {
         candle_core::bail!("a weight that is not finite cannot be quantised");
     }
