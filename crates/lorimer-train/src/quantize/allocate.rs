@@ -188,7 +188,8 @@ impl Search<'_> {
                 return;
             }
             let Some(&choice) = order[matrix].get(place) else {
-                (way.pop(), sums.pop());
+                way.pop();
+                sums.pop();
                 if let Some(last) = way.last_mut() {
                     *last += 1;
                 }

@@ -34,7 +34,7 @@ pub(super) struct Awq {
 /// Number `place` of the 32 bits at `at`.
 fn number(bytes: &[u8], at: usize, place: usize) -> u8 {
     let byte = bytes[at * 4 + place / 2];
-    if place % 2 == 0 { byte & 15 } else { byte >> 4 }
+    if place.is_multiple_of(2) { byte & 15 } else { byte >> 4 }
 }
 
 /// Group size of `inputs`, where −1 is all of them.
