@@ -11,6 +11,8 @@ use axum::body::{Body, to_bytes};
 use axum::http::{Method, Request, Uri, header};
 use lorimer::adapter::file::inspect;
 use lorimer::adapter::{self, methods, targets};
+use lorimer::model::LoadDtype;
+use lorimer::model::base::open_weights;
 use lorimer::model::decoder::config::DecoderConfig;
 use lorimer::model::text::chat::{ChatTemplate, MAX_TEXT};
 use lorimer::model::weights::gguf::Gguf;
@@ -100,6 +102,29 @@ pub fn gguf(bytes: &[u8]) {
     });
     if let Err(error) = adapter::file::convert::read_gguf(&path, config) {
         sentence(&error.to_string());
+    }
+}
+
+/// Packed checkpoints of the goldens.
+pub const PACKED: [&str; 5] = ["lorimer-nf", "bnb-nf4-double", "bnb-fp4", "gptq-act-order-v2", "awq"];
+
+/// Any bytes as a packed checkpoint's weights or configuration; the first byte chooses which, and of which checkpoint the other file is.
+pub fn packed(bytes: &[u8]) {
+    let Some((kind, content)) = bytes.split_first() else { return };
+    let whole = goldens("packed").join(PACKED[usize::from(kind / 2) % PACKED.len()]);
+    let folder = tempfile::tempdir().expect("a folder");
+    let (own, other) = match kind % 2 {
+        0 => ("model.safetensors", "config.json"),
+        _ => ("config.json", "model.safetensors"),
+    };
+    std::fs::write(folder.path().join(own), content).expect("a file");
+    std::fs::copy(whole.join(other), folder.path().join(other)).expect("a file");
+    let opened = open_weights(folder.path(), LoadDtype::F32);
+    match opened.and_then(|(config, weights)| {
+        Ok((config.clone().load(&weights)?.bytes(), config.planned_bytes(&weights, LoadDtype::F32)?))
+    }) {
+        Ok((bytes, planned)) => assert!(planned <= bytes, "{planned} bytes planned for {bytes}"),
+        Err(error) => sentence(&error.to_string()),
     }
 }
 

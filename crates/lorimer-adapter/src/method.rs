@@ -271,6 +271,10 @@ pub trait Method: Send + Sync {
     fn shared(&self) -> TensorResult<Vec<(String, Tensor)>> {
         Ok(Vec::new())
     }
+    /// Whether it is made of other adapters ([`Self::take_parts`]).
+    fn mixes(&self) -> bool {
+        false
+    }
     /// Takes the adapters that this one is made of, in their order, before anything else is asked.
     fn take_parts(&mut self, parts: &[Part]) -> Result<()> {
         match parts.is_empty() {

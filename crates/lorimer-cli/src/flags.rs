@@ -51,7 +51,8 @@ pub struct AdapterArgs {
     /// Biases that are trained: none, all, lora_only
     #[arg(long, help_heading = "Adapter")]
     bias: Option<String>,
-    /// Folder of a trained LoRA that the new adapter mixes (xlora); repeatable, their order counts
+    /// Adapter folder to begin from, with its method and settings; for xlora a trained LoRA that the new adapter mixes, repeatable, their
+    /// order counts
     #[arg(long = "adapter", value_name = "FOLDER", help_heading = "Adapter")]
     experts: Vec<PathBuf>,
     /// Any field of the method's configuration: KEY=VALUE, the value in JSON or plain; repeatable
@@ -102,9 +103,37 @@ impl AdapterArgs {
         Ok(self.build(None)?.learning_rate().unwrap_or(self.entry()?.lr))
     }
 
+    /// The adapter that training begins from, where `--adapter` names one and the method is not made of others.
+    pub fn start(&self) -> Result<Option<StoredAdapter>> {
+        if self.experts.is_empty() || methods::build(&self.method, &Map::new())?.mixes() {
+            return Ok(None);
+        }
+        let [folder] = &self.experts[..] else {
+            bail!(
+                "training begins from one adapter, and --adapter names {}; `--method xlora` mixes several",
+                self.experts.len()
+            );
+        };
+        let own =
+            self.to_flags().into_iter().find(|flag| !flag.starts_with("--method=") && !flag.starts_with("--adapter="));
+        if let Some(flag) = own {
+            let flag = flag.split('=').next().unwrap_or_default().to_string();
+            bail!("`{}` brings its own settings; leave {flag} out", folder.display());
+        }
+        let stored = StoredAdapter::read(folder)?;
+        let method = methods::from_adapter_config(&stored.config)?;
+        if method.name() != self.method {
+            bail!("`{}` is an adapter of `{}`; pass --method {}", folder.display(), method.name(), method.name());
+        }
+        Ok(Some(stored))
+    }
+
     /// The method with its settings, in PEFT's keys. `first_rate`: the rate of the run's first step, which a method's start may depend on.
     pub fn build(&self, first_rate: Option<f64>) -> Result<Box<dyn Method>> {
         let entry = self.entry()?;
+        if let Some(stored) = self.start()? {
+            return Ok(methods::from_adapter_config(&stored.config)?);
+        }
         let given = [
             ("rank", self.rank.map(|r| json!(r))),
             ("alpha", self.alpha.map(|a| json!(a))),

@@ -80,6 +80,20 @@ pub fn truncated_svd(w: &Tensor, k: usize) -> Result<(Tensor, Tensor, Tensor)> {
     })
 }
 
+/// An orthonormal basis Q (m, k) of what the largest singular vectors of W (m, n) span, by subspace iteration (Halko et al. 2011, "Finding structure with
+/// randomness", algorithm 4.4), and Qᵀ W (k, n); k the columns of `start` (n, k). Products are in the matrix's own type, the basis in f64.
+pub fn leading_basis(w: &Tensor, start: &Tensor, iterations: usize) -> Result<(Tensor, Tensor)> {
+    let dtype = w.dtype();
+    let project = |q: &Tensor| q.t()?.contiguous()?.to_dtype(dtype)?.matmul(w);
+    let (mut q, _) = qr(&w.matmul(&start.to_dtype(dtype)?)?)?;
+    for _ in 0..iterations {
+        let (z, _) = qr(&project(&q)?.t()?)?;
+        (q, _) = qr(&w.matmul(&z.to_dtype(dtype)?)?)?;
+    }
+    let projected = project(&q)?;
+    Ok((q, projected))
+}
+
 /// Eigenvalues (rising) of a symmetric matrix (n, n), and its eigenvectors as columns (n, n); f64.
 pub fn eigh(t: &Tensor) -> Result<(Vec<f64>, Tensor)> {
     let mat = to_mat(t)?;

@@ -6,6 +6,9 @@ use std::sync::Arc;
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Result, Tensor};
 use lorimer_tensor::ops::project::frozen_backward_input;
+use lorimer_tensor::storage::affine::Affine;
+use lorimer_tensor::storage::levels::ScaleType;
+use lorimer_tensor::storage::normal_float::NfConfig;
 use lorimer_tensor::*;
 use proptest::prelude::*;
 
@@ -67,6 +70,19 @@ fn storages((outputs, inputs): (usize, usize)) -> Result<Vec<FrozenWeight>> {
     }
     all.push(dense.to_nf4()?);
     all.push(dense.to_panels()?);
+    for bits in [2, 3, 4, 8] {
+        let config = NfConfig { bits, scale_bits: bits, scale_type: ScaleType::Bf16, block: 16, scale_block: 3 };
+        all.push(dense.to_normal_float(&config)?);
+    }
+    let groups = inputs.div_ceil(5);
+    let order = (0..inputs as u32).map(|i| i * 7 % groups.max(1) as u32).collect();
+    for (group, order) in [(5, None), (5, Some(order))] {
+        let scales = numbers(outputs * groups, 6).into_iter().map(half::f16::from_f64).collect();
+        let zeros = (0..outputs * groups).map(|i| (i * 3 % 16) as u8).collect();
+        let code = |o: usize, i: usize| ((o * 5 + i * 11) % 16) as u8;
+        let affine = Affine::new((outputs, inputs), code, (scales, zeros), (group, order))?;
+        all.push(FrozenWeight::Affine(Arc::new(affine)));
+    }
     for kind in [GgmlDType::Q4_0, GgmlDType::Q8_0, GgmlDType::Q6K] {
         if inputs > 0 && outputs > 0 && inputs.is_multiple_of(kind.block_size()) {
             let blocks = QTensor::quantize(&dense.dense(DType::F32)?, kind)?;

@@ -3,6 +3,7 @@
 pub mod calibrate;
 pub mod data;
 pub mod error;
+pub mod quantize;
 pub mod run;
 
 pub use data::encode::{DataReport, EncodeOptions, Example, TooLong};

@@ -19,6 +19,7 @@ fn main() -> anyhow::Result<()> {
         train: &train,
         eval: &[],
         settings: TrainSettings { learning_rate: 1e-3, max_steps: Some(20), ..Default::default() },
+        start: None,
         output: "runs/example".into(),
         save_steps: None,
         save_limit: 1,

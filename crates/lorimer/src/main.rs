@@ -38,6 +38,8 @@ enum Command {
     Embed(subcommands::embed::Embed),
     /// Serve a base and its adapters over HTTP
     Serve(Box<subcommands::serve::Serve>),
+    /// Put a base into 2 to 8 bits a weight, with an adapter that begins as its repair
+    Quantize(subcommands::quantize::Quantize),
     /// Merge adapters into the base's weights, or combine them into one adapter
     Merge(Box<subcommands::merge::Merge>),
     /// Convert an adapter between the files of PEFT, llama.cpp, mlx-lm, kohya and diffusers
@@ -89,6 +91,7 @@ fn main() -> ExitCode {
         Command::Generate(v) => v.run(cli.global),
         Command::Embed(v) => v.run(cli.global),
         Command::Serve(v) => v.run(cli.global),
+        Command::Quantize(v) => v.run(cli.global),
         Command::Merge(v) => v.run(cli.global),
         Command::Convert(v) => v.run(cli.global),
         Command::Extract(v) => v.run(cli.global),

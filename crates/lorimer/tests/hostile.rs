@@ -233,6 +233,28 @@ fn gguf_files() {
     }
 }
 
+/// To be seen to fail: no check of a code's length against its shape, or of a group's number.
+#[test]
+fn packed_checkpoints() {
+    let (mut weights, mut configs) = (Vec::new(), Vec::new());
+    for (number, name) in checks::PACKED.iter().enumerate() {
+        let folder = common::goldens("packed").join(name);
+        let with = |kind: usize, file: &str| {
+            let begin = [(number * 2 + kind) as u8];
+            [&begin[..], &std::fs::read(folder.join(file)).unwrap()].concat()
+        };
+        weights.push(with(0, "model.safetensors"));
+        configs.push(with(1, "config.json"));
+        let (config, weights) = lorimer::model::base::open_weights(&folder, lorimer::prelude::LoadDtype::F32).unwrap();
+        config.load(&weights).unwrap();
+    }
+    // Names, types, shapes and offsets stand in the header; a byte of another kind may keep the file whole.
+    let words =
+        ["\"U8\"", "\"I32\"", "\"F16\"", "[]", "[0]", "[0,0]", "[6,32]", "[18446744073709551615,2]", "0", "1", "4096"];
+    try_all(&weights, &words, 2500, checks::packed);
+    try_all(&configs, &WORDS, 2500, checks::packed);
+}
+
 /// To be seen to fail: no bound on the steps of a rendering, or on the length of its text.
 #[test]
 fn chat_templates() {

@@ -8,21 +8,20 @@ use candle_core::quantized::QTensor;
 use candle_core::{DType, Device, Tensor};
 use lorimer_model::base::open_weights;
 use lorimer_model::decoder::EMBEDDING;
-use lorimer_model::decoder::config::RopeScaling;
-use lorimer_model::files::{
-    MAX_JSON_BYTES, create_folder, read_bounded, read_json, text_files, write_atomic, write_atomic_with, write_json,
-};
+use lorimer_model::files::{create_folder, write_atomic_with, write_json};
 use lorimer_model::weights::gguf::module_to_gguf;
-use lorimer_model::{Config, LoadDtype, Projection, Site, TextModel, Weights};
+use lorimer_model::{Config, LoadDtype, Projection, Site, Weights};
 use serde::Serialize;
-use serde_json::Value;
 
 use crate::adapter::{equal, replaced_by};
+use crate::algebra::folder::{
+    Entry, refuse_own_folder, write_companions, write_index, write_safetensors, write_sharded,
+};
 use crate::attached::refuse_sum;
 use crate::delta::Delta;
 use crate::error::{Error, Result};
 use crate::file::account::{BaseNames, WholeParameter};
-use crate::file::bytes::{raw_bytes, safetensors_dtype};
+use crate::file::bytes::raw_bytes;
 use crate::file::frozen::FrozenParts;
 use crate::file::load::{account_of, offer};
 use crate::file::store::StoredAdapter;
@@ -45,9 +44,6 @@ pub struct Merged {
     /// ‖stored − exact‖ / ‖exact − base‖: the share of the tuning that rounding blurs.
     pub error_of_change: f64,
 }
-
-/// Largest shard written when the base has none of its own.
-const SHARD_BYTES: usize = 4 << 30;
 
 /// Tensors of an adapter by module and key.
 type Modules = BTreeMap<String, BTreeMap<String, Tensor>>;
@@ -263,60 +259,7 @@ impl Rounding {
     }
 }
 
-/// One tensor of a file to write: its bytes are made when its turn comes.
-pub(super) struct Entry<'a> {
-    pub(super) name: String,
-    pub(super) dtype: DType,
-    pub(super) shape: Vec<usize>,
-    pub(super) bytes: Box<dyn FnOnce() -> Result<Vec<u8>> + 'a>,
-}
-
-impl Entry<'_> {
-    fn length(&self) -> usize {
-        self.shape.iter().product::<usize>() * self.dtype.size_in_bytes()
-    }
-}
-
-/// Streams tensors into a safetensors file, one in memory at a time.
-pub(super) fn write_safetensors(path: &Path, entries: Vec<Entry<'_>>) -> Result<()> {
-    let mut header = serde_json::Map::new();
-    header.insert("__metadata__".into(), serde_json::json!({ "format": "pt" }));
-    let mut offset = 0;
-    for e in &entries {
-        let dtype = serde_json::to_value(safetensors_dtype(e.dtype)?).unwrap_or_default();
-        let end = offset + e.length();
-        header.insert(
-            e.name.clone(),
-            serde_json::json!({ "dtype": dtype, "shape": e.shape, "data_offsets": [offset, end] }),
-        );
-        offset = end;
-    }
-    let mut header = Value::Object(header).to_string().into_bytes();
-    header.resize(header.len().next_multiple_of(8), b' ');
-    let mut failed = None;
-    let written = write_atomic_with(path, |file| {
-        let mut out = std::io::BufWriter::new(&mut *file);
-        let io = |e| lorimer_model::Error::io("write", path)(e);
-        out.write_all(&(header.len() as u64).to_le_bytes()).map_err(io)?;
-        out.write_all(&header).map_err(io)?;
-        for e in entries {
-            match (e.bytes)() {
-                Ok(bytes) => out.write_all(&bytes).map_err(io)?,
-                Err(error) => {
-                    failed = Some(error);
-                    return Err(lorimer_model::Error::Unsupported("merge".into()));
-                }
-            }
-        }
-        out.flush().map_err(io)
-    });
-    match failed {
-        Some(error) => Err(error),
-        None => Ok(written?),
-    }
-}
-
-/// Merges adapters into a base and writes a folder that transformers loads. `dtype` is for a GGUF base, whose
+/// Merges adapters into a base and writes a folder that transformers loads. `dtype` is for a GGUF base and a packed checkpoint, whose
 /// quantised tensors are expanded; a safetensors base keeps its own types and shards. `progress` hears each tensor.
 ///
 /// # Errors
@@ -356,8 +299,8 @@ pub fn merge_to_folder(
         });
         Entry { name, dtype, shape, bytes }
     };
-    let mut index = BTreeMap::new();
     if let Some(shards) = weights.shards() {
+        let mut index = BTreeMap::new();
         for (i, shard) in shards.iter().enumerate() {
             let mut entries = Vec::new();
             for name in shard.names() {
@@ -386,6 +329,7 @@ pub fn merge_to_folder(
             }
             write_safetensors(&output.join(file_name), entries)?;
         }
+        write_index(output, &index)?;
     } else {
         let to = match dtype {
             LoadDtype::F16 => DType::F16,
@@ -396,93 +340,23 @@ pub fn merge_to_folder(
         if untie {
             names.push("lm_head.weight".into());
         }
-        let mut shards: Vec<Vec<Entry<'_>>> = vec![Vec::new()];
-        let mut size = 0;
+        let mut entries = Vec::new();
         for name in names {
             let source = if name == "lm_head.weight" && config.tied() { EMBEDDING } else { &name };
             let shape = weights.shape(source)?.ok_or_else(|| Error::Mismatch(format!("tensor `{name}` is unknown")))?;
-            let e = entry(name, to, shape);
-            if size + e.length() > SHARD_BYTES && size > 0 {
-                shards.push(Vec::new());
-                size = 0;
-            }
-            size += e.length();
-            if let Some(last) = shards.last_mut() {
-                last.push(e);
-            }
+            entries.push(entry(name, to, shape));
         }
-        let n = shards.len();
-        for (i, entries) in shards.into_iter().enumerate() {
-            let file_name = match n {
-                1 => "model.safetensors".to_string(),
-                _ => format!("model-{:05}-of-{n:05}.safetensors", i + 1),
-            };
-            for e in &entries {
-                index.insert(e.name.clone(), file_name.clone());
-            }
-            write_safetensors(&output.join(file_name), entries)?;
-        }
-    }
-    if index.values().collect::<BTreeSet<_>>().len() > 1 {
-        let index = serde_json::json!({ "metadata": {}, "weight_map": index });
-        write_json(&output.join("model.safetensors.index.json"), &index)?;
+        write_sharded(output, entries)?;
     }
     if let Some(pruning) = &pruning {
         write_json(&output.join(PRUNING_FILE), pruning)?;
     }
-    write_companions(&weights, &config, output, untie, dtype)?;
+    write_companions(&weights, &config, output, dtype, |json| {
+        if untie {
+            json["tie_word_embeddings"] = false.into();
+        }
+    })?;
     Ok(rounding.into_inner().report(output))
-}
-
-/// Configuration and tokenizer files beside merged weights; `config.json` last.
-fn write_companions(weights: &Weights, config: &Config, output: &Path, untie: bool, dtype: LoadDtype) -> Result<()> {
-    let folder = weights.origin();
-    let mut json = match weights.gguf() {
-        None => {
-            for name in text_files(folder)? {
-                let bytes = read_bounded(&folder.join(&name), MAX_JSON_BYTES)?;
-                write_atomic(&output.join(name), &bytes)?;
-            }
-            read_json::<Value>(&folder.join("config.json"), MAX_JSON_BYTES)?
-        }
-        Some(file) => {
-            let text = TextModel::from_gguf(file)?;
-            write_atomic(&output.join("tokenizer.json"), text.to_json()?.as_bytes())?;
-            let tokens = serde_json::json!({
-                "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": text.bos, "eos_token": text.eos,
-                "chat_template": text.template_source(),
-            });
-            write_json(&output.join("tokenizer_config.json"), &tokens)?;
-            write_json(&output.join("generation_config.json"), &serde_json::json!({ "eos_token_id": text.eos_ids }))?;
-            let name = match dtype {
-                LoadDtype::F16 => "float16",
-                LoadDtype::Bf16 => "bfloat16",
-                LoadDtype::F32 | LoadDtype::Stored | LoadDtype::Nf4 | LoadDtype::Int8 => "float32",
-            };
-            let decoder = config.decoder("a GGUF base that is written as a folder")?;
-            let mut json = decoder.to_json(name);
-            if decoder.ropes.iter().any(|rope| matches!(rope.scaling, RopeScaling::Factors { .. })) {
-                return Err(Error::Refused(
-                    "the base's rope factors (rope_freqs.weight) have no form in config.json; merge into a safetensors base or to `.gguf`".into(),
-                ));
-            }
-            json["eos_token_id"] = text.eos_ids.first().copied().into();
-            json
-        }
-    };
-    if untie {
-        json["tie_word_embeddings"] = false.into();
-    }
-    write_json(&output.join("config.json"), &json)?;
-    Ok(())
-}
-
-pub(super) fn refuse_own_folder(base: &Path, output: &Path) -> Result<()> {
-    let same = |a: &Path, b: &Path| matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b);
-    if same(base, output) || base.parent().is_some_and(|p| base.is_file() && same(p, output)) {
-        return Err(Error::Refused(format!("`{}` is the base itself; choose another output", output.display())));
-    }
-    Ok(())
 }
 
 /// Merges adapters into a GGUF base and writes a GGUF file of the same types: each merged tensor is quantised anew and

@@ -2,6 +2,7 @@
 //! bringing what was trained on the smaller one back, changing them under a base in memory.
 
 pub mod combine;
+pub mod folder;
 pub mod merge;
 pub mod recover;
 pub mod resize;

@@ -14,7 +14,8 @@ use lorimer_model::{LayerShape, LoadDtype, Site, Weights};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
-use super::merge::{Entry, Merged, merge_to_folder, refuse_own_folder, write_safetensors};
+use super::folder::{Entry, refuse_own_folder, write_safetensors};
+use super::merge::{Merged, merge_to_folder};
 use crate::error::{Error, Result};
 use crate::file::bytes::raw_bytes;
 use crate::file::load::account_of;

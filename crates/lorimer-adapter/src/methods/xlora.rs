@@ -179,6 +179,10 @@ impl Method for Xlora {
         all
     }
 
+    fn mixes(&self) -> bool {
+        true
+    }
+
     fn take_parts(&mut self, parts: &[Part]) -> Result<()> {
         let (n, config) = (parts.len(), &self.config);
         if n == 0 {

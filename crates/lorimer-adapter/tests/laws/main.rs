@@ -13,7 +13,7 @@ use lorimer_adapter::training::AdamWConfig;
 use lorimer_model::Site;
 use lorimer_model::weights::LoadDtype;
 use lorimer_tensor::Gradients;
-use lorimer_train::calibrate::gradients;
+use lorimer_train::calibrate::{Sum, gradients};
 use lorimer_train::run::frozen::{FrozenCache, FrozenLower};
 use lorimer_train::run::optimize;
 use lorimer_train::run::step::{StepOptions, accumulate_gradients, batch_loss};

@@ -22,7 +22,7 @@ fn calibration_finds_the_frozen_weights_gradients() {
         found.extend(layer.into_iter().map(|(site, t)| (site.path.clone(), t)));
         Ok(())
     };
-    gradients(&model, method.unwrap().as_ref(), &rows, (2, false), on_layer, |_, _| {}).unwrap();
+    gradients(&model, method.unwrap().as_ref(), &rows, (2, Sum::Plain), on_layer, |_, _| {}).unwrap();
     let all = r#"{"target_modules": ["lm_head"], "modules_to_save":
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}"#;
     let whole = attach(&model, "lora", all);
@@ -49,7 +49,7 @@ fn lora_sb_catches_the_first_step() {
         first.extend(layer.into_iter().map(|(site, t)| (site.path.clone(), t)));
         Ok(())
     };
-    gradients(&model, adapter.method.as_ref(), &rows, (8, false), on_layer, |_, _| {}).unwrap();
+    gradients(&model, adapter.method.as_ref(), &rows, (8, Sum::Plain), on_layer, |_, _| {}).unwrap();
     for (site, base, delta) in adapter.sites(&model) {
         let values = first[&site.path].flatten_all().unwrap().to_vec1::<f64>().unwrap();
         let step = methods::lora_sb::first_step(&values, 0.5);

@@ -94,6 +94,7 @@ impl CompareRun {
                 seed: spec.seed,
                 ..Default::default()
             },
+            start: None,
             output: self.work.clone(),
             save_steps: None,
             save_limit: 1,

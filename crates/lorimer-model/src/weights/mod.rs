@@ -1,24 +1,29 @@
 //! Tensors of a base model by their Hugging Face names, out of safetensors, GGUF or memory.
 
+mod file;
 pub mod gguf;
+pub mod packed;
 mod raw;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 
 use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device, Tensor};
 use lorimer_tensor::FrozenWeight;
-use lorimer_tensor::storage::mapped::MappedFile;
 use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
-use crate::files::{MAX_HEADER_BYTES, MAX_JSON_BYTES, is_plain_file_name, read_json};
+use crate::files::{MAX_JSON_BYTES, is_plain_file_name, read_json};
+pub use file::SafetensorsFile;
 pub use raw::RawTensor;
 
 use gguf::{Gguf, module_from_gguf, module_to_gguf, reorder_rows};
+use packed::Packing;
+use serde_json::Value;
 
-/// In which type a base's projections are kept in memory. Computation is in f32 whatever it is.
+/// In which type a base's projections are kept in memory. Computation is in f32 whatever it is. Weights that a safetensors checkpoint packs
+/// (see [`packed`]) stay packed, and are not packed anew.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum LoadDtype {
     /// 4 bytes a weight; fastest.
@@ -52,117 +57,6 @@ impl LoadDtype {
     }
 }
 
-/// A file's bytes: mapped, or read into memory.
-enum Bytes {
-    Mapped(MappedFile),
-    Read(Vec<u8>),
-}
-
-impl std::ops::Deref for Bytes {
-    type Target = [u8];
-    fn deref(&self) -> &[u8] {
-        match self {
-            Self::Mapped(file) => file,
-            Self::Read(bytes) => bytes,
-        }
-    }
-}
-
-/// One safetensors file, its header checked.
-pub struct SafetensorsFile {
-    /// Where it is.
-    pub path: PathBuf,
-    /// Names, types, shapes and offsets.
-    pub metadata: safetensors::tensor::Metadata,
-    bytes: Bytes,
-    data_start: usize,
-}
-
-impl SafetensorsFile {
-    /// Maps a file and checks its header: bounded in size, offsets contiguous, shapes as long as their spans.
-    pub fn open(path: &Path) -> Result<Self> {
-        let mapped = MappedFile::open(path).map_err(Error::io("read", path))?;
-        Self::of(path, Bytes::Mapped(mapped))
-    }
-
-    /// [`Self::open`] for a file of at most `limit` bytes that others may change meanwhile: it is read first, and what was read is used.
-    pub fn read(path: &Path, limit: u64) -> Result<Self> {
-        Self::of(path, Bytes::Read(crate::files::read_bounded(path, limit)?))
-    }
-
-    fn of(path: &Path, bytes: Bytes) -> Result<Self> {
-        let length = bytes.first_chunk::<8>().map(|b| u64::from_le_bytes(*b));
-        match length {
-            Some(n) if n <= MAX_HEADER_BYTES => {}
-            Some(n) => {
-                return Err(Error::invalid(
-                    path,
-                    format!("a header of {n} bytes, at most {MAX_HEADER_BYTES} are read"),
-                ));
-            }
-            None => return Err(Error::invalid(path, "is too short for a safetensors file")),
-        }
-        let (header, metadata) = safetensors::SafeTensors::read_metadata(&bytes)
-            .map_err(|e| Error::invalid(path, format!("is not a valid safetensors file: {e}")))?;
-        let data_start = header + 8;
-        if metadata.data_len() != bytes.len() - data_start {
-            return Err(Error::invalid(
-                path,
-                format!(
-                    "is not a valid safetensors file: its tensors take {} bytes, the file has {} for them",
-                    metadata.data_len(),
-                    bytes.len() - data_start
-                ),
-            ));
-        }
-        Ok(Self { path: path.to_path_buf(), metadata, bytes, data_start })
-    }
-
-    /// Type, shape and bytes of a tensor.
-    pub fn tensor(&self, name: &str) -> Result<Option<RawTensor<'_, DType>>> {
-        let Some(info) = self.metadata.info(name) else { return Ok(None) };
-        let dtype = match info.dtype {
-            safetensors::Dtype::F64 => DType::F64,
-            safetensors::Dtype::F32 => DType::F32,
-            safetensors::Dtype::F16 => DType::F16,
-            safetensors::Dtype::BF16 => DType::BF16,
-            safetensors::Dtype::U8 => DType::U8,
-            safetensors::Dtype::U32 => DType::U32,
-            safetensors::Dtype::I32 => DType::I32,
-            safetensors::Dtype::I64 => DType::I64,
-            other => {
-                return Err(Error::invalid(
-                    &self.path,
-                    format!(
-                        "tensor `{name}` has type {other:?}; f64, f32, f16, bf16 and integers of 8 (unsigned), 32 and 64 bits are read"
-                    ),
-                ));
-            }
-        };
-        let (start, end) = (self.data_start + info.data_offsets.0, self.data_start + info.data_offsets.1);
-        let bytes = self
-            .bytes
-            .get(start..end)
-            .ok_or_else(|| Error::invalid(&self.path, format!("tensor `{name}` lies beyond the end of the file")))?;
-        Ok(Some((dtype, info.shape.clone(), bytes)))
-    }
-
-    /// A tensor in its own type.
-    pub fn load(&self, name: &str) -> Result<Option<Tensor>> {
-        Ok(match self.tensor(name)? {
-            Some((dtype, shape, bytes)) => Some(Tensor::from_raw_buffer(bytes, dtype, &shape, &Device::Cpu)?),
-            None => None,
-        })
-    }
-
-    /// Names of all tensors, in order.
-    pub fn names(&self) -> Vec<String> {
-        let mut names: Vec<String> = self.metadata.tensors().into_keys().collect();
-        names.sort();
-        names
-    }
-}
-
 enum Source {
     Safetensors { files: Vec<SafetensorsFile>, index: BTreeMap<String, usize> },
     Gguf(Box<Gguf>),
@@ -172,6 +66,8 @@ enum Source {
 /// A base model's tensors.
 pub struct Weights {
     source: Source,
+    /// What a safetensors checkpoint packs.
+    packing: Option<Packing>,
     dtype: LoadDtype,
     origin: PathBuf,
 }
@@ -213,18 +109,56 @@ impl Weights {
             }
             files.push(file);
         }
-        Ok(Self { source: Source::Safetensors { files, index }, dtype, origin: folder.to_path_buf() })
+        let mut weights =
+            Self { source: Source::Safetensors { files, index }, packing: None, dtype, origin: folder.to_path_buf() };
+        weights.packing = weights.read_packing(folder)?;
+        match &weights.packing {
+            Some(packing) if matches!(dtype, LoadDtype::Nf4 | LoadDtype::Int8) => Err(Error::invalid(
+                folder,
+                format!("the weights are packed already, as {}; leave --dtype out", packing.method),
+            )),
+            _ => Ok(weights),
+        }
+    }
+
+    /// What `config.json` says of packed weights.
+    fn read_packing(&self, folder: &Path) -> Result<Option<Packing>> {
+        let path = folder.join("config.json");
+        let Source::Safetensors { index, .. } = &self.source else { return Ok(None) };
+        if !path.is_file() {
+            return Ok(None);
+        }
+        let config: Value = read_json(&path, MAX_JSON_BYTES)?;
+        Packing::read(&config, &path, index.keys().map(String::as_str).collect(), &|name| self.raw(name))
+    }
+
+    /// A tensor as it lies in a safetensors file; None where there is none, or where that is not what the base is.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the tensor is of a type that is not read.
+    pub fn raw(&self, name: &str) -> Result<Option<RawTensor<'_, DType>>> {
+        match &self.source {
+            Source::Safetensors { files, index } => index.get(name).map_or(Ok(None), |&i| files[i].tensor(name)),
+            _ => Ok(None),
+        }
+    }
+
+    /// How weights are packed in a safetensors checkpoint: `lorimer-nf`, `bitsandbytes`, `gptq`, `awq`; None where none is.
+    pub fn packing(&self) -> Option<&str> {
+        self.packing.as_ref().map(|packing| packing.method.as_str())
     }
 
     /// A GGUF file.
     pub fn from_gguf(file: Gguf, dtype: LoadDtype) -> Self {
         let origin = file.path.clone();
-        Self { source: Source::Gguf(Box::new(file)), dtype, origin }
+        Self { source: Source::Gguf(Box::new(file)), packing: None, dtype, origin }
     }
 
     /// Tensors in memory (tests, tiny models): f32, or f64 throughout.
     pub fn from_memory(tensors: HashMap<String, Tensor>) -> Self {
-        Self { source: Source::Memory(tensors), dtype: LoadDtype::Stored, origin: PathBuf::from("memory") }
+        let source = Source::Memory(tensors);
+        Self { source, packing: None, dtype: LoadDtype::Stored, origin: PathBuf::from("memory") }
     }
 
     /// The same tensors, kept in another way.
@@ -237,10 +171,10 @@ impl Weights {
         &self.origin
     }
 
-    /// The safetensors shards, where that is what the base is.
+    /// The safetensors shards, where that is what the base is and none of its weights is packed.
     pub fn shards(&self) -> Option<&[SafetensorsFile]> {
         match &self.source {
-            Source::Safetensors { files, .. } => Some(files),
+            Source::Safetensors { files, .. } if self.packing.is_none() => Some(files),
             _ => None,
         }
     }
@@ -278,7 +212,9 @@ impl Weights {
     /// Whether a tensor is there, by its Hugging Face name.
     pub fn has(&self, name: &str) -> bool {
         match &self.source {
-            Source::Safetensors { index, .. } => index.contains_key(name),
+            Source::Safetensors { index, .. } => {
+                self.packed_shape(name).is_some() || (index.contains_key(name) && !self.is_part(name))
+            }
             Source::Gguf(file) => gguf_name(file, name).is_some_and(|n| file.content.tensor_infos.contains_key(&n)),
             Source::Memory(tensors) => tensors.contains_key(name),
         }
@@ -287,7 +223,11 @@ impl Weights {
     /// Hugging Face names of all tensors, in order; names that the family does not know stay as they are.
     pub fn names(&self) -> Vec<String> {
         let mut names: Vec<String> = match &self.source {
-            Source::Safetensors { index, .. } => index.keys().cloned().collect(),
+            Source::Safetensors { index, .. } => {
+                let packed = self.packing.iter().flat_map(Packing::names);
+                let plain = index.keys().map(String::as_str).filter(|name| !self.is_part(name));
+                packed.chain(plain).map(str::to_string).collect::<BTreeSet<_>>().into_iter().collect()
+            }
             Source::Memory(tensors) => tensors.keys().cloned().collect(),
             Source::Gguf(file) => {
                 let hf = |name: &String| {
@@ -304,6 +244,9 @@ impl Weights {
     /// A frozen weight of the given shape, kept as [`LoadDtype`] says.
     pub fn weight(&self, name: &str, shape: (usize, usize)) -> Result<FrozenWeight> {
         let weight = self.weight_unpacked(name, shape)?;
+        if self.packed_shape(name).is_some() {
+            return Ok(weight);
+        }
         Ok(match self.dtype {
             LoadDtype::Int8 => weight.to_panels()?,
             dtype if dtype.packs(name) => weight.to_nf4()?,
@@ -321,6 +264,9 @@ impl Weights {
     pub fn weight_bytes(&self, name: &str, shape: (usize, usize), dtype: LoadDtype) -> Result<usize> {
         let (outputs, inputs) = shape;
         self.check(name, &[outputs, inputs])?;
+        if let Some(bytes) = self.packing.as_ref().and_then(|packing| packing.bytes(name)) {
+            return Ok(bytes);
+        }
         if dtype.packs(name) {
             return Ok(lorimer_tensor::storage::nf4::bytes(shape));
         }
@@ -352,9 +298,23 @@ impl Weights {
         Ok(of(stored))
     }
 
+    fn packed_shape(&self, name: &str) -> Option<(usize, usize)> {
+        self.packing.as_ref()?.shape(name)
+    }
+
+    fn is_part(&self, name: &str) -> bool {
+        self.packing.as_ref().is_some_and(|packing| packing.is_part(name))
+    }
+
     fn weight_unpacked(&self, name: &str, shape: (usize, usize)) -> Result<FrozenWeight> {
         let (outputs, inputs) = shape;
         self.check(name, &[outputs, inputs])?;
+        let path = self.origin.join("config.json");
+        if let Some(packing) = &self.packing
+            && let Some(weight) = packing.load(name, &path, &|name| self.raw(name))?
+        {
+            return Ok(weight);
+        }
         match &self.source {
             Source::Gguf(file) => {
                 let stored = gguf_name(file, name).unwrap_or_default();
@@ -432,6 +392,9 @@ impl Weights {
 
     /// Shape of a tensor, without reading it.
     pub fn shape(&self, name: &str) -> Result<Option<Vec<usize>>> {
+        if let Some((outputs, inputs)) = self.packed_shape(name) {
+            return Ok(Some(vec![outputs, inputs]));
+        }
         Ok(match &self.source {
             Source::Safetensors { files, index } => {
                 index.get(name).and_then(|&i| files[i].metadata.info(name)).map(|info| info.shape.clone())

@@ -6,7 +6,8 @@ use candle_core::DType;
 use lorimer_model::decoder::config::DecoderConfig;
 use lorimer_model::text::chat::ChatTemplate;
 use lorimer_model::weights::SafetensorsFile;
-use lorimer_model::{Frozen, TextModel};
+use lorimer_model::weights::packed::NormalFloatModule;
+use lorimer_model::{Frozen, LoadDtype, TextModel};
 use serde_json::Value;
 
 use crate::support::*;
@@ -114,6 +115,66 @@ fn nf4_gives_what_bitsandbytes_gives() {
     let packed = lorimer_tensor::FrozenWeight::Dense(get("weight")).to_nf4().unwrap();
     let d = distance(&packed.dense(DType::F32).unwrap(), &get("dequantised"));
     assert!(d < 1e-6, "{d:e}");
+}
+
+/// LQ-LoRA's quantiser, against its authors' formulas (see tests/goldens/make_lq_lora.py). To be seen to fail: S rounded up, or `round` half
+/// away from zero.
+#[test]
+fn normal_float_gives_what_the_authors_formulas_give() {
+    use lorimer_tensor::storage::normal_float::levels;
+    let file = SafetensorsFile::open(&folder("lq_lora.safetensors")).unwrap();
+    let get = |name: &str| file.load(name).unwrap().unwrap();
+    for bits in [2, 3, 4, 8] {
+        let expected = get(&format!("levels.{bits}")).to_vec1::<f32>().unwrap();
+        let worst = levels(bits).iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(levels(bits).len() == expected.len() && worst < 1e-6, "{bits} bits: {worst:e}");
+    }
+    for (number, case) in json(&folder("lq_lora.json"))["cases"].as_array().unwrap().iter().enumerate() {
+        let n = |i: usize| case[i].as_u64().unwrap() as usize;
+        let module = NormalFloatModule {
+            shape: (64, 256),
+            num_bits: n(0),
+            num_bits_0: n(1),
+            num_bits_1: case[2].as_str().unwrap().into(),
+            block_size_0: n(3),
+            block_size_1: n(4),
+        };
+        let packed =
+            lorimer_tensor::FrozenWeight::Dense(get("weight")).to_normal_float(&module.config().unwrap()).unwrap();
+        let d = distance(&packed.dense(DType::F32).unwrap(), &get(&format!("case.{number}.dequantised")));
+        assert!(d < 2e-6, "{case}: {d:e}");
+    }
+}
+
+/// Checkpoints that bitsandbytes, GPTQ and AWQ packed, as a frozen base (see tests/goldens/make_packed.py). To be seen to fail: AWQ's order, GPTQ's
+/// first zero point, `g_idx` left out.
+#[test]
+fn packed_checkpoints_give_the_logits_of_their_expanded_weights() {
+    const WEIGHT: &str = "model.layers.1.mlp.down_proj.weight";
+    for (name, storage) in [
+        ("bnb-nf4", "nf4"),
+        ("bnb-nf4-double", "nf4"),
+        ("bnb-fp4", "fp4"),
+        ("gptq", "affine4"),
+        ("gptq-act-order-v2", "affine4"),
+        ("gptq-sym", "affine4"),
+        ("awq", "affine4"),
+        ("lorimer-nf", "nf8"),
+    ] {
+        let place = format!("packed/{name}");
+        let (_, weights) = lorimer_model::base::open_weights(&folder(&place), LoadDtype::F32).unwrap();
+        let golden = Golden::open(&place);
+        let shape = if name.starts_with("bnb") { (64, 128) } else { (32, 48) };
+        let weight = weights.weight(WEIGHT, shape).unwrap();
+        assert_eq!(weight.storage_name(), storage, "{name}");
+        let d = distance(&weight.dense(DType::F32).unwrap(), &golden.get("weight"));
+        assert!(d < 1e-6, "{name}: {d:e}");
+        assert_eq!(weights.weight_bytes(WEIGHT, shape, LoadDtype::F32).unwrap(), weight.bytes(), "{name}");
+        assert!(weights.names().iter().all(|name| name.ends_with(".weight")), "{:?}", weights.names());
+        let found = logits(&tiny(&place), &Frozen, &golden.tokens());
+        let d = distance(&found, &golden.get("logits"));
+        assert!(d < 2e-4, "{name}: {d:e}");
+    }
 }
 
 /// What ends a turn survives every way in: a GGUF file's ids and texts, lists of ids, a tokenizer given apart.

@@ -52,6 +52,11 @@ impl Code {
         self.values[index as usize]
     }
 
+    /// All values, rising.
+    pub fn values(&self) -> [f32; 256] {
+        self.values
+    }
+
     /// Quantises a block; gives its scale. NaN becomes the scale's own, so that it is not lost.
     pub fn encode(&self, block: &[f32], indices: &mut [u8]) -> f32 {
         let scale = block.iter().fold(0f32, |max, v| if v.is_nan() { f32::NAN } else { max.max(v.abs()) });

@@ -1,8 +1,12 @@
 //! How a frozen weight is kept: as numbers, or in fewer bits that are expanded where a product needs them.
 
+pub mod affine;
+pub mod bits;
 pub mod blockwise;
+pub mod levels;
 pub mod mapped;
 pub mod nf4;
+pub mod normal_float;
 pub mod panels;
 
 use std::ops::{Deref, Range};
@@ -17,7 +21,9 @@ use candle_core::{CpuStorage, DType, Device, Layout, Result, Storage, Tensor};
 use half::{bf16, f16};
 use rayon::prelude::*;
 
-use nf4::Nf4;
+use affine::Affine;
+use levels::Levels;
+use normal_float::NfConfig;
 use panels::Panels;
 
 /// A frozen weight `(outputs, inputs)` in whatever storage the base uses. Cheap to clone.
@@ -27,8 +33,10 @@ pub enum FrozenWeight {
     Dense(Tensor),
     /// GGUF blocks.
     Quantised(Arc<Blocks>),
-    /// NormalFloat-4.
-    Nf4(Arc<Nf4>),
+    /// Indices of levels with scales of blocks: NormalFloat of 2, 3, 4 or 8 bits, FP4.
+    Levels(Arc<Levels>),
+    /// 4 bits with a scale and a zero point a group of inputs: GPTQ's and AWQ's.
+    Affine(Arc<Affine>),
     /// 8 or 4 bits, laid out for products in whole numbers.
     Panels(Arc<Panels>),
 }
@@ -126,7 +134,17 @@ impl FrozenWeight {
     /// The weight in NF4 with double quantisation.
     pub fn to_nf4(&self) -> Result<Self> {
         let values = self.dense(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
-        Ok(Self::Nf4(Arc::new(Nf4::quantise(&values, self.dims()?))))
+        Ok(Self::Levels(Arc::new(nf4::quantise(&values, self.dims()?)?)))
+    }
+
+    /// The weight in LQ-LoRA's NormalFloat.
+    ///
+    /// # Errors
+    ///
+    /// Fails as [`normal_float::quantise`] does.
+    pub fn to_normal_float(&self, config: &NfConfig) -> Result<Self> {
+        let values = self.dense(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+        Ok(Self::Levels(Arc::new(normal_float::quantise(&values, self.dims()?, config)?)))
     }
 
     /// The weight in 8 bits (4 where it is in 4), for products in whole numbers; GGUF's Q4_0, Q4_1 and Q8_0 exactly, others rounded.
@@ -155,7 +173,8 @@ impl FrozenWeight {
         match self {
             Self::Dense(w) => w.dims2(),
             Self::Quantised(blocks) => Ok(blocks.shape),
-            Self::Nf4(packed) => Ok(packed.shape()),
+            Self::Levels(packed) => Ok(packed.shape()),
+            Self::Affine(packed) => Ok(packed.shape()),
             Self::Panels(packed) => Ok(packed.shape()),
         }
     }
@@ -196,17 +215,19 @@ impl FrozenWeight {
         match self {
             Self::Dense(w) => w.elem_count() * w.dtype().size_in_bytes(),
             Self::Quantised(blocks) => blocks.bytes.len(),
-            Self::Nf4(packed) => packed.bytes(),
+            Self::Levels(packed) => packed.bytes(),
+            Self::Affine(packed) => packed.bytes(),
             Self::Panels(packed) => packed.bytes(),
         }
     }
 
-    /// How it is stored, for people: `f32`, `bf16`, `Q4_1`, `nf4`, `int8`.
+    /// How it is stored, for people: `f32`, `bf16`, `Q4_1`, `nf4`, `affine4`, `int8`.
     pub fn storage_name(&self) -> String {
         match self {
             Self::Dense(w) => w.dtype().as_str().to_string(),
             Self::Quantised(blocks) => format!("{:?}", blocks.dtype),
-            Self::Nf4(_) => "nf4".to_string(),
+            Self::Levels(packed) => packed.name().to_string(),
+            Self::Affine(_) => "affine4".to_string(),
             Self::Panels(packed) => format!("int{}", packed.bits()),
         }
     }
@@ -242,7 +263,8 @@ impl Guard<'_> {
     fn numbers(&self) -> Result<View<'_>> {
         Ok(match self {
             Self::Packed(FrozenWeight::Quantised(blocks)) => View::Blocks(blocks),
-            Self::Packed(FrozenWeight::Nf4(packed)) => View::Nf4(packed),
+            Self::Packed(FrozenWeight::Levels(packed)) => View::Levels(packed),
+            Self::Packed(FrozenWeight::Affine(packed)) => View::Affine(packed),
             Self::Packed(FrozenWeight::Panels(packed)) => View::Panels(packed),
             Self::Packed(FrozenWeight::Dense(_)) => candle_core::bail!("a dense weight is not packed"),
             Self::Dense(storage, layout) => {
@@ -270,7 +292,8 @@ pub(crate) enum View<'a> {
     F16(&'a [f16], usize),
     Bf16(&'a [bf16], usize),
     Blocks(&'a Blocks),
-    Nf4(&'a Nf4),
+    Levels(&'a Levels),
+    Affine(&'a Affine),
     Panels(&'a Panels),
 }
 
@@ -284,7 +307,8 @@ impl View<'_> {
             Self::F16(w, inputs) => of(w.len(), *inputs),
             Self::Bf16(w, inputs) => of(w.len(), *inputs),
             Self::Blocks(blocks) => blocks.shape,
-            Self::Nf4(packed) => packed.shape(),
+            Self::Levels(packed) => packed.shape(),
+            Self::Affine(packed) => packed.shape(),
             Self::Panels(packed) => packed.shape(),
         }
     }
@@ -293,7 +317,8 @@ impl View<'_> {
     pub(crate) fn granule(&self) -> usize {
         match self {
             Self::Blocks(blocks) => blocks.dtype.block_size(),
-            Self::Nf4(_) => nf4::BLOCK,
+            // Any column will do; whole blocks save scales.
+            Self::Levels(packed) => packed.block().min(64),
             Self::Panels(_) => panels::BLOCK,
             _ => 1,
         }
@@ -309,7 +334,8 @@ impl View<'_> {
             Self::F16(w, inputs) => out.iter_mut().zip(&w[part(*inputs)]).for_each(|(o, v)| *o = v.to_f32()),
             Self::Bf16(w, inputs) => out.iter_mut().zip(&w[part(*inputs)]).for_each(|(o, v)| *o = v.to_f32()),
             Self::Blocks(blocks) => blocks.expand(row, columns, out),
-            Self::Nf4(packed) => packed.expand(row, columns, out),
+            Self::Levels(packed) => packed.expand(row, columns, out),
+            Self::Affine(packed) => packed.expand(row, columns, out),
             Self::Panels(packed) => packed.expand(row, columns, out),
         }
     }

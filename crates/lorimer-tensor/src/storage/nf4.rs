@@ -1,19 +1,20 @@
 //! NormalFloat-4 with double quantisation (Dettmers et al. 2023, "QLoRA", arXiv:2305.14314, section 3 and appendix E).
 //!
-//! Blocks of 64 weights of a row are divided by their largest absolute value and kept as the nearest of 16 quantiles of a
-//! normal distribution. The scales, less their mean, are themselves kept in 8 bits, in blocks of 256 with one f32 scale:
-//! 4 + 8/64 + 32/(64·256) = 4.127 bits a weight. Where 64 divides the inputs, the bytes are those of bitsandbytes.
+//! Blocks of 64 weights are divided by their largest absolute value and kept as the nearest of 16 quantiles of a normal distribution. The
+//! scales, less their mean, are themselves kept in 8 bits, in blocks of 256 with one f32 scale: 4 + 8/64 + 32/(64·256) = 4.127 bits a weight.
+//! The bytes are those of bitsandbytes.
 
-use std::ops::Range;
-
+use candle_core::Result;
 use rayon::prelude::*;
 
+use crate::storage::bits;
 use crate::storage::blockwise::SIGNED;
+use crate::storage::levels::{DoubleScales, Levels, ScaleType, Scales, check_count};
 
 /// Weights in a block.
 pub const BLOCK: usize = 64;
 /// Scales that share one f32 scale.
-const SCALES: usize = 256;
+pub const SCALES: usize = 256;
 
 /// The sixteen values: QLoRA, appendix E.
 pub const VALUES: [f32; 16] = [
@@ -35,97 +36,62 @@ pub const VALUES: [f32; 16] = [
     1.0,
 ];
 
-/// A matrix (outputs, inputs) in NF4.
-#[derive(Debug)]
-pub struct Nf4 {
-    /// Two weights a byte, the first in the upper half; every row starts a byte.
-    codes: Vec<u8>,
-    /// A byte for each block's scale, row by row.
-    scales: Vec<u8>,
-    /// A scale for every 256 of `scales`.
-    scale_scales: Vec<f32>,
-    /// The mean of the scales.
-    mean: f32,
-    shape: (usize, usize),
-}
-
 /// Bytes that a matrix (outputs, inputs) takes.
 pub fn bytes((outputs, inputs): (usize, usize)) -> usize {
-    let blocks = outputs * inputs.div_ceil(BLOCK);
-    outputs * inputs.div_ceil(2) + blocks + blocks.div_ceil(SCALES) * 4
+    let blocks = (outputs * inputs).div_ceil(BLOCK);
+    bits::bytes(outputs * inputs, 4) + blocks + blocks.div_ceil(SCALES) * 4 + 4
 }
 
-impl Nf4 {
-    /// Quantises row-major values.
-    pub fn quantise(values: &[f32], (outputs, inputs): (usize, usize)) -> Self {
-        let (row_bytes, row_blocks) = (inputs.div_ceil(2), inputs.div_ceil(BLOCK));
-        let mut codes = vec![0u8; outputs * row_bytes];
-        let mut largest = vec![0f32; outputs * row_blocks];
-        let middles: [f32; 15] = std::array::from_fn(|i| (VALUES[i] + VALUES[i + 1]) / 2.0);
-        if inputs > 0 {
-            let parts = codes.par_chunks_mut(row_bytes).zip(largest.par_chunks_mut(row_blocks));
-            parts.zip(values.par_chunks(inputs)).for_each(|((codes, largest), row)| {
-                for ((block, codes), largest) in
-                    row.chunks(BLOCK).zip(codes.chunks_mut(BLOCK / 2)).zip(largest.iter_mut())
-                {
-                    *largest = block.iter().fold(0f32, |max, v| max.max(v.abs()));
-                    let inverse = if *largest > 0.0 { largest.recip() } else { 0.0 };
-                    let code = |v: f32| middles.iter().filter(|&&m| m < v * inverse).count() as u8;
-                    for (byte, pair) in codes.iter_mut().zip(block.chunks(2)) {
-                        *byte = code(pair[0]) << 4 | pair.get(1).map_or(7, |&v| code(v));
-                    }
-                }
-            });
+/// Quantises row-major values.
+///
+/// # Errors
+///
+/// Fails if there are more or fewer values than the shape has.
+pub fn quantise(values: &[f32], shape: (usize, usize)) -> Result<Levels> {
+    check_count(values, shape)?;
+    let blocks = values.len().div_ceil(BLOCK);
+    let mut codes = vec![0u8; bits::bytes(values.len(), 4)];
+    let mut largest = vec![0f32; blocks];
+    let middles: [f32; 15] = std::array::from_fn(|i| (VALUES[i] + VALUES[i + 1]) / 2.0);
+    let parts = codes.par_chunks_mut(BLOCK / 2).zip(&mut largest);
+    parts.zip(values.par_chunks(BLOCK)).with_min_len(64).for_each(|((codes, largest), block)| {
+        *largest = block.iter().fold(0f32, |max, v| max.max(v.abs()));
+        let inverse = if *largest > 0.0 { largest.recip() } else { 0.0 };
+        let code = |v: f32| middles.iter().filter(|&&m| m < v * inverse).count() as u8;
+        for (byte, pair) in codes.iter_mut().zip(block.chunks(2)) {
+            *byte = code(pair[0]) << 4 | pair.get(1).map_or(7, |&v| code(v));
         }
-        let mean = (largest.iter().map(|&v| f64::from(v)).sum::<f64>() / largest.len().max(1) as f64) as f32;
-        largest.iter_mut().for_each(|v| *v -= mean);
-        let mut scales = vec![0u8; largest.len()];
-        let blocks = largest.chunks(SCALES).zip(scales.chunks_mut(SCALES));
-        let scale_scales = blocks.map(|(block, indices)| SIGNED.encode(block, indices)).collect();
-        Self { codes, scales, scale_scales, mean, shape: (outputs, inputs) }
+    });
+    let mean = (largest.iter().map(|&v| f64::from(v)).sum::<f64>() / largest.len().max(1) as f64) as f32;
+    largest.iter_mut().for_each(|v| *v -= mean);
+    let mut scales = vec![0u8; blocks];
+    let mut seconds = Vec::new();
+    for (block, indices) in largest.chunks(SCALES).zip(scales.chunks_mut(SCALES)) {
+        ScaleType::F32.encode(SIGNED.encode(block, indices), &mut seconds);
     }
-
-    /// (outputs, inputs).
-    pub fn shape(&self) -> (usize, usize) {
-        self.shape
-    }
-
-    /// Bytes taken.
-    pub fn bytes(&self) -> usize {
-        self.codes.len() + self.scales.len() + self.scale_scales.len() * 4
-    }
-
-    /// Columns of a row as f32; the first column is a multiple of [`BLOCK`].
-    pub(crate) fn expand(&self, row: usize, columns: Range<usize>, out: &mut [f32]) {
-        let inputs = self.shape.1;
-        let (row_bytes, row_blocks) = (inputs.div_ceil(2), inputs.div_ceil(BLOCK));
-        let codes = &self.codes[row * row_bytes + columns.start / 2..];
-        let first = row * row_blocks + columns.start / BLOCK;
-        for (i, (out, codes)) in out[..columns.len()].chunks_mut(BLOCK).zip(codes.chunks(BLOCK / 2)).enumerate() {
-            let block = first + i;
-            let scale = SIGNED.value(self.scales[block]) * self.scale_scales[block / SCALES] + self.mean;
-            let table = VALUES.map(|v| v * scale);
-            for (pair, &code) in out.chunks_mut(2).zip(codes) {
-                pair[0] = table[usize::from(code >> 4)];
-                if let Some(second) = pair.get_mut(1) {
-                    *second = table[usize::from(code & 15)];
-                }
-            }
-        }
-    }
+    let scales = Scales::Double(DoubleScales {
+        codes: scales,
+        bits: 8,
+        table: Some(Box::new(SIGNED.values())),
+        block: SCALES,
+        seconds,
+        kind: ScaleType::F32,
+        offset: mean,
+    });
+    Levels::new("nf4", (shape, 4), VALUES.to_vec(), (BLOCK, codes), scales)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::check::random;
-    use candle_core::{DType, Result};
+    use candle_core::DType;
 
     #[test]
     fn values_come_back_within_half_a_step_and_the_scales_error() -> Result<()> {
         for shape in [(3usize, 64usize), (300, 128), (5, 100), (2, 7)] {
             let values = random(shape, 1, DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
-            let packed = Nf4::quantise(&values, shape);
+            let packed = quantise(&values, shape)?;
             let mut back = vec![0f32; shape.1];
             for row in 0..shape.0 {
                 packed.expand(row, 0..shape.1, &mut back);
@@ -143,10 +109,11 @@ mod tests {
     }
 
     #[test]
-    fn it_takes_little_more_than_four_bits_a_weight() {
+    fn it_takes_little_more_than_four_bits_a_weight() -> Result<()> {
         for shape in [(1024, 512), (3, 100)] {
-            assert_eq!(Nf4::quantise(&vec![0.5; shape.0 * shape.1], shape).bytes(), bytes(shape));
+            assert_eq!(quantise(&vec![0.5; shape.0 * shape.1], shape)?.bytes(), bytes(shape));
         }
         assert!(bytes((1024, 512)) as f64 * 8.0 / (1024.0 * 512.0) < 4.13);
+        Ok(())
     }
 }

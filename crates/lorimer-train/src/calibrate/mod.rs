@@ -213,12 +213,23 @@ impl Adaptation for GradientRecorder<'_> {
     }
 }
 
+/// How the gradients of batches become one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sum {
+    /// Their sum: the gradient of the mean loss of all rows.
+    Plain,
+    /// The sum of their absolute values.
+    Absolute,
+    /// The sum of their squares, each that of its batch's own mean loss: with batches of one row, the empirical Fisher information's diagonal.
+    Squares,
+}
+
 /// The gradient of the mean loss of `rows` in every targeted frozen weight, handed to `on_layer` layer by layer, last layer first. `progress` hears of layers done, and of how many.
 pub fn gradients(
     model: &dyn BaseModel,
     method: &dyn Method,
     rows: &[&Example],
-    (batch_size, absolute): (usize, bool),
+    (batch_size, sum): (usize, Sum),
     mut on_layer: impl FnMut(Vec<(&Site, Tensor)>) -> Result<()>,
     mut progress: impl FnMut(usize, usize),
 ) -> Result<()> {
@@ -242,12 +253,12 @@ pub fn gradients(
         of.map(|(site, base)| Ok((site.path.clone(), Var::from_tensor(&base.dense(model.dtype())?)?))).collect()
     };
     let tape_of = |weights: &HashMap<String, Var>| Tape::new(weights.values().map(Var::as_tensor));
-    // With `absolute`, a part's gradients are added up as soon as they are there.
+    // But for the plain sum, a part's gradients are added up as soon as they are there.
     type Sums = HashMap<String, Tensor>;
     let add_up = |weights: &HashMap<String, Var>, found: &mut Gradients, sums: &mut Sums| -> TensorResult<()> {
         for (path, weight) in weights {
             let Some(g) = found.remove(weight) else { continue };
-            let g = g.abs()?;
+            let g = if sum == Sum::Squares { g.sqr()? } else { g.abs()? };
             let sum = match sums.remove(path) {
                 Some(sum) => (sum + g)?,
                 None => g,
@@ -285,10 +296,11 @@ pub fn gradients(
         let recorder = GradientRecorder { weights: &head, tape: &tape };
         let last = model.end(&h, &recorder)?;
         let loss = model.loss(&recorder.ops().rows(&last, &index)?, &targets, &recorder)?;
-        let seed = Tensor::new(1.0 / total as f64, &Device::Cpu)?.to_dtype(loss.dtype())?;
+        let count = if sum == Sum::Squares { targets.len() } else { total };
+        let seed = Tensor::new(1.0 / count as f64, &Device::Cpu)?.to_dtype(loss.dtype())?;
         tape.backward(&loss, seed, &mut found)?;
         let gradient = found.remove(&h);
-        if absolute {
+        if sum != Sum::Plain {
             add_up(&head, &mut found, &mut sums)?;
         }
         parts.push(Part { layout, again, gradient });
@@ -303,7 +315,7 @@ pub fn gradients(
             let recorder = GradientRecorder { weights: &weights, tape: &tape };
             let (again, layout) = (&mut part.again, &part.layout);
             part.gradient = rayon::scope(|_| again.backward(model, layout, (&tape, &recorder), g, true, &mut found))?;
-            if absolute {
+            if sum != Sum::Plain {
                 add_up(&weights, &mut found, &mut sums)?;
             }
         }
@@ -367,7 +379,8 @@ pub fn calibrate(
                 stats.extend(layer.par_iter().map(one).collect::<Result<Vec<_>>>()?);
                 Ok(())
             };
-            gradients(model, method, &looked_at, (batch_size, absolute), reduce, progress)?;
+            let sum = if absolute { Sum::Absolute } else { Sum::Plain };
+            gradients(model, method, &looked_at, (batch_size, sum), reduce, progress)?;
             stats
         }
         Calibration::Search(settings) => {

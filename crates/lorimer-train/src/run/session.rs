@@ -38,6 +38,8 @@ pub struct Session<'a> {
     pub eval: &'a [Example],
     /// Settings.
     pub settings: TrainSettings,
+    /// The adapter that the run begins from, which `method` is of; None for a new one.
+    pub start: Option<&'a StoredAdapter>,
     /// Where the adapter goes.
     pub output: PathBuf,
     /// Write a checkpoint every so many steps.
@@ -78,18 +80,25 @@ impl Session<'_> {
         self.base.model().check_length(longest).map_err(lorimer_model::Error::from)?;
         let pruned = self.pruned()?;
         let config = method.config();
-        let stats = self.calibrate(method.as_ref(), &mut progress)?;
-        let adapter = Adapter::attach_calibrated(self.base.model(), method, &stats, self.settings.seed)?;
-        drop(stats);
+        let adapter = match self.start {
+            Some(stored) => Adapter::load_whole(self.base.model(), stored)?,
+            None => {
+                let stats = self.calibrate(method.as_ref(), &mut progress)?;
+                Adapter::attach_calibrated(self.base.model(), method, &stats, self.settings.seed)?
+            }
+        };
         let hash = |rows: &[Example]| rows_hash(&rows.iter().collect::<Vec<_>>());
         let choices = find_choices(self.eval);
         // Computing layers again changes no bit, so a run may go on with or without it.
         let mut settings = self.settings.clone();
         settings.step.checkpointing = false;
-        let identity = json!({
+        let mut identity = json!({
             "method": adapter.method.name(), "config": config, "settings": settings,
             "base": self.base.fingerprint, "storage": self.storage(), "train": hash(self.train), "eval": hash(self.eval),
         });
+        if let Some(stored) = self.start {
+            identity["start"] = stored.content_id()?.into();
+        }
         let run = Run {
             model: self.base.model(),
             text: &self.base.text,

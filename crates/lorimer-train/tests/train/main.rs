@@ -11,5 +11,6 @@ mod dynamics;
 mod goldens;
 mod llava_mole;
 mod pruning;
+mod quantize;
 mod reproductions;
 mod search;

@@ -12,6 +12,7 @@ pub mod methods;
 pub mod plan;
 pub mod prune;
 pub mod pull;
+pub mod quantize;
 pub mod quickstart;
 pub mod recover;
 pub mod resize;

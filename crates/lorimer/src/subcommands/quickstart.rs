@@ -73,6 +73,7 @@ impl Quickstart {
             train: &train,
             eval: &[],
             settings,
+            start: None,
             output: self.output.clone(),
             save_steps: Some(20),
             save_limit: 1,

@@ -240,6 +240,7 @@ fn eight_bit_moments_leave_embeddings_out() {
             optimizer: Some("adamw-8bit".parse().unwrap()),
             ..Default::default()
         },
+        start: None,
         output: output.clone(),
         save_steps: None,
         save_limit: 1,

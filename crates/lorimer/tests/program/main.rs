@@ -14,6 +14,7 @@ mod limits;
 mod methods;
 mod plan;
 mod pruning;
+mod quantize;
 mod serving_http;
 mod serving_s3;
 mod xlora;

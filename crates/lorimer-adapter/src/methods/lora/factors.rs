@@ -63,7 +63,7 @@ impl Start {
     }
 }
 
-/// The `rank` largest singular triplets by subspace iteration (Halko et al. 2011, algorithm 4.4), ten extra directions.
+/// The `rank` largest singular triplets by subspace iteration, ten extra directions.
 fn randomised_svd(
     w: &Tensor,
     rank: usize,
@@ -72,12 +72,7 @@ fn randomised_svd(
 ) -> Result<(Tensor, Tensor, Tensor)> {
     let (m, n) = w.dims2()?;
     let width = (rank + 10).min(m).min(n);
-    let wt = w.t()?.contiguous()?;
-    let (mut q, _) = linalg::qr(&w.matmul(&normal((n, width), rng)?)?)?;
-    for _ in 0..iterations {
-        let (z, _) = linalg::qr(&wt.matmul(&q)?)?;
-        (q, _) = linalg::qr(&w.matmul(&z)?)?;
-    }
-    let (u, s, vt) = linalg::svd(&q.t()?.contiguous()?.matmul(w)?)?;
+    let (q, projected) = linalg::leading_basis(w, &normal((n, width), rng)?, iterations)?;
+    let (u, s, vt) = linalg::svd(&projected)?;
     Ok((q.matmul(&u)?, s, vt))
 }

@@ -245,6 +245,7 @@ fn an_interrupted_run_goes_on_to_the_same_bytes() {
             train: &data,
             eval: &[],
             settings: TrainSettings { max_steps: Some(6), batch_size: 2, learning_rate: 1e-2, ..Default::default() },
+            start: None,
             output: out.path().join(folder),
             save_steps: None,
             save_limit: 1,

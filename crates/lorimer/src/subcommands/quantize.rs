@@ -1,0 +1,240 @@
+//! `lorimer quantize`
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Result, bail};
+use clap::{Args, ValueEnum};
+use lorimer::adapter::algebra::merge::merge_to_folder;
+use lorimer::model::pull::own_cache;
+use lorimer::model::{Base, LoadDtype, OpenOptions};
+use lorimer::train::data::Format as RowFormat;
+use lorimer::train::quantize::{FisherData, Format, Grid, Method, Quantize as Run, QuantizeSettings, Report, Stage};
+use lorimer::train::{EncodeOptions, TooLong};
+
+use lorimer_cli::common::{DtypeFlag, ModelArgs};
+use lorimer_cli::flags::show_bytes;
+use lorimer_cli::{Global, common};
+
+#[derive(Clone, Copy, ValueEnum)]
+enum MethodFlag {
+    /// Bits of each matrix under one budget, and an adapter that begins as the best repair
+    LqLora,
+    /// One number of bits, and an adapter that begins as a repair
+    Loftq,
+    /// One number of bits, no adapter
+    Nf,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum GridFlag {
+    /// 13 configurations
+    Small,
+    /// The paper's 432: many hours on a small machine
+    Paper,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum FormatFlag {
+    /// Lorimer's own: NormalFloat of 2, 3, 4 or 8 bits, of each matrix its own
+    LorimerNf,
+    /// bitsandbytes' NF4 with double quantisation, which transformers loads; with --method nf --bits 4
+    Bitsandbytes,
+}
+
+/// Put a base into 2 to 8 bits a weight, with an adapter that begins as its repair. A run that was interrupted goes on with the same
+/// command
+#[derive(Args)]
+pub struct Quantize {
+    /// Base model: an alias (smollm2-135m), a Hugging Face hub id, a folder or a .gguf file
+    #[arg(long, short, default_value = "smollm2-135m")]
+    model: String,
+    /// How
+    #[arg(long, value_enum, default_value = "lq-lora")]
+    method: MethodFlag,
+    /// Bits a weight: a budget for lq-lora (2.75), 2, 3, 4 or 8 otherwise
+    #[arg(long, default_value_t = 3.0)]
+    bits: f64,
+    /// Rank of the adapter [default: 64; none with nf]
+    #[arg(long, short)]
+    rank: Option<usize>,
+    /// Alpha of the adapter; its change is multiplied by alpha/rank
+    #[arg(long, default_value_t = 16.0)]
+    alpha: f64,
+    /// Rows whose gradients weight the error (Fisher information), with lq-lora or loftq
+    #[arg(long, value_name = "FILE")]
+    fisher: Option<PathBuf>,
+    /// Most rows of --fisher
+    #[arg(long, default_value_t = 512)]
+    samples: usize,
+    /// Longest sequence of --fisher in tokens
+    #[arg(long, default_value_t = 1024)]
+    max_length: usize,
+    /// Form of the rows of --fisher: messages, alpaca, sharegpt, prompt-completion, text [default: told by the keys]
+    #[arg(long)]
+    data_format: Option<RowFormat>,
+    /// Configurations that lq-lora chooses from
+    #[arg(long, value_enum, default_value = "small")]
+    grid: GridFlag,
+    /// Most steps of a matrix's decomposition [default: 100 for lq-lora, 5 for loftq]
+    #[arg(long)]
+    steps: Option<usize>,
+    /// Seed of the randomised SVD
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// How the weights are written
+    #[arg(long, value_enum, default_value = "lorimer-nf")]
+    format: FormatFlag,
+    /// Folder to write: base, and adapter where there is one
+    #[arg(long, short)]
+    output: PathBuf,
+    /// Also write the base expanded again, for transformers and PEFT
+    #[arg(long, value_name = "FOLDER")]
+    export_dense: Option<PathBuf>,
+}
+
+impl Quantize {
+    fn settings(&self) -> QuantizeSettings {
+        let method = match self.method {
+            MethodFlag::LqLora => Method::LqLora,
+            MethodFlag::Loftq => Method::Loftq,
+            MethodFlag::Nf => Method::Nf,
+        };
+        QuantizeSettings {
+            method,
+            bits: self.bits,
+            rank: self.rank.unwrap_or(if method == Method::Nf { 0 } else { 64 }),
+            alpha: self.alpha,
+            grid: match self.grid {
+                GridFlag::Small => Grid::Small,
+                GridFlag::Paper => Grid::Paper,
+            },
+            steps: self.steps.unwrap_or(if method == Method::LqLora { 100 } else { 5 }),
+            seed: self.seed,
+            format: match self.format {
+                FormatFlag::LorimerNf => Format::LorimerNf,
+                FormatFlag::Bitsandbytes => Format::Bitsandbytes,
+            },
+        }
+    }
+
+    pub fn run(self, global: Global) -> Result<ExitCode> {
+        let settings = self.settings();
+        settings.check()?;
+        if self.fisher.is_some() && settings.method == Method::Nf {
+            bail!("--fisher weights a low-rank change, which `nf` does not have; leave it out");
+        }
+        if let Some(dense) = &self.export_dense
+            && (dense.exists() || *dense == self.output)
+        {
+            bail!("`{}` exists or is --output; choose another --export-dense", dense.display());
+        }
+        let model = ModelArgs { model: self.model.clone(), dtype: DtypeFlag::F32, tokenizer: None };
+        let (prepared, pulled) = common::prepare_base(&model, global)?;
+        let rows = match &self.fisher {
+            None => Vec::new(),
+            Some(path) => {
+                let options = EncodeOptions {
+                    format: self.data_format,
+                    max_length: self.max_length,
+                    too_long: TooLong::Cut,
+                    train_on_prompt: false,
+                    skip_bad_rows: false,
+                    limit: Some(self.samples),
+                };
+                common::load_data(path, &prepared.text, &options)?.0
+            }
+        };
+        let base = match &self.fisher {
+            Some(_) => Some(Base::open(&pulled.path, &OpenOptions::default())?),
+            None => None,
+        };
+        let stop = common::stop_flag();
+        let run = Run {
+            config: &prepared.config,
+            weights: &prepared.weights,
+            text: &prepared.text,
+            base_name: &pulled.name,
+            settings,
+            fisher: base.as_ref().map(|base| FisherData { base, rows: rows.iter().collect() }),
+            output: &self.output,
+            cache: Some(own_cache().join("quantize")),
+            stop: &stop,
+        };
+        let Some(report) = run.run(progress(global))? else {
+            eprintln!("interrupted; the same command goes on from there");
+            return Ok(ExitCode::from(130));
+        };
+        if let Some(dense) = &self.export_dense {
+            merge_to_folder(&self.output, &[], dense, LoadDtype::F32, |_| {})?;
+        }
+        common::print(global, &report, || text(&report))
+    }
+}
+
+/// A bar on a terminal, else a line now and then.
+fn progress(global: Global) -> impl FnMut(Stage, usize, usize) {
+    let bar = common::bar(0, "{bar:24} {pos}/{len} {msg}  {eta} left", global);
+    let mut now = None;
+    move |stage, done, total| {
+        let what = match stage {
+            Stage::Fisher => "rows' gradients",
+            Stage::Errors => "matrices under each configuration",
+            Stage::Decompose => "matrices quantised",
+        };
+        if now != Some(stage) {
+            bar.reset();
+            bar.set_message(what);
+            now = Some(stage);
+        }
+        bar.set_length(total as u64);
+        bar.set_position(done as u64);
+        if bar.is_hidden() && (done == total || done % (total / 10).max(1) == 0) {
+            tracing::info!("{what}: {done} of {total}");
+        }
+    }
+}
+
+fn text(report: &Report) -> String {
+    let mut out = format!(
+        "model      {} ({} in {:.3} bits a weight)\n",
+        report.output.display(),
+        show_bytes(report.bytes),
+        report.bits
+    );
+    // Matrices by configuration.
+    let mut kinds: Vec<(String, usize, f64, f64)> = Vec::new();
+    for m in &report.modules {
+        let c = &m.config;
+        let name =
+            format!("({}, {}, {}, {}, {})", c.num_bits, c.num_bits_0, c.num_bits_1, c.block_size_0, c.block_size_1);
+        match kinds.iter_mut().find(|kind| kind.0 == name) {
+            Some(kind) => (kind.1, kind.2, kind.3) = (kind.1 + 1, kind.2 + m.bits, kind.3 + m.error),
+            None => kinds.push((name, 1, m.bits, m.error)),
+        }
+    }
+    kinds.sort_by(|a, b| a.0.cmp(&b.0));
+    for (name, count, bits, error) in &kinds {
+        let n = *count as f64;
+        out += &format!("{count:>6} x   {name}: {:.3} bits, relative error {:.4}\n", bits / n, error / n);
+    }
+    out += &format!("error      {:.6e} squared, over all matrices", report.error);
+    if let Some(bound) = report.bound {
+        let gap = if bound > 0.0 { 100.0 * (report.error / bound - 1.0) } else { 0.0 };
+        out += &format!("; no choice from the grid has less than {bound:.6e} ({gap:.3} % below)");
+    }
+    out += &format!(
+        "\nblocks     do not divide the matrix in {} of {} pairs of matrix and configuration; its last block is shorter",
+        report.pairs.1, report.pairs.0
+    );
+    if report.settings.rank > 0 {
+        let place = report.output.join("adapter");
+        out += &format!(
+            "\nadapter    {}: lorimer train --model {} --adapter {}",
+            place.display(),
+            report.output.display(),
+            place.display()
+        );
+    }
+    out
+}
