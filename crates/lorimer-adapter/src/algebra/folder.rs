@@ -14,6 +14,7 @@ use serde_json::Value;
 
 use crate::error::{Error, Result};
 use crate::file::bytes::safetensors_dtype;
+use crate::pruning::{PRUNING_FILE, record_beside};
 
 /// One tensor of a file to write: its bytes are made when its turn comes.
 pub struct Entry<'a> {
@@ -120,7 +121,8 @@ pub(crate) fn write_index(output: &Path, index: &BTreeMap<String, String>) -> Re
     Ok(())
 }
 
-/// Configuration and tokenizer files beside new weights; `config.json` last, after `change`. What it said of packed weights is left out.
+/// Configuration, tokenizer files and, of a pruned model, its record beside new weights; `config.json` last, after `change`. What it said of packed
+/// weights is left out.
 ///
 /// # Errors
 ///
@@ -138,6 +140,9 @@ pub fn write_companions(
             for name in text_files(folder)? {
                 let bytes = read_bounded(&folder.join(&name), MAX_JSON_BYTES)?;
                 write_atomic(&output.join(name), &bytes)?;
+            }
+            if let Some(pruning) = record_beside(folder, &config.shape().layers)? {
+                write_json(&output.join(PRUNING_FILE), &pruning)?;
             }
             read_json::<Value>(&folder.join("config.json"), MAX_JSON_BYTES)?
         }

@@ -8,7 +8,7 @@ use candle_core::quantized::QTensor;
 use candle_core::{DType, Device, Tensor};
 use lorimer_model::base::open_weights;
 use lorimer_model::decoder::EMBEDDING;
-use lorimer_model::files::{create_folder, write_atomic_with, write_json};
+use lorimer_model::files::{create_folder, write_atomic_with};
 use lorimer_model::weights::gguf::module_to_gguf;
 use lorimer_model::{Config, LoadDtype, Projection, Site, Weights};
 use serde::Serialize;
@@ -26,7 +26,7 @@ use crate::file::frozen::FrozenParts;
 use crate::file::load::{account_of, offer};
 use crate::file::store::StoredAdapter;
 use crate::method::{Method, ModuleTensors, ParameterSource, refuse_blocks};
-use crate::pruning::{PRUNING_FILE, check_record, record_beside};
+use crate::pruning::check_record;
 use crate::settings::check_targets;
 use crate::targets::Matcher;
 
@@ -280,8 +280,6 @@ pub fn merge_to_folder(
     refuse_own_folder(base, output)?;
     let (config, weights) = open_weights(base, LoadDtype::F32)?;
     let plan = Plan::new(adapters, &config, &weights)?;
-    // A pruned model stays one of its base when it is aligned.
-    let pruning = if base.is_dir() { record_beside(base, &config.shape().layers)? } else { None };
     let untie = config.tied() && (plan.touches("lm_head.weight") || plan.touches(EMBEDDING));
     create_folder(output)?;
     let rounding = std::cell::RefCell::new(Rounding::default());
@@ -347,9 +345,6 @@ pub fn merge_to_folder(
             entries.push(entry(name, to, shape));
         }
         write_sharded(output, entries)?;
-    }
-    if let Some(pruning) = &pruning {
-        write_json(&output.join(PRUNING_FILE), pruning)?;
     }
     write_companions(&weights, &config, output, dtype, |json| {
         if untie {

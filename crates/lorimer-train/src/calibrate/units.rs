@@ -8,7 +8,7 @@ use lorimer_adapter::pruning::Kind;
 use lorimer_model::{BaseModel, Projection};
 use serde_json::Map;
 
-use super::gradients;
+use super::{Sum, gradients};
 use crate::data::encode::Example;
 use crate::error::Result;
 
@@ -41,6 +41,6 @@ pub fn unit_importance(
         }
         Ok(())
     };
-    gradients(model, method.as_ref(), rows, (batch_size, false), add, progress)?;
+    gradients(model, method.as_ref(), rows, (batch_size, Sum::Plain), add, progress)?;
     Ok(all)
 }

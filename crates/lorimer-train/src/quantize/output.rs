@@ -8,6 +8,7 @@ use candle_core::{DType, Tensor};
 use lorimer_adapter::algebra::folder::{Entry, write_companions, write_sharded};
 use lorimer_adapter::file::bytes::raw_bytes;
 use lorimer_adapter::file::dialects::peft::tensor_name;
+use lorimer_adapter::pruning::record_beside;
 use lorimer_adapter::{BaseIdentity, Manifest, StoredAdapter, methods};
 use lorimer_model::base::open_weights;
 use lorimer_model::files::{create_folder, write_json};
@@ -118,6 +119,7 @@ fn adapter(run: &Quantize<'_>, sites: &[Site], files: &[SafetensorsFile], folder
             name: run.output.display().to_string(),
             fingerprint: weights.fingerprint()?,
             model_type: run.config.shape().model_type,
+            pruned: record_beside(folder, &run.config.shape().layers)?.map(|record| record.identity()),
         }),
         chat_template: run.text.template_source().map(str::to_string),
         training: json!({ "quantize": run.settings, "of": run.base_name }),
