@@ -2,6 +2,7 @@
 
 mod meter;
 mod picture;
+mod report;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -15,9 +16,9 @@ use lorimer_model::{Adaptation, BaseModel, Batch, Frozen, Inference};
 use lorimer_tensor::ops::attention::chained::{feature_count, least_degree, operations};
 use lorimer_train::EncodeOptions;
 use lorimer_train::data::Format;
-use serde::Serialize;
 
 use self::meter::{Found, HeadNorms, Meter};
+use self::report::{HeadReport, LayerReport, LengthReport, Report};
 
 /// Measure the norms of attention heads that decide what their gradient may cost, at several lengths
 #[derive(Args)]
@@ -46,55 +47,6 @@ pub struct Limits {
 
 /// Degrees that are looked at; above, a head is said to have none.
 const MOST: usize = 256;
-
-/// One head.
-#[derive(Debug, Serialize)]
-struct HeadReport {
-    head: usize,
-    /// ‖Q‖∞, ‖K‖∞, ‖V‖∞: the largest absolute entries, of Q and K after rotation.
-    q: f64,
-    k: f64,
-    v: f64,
-    /// ‖s X B A‖∞ of queries and keys, before rotation; 0 without an adapter.
-    q_change: f64,
-    k_change: f64,
-    /// Γ = max(‖Q‖∞, ‖K‖∞) over √(ln L).
-    gamma_over_root: f64,
-    tau: f64,
-    tau_centred: f64,
-    /// The least degree g for the tolerance with centred keys; null where none up to 256 will do.
-    degree: Option<usize>,
-    /// k = C(d + g, g); null where that is above 2^64.
-    features: Option<u64>,
-    /// Multiplications of the exact backward and of the chained one.
-    exact_operations: f64,
-    chained_operations: Option<f64>,
-}
-
-#[derive(Debug, Serialize)]
-struct LayerReport {
-    layer: usize,
-    heads: Vec<HeadReport>,
-}
-
-#[derive(Debug, Serialize)]
-struct LengthReport {
-    length: usize,
-    /// √(ln L).
-    root: f64,
-    base: Vec<LayerReport>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    adapted: Option<Vec<LayerReport>>,
-}
-
-/// What was measured.
-#[derive(Debug, Serialize)]
-struct Report {
-    model: String,
-    adapters: Vec<String>,
-    tolerance: f64,
-    lengths: Vec<LengthReport>,
-}
 
 fn of_head(head: usize, n: &HeadNorms, (length, width, tolerance): (usize, usize, f64)) -> HeadReport {
     let degree = least_degree(n.tau_centred, tolerance, MOST);
@@ -155,7 +107,7 @@ impl Limits {
         }
         let longest = self.lengths.iter().copied().max().unwrap_or_default();
         base.model().check_length(longest).map_err(|e| anyhow::anyhow!("--lengths: {e}"))?;
-        let options = EncodeOptions { format: self.format, max_length: longest, ..Default::default() };
+        let options = EncodeOptions { format: self.format, max_length: 1 << 24, ..Default::default() };
         let (examples, _) = common::load_data(&self.data, &base.text, &options)?;
         let tokens: Vec<u32> = examples.iter().flat_map(|e| e.tokens.iter().copied()).take(longest).collect();
         if tokens.len() < longest {

@@ -2,7 +2,7 @@
 
 use plotters::prelude::*;
 
-use super::{LayerReport, Report};
+use super::report::{LayerReport, Report};
 
 /// A line: its name, whether it is the base's, its points.
 pub struct Line {

@@ -231,7 +231,7 @@ fn balance_is_that_of_each_sample() {
     let of = |shares: &[&[[f64; 2]]], samples: Vec<Vec<u32>>| {
         let meter = RouteMeter::new(samples, 1.0);
         for (layer, p) in shares.iter().enumerate() {
-            meter.note(layer, &Tensor::new(*p, &Device::Cpu).unwrap());
+            meter.note(layer, &Tensor::from_vec(p.concat(), (p.len(), 2), &Device::Cpu).unwrap());
         }
         let mut totals = RouteTotals::default();
         meter.add_to(&mut totals).unwrap();
