@@ -1,7 +1,7 @@
 //! From settings to an adapter folder: what `lorimer train` and `lorimer quickstart` do.
 
 use crate::data::encode::rows_hash;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
 use lorimer_adapter::file::card::card;
@@ -38,8 +38,8 @@ pub struct Session<'a> {
     pub eval: &'a [Example],
     /// Settings.
     pub settings: TrainSettings,
-    /// The adapter that the run begins from, which `method` is of; None for a new one.
-    pub start: Option<&'a StoredAdapter>,
+    /// Folder of the adapter that the run begins from, which `method` is of; None for a new one.
+    pub start: Option<&'a Path>,
     /// Where the adapter goes.
     pub output: PathBuf,
     /// Write a checkpoint every so many steps.
@@ -80,8 +80,14 @@ impl Session<'_> {
         self.base.model().check_length(longest).map_err(lorimer_model::Error::from)?;
         let pruned = self.pruned()?;
         let config = method.config();
+        let mut begun_from = None;
         let adapter = match self.start {
-            Some(stored) => Adapter::load_whole(self.base.model(), stored)?,
+            // What was read is not kept beside the adapter.
+            Some(folder) => {
+                let stored = StoredAdapter::read(folder)?;
+                begun_from = Some(stored.content_id()?);
+                Adapter::load_whole(self.base.model(), &stored)?
+            }
             None => {
                 let stats = self.calibrate(method.as_ref(), &mut progress)?;
                 Adapter::attach_calibrated(self.base.model(), method, &stats, self.settings.seed)?
@@ -96,8 +102,8 @@ impl Session<'_> {
             "method": adapter.method.name(), "config": config, "settings": settings,
             "base": self.base.fingerprint, "storage": self.storage(), "train": hash(self.train), "eval": hash(self.eval),
         });
-        if let Some(stored) = self.start {
-            identity["start"] = stored.content_id()?.into();
+        if let Some(start) = begun_from {
+            identity["start"] = start.into();
         }
         let run = Run {
             model: self.base.model(),

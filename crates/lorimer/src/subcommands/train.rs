@@ -199,7 +199,7 @@ impl Train {
             None => Vec::new(),
         };
         let method = self.adapter.build(Some(settings.first_rate(train.len())))?;
-        let start = self.adapter.start()?;
+        let start = self.adapter.start()?.map(|stored| stored.path);
         let with = |batch_size| TrainSettings { batch_size, ..settings.clone() };
         let longest = train.iter().map(|e| e.tokens.len()).max().unwrap_or(0);
         let independent = method.rows_are_independent() && prepared.config.shape().prefixes_stand(longest);
@@ -220,7 +220,7 @@ impl Train {
             train: &train,
             eval: &eval,
             settings,
-            start: start.as_ref(),
+            start: start.as_deref(),
             output: self.output.clone(),
             save_steps: self.save_steps,
             save_limit: self.save_limit,
