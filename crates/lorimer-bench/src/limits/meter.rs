@@ -214,6 +214,7 @@ mod tests {
             let meter = Meter::new(&Frozen, &found);
             let out = meter.attend(Point::Layer(3), call, &mut BlockScope::new(3, true, None)).unwrap();
             assert_eq!(out.dims(), [rows, heads * d]);
+            drop(meter);
             let norms = found.take().remove(&3).unwrap();
             for (head, own) in norms.iter().enumerate() {
                 let part = |t: &Tensor, h: usize| {
