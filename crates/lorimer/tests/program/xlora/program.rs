@@ -219,8 +219,10 @@ fn a_mixture_on_the_command_line() {
     );
     let none = error(&fixture.train(&out, &["--method", "xlora"]));
     assert!(none.contains("at least one with --adapter"), "{none}");
-    let wrong = error(&fixture.train(&out, &["--adapter", &a]));
-    assert!(wrong.contains("`lora` is not made of other adapters"), "{wrong}");
+    let several = error(&fixture.train(&out, &["--adapter", &a, "--adapter", &b]));
+    assert!(several.contains("`--method xlora` mixes several"), "{several}");
+    let other = error(&fixture.train(&out, &["--method", "bone", "--adapter", &a]));
+    assert!(other.contains("is an adapter of `lora`; pass --method lora"), "{other}");
     let galore = error(&fixture.train(&out, &[&own[..], &["--optimizer", "galore"]].concat()));
     assert!(galore.contains("belongs to no projection"), "{galore}");
     let nested = error(&fixture.train(&out, &["--method", "xlora", "--adapter", &mixed]));
