@@ -211,8 +211,8 @@ mod tests {
             let segments = [Segment::plain(0, rows)];
             let call = AttentionCall { q: q.clone(), k: k.clone(), v: v.clone(), segments: &segments, form };
             let found = Found::default();
-            let meter = Meter::new(&Frozen, &found);
-            let out = meter.attend(Point::Layer(3), call, &mut BlockScope::new(3, true, None)).unwrap();
+            let mut scope = BlockScope::new(3, true, None);
+            let out = Meter::new(&Frozen, &found).attend(Point::Layer(3), call, &mut scope).unwrap();
             assert_eq!(out.dims(), [rows, heads * d]);
             let norms = found.take().remove(&3).unwrap();
             for (head, own) in norms.iter().enumerate() {
