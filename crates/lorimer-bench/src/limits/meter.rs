@@ -88,7 +88,8 @@ fn largest_score(q: &Tensor, k: &Tensor, call: &AttentionCall<'_>) -> Result<f64
 fn measure(call: &AttentionCall<'_>) -> Result<Vec<HeadNorms>> {
     let d = call.form.head_dim;
     let (heads, kv_heads) = (call.q.dim(1)? / d.max(1), call.k.dim(1)? / d.max(1));
-    if call.segments.len() != 1 || call.q.dim(0)? != call.k.dim(0)? || kv_heads == 0 || heads % kv_heads != 0 {
+    if call.segments.len() != 1 || call.q.dim(0)? != call.k.dim(0)? || kv_heads == 0 || !heads.is_multiple_of(kv_heads)
+    {
         candle_core::bail!("norms are those of one sequence without a cache");
     }
     let [q, k, v] = [&call.q, &call.k, &call.v].map(Tensor::detach);
