@@ -128,12 +128,16 @@ fn experts_of<'a>(adapter: &'a Adapter, end: &str) -> Vec<(String, &'a Var)> {
     adapter.trainable().into_iter().filter(|(name, _)| name.contains("experts") && name.ends_with(end)).collect()
 }
 
-/// Where all experts are the same, R changes nothing; where they differ it does.
+/// Where all experts are the same, R changes nothing, and they are the one LoRA, under dropout too; where they differ it does.
 #[test]
 fn equal_experts_need_no_router() {
     let model = model();
     for routing in ["top1", "top1-st", "dense"] {
-        let adapter = attach(&model, "llava-mole", &format!(r#"{{"r": 3, "experts": 3, "routing": "{routing}"}}"#));
+        let adapter = attach(
+            &model,
+            "llava-mole",
+            &format!(r#"{{"r": 3, "experts": 3, "lora_dropout": 0.3, "routing": "{routing}"}}"#),
+        );
         move_all(&adapter);
         let turn = |adapter: &Adapter| {
             let before = logits(&model, &Attached::one(adapter));
@@ -152,6 +156,13 @@ fn equal_experts_need_no_router() {
             }
         }
         assert!(turn(&adapter) < 1e-12, "{routing}");
+        let one = attach(&model, "llava-mole", r#"{"r": 3, "experts": 1, "lora_dropout": 0.3}"#);
+        let all: BTreeMap<String, &Var> = adapter.trainable().into_iter().collect();
+        one.trainable().into_iter().for_each(|(name, var)| var.set(&all[&name].copy().unwrap().detach()).unwrap());
+        for step in [Step::default(), Step::training(5)] {
+            let of = |adapter: &Adapter| logits(&model, &Attached::one(adapter).at(step));
+            assert!(distance(&of(&adapter), &of(&one)) < 1e-12, "{routing}");
+        }
     }
 }
 
