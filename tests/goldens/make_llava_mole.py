@@ -6,7 +6,8 @@ loop over samples). `top1-st` has no code but ours: the forward of top1 with the
 
 The adapter's files are those that Lorimer writes (attention by PEFT's keys). Of each routing: `<routing>.logits` of all rows (sequences, length, vocabulary),
 `<routing>.loss`, the mean −log p over supervised tokens, `<routing>.balance`, the mean over sequences, and `<routing>.grad.<tensor>` of loss + W · balance.
-`padded.balance` is that of the same sequences padded to another length. The second largest p is APART from the largest everywhere.
+Computed in f64, kept in f32. `padded.balance` is that of the same sequences padded to another length.
+The second largest p is APART from the largest everywhere.
 
 needs torch 2.15, transformers 5.23
 """
@@ -66,15 +67,28 @@ class Lora(torch.nn.Module):
         return self.linear(x) + ALPHA / R * (x @ a.T) @ b.T
 
 
+class Norm(torch.nn.Module):
+    """RMS norm in f64: that of transformers computes in f32, as its eager softmax does, and gradients of small heads feel it."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.weight, self.eps = norm.weight, norm.variance_epsilon
+
+    def forward(self, x):
+        return self.weight * x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+
+
 def model_with(adapter, routing):
-    model = AutoModelForCausalLM.from_pretrained(here / "tiny-llama", dtype=torch.float32, attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(here / "tiny-llama", dtype=torch.float64, attn_implementation="sdpa").eval()
     model.requires_grad_(False)
     for i, layer in enumerate(model.model.layers):
         path = f"model.layers.{i}"
         for name in "qkvo":
             own = getattr(layer.self_attn, f"{name}_proj")
             setattr(layer.self_attn, f"{name}_proj", Lora(own, f"{path}.self_attn.{name}_proj", adapter))
+        layer.input_layernorm, layer.post_attention_layernorm = Norm(layer.input_layernorm), Norm(layer.post_attention_layernorm)
         layer.mlp = Unit(layer.mlp, f"{path}.mlp", adapter, routing)
+    model.model.norm = Norm(model.model.norm)
     return model
 
 
@@ -101,7 +115,7 @@ def main():
         else:
             adapter[f"{path}.{key}lora_A.weight"] = draw(R, linear.in_features)
             adapter[f"{path}.{key}lora_B.weight"] = draw(linear.out_features, R)
-    adapter = {name: t.requires_grad_() for name, t in adapter.items()}
+    adapter = {name: t.double().requires_grad_() for name, t in adapter.items()}
     tokens = torch.randint(3, base.config.vocab_size, (3, 9))
     lengths = torch.tensor([9, 5, 7])
     mask = torch.arange(9) < lengths[:, None]
@@ -134,8 +148,9 @@ def main():
     config = {"peft_type": "LLAVA_MOLE", "task_type": "CAUSAL_LM", "r": R, "lora_alpha": ALPHA, "experts": E, "routing": "top1", "balance": W, "lora_dropout": 0.0,
               "target_modules": ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"], "base_model_name_or_path": "tiny-llama"}
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    save_file({name: t.detach().contiguous() for name, t in adapter.items()}, folder / "adapter_model.safetensors")
-    save_file({name: t.contiguous() for name, t in out.items()}, folder / "golden.safetensors")
+    single = lambda t: t.detach().float() if t.is_floating_point() else t
+    save_file({name: single(t).contiguous() for name, t in adapter.items()}, folder / "adapter_model.safetensors")
+    save_file({name: single(t).contiguous() for name, t in out.items()}, folder / "golden.safetensors")
 
 
 if __name__ == "__main__":

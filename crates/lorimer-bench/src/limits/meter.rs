@@ -88,7 +88,8 @@ fn largest_score(q: &Tensor, k: &Tensor, call: &AttentionCall<'_>) -> Result<f64
 fn measure(call: &AttentionCall<'_>) -> Result<Vec<HeadNorms>> {
     let d = call.form.head_dim;
     let (heads, kv_heads) = (call.q.dim(1)? / d.max(1), call.k.dim(1)? / d.max(1));
-    if call.segments.len() != 1 || call.q.dim(0)? != call.k.dim(0)? || kv_heads == 0 || heads % kv_heads != 0 {
+    if call.segments.len() != 1 || call.q.dim(0)? != call.k.dim(0)? || kv_heads == 0 || !heads.is_multiple_of(kv_heads)
+    {
         candle_core::bail!("norms are those of one sequence without a cache");
     }
     let [q, k, v] = [&call.q, &call.k, &call.v].map(Tensor::detach);
@@ -211,8 +212,8 @@ mod tests {
             let segments = [Segment::plain(0, rows)];
             let call = AttentionCall { q: q.clone(), k: k.clone(), v: v.clone(), segments: &segments, form };
             let found = Found::default();
-            let meter = Meter::new(&Frozen, &found);
-            let out = meter.attend(Point::Layer(3), call, &mut BlockScope::new(3, true, None)).unwrap();
+            let mut scope = BlockScope::new(3, true, None);
+            let out = Meter::new(&Frozen, &found).attend(Point::Layer(3), call, &mut scope).unwrap();
             assert_eq!(out.dims(), [rows, heads * d]);
             drop(meter);
             let norms = found.take().remove(&3).unwrap();

@@ -330,7 +330,7 @@ impl Hosted {
     /// The layer after a block's attention, and the first of its pages among those of a block of tokens: they come after the pages of keys and
     /// values, those of one layer after those of another.
     pub fn layer(&self, layer: usize, geometry: Geometry) -> Option<(&HostedLayer, usize)> {
-        let at = self.layers.iter().position(|own| own.layer == layer)?;
+        let at = self.layers.iter().position(|own| own.layer == layer && own.delta.unit_router().is_none())?;
         Some((&self.layers[at], geometry.layers + Self::kept_pages(&self.layers[..at], geometry)))
     }
 

@@ -80,7 +80,7 @@ impl<'a> Batched<'a> {
         let h = model.embed(tokens, &pass.positions(), &pass)?;
         // A layer after the attention has to have all rows.
         let mut used = self.sequences.iter().flat_map(|s| &s.adapters);
-        let whole = used.any(|used| used.hosted.layers.iter().any(|layer| layer.delta.reads_other_rows()));
+        let whole = used.any(|used| used.hosted.layers.iter().any(|layer| layer.delta.unit_router().is_none()));
         let some = (needed.len() < tokens.len() && !whole).then_some(needed);
         let layout = model.layout(&pass.positions(), &pass.segments(), some);
         // Only keys and values of the last layer are wanted where no token is drawn.

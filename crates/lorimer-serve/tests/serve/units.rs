@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use lorimer_model::weights::LoadDtype;
+use candle_core::DType;
 use lorimer_serve::engine::scheduler::Policy;
 use lorimer_serve::{Engine, EngineSettings, Event, Hosted};
 

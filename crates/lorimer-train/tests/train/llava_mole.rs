@@ -7,7 +7,8 @@ use lorimer_adapter::algebra::merge::merge_to_folder;
 use lorimer_adapter::file::convert::low_ranks;
 use lorimer_adapter::file::export::to_lora;
 use lorimer_adapter::{LowRank, RouteMeter, RouteTotals, UnitRoute};
-use lorimer_model::KvCache;
+use lorimer_model::weights::Weights;
+use lorimer_model::{Decoder, KvCache};
 use lorimer_tensor::{Gradients, Ops, Tape};
 use lorimer_train::run::step::{StepInputs, StepLoss, StepOptions, accumulate, batch_loss};
 
@@ -37,6 +38,15 @@ fn step(
     (loss, totals, found.collect())
 }
 
+/// A tiny model that computes in f64: gradients through the smallest heads lose half of f32's digits.
+fn precise(name: &str) -> Decoder {
+    let (config, _) = lorimer_model::base::open_weights(&folder(name), LoadDtype::F32).unwrap();
+    let all = candle_core::safetensors::load(folder(name).join("model.safetensors"), &Device::Cpu).unwrap();
+    let all = all.into_iter().map(|(name, t)| (name, t.to_dtype(DType::F64).unwrap())).collect();
+    let weights = Weights::from_memory(all).kept_as(LoadDtype::Stored);
+    Decoder::load(config.decoder("a test").unwrap().clone(), &weights).unwrap()
+}
+
 fn golden_adapter(model: &dyn BaseModel, routing: &str) -> Adapter {
     let mut stored = StoredAdapter::read(&folder("llava_mole")).unwrap();
     stored.config.insert("routing".into(), routing.into());
@@ -46,7 +56,7 @@ fn golden_adapter(model: &dyn BaseModel, routing: &str) -> Adapter {
 /// Logits, loss, balance, p and every gradient of all three routings, computed whole and layer by layer.
 #[test]
 fn it_is_the_goldens() {
-    let (model, golden) = (support::tiny("tiny-llama"), Golden::open("llava_mole"));
+    let (model, golden) = (precise("tiny-llama"), Golden::open("llava_mole"));
     let lengths = golden.get("lengths").to_dtype(DType::U32).unwrap().to_vec1::<u32>().unwrap();
     let all = golden.tokens();
     let rows: Vec<Vec<u32>> = all.iter().zip(&lengths).map(|(t, &n)| t[..n as usize].to_vec()).collect();
@@ -64,10 +74,10 @@ fn it_is_the_goldens() {
             .map(|(i, &n)| golden.get(&format!("{routing}.logits")).get(i).unwrap().narrow(0, 0, n as usize).unwrap())
             .collect();
         let d = support::distance(&found, &Tensor::cat(&expected, 0).unwrap());
-        assert!(d < 2e-5, "{routing}: logits differ by {d:e}");
+        assert!(d < 1e-5, "{routing}: logits differ by {d:e}");
         for checkpointing in [false, true] {
             let (loss, totals, gradients) = step(&model, &adapter, &examples, (weight, checkpointing));
-            assert!((loss.sum / loss.supervised as f64 - number("loss")).abs() < 1e-5, "{routing}");
+            assert!((loss.sum / loss.supervised as f64 - number("loss")).abs() < 1e-6, "{routing}");
             let balance = totals.balance / totals.samples as f64;
             assert!((balance - number("balance")).abs() < 1e-6, "{routing}: {balance}");
             for (name, g) in gradients {
@@ -77,7 +87,7 @@ fn it_is_the_goldens() {
                 };
                 let expected = golden.get(&key);
                 let d = support::distance(&g, &expected);
-                assert!(d < 2e-5 * (1.0 + largest(&expected)), "{routing} {checkpointing} {name}: {d:e}");
+                assert!(d < 1e-5 * (1.0 + largest(&expected)), "{routing} {checkpointing} {name}: {d:e}");
             }
         }
     }
@@ -118,17 +128,22 @@ fn experts_of<'a>(adapter: &'a Adapter, end: &str) -> Vec<(String, &'a Var)> {
     adapter.trainable().into_iter().filter(|(name, _)| name.contains("experts") && name.ends_with(end)).collect()
 }
 
-/// Where all experts are the same, R changes nothing; where they differ it does.
+/// Where all experts are the same, R changes nothing, and they are the one LoRA, under dropout too; where they differ it does.
 #[test]
 fn equal_experts_need_no_router() {
     let model = model();
     for routing in ["top1", "top1-st", "dense"] {
-        let adapter = attach(&model, "llava-mole", &format!(r#"{{"r": 3, "experts": 3, "routing": "{routing}"}}"#));
+        let adapter = attach(
+            &model,
+            "llava-mole",
+            &format!(r#"{{"r": 3, "experts": 3, "lora_dropout": 0.3, "routing": "{routing}"}}"#),
+        );
         move_all(&adapter);
         let turn = |adapter: &Adapter| {
             let before = logits(&model, &Attached::one(adapter));
             for (_, var) in adapter.trainable().into_iter().filter(|(name, _)| name.contains("router")) {
-                var.set(&(var.as_tensor() * -2.0).unwrap()).unwrap();
+                let turned = (var.as_tensor() * -2.0).unwrap().detach();
+                var.set(&turned).unwrap();
             }
             distance(&before, &logits(&model, &Attached::one(adapter)))
         };
@@ -137,10 +152,17 @@ fn equal_experts_need_no_router() {
             let all: BTreeMap<String, &Var> = experts_of(&adapter, end).into_iter().collect();
             for (name, var) in &all {
                 let first = name.split("experts.").next().unwrap();
-                var.set(all[&format!("{first}experts.0.{end}")].as_tensor()).unwrap();
+                var.set(&all[&format!("{first}experts.0.{end}")].copy().unwrap().detach()).unwrap();
             }
         }
         assert!(turn(&adapter) < 1e-12, "{routing}");
+        let one = attach(&model, "llava-mole", r#"{"r": 3, "experts": 1, "lora_dropout": 0.3}"#);
+        let all: BTreeMap<String, &Var> = adapter.trainable().into_iter().collect();
+        one.trainable().into_iter().for_each(|(name, var)| var.set(&all[&name].copy().unwrap().detach()).unwrap());
+        for step in [Step::default(), Step::training(5)] {
+            let of = |adapter: &Adapter| logits(&model, &Attached::one(adapter).at(step));
+            assert!(distance(&of(&adapter), &of(&one)) < 1e-12, "{routing}");
+        }
     }
 }
 
@@ -304,7 +326,7 @@ fn what_cannot_be_is_refused_by_name() {
         (serde_json::json!({ "balance": -1 }), "balance"),
         (serde_json::json!({ "routing": "top2" }), "top2"),
         (serde_json::json!({ "lora_dropout": 1 }), "lora_dropout"),
-        (serde_json::json!({ "lora_alpha": "x" }), "lora_alpha"),
+        (serde_json::json!({ "lora_alpha": "x" }), "llava-mole"),
         (serde_json::json!({ "vision_tower": "clip" }), "vision_tower"),
     ] {
         let problem = build(settings.clone()).err().expect("refused").to_string();

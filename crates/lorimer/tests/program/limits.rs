@@ -34,7 +34,7 @@ fn norms_of_heads_are_measured() {
     }
     // The same rows are seen from the first on: a longer sequence has no smaller norms.
     let (short, long) = (heads(&lengths[0]["base"]), heads(&lengths[1]["base"]));
-    assert!(short.iter().zip(&long).all(|(a, b)| a["q"].as_f64() <= b["q"].as_f64()));
+    assert!(short.iter().zip(&long).all(|(a, b)| a["q"].as_f64().unwrap() < b["q"].as_f64().unwrap() + 1e-4));
     let off = limits(&["--adapter", &format!("{out}=0")]);
     assert_eq!(off["lengths"][1]["adapted"], off["lengths"][1]["base"]);
     assert_eq!(off["lengths"][1]["base"], plain["lengths"][1]["base"]);

@@ -57,7 +57,8 @@ impl Head<'_> {
 
     fn check(&self, upstream: &[f64]) -> Result<()> {
         let n = self.q.len();
-        match self.width > 0 && n % self.width == 0 && [self.k, self.v, upstream].iter().all(|t| t.len() == n) {
+        match self.width > 0 && n.is_multiple_of(self.width) && [self.k, self.v, upstream].iter().all(|t| t.len() == n)
+        {
             true => Ok(()),
             false => {
                 bail!("queries, keys, values and the gradient of a head should have one shape (L, {})", self.width)
