@@ -215,7 +215,6 @@ mod tests {
             let mut scope = BlockScope::new(3, true, None);
             let out = Meter::new(&Frozen, &found).attend(Point::Layer(3), call, &mut scope).unwrap();
             assert_eq!(out.dims(), [rows, heads * d]);
-            drop(meter);
             let norms = found.take().remove(&3).unwrap();
             for (head, own) in norms.iter().enumerate() {
                 let part = |t: &Tensor, h: usize| {

@@ -14,7 +14,7 @@ use crate::tiny::{self, attach, move_all};
 /// Prompts in parts beside the base's and another adapter's rows, from the prefix cache and after a full pool took pages back.
 #[test]
 fn routes_are_those_of_the_code_that_trains() {
-    let model = tiny::model_as(candle_core::DType::F32, LoadDtype::Stored);
+    let model = tiny::model_as(DType::F32, LoadDtype::Stored);
     let tokens: Vec<u32> = (0..36).map(|i| (i * 7 + i * i) % 40).collect();
     let lengths = [33, 20, 17, 21, 3, 33];
     let some_layers =
