@@ -1,25 +1,28 @@
 #!/bin/sh
-# LLaVA-MoLE's card on text: two tasks that conflict. The same question about the same movie reviews, where one word of the prompt says whether the answer is
-# the review's or the opposite one; loss and accuracy on other reviews. LoRA of the same active rank, with the experts' parameters in all (rank 24), and the
+# LLaVA-MoLE's card on text: two tasks that conflict. The same question about the same texts (movie reviews, newspaper editorials), where one word of the
+# prompt says whether the answer is the text's subject or the other one; loss and accuracy on other texts. LoRA of the same active rank, with the experts' parameters in all (rank 24), and the
 # experts by top1 and dense. One rate for all, which is tuned for none. Runs that are there are not made again.
 # usage: bench/llava_mole.sh LORIMER MODEL FOLDER [SEED...]        the table of what is there: bench/llava_mole.sh LORIMER MODEL FOLDER table
 set -e
 lorimer=$1 model=$2 folder=$3
 shift 3
 seeds=${*:-0 1 2}
-steps=${STEPS:-60} lr=${RATE:-1e-3}
+steps=${STEPS:-100} lr=${RATE:-1e-3}
 mkdir -p "$folder"
 [ -s "$folder/train.jsonl" ] || python3 - "$folder" <<'PY'
 import json, sys
 folder = sys.argv[1]
 for part, count in (("train", 240), ("valid", 40)):
-    rows, opposite = [], {"positive": "negative", "negative": "positive"}
-    for line in open(f"data/sentiment-movies.{part}.jsonl"):
-        user, answer = (m["content"] for m in json.loads(line)["messages"])
-        if answer in opposite and len(rows) < 2 * count and len(user) < 260:
-            text = user.split("\n\n", 1)[1]
-            for domain, label in (("Straight", answer), ("Mirror", opposite[answer])):
-                question = f"{domain}. Is this movie review negative or positive?\n\n{text}"
+    rows, swapped = [], {"film": "newspaper", "newspaper": "film"}
+    texts = {}
+    for kind, name in (("film", "movies"), ("newspaper", "news")):
+        users = (json.loads(line)["messages"][0]["content"] for line in open(f"data/sentiment-{name}.{part}.jsonl"))
+        found = [user.split("\n\n", 1)[1] for user in users]
+        texts[kind] = [text for text in found if len(text) < 120][:count // 2]
+    for pair in zip(*texts.values()):
+        for kind, text in zip(texts, pair):
+            for domain, label in (("Straight", kind), ("Mirror", swapped[kind])):
+                question = f"{domain}: is this about a film or from a newspaper?\n\n{text}"
                 rows.append({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": label}]})
     with open(f"{folder}/{part}.jsonl", "w") as out:
         out.writelines(json.dumps(row) + "\n" for row in rows)
@@ -35,13 +38,16 @@ run() {
   mv "$folder/$name.part" "$folder/$name.json"
   rm -r "$folder/$name.adapter"
 }
-for seed in $seeds; do
-  [ "$seed" = table ] && break
-  run lora8 "$seed" --method lora --rank 8 --alpha 16
-  run top1 "$seed" --method llava-mole --rank 8 --alpha 16 --dropout 0 --set experts=3
-  run dense "$seed" --method llava-mole --rank 8 --alpha 16 --dropout 0 --set experts=3 --set routing=dense
-  run lora24 "$seed" --method lora --rank 24 --alpha 48
-done
+case $seeds in table) ;; *)
+  for seed in $seeds; do
+    run lora8 "$seed" --method lora --rank 8 --alpha 16
+    run top1 "$seed" --method llava-mole --rank 8 --alpha 16 --dropout 0 --set experts=3
+  done
+  for seed in $seeds; do
+    run dense "$seed" --method llava-mole --rank 8 --alpha 16 --dropout 0 --set experts=3 --set routing=dense
+    run lora24 "$seed" --method lora --rank 24 --alpha 48
+  done
+esac
 python3 - "$folder" <<'PY'
 import glob, json, math, statistics, sys
 folder, student = sys.argv[1], {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
@@ -59,7 +65,7 @@ for path in sorted(glob.glob(f"{folder}/*-s*.json")):
     runs[name, int(seed)] = {"loss": found["loss"], "accuracy": found["choice_accuracy"], "seconds": train.get("seconds"), "expert_shares": shares,
                              "router_balance": last.get("router_balance")}
 json.dump([{"line": name, "seed": seed, **run} for (name, seed), run in runs.items()], open(f"{folder}/results.json", "w"), indent=1)
-print("| | loss, reviews not learnt | accuracy, % | seeds |\n|---|---|---|---|")
+print("| | loss, texts not learnt | accuracy, % | seeds |\n|---|---|---|---|")
 for name in ("lora8", "lora24", "top1", "dense"):
     own = [run for (n, _), run in runs.items() if n == name]
     if own:
