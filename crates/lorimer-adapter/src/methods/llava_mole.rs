@@ -29,7 +29,7 @@
 //! use lorimer_tensor::Ops;
 //! # fn main() -> candle_core::Result<()> {
 //! // Two experts of rank 1 on two inputs; the first row goes to expert 1, the second to expert 0.
-//! let t = |rows: &[[f64; 2]]| Tensor::new(rows, &Device::Cpu);
+//! let t = |rows: &[[f64; 2]]| Tensor::from_vec(rows.concat(), (rows.len(), 2), &Device::Cpu);
 //! let column = |v: &[f64; 2]| Tensor::new(v, &Device::Cpu)?.unsqueeze(1);
 //! let experts = [
 //!     LowRank { a: t(&[[1., 0.]])?, b: column(&[1., 2.])?, scaling: 1.0 },
