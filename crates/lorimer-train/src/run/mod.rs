@@ -8,5 +8,6 @@ pub mod optimize;
 pub mod plan;
 pub mod schedule;
 pub mod session;
+pub mod settings;
 pub mod step;
 pub mod trainer;

@@ -6,17 +6,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use candle_core::{Tensor, TensorId, Var};
-use lorimer_adapter::methods::{ObjectiveChoice, OptimizerChoice};
+use lorimer_adapter::methods::OptimizerChoice;
 use lorimer_adapter::training::callback::{self, Callback, Idle, RunShape};
-use lorimer_adapter::training::{AdamWConfig, Moment, Optimizer, ParamGroup};
+use lorimer_adapter::training::{Moment, Optimizer, ParamGroup};
 use lorimer_adapter::{Adapter, Attached, Named, Role, RouteTotals, Step};
 use lorimer_model::decoder::EMBEDDING;
 use lorimer_model::{BaseModel, TextModel};
 use lorimer_tensor::Gradients;
-use rand::SeedableRng;
-use rand::seq::SliceRandom;
-use rand_chacha::ChaCha8Rng;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
 use crate::data::encode::Example;
 use crate::error::{Error, Result};
@@ -25,174 +22,9 @@ use crate::run::evaluate::{Evaluation, evaluate};
 use crate::run::frozen::FrozenLower;
 use crate::run::log::{Log, Record, plot};
 use crate::run::optimize;
-use crate::run::schedule::{Schedule, Shape};
-use crate::run::step::{StepInputs, StepOptions, accumulate};
-
-/// Settings that stand at zero are not written, so that what an earlier version began can be resumed.
-fn is_zero(value: &f64) -> bool {
-    *value == 0.0
-}
-
-/// Settings of a run. What is here decides the result; the same settings give the same bytes.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct TrainSettings {
-    /// Highest learning rate.
-    pub learning_rate: f64,
-    /// Passes over the data, where `max_steps` does not say otherwise.
-    pub epochs: f64,
-    /// Number of optimiser steps.
-    pub max_steps: Option<usize>,
-    /// Examples in one forward and backward.
-    pub batch_size: usize,
-    /// Forwards and backwards in one step.
-    pub gradient_accumulation: usize,
-    /// Steps over which the rate rises.
-    pub warmup_steps: usize,
-    /// The same as a share of all steps, rounded up; only where `warmup_steps` is 0, as in transformers.
-    #[serde(default, skip_serializing_if = "is_zero")]
-    pub warmup_ratio: f64,
-    /// Shape of the rate after that.
-    pub schedule: Shape,
-    /// Which optimiser; None: the method's own.
-    pub optimizer: Option<OptimizerChoice>,
-    /// What is minimised beside the loss of the task; None: the method's own.
-    pub objective: Option<ObjectiveChoice>,
-    /// LoRA+ (Hayou et al. 2024, arXiv 2402.12354): what the rate of B is multiplied by.
-    pub loraplus_lr_ratio: Option<f64>,
-    /// The optimiser's constants.
-    pub adamw: AdamWConfig,
-    /// Limit on the gradient's norm; 0 for none.
-    pub max_grad_norm: f64,
-    /// Label smoothing in training, as transformers defines it: so much of the loss is the mean over the vocabulary. Evaluations have none.
-    #[serde(default, skip_serializing_if = "is_zero")]
-    pub label_smoothing: f64,
-    /// Seed of initialisation, data order and dropout.
-    pub seed: u64,
-    /// Whether rows are taken in a new random order every epoch.
-    pub shuffle: bool,
-    /// Evaluate every so many steps (and at the end), where there is evaluation data.
-    pub eval_steps: Option<usize>,
-    /// Keep the adapter of the lowest evaluation loss instead of the last.
-    pub keep_best: bool,
-    /// How forward and backward go about it.
-    pub step: StepOptions,
-}
-
-impl Default for TrainSettings {
-    fn default() -> Self {
-        Self {
-            learning_rate: 2e-4,
-            epochs: 1.0,
-            max_steps: None,
-            batch_size: 8,
-            gradient_accumulation: 1,
-            warmup_steps: 0,
-            warmup_ratio: 0.0,
-            schedule: Shape::Linear,
-            optimizer: None,
-            objective: None,
-            loraplus_lr_ratio: None,
-            adamw: AdamWConfig::default(),
-            max_grad_norm: 1.0,
-            label_smoothing: 0.0,
-            seed: 0,
-            shuffle: true,
-            eval_steps: None,
-            keep_best: false,
-            step: StepOptions::default(),
-        }
-    }
-}
-
-impl TrainSettings {
-    /// Refuses what cannot be.
-    pub fn check(&self) -> Result<()> {
-        let fail = |text: String| Err(Error::Settings(text));
-        if !(self.learning_rate.is_finite() && self.learning_rate > 0.0) {
-            return fail(format!("--lr {} should be above 0", self.learning_rate));
-        }
-        if self.loraplus_lr_ratio.is_some_and(|r| !(r.is_finite() && r > 0.0)) {
-            return fail("--loraplus-lr-ratio should be above 0".into());
-        }
-        if self.batch_size == 0 || self.gradient_accumulation == 0 {
-            return fail("--batch-size and --gradient-accumulation should be at least 1".into());
-        }
-        if self.batch_size > 1 << 16 || self.gradient_accumulation > 1 << 16 {
-            return fail("--batch-size and --gradient-accumulation should be at most 65536".into());
-        }
-        if self.max_steps.is_none() && !(self.epochs.is_finite() && self.epochs > 0.0 && self.epochs <= 1e6) {
-            return fail(format!("--epochs {} should be above 0", self.epochs));
-        }
-        if !(0.0..=1.0).contains(&self.warmup_ratio) {
-            return fail(format!("--warmup-ratio {} should be between 0 and 1", self.warmup_ratio));
-        }
-        if !(0.0..1.0).contains(&self.label_smoothing) {
-            return fail(format!("--label-smoothing {} should be at least 0 and below 1", self.label_smoothing));
-        }
-        if self.warmup_ratio > 0.0 && self.warmup_steps > 0 {
-            return fail("--warmup-steps and --warmup-ratio say the same thing twice; give one of them".into());
-        }
-        if self.max_steps == Some(0) || self.eval_steps == Some(0) {
-            return fail("--max-steps and --eval-steps should be at least 1".into());
-        }
-        Ok(())
-    }
-
-    /// Steps in one pass over `examples` rows.
-    fn steps_per_epoch(&self, examples: usize) -> usize {
-        examples.div_ceil(self.batch_size * self.gradient_accumulation).max(1)
-    }
-
-    /// All steps of a run over `examples` rows.
-    pub fn total_steps(&self, examples: usize) -> usize {
-        let by_epochs = (self.epochs * self.steps_per_epoch(examples) as f64).ceil() as usize;
-        self.max_steps.unwrap_or(by_epochs.max(1))
-    }
-
-    /// Steps over which the rate of a run over `examples` rows rises.
-    pub fn warmup(&self, examples: usize) -> usize {
-        match self.warmup_steps {
-            0 => (self.total_steps(examples) as f64 * self.warmup_ratio).ceil() as usize,
-            steps => steps,
-        }
-    }
-
-    /// The rate of the first step that moves anything: the highest one over the steps of the warm-up.
-    pub fn first_rate(&self, examples: usize) -> f64 {
-        self.learning_rate / self.warmup(examples).max(1) as f64
-    }
-
-    /// Whether a run over `examples` rows sees any of them twice.
-    pub fn repeats(&self, examples: usize) -> bool {
-        self.total_steps(examples) > self.steps_per_epoch(examples)
-    }
-
-    /// The order of rows in an epoch.
-    fn order(&self, epoch: usize, examples: usize) -> Vec<usize> {
-        let mut order: Vec<usize> = (0..examples).collect();
-        if self.shuffle {
-            let seed = lorimer_adapter::step::site_seed(self.seed, &format!("epoch {epoch}"));
-            order.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));
-        }
-        order
-    }
-
-    /// The rows of one step, each micro-batch a list of indices. `order` keeps the epoch's order between steps.
-    pub(crate) fn rows(
-        &self,
-        step: usize,
-        examples: usize,
-        order: &mut Option<(usize, Vec<usize>)>,
-    ) -> Vec<Vec<usize>> {
-        let per_epoch = self.steps_per_epoch(examples);
-        let (epoch, within) = (step / per_epoch, step % per_epoch);
-        let kept = order.take().filter(|(of, _)| *of == epoch);
-        let (_, order) = order.insert(kept.unwrap_or_else(|| (epoch, self.order(epoch, examples))));
-        let size = self.batch_size * self.gradient_accumulation;
-        let rows = &order[within * size..((within + 1) * size).min(examples)];
-        rows.chunks(self.batch_size).map(<[usize]>::to_vec).collect()
-    }
-}
+use crate::run::schedule::Schedule;
+pub use crate::run::settings::TrainSettings;
+use crate::run::step::{StepInputs, accumulate};
 
 /// What a run works on and where it writes.
 pub struct Run<'a> {
@@ -266,7 +98,7 @@ pub enum Event<'a> {
 }
 
 /// How a run ended.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Default, Serialize)]
 pub struct Outcome {
     /// Steps taken in all, resumed ones included.
     pub steps: usize,
@@ -345,35 +177,9 @@ impl Run<'_> {
         let per_layer = choice.0.per_layer();
         let modules = self.adapter.sites(self.model);
         let has_units = self.adapter.blocks().any(|(_, delta)| delta.unit_router().is_some());
-        let mut state = State { settings: self.identity.clone(), ..Default::default() };
-        let mut best: BTreeMap<String, Tensor> = BTreeMap::new();
-        if self.resume
-            && let Some(found) = Checkpoint::newest(self.folder)?
-        {
-            if let Some(what) = difference(&found.state.settings, &self.identity) {
-                return Err(Error::Settings(format!(
-                    "`{}` was begun with other settings ({what}); resume with the same, or choose another --output",
-                    self.folder.display()
-                )));
-            }
-            restore(self.adapter, &found.parameters)?;
-            optimizer.restore(&found.optimizer)?;
-            (state, best) = (found.state, found.best);
-        }
+        let (mut state, mut best) = self.resumed(optimizer.as_mut())?;
         let mut log = Log::open(self.folder, &state.history)?;
-        let mut outcome = Outcome {
-            steps: state.step,
-            interrupted: false,
-            examples: 0,
-            tokens: 0,
-            computed_tokens: 0,
-            supervised_tokens: 0,
-            seconds: 0.0,
-            losses: Vec::new(),
-            best: None,
-            evaluation: None,
-            history: Vec::new(),
-        };
+        let mut outcome = Outcome { steps: state.step, ..Default::default() };
         let attached = Attached::one(self.adapter);
         let lower = match s.repeats(self.train.len()) {
             true => {
@@ -478,14 +284,7 @@ impl Run<'_> {
             let stopping = self.stop.load(Ordering::Relaxed) && state.step < total;
             let due = |every: Option<usize>| every.is_some_and(|n| state.step.is_multiple_of(n));
             if !self.eval.is_empty() && !stopping && (due(s.eval_steps) || state.step == total) {
-                let evaluation = evaluate(self.model, self.text, &attached, self.eval, self.choices, |_| {})?;
-                let record = Record {
-                    step: state.step,
-                    eval_loss: Some(evaluation.loss),
-                    eval_exact_match: Some(evaluation.exact_match),
-                    eval_choice_accuracy: evaluation.choice_accuracy,
-                    ..Default::default()
-                };
+                let (record, evaluation) = self.evaluated(&attached, state.step)?;
                 log.write(&record)?;
                 progress(Event::Evaluated { step: state.step, evaluation: &evaluation });
                 if state.best.is_none_or(|(_, loss)| evaluation.loss < loss) {
@@ -514,6 +313,36 @@ impl Run<'_> {
         outcome.best = state.best;
         outcome.history = state.history;
         Ok(outcome)
+    }
+
+    /// Where the run begins: at the newest checkpoint, which the adapter and the optimiser then hold, or at step 0. With the best parameters so far.
+    fn resumed(&self, optimizer: &mut dyn Optimizer) -> Result<(State, BTreeMap<String, Tensor>)> {
+        let found = if self.resume { Checkpoint::newest(self.folder)? } else { None };
+        let Some(found) = found else {
+            return Ok((State { settings: self.identity.clone(), ..Default::default() }, BTreeMap::new()));
+        };
+        if let Some(what) = difference(&found.state.settings, &self.identity) {
+            return Err(Error::Settings(format!(
+                "`{}` was begun with other settings ({what}); resume with the same, or choose another --output",
+                self.folder.display()
+            )));
+        }
+        restore(self.adapter, &found.parameters)?;
+        optimizer.restore(&found.optimizer)?;
+        Ok((found.state, found.best))
+    }
+
+    /// What the evaluation rows say after a step, and its record.
+    fn evaluated(&self, attached: &Attached<'_>, step: usize) -> Result<(Record, Evaluation)> {
+        let evaluation = evaluate(self.model, self.text, attached, self.eval, self.choices, |_| {})?;
+        let record = Record {
+            step,
+            eval_loss: Some(evaluation.loss),
+            eval_exact_match: Some(evaluation.exact_match),
+            eval_choice_accuracy: evaluation.choice_accuracy,
+            ..Default::default()
+        };
+        Ok((record, evaluation))
     }
 
     /// Refuses parts that do not go together.
@@ -580,42 +409,5 @@ impl Run<'_> {
         };
         checkpoint.write(self.folder, self.save_limit)?;
         Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// transformers' `get_warmup_steps`: steps where they are given, else the ratio of all steps, rounded up.
-    #[test]
-    fn warm_up_is_as_transformers_counts_it() {
-        let of = |steps, ratio| {
-            let s =
-                TrainSettings { max_steps: Some(138), warmup_steps: steps, warmup_ratio: ratio, ..Default::default() };
-            (s.warmup(1000), s.first_rate(1000))
-        };
-        assert_eq!(of(0, 0.0), (0, 2e-4));
-        assert_eq!(of(0, 0.03), (5, 2e-4 / 5.0));
-        assert_eq!(of(7, 0.0), (7, 2e-4 / 7.0));
-        assert_eq!(of(0, 1e-9), (1, 2e-4));
-        let check = |warmup_steps, warmup_ratio| {
-            TrainSettings { warmup_steps, warmup_ratio, ..Default::default() }.check().is_ok()
-        };
-        assert!(check(3, 0.0) && check(0, 1.0) && !check(3, 0.1) && !check(0, 1.5) && !check(0, f64::NAN));
-    }
-
-    #[test]
-    fn an_epoch_takes_every_row_once() {
-        let s = TrainSettings { batch_size: 3, gradient_accumulation: 2, ..Default::default() };
-        let mut order = None;
-        for epoch in 0..2 {
-            let per_epoch = s.steps_per_epoch(20);
-            let steps = epoch * per_epoch..(epoch + 1) * per_epoch;
-            let mut rows: Vec<usize> = steps.flat_map(|step| s.rows(step, 20, &mut order)).flatten().collect();
-            rows.sort_unstable();
-            assert_eq!(rows, (0..20).collect::<Vec<_>>());
-        }
-        assert_ne!(s.rows(0, 20, &mut order), s.rows(4, 20, &mut order));
     }
 }
