@@ -27,6 +27,16 @@ const VERSION: u32 = 1;
 /// A step that lowers the error by less than this part of it is a decomposition's last.
 const TOLERANCE: f64 = 5e-3;
 
+/// Weights of matrices.
+fn weights(sites: &[Site]) -> u64 {
+    sites.iter().map(|site| (site.outputs * site.inputs) as u64).sum()
+}
+
+/// Bits that a matrix takes under a configuration, its offset with them.
+fn bits(config: &NfConfig, site: &Site) -> u64 {
+    config.bytes(site.outputs * site.inputs) as u64 * 8 + 32
+}
+
 impl Quantize<'_> {
     /// Does it; None where `stop` was set, and then the same call goes on.
     ///
@@ -43,12 +53,12 @@ impl Quantize<'_> {
             }
         }
         let configs = self.settings.configs();
-        let numbers: u64 = sites.iter().map(|site| (site.outputs * site.inputs) as u64).sum();
+        let numbers = weights(&sites);
         let mut bound = None;
         let mut chosen = vec![0; sites.len()];
         if configs.len() > 1 {
             let Some(choices) = self.choices(&sites, &configs, &partial, &mut progress)? else { return Ok(None) };
-            let found = allocate(&choices, (self.settings.bits * numbers as f64) as u64)?;
+            let found = allocate(&choices, self.budget(numbers))?;
             (chosen, bound) = (found.chosen, Some(found.bound));
         }
         for (i, site) in sites.iter().enumerate() {
@@ -104,7 +114,22 @@ impl Quantize<'_> {
                 self.settings.rank, site.path, site.outputs, site.inputs
             )));
         }
+        let (configs, numbers) = (self.settings.configs(), weights(&sites));
+        let fewest = |site: &Site| configs.iter().map(|config| bits(config, site)).min().unwrap_or(0);
+        let least: u64 = sites.iter().map(fewest).sum();
+        if configs.len() > 1 && least > self.budget(numbers) {
+            let least = (least as f64 / numbers.max(1) as f64 * 1000.0).ceil() / 1000.0;
+            let asked = self.settings.bits;
+            return Err(Error::Settings(format!(
+                "--bits {asked} is less than the {least} bits a weight that the smallest configurations take; raise --bits"
+            )));
+        }
         Ok(sites)
+    }
+
+    /// The budget in bits for so many weights.
+    fn budget(&self, numbers: u64) -> u64 {
+        (self.settings.bits * numbers as f64) as u64
     }
 
     /// What decides the result, as a hash.
@@ -184,8 +209,7 @@ impl Quantize<'_> {
                     costs
                 }
             };
-            let count = site.outputs * site.inputs;
-            let bits = configs.iter().map(|config| config.bytes(count) as u64 * 8 + 32);
+            let bits = configs.iter().map(|config| bits(config, site));
             all.push(bits.zip(costs).map(|(bits, cost)| Choice { bits, cost }).collect());
         }
         progress(Stage::Errors, sites.len(), sites.len());
