@@ -1,3 +1,5 @@
+//! An engine whose account fails goes on.
+
 use std::path::Path;
 
 use lorimer_model::{Base, OpenOptions};

@@ -1,3 +1,5 @@
+//! Operations on a tape against candle's graph and central differences.
+
 use super::*;
 use crate::check::{assert_close, random};
 use crate::tape::Gradients;

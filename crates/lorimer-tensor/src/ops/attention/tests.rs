@@ -1,3 +1,5 @@
+//! Attention against its reference form, and its gradients.
+
 use super::*;
 use crate::check::{assert_close, gradient_matches, random};
 use proptest::prelude::*;

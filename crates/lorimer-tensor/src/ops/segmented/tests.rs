@@ -1,3 +1,5 @@
+//! Segmented projections against their reference form.
+
 use candle_core::DType;
 use proptest::prelude::*;
 
