@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 
 use candle_core::{DType, Device, Result, Tensor, Var};
-use lorimer_tensor::{Gradients, Ops};
+use lorimer_tensor::{Gradients, NotFinite, Ops};
 
 use crate::delta::LowRank;
 
@@ -155,7 +155,7 @@ pub fn largest_share(shares: &Tensor) -> Result<Vec<u32>> {
     let n = shares.dim(1)?;
     let values = shares.detach().to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
     if values.iter().any(|p| p.is_nan()) {
-        candle_core::bail!("a share that an expert is chosen by is not a number");
+        return Err(NotFinite::error("a share that an expert is chosen by is not a number"));
     }
     let best = |row: &[f64]| (1..row.len()).fold(0, |best, e| if row[e] > row[best] { e } else { best }) as u32;
     Ok(values.chunks(n.max(1)).map(best).collect())

@@ -10,10 +10,12 @@
 pub mod kernels;
 pub mod linalg;
 pub mod memory;
+mod not_finite;
 pub mod ops;
 pub mod storage;
 pub mod tape;
 
+pub use not_finite::NotFinite;
 pub use ops::Ops;
 pub use ops::attention::along::along_edges;
 pub use ops::attention::edges::{EdgeKeys, EdgeRule, Edges, attention_edges, edges_in_pool};

@@ -4,11 +4,14 @@
 use candle_core::{DType, Device, Result, Tensor};
 use faer::Mat;
 
+use crate::NotFinite;
+
 fn to_mat(t: &Tensor) -> Result<Mat<f64>> {
     let (rows, columns) = t.dims2()?;
     let data = t.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
     if data.iter().any(|v| !v.is_finite()) {
-        candle_core::bail!("a matrix of shape ({rows}, {columns}) holds values that are not finite");
+        let message = format!("a matrix of shape ({rows}, {columns}) holds values that are not finite");
+        return Err(NotFinite::error(message));
     }
     Ok(Mat::from_fn(rows, columns, |i, j| data[i * columns + j]))
 }

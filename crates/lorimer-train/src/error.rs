@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use lorimer_model::error::first_line;
+use lorimer_tensor::NotFinite;
 
 /// Why data could not be read or a run could not go on.
 #[derive(Debug, thiserror::Error)]
@@ -12,7 +13,7 @@ pub enum Error {
     Model(#[from] lorimer_model::Error),
     /// An adapter problem.
     #[error(transparent)]
-    Adapter(#[from] lorimer_adapter::Error),
+    Adapter(lorimer_adapter::Error),
     /// A row of data that cannot be used.
     #[error("`{}` {place}: {problem}", path.display())]
     Row {
@@ -34,16 +35,35 @@ pub enum Error {
     /// Settings that cannot be.
     #[error("{0}")]
     Settings(String),
-    /// Training that ran away: a loss or a gradient that is no finite number.
+    /// Training that came to nothing: a number that is none (a loss, a gradient, a score, an entry of a matrix that is decomposed), or an adapter
+    /// of which nothing is left.
     #[error("{0}")]
     Diverged(String),
     /// A tensor operation that failed.
     #[error("{}", first_line(&.0.to_string()))]
-    Tensor(#[from] candle_core::Error),
+    Tensor(candle_core::Error),
 }
 
 /// This crate's result.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl From<candle_core::Error> for Error {
+    fn from(error: candle_core::Error) -> Self {
+        match NotFinite::is(&error) {
+            true => Self::Diverged(first_line(&error.to_string()).to_string()),
+            false => Self::Tensor(error),
+        }
+    }
+}
+
+impl From<lorimer_adapter::Error> for Error {
+    fn from(error: lorimer_adapter::Error) -> Self {
+        match error {
+            lorimer_adapter::Error::Tensor(error) => error.into(),
+            error => Self::Adapter(error),
+        }
+    }
+}
 
 impl Error {
     pub(crate) fn data(path: &Path, problem: impl Into<String>) -> Self {

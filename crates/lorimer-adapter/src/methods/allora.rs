@@ -11,7 +11,7 @@
 //!
 //! Trainable parameters of a projection: `r · (inputs + outputs)`.
 //!
-//! Good for: short runs, in place of tuning α and dropout; η² is the one number. Step time is LoRA's, and so is the file (`lora_alpha` = r).
+//! Meant for: short runs, in place of tuning α and dropout; η² is the one number. Step time is LoRA's, and so is the file (`lora_alpha` = r).
 //!
 //! ```
 //! use candle_core::{Device, Tensor};

@@ -21,7 +21,7 @@
 //!
 //! Trainable parameters of a projection: `r · (inputs + outputs)`. The objective goes with any method (`--objective ba-lora`).
 //!
-//! Good for: training on noisy or unbalanced rows, where the base's behaviour elsewhere is to survive. A step costs a forward of the frozen
+//! Meant for: training on noisy or unbalanced rows, where the base's behaviour elsewhere is to survive. A step costs a forward of the frozen
 //! base more: about 4/3 of LoRA's. The file is the LoRA of rank 2r that PiSSA's conversion gives.
 //!
 //! ```

@@ -13,7 +13,7 @@
 //!
 //! Files: `miss_block` (`peft_type` MISS), and `bone_block` (BONE) as PEFT wrote up to 0.17; `--set peft_type=BONE` writes the latter.
 //!
-//! Good for: the cheapest start there is, and fast first steps. `bat` is not additive: it cannot be scaled or summed.
+//! Meant for: the cheapest start there is, and fast first steps. `bat` is not additive: it cannot be scaled or summed.
 //!
 //! Step time: row and mini do LoRA's work without the gradient of A. bat forms W' (outputs · inputs · r multiply-adds) once a step
 //! and needs the gradient of the whole weight: three products of the size of W a row where LoRA has two, so 1.5× LoRA's step is its

@@ -14,7 +14,7 @@
 //!
 //! Trainable parameters of a projection: `r' · (inputs + outputs)` where it is chosen.
 //!
-//! Good for: a fixed budget that is better spent on some projections. The search costs `search_steps` steps twice, whatever the run's length; after it the step time is
+//! Meant for: a fixed budget that is better spent on some projections. The search costs `search_steps` steps twice, whatever the run's length; after it the step time is
 //! less than LoRA's. The file is an ordinary LoRA with full names in `target_modules`; γ stands in `lorimer.json`.
 //!
 //! ```
@@ -27,6 +27,7 @@ use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Result as TensorResult, Tensor, Var};
 use lorimer_model::{Projection, Site};
+use lorimer_tensor::NotFinite;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
@@ -418,7 +419,7 @@ fn search(
             let scale = 1.0 / supervised.max(1) as f64;
             let (loss, mut sums) = data.gradients(&attached, parameters, &batch, scale)?;
             if !loss.is_finite() {
-                return Err(Error::Refused("diffora's search diverged; lower search_lr or gamma_lr".into()));
+                return Err(NotFinite::error("diffora's search diverged; lower search_lr or gamma_lr").into());
             }
             let gradients: Vec<_> = parameters.iter().map(|(_, var)| sums.remove(var.as_tensor())).collect();
             optimizers[side].step(parameters, &gradients, rate)?;

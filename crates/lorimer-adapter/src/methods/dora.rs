@@ -8,7 +8,7 @@
 //! The norm of a row is found without forming W + s·B A:
 //! `‖Wᵢ‖² + 2s·Bᵢ·(A Wᵢᵀ) + s²·Bᵢ (A Aᵀ) Bᵢᵀ`, at the cost of one product of A with W.
 //!
-//! Good for: low ranks, where it is often a little better than LoRA, at somewhat more time (one product of A with W a step).
+//! Meant for: low ranks, where its paper finds it better than LoRA (docs/comparison.md does not tell them apart), at somewhat more time (one product of A with W a step).
 //!
 //! ```
 //! use lorimer_adapter::example::project;

@@ -3,19 +3,18 @@
 //! Valipour et al. 2023, *DyLoRA: Parameter-Efficient Tuning of Pretrained Models using Dynamic Search-Free Low-Rank Adaptation*, EACL,
 //! arXiv 2210.07558, algorithm 1. Each step draws a rank b from `{rank_min … r}` and computes `y = W x + s · B_↓b A_↓b x` with the first b rows of A
 //! (r, inputs) and columns of B (outputs, r). s is α/b (`scaling` = `rank`, the paper's and the
-//! authors' code's, which multiplies both factors with the root of r/b), or α/r at every rank (`fixed`). All of these learn; with `frozen` only the b-th row and column do (faster, a little
-//! worse). Rows that a step does not touch get no step of the optimiser: moments and step counts are kept a row. (The authors' code leaves them a
+//! authors' code's, which multiplies both factors with the root of r/b), or α/r at every rank (`fixed`). All of these learn; with `frozen` only the b-th row and column do.
+//! Rows that a step does not touch get no step of the optimiser: moments and step counts are kept a row. (The authors' code leaves them a
 //! gradient of zero, so that AdamW's moments go on moving them.)
 //!
 //! Afterwards every b is an adapter: A_↓b, B_↓b, s. `lorimer resize --rank b` cuts the file, `lorimer eval --rank all` prints the whole curve.
 //!
 //! Settings: `r` (the largest), `rank_min`, `ranks` (a list in place of the range), `distribution` (`uniform`, or `geometric` with the chance of
-//! each next rank times `ratio`), `scaling`, `frozen`. With `rank` a row's part in the output changes r-fold with the rank that is drawn; small
-//! ranks learnt better with `fixed` in our runs (`bench/dylora.sh`).
+//! each next rank times `ratio`), `scaling`, `frozen`. With `rank` a row's part in the output changes r-fold with the rank that is drawn.
 //!
 //! Trainable parameters of a projection: `r · (inputs + outputs)`.
 //!
-//! Good for: not having to know the rank beforehand. Step time is LoRA's or less. The file is an ordinary LoRA of rank r.
+//! Meant for: not having to know the rank beforehand. Step time is LoRA's or less. The file is an ordinary LoRA of rank r.
 //!
 //! ```
 //! use lorimer_adapter::example::project;

@@ -11,7 +11,7 @@
 //!
 //! Trainable parameters of a projection: `r_l · (inputs + outputs)`.
 //!
-//! Good for: LoRA where a short look at the data first (some batches, no backward) is welcome; the file is an ordinary LoRA.
+//! Meant for: LoRA where a short look at the data first (some batches, no backward) is welcome; the file is an ordinary LoRA.
 //!
 //! Served as LoRA. Step time is LoRA's.
 //!

@@ -17,7 +17,7 @@
 //!
 //! Trainable parameters of a projection: `outputs · r`.
 //!
-//! Good for: adapters that are averaged later (A of different seeds is nearly orthogonal); half of LoRA's trained parameters. Step time is LoRA's of
+//! Meant for: adapters that are averaged later (A of different seeds is nearly orthogonal; docs/comparison.md does not tell it from LoRA there); half of LoRA's trained parameters. Step time is LoRA's of
 //! rank r and a little more.
 //!
 //! ```

@@ -5,7 +5,7 @@
 //!
 //! Trainable parameters of a projection: `inputs · outputs`.
 //!
-//! Good for: the yardstick of every other method, continued pre-training with GaLore (`--method galore`), and tunes that are to be kept as a
+//! Meant for: the yardstick of every other method, continued pre-training with GaLore (`--method galore`), and tunes that are to be kept as a
 //! LoRA afterwards (`lorimer extract --rank k` writes the nearest one). The file holds the whole weights (`full_weight`); `lorimer merge`
 //! writes the model.
 //!

@@ -12,7 +12,8 @@
 //!
 //! Trainable parameters of a projection: `inputs · outputs`. State: `2·r·max(m, n) + r·min(m, n)` numbers in place of `2·m·n`.
 //!
-//! Good for: pre-training and full fine-tuning in the memory of LoRA. Step time as `full`, and a decomposition of every weight's gradient
+//! Meant for: pre-training and full fine-tuning with moments of rank r in place of whole ones; the weights and a layer's gradient stay whole, so that it
+//! takes more memory than LoRA (docs/comparison.md: 2.5 times). Step time as `full`, and a decomposition of every weight's gradient
 //! every T steps (its share is printed).
 //!
 //! ```

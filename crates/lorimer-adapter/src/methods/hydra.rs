@@ -14,7 +14,7 @@
 //!
 //! Trainable parameters of a projection: `r_p · (inputs + outputs) + 2 · r_s · outputs`.
 //!
-//! Good for: tasks whose features the base has already. Not additive. `inspect` shows how near the branches' output spaces are
+//! Meant for: tasks whose features the base has already. Not additive. `inspect` shows how near the branches' output spaces are
 //! (largest cosine of their principal angles) and the condition of I + s B_s A_s, by which unmerging would have to divide.
 //!
 //! Step time: LoRA's of rank r_p + r_s; A_s W is formed once a step.

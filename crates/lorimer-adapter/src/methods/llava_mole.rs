@@ -20,7 +20,7 @@
 //!
 //! Trainable parameters: r · (inputs + outputs) of a projection with a plain LoRA, E times that in the MLP, and E · (hidden + 1) a block.
 //!
-//! Good for: mixed tasks that want different answers to the same words. Step time is LoRA's of rank r and a little more for the routes.
+//! Meant for: mixed tasks that want different answers to the same words. Step time is LoRA's of rank r and a little more for the routes.
 //!
 //! ```
 //! use candle_core::{Device, Tensor};

@@ -15,7 +15,7 @@
 //!
 //! Files hold what is trained; the factors are found again from the base and held against a hash (`--set save_frozen=true` writes them).
 //!
-//! Good for: the smallest adapters there are. AdamW's steps have the size of the learning rate whatever the gradient's, and move the weight by σ times
+//! Meant for: the smallest adapters there are. AdamW's steps have the size of the learning rate whatever the gradient's, and move the weight by σ times
 //! that: what counts is lr · α/r, so the rate goes up with r and down with α.
 //!
 //! Step time: LoRA's of the same rank, without the gradient of A.

@@ -12,7 +12,7 @@
 //! the data, see its page). `pissa` and `olora` begin with B₀A₀ ≠ 0 and adapt the residual W − (α/r)·B₀A₀; here the base stays as it
 //! is and the change is (α/r)·(B A − B₀A₀), saved as the LoRA of rank 2r that it is, so that the file works on the original base.
 //!
-//! Good for: everything, as the first thing to try.
+//! Meant for: everything, as the first thing to try.
 //!
 //! ```
 //! use lorimer_adapter::example::project;

@@ -14,7 +14,7 @@
 //!
 //! Trainable parameters of a projection: `r · (inputs + outputs)`.
 //!
-//! Good for: coming closer to full fine-tuning at LoRA's file size. `light` costs r × r work only; `full` two moments of every target
+//! Meant for: coming closer to full fine-tuning at LoRA's file size. `light` costs r × r work only; `full` two moments of every target
 //! weight. The file is an ordinary LoRA.
 //!
 //! ```

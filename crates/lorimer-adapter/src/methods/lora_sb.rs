@@ -12,7 +12,7 @@
 //! Files hold R, and A and B in bf16 (they are rounded to bf16 before training, so that nothing is lost); η and the number of rows
 //! stand in the configuration.
 //!
-//! Good for: LoRA-XS's sizes with most of LoRA's quality. Start: one forward and backward over `samples` rows, then an eigenproblem a
+//! Meant for: LoRA-XS's sizes with a start that approximates the first step of full fine-tuning. Start: one forward and backward over `samples` rows, then an eigenproblem a
 //! projection.
 //!
 //! Step time: LoRA's of the same rank, without the gradient of A.

@@ -14,7 +14,7 @@
 //! Files hold R only; A and B are found again from the base and held against a hash (`--set save_frozen=true` writes them too).
 //! Since they come from W, the adapter belongs to the base in the storage it was trained with.
 //!
-//! Good for: very many adapters of one base, or very little memory for the optimiser. Start: one symmetric eigenproblem a projection.
+//! Meant for: very many adapters of one base, or very little memory for the optimiser. Start: one symmetric eigenproblem a projection.
 //!
 //! Step time: LoRA's of the same rank, without the gradient of A.
 //!

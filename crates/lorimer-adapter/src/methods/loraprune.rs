@@ -23,7 +23,7 @@
 //!
 //! Trainable parameters of a projection: `r · (inputs + outputs)`.
 //!
-//! Good for: a model that has to be smaller and does one task. Step time is LoRA's and one pass over the weights.
+//! Meant for: a model that has to be smaller and does one task. Step time is LoRA's and one pass over the weights.
 //!
 //! ```
 //! use lorimer_adapter::example::project;

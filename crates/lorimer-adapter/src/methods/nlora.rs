@@ -16,7 +16,7 @@
 //!
 //! Files hold what is trained; slices of W are found again from the base and held against a hash.
 //!
-//! Good for: a start from W that costs r³ instead of a singular value decomposition. Each variant wants a rate of its own: the pseudo-inverse makes
+//! Meant for: a start from W that costs r³ instead of a singular value decomposition. Each variant wants a rate of its own: the pseudo-inverse makes
 //! the gradients of `nlora` large, so that it takes 5e-6 where `slora` takes 1e-3 and `inttune`, whose N alone moves, 1e-2 (at 5e-6 it hardly learns).
 //! With `start=code` `nlora` takes 1e-3. The authors' scripts have 2e-4 for all, at rank 128 on a model of 7B.
 //!

@@ -13,7 +13,7 @@
 //!
 //! Trainable parameters of a projection: `N · (r + d)`; smaller r means more of them.
 //!
-//! Good for: where low rank is the limit. Not where time is.
+//! Meant for: where low rank is the limit. Not where time is.
 //!
 //! Step time: the change has full rank, so that a row costs `N r (inputs + outputs)` multiply-adds, three times a step, where LoRA's
 //! costs nearly nothing; or the weight is formed once a step for `outputs · inputs · N r`, which wins for many rows (the cheaper one is

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 
 use candle_core::{DType, Device, Result as TensorResult, Tensor, Var};
+use lorimer_tensor::NotFinite;
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
@@ -40,7 +41,7 @@ pub(crate) fn top_k(scores: &Tensor, k: usize) -> TensorResult<(Tensor, Vec<u64>
         ordered && scores.iter().all(|s| !s.is_nan())
     });
     if !all.reduce(|| true, |a, b| a && b) {
-        candle_core::bail!("a score that ranks are chosen by is not a number");
+        return Err(NotFinite::error("a score that ranks are chosen by is not a number"));
     }
     let mut counts = vec![0u64; rank];
     for row in mask.chunks(width) {

@@ -10,7 +10,7 @@
 //!
 //! Trainable parameters of a projection: k.
 //!
-//! Good for: switching adapters under one base in milliseconds (`lorimer switch`: k numbers are written, nothing is multiplied, and the base comes
+//! Meant for: switching adapters under one base in milliseconds (`lorimer switch`: k numbers are written, nothing is multiplied, and the base comes
 //! back bit for bit), and for adding several adapters up with little interference. In training only k gradients, moments and values exist; an
 //! entry's gradient is one dot product.
 //!

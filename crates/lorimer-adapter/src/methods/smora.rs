@@ -18,7 +18,7 @@
 //!
 //! Trainable parameters of a projection: `r · (inputs + outputs) + (r/q) · inputs`.
 //!
-//! Good for: one adapter for unlike tasks. Step time is that of LoRA of rank r and r/q.
+//! Meant for: one adapter for unlike tasks. Step time is that of LoRA of rank r and r/q.
 //!
 //! ```
 //! use lorimer_adapter::example::gated;

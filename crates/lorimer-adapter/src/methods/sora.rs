@@ -25,7 +25,7 @@
 //!
 //! Trainable parameters of a projection: `r · (inputs + outputs) + r`.
 //!
-//! Good for: finding out which modules need rank, in one run. Step time is LoRA's.
+//! Meant for: finding out which modules need rank, in one run. Step time is LoRA's.
 //!
 //! ```
 //! use lorimer_adapter::example::project;

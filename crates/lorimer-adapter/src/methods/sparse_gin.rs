@@ -24,7 +24,7 @@
 //! Trainable parameters of a block: `2Hd + 2d² + 3d + 2H + 3`. Decoding keeps p, d numbers a token and block, beside keys and values. There is no weight
 //! that gives the same: it cannot be merged, exported or switched in place, and is used alone.
 //!
-//! Good for: looking at what attention's graph is worth. On the sentiment texts it does not do better than a LoRA of as many parameters
+//! Meant for: looking at what attention's graph is worth. On the sentiment texts it does not do better than a LoRA of as many parameters
 //! (docs/comparison.md). A step takes more than a LoRA's, as the map is formed a second time and the layers are many small operations.
 //!
 //! ```

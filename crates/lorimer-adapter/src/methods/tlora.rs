@@ -13,7 +13,7 @@
 //!
 //! Trainable parameters of a projection: `R_t² · Σ I_d²` and `r · (inputs + outputs)` (lora) or `r² · (Σ O_d + Σ I_d)` (tr).
 //!
-//! Good for: very small adapters that turn the weight rather than add to it. A weight turned by a large rotation, of any form, is met with 0.73 to 0.85 of
+//! Meant for: very small adapters that turn the weight rather than add to it. A weight turned by a large rotation, of any form, is met with 0.73 to 0.85 of
 //! the error of the best LoRA of as many parameters (rings of 2 on a 40 × 48 weight); one turned by a small rotation, near the identity, with the
 //! same error (`crates/lorimer-train/tests/train/reproductions.rs`).
 //!

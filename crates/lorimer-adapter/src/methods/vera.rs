@@ -9,7 +9,7 @@
 //!
 //! Trainable parameters of a projection: `r + outputs`.
 //!
-//! Good for: files of some hundred kilobytes without a look at the base. Wants a high learning rate.
+//! Meant for: files of some hundred kilobytes without a look at the base. Wants a high learning rate.
 //!
 //! Step time: LoRA's of rank r without the gradient of A; at r = 256 that is about 1.9 × the work of LoRA at rank 8 on SmolLM2-135M.
 //!

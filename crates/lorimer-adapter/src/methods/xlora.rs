@@ -23,7 +23,7 @@
 //! Trainable parameters: depth 1 `(hidden + 1) · m`; else `(hidden + 1) z + (depth − 2)(z + 1) z + (z + 1) m`, with z = `xlora_size` and m = n, or n times
 //! the number of projections.
 //!
-//! Good for: several LoRAs of one base and requests that need more than one of them. A step takes about 1.5 times LoRA's, a token twice.
+//! Meant for: several LoRAs of one base and requests that need more than one of them. A step takes about 1.5 times LoRA's, a token twice.
 //!
 //! ```
 //! use candle_core::{Device, Tensor};

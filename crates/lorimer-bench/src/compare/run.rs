@@ -65,7 +65,7 @@ impl CompareRun {
             file_bytes: None,
         };
         let choices = find_choices(&eval);
-        let measure = |adaptation: &(dyn Adaptation + Sync), result: &mut RunResult| -> Result<()> {
+        let measure = |adaptation: &(dyn Adaptation + Sync), result: &mut RunResult| -> lorimer_train::Result<()> {
             let found = evaluate(base.model(), &base.text, adaptation, &eval, &choices, |_| {})?;
             result.loss = Some(found.loss);
             result.accuracy = found.choice_accuracy.or(Some(found.exact_match));
@@ -133,10 +133,19 @@ impl CompareRun {
                 result.seconds = Some(outcome.seconds);
                 result.trainable_parameters = Some(adapter.parameter_count());
                 result.file_bytes = std::fs::metadata(self.work.join(WEIGHTS_FILE)).ok().map(|m| m.len());
-                measure(&Attached::one(&adapter), &mut result)?;
                 // The last step may be the one that ran away.
-                if let Some(loss) = result.loss.filter(|loss| !loss.is_finite()) {
-                    result.error = Some(format!("after training, the loss on the measured rows is {loss}"));
+                let ran_away = match measure(&Attached::one(&adapter), &mut result) {
+                    Err(lorimer_train::Error::Diverged(message)) => Some(message),
+                    found => {
+                        found?;
+                        result
+                            .loss
+                            .filter(|loss| !loss.is_finite())
+                            .map(|loss| format!("the loss on the measured rows is {loss}"))
+                    }
+                };
+                if let Some(message) = ran_away {
+                    result.error = Some(format!("after training, {message}"));
                     (result.loss, result.accuracy, result.general_loss) = (None, None, None);
                 }
             }

@@ -162,7 +162,7 @@ impl Session<'_> {
     ) -> Result<()> {
         let mut stored = adapter.to_stored(self.base_name)?;
         if stored.tensors.is_empty() {
-            return Err(Error::Settings(
+            return Err(Error::Diverged(
                 "nothing is left of the adapter: every gate is closed; lower xi, or take fewer steps".into(),
             ));
         }
