@@ -11,3 +11,4 @@ pub mod session;
 pub mod settings;
 pub mod step;
 pub mod trainer;
+mod update;
