@@ -132,7 +132,7 @@ impl<'a> Directions<'a> {
             }
             Ok(())
         };
-        self.model.hidden(batch, &Inference(&InputRecorder { rows, record: &record }))?;
+        self.model.hidden(batch, &Inference::of(&InputRecorder { rows, record: &record }))?;
         Ok(recorded.into_inner().unwrap_or_else(PoisonError::into_inner))
     }
 

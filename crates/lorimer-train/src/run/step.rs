@@ -253,7 +253,7 @@ impl Pass<'_> {
 
     /// Hidden states of the frozen base, before its head.
     fn base_hidden(&self) -> candle_core::Result<Tensor> {
-        let on = Inference(&Frozen);
+        let on = Inference::of(&Frozen);
         let h = self.through(&on)?;
         Ok(self.model.end(&h, &on)?.detach())
     }
@@ -267,7 +267,7 @@ impl Pass<'_> {
         on: &dyn Adaptation,
     ) -> candle_core::Result<Tensor> {
         let parameters: Vec<&Tensor> = self.parameters.iter().map(|(_, v)| v.as_tensor()).collect();
-        let frozen = Inference(&Frozen);
+        let frozen = Inference::of(&Frozen);
         let mut sum: Option<Tensor> = None;
         for block in self.place.chunks(BLOCK_ROWS) {
             let share = block.len() as f64 / self.place.len() as f64;
