@@ -180,20 +180,11 @@ impl Adapter {
     /// rule moves.
     pub fn named(&self) -> Vec<Named<'_>> {
         let deltas = self.order.iter().filter_map(|path| Some((path, self.deltas.get(path)?)));
-        let own = deltas.flat_map(|(path, delta)| {
-            delta.parameters().into_iter().map(move |p| Named {
-                name: format!("{path}.{}", p.key),
-                var: p.var,
-                role: p.role,
-            })
-        });
-        let blocks = self.blocks.iter().flat_map(|(block, delta)| {
-            delta.parameters().into_iter().map(move |p| Named {
-                name: format!("{}.{}", block.site.path, p.key),
-                var: p.var,
-                role: p.role,
-            })
-        });
+        let own = deltas.flat_map(|(path, delta)| delta.parameters().into_iter().map(move |p| p.named(path)));
+        let blocks = self
+            .blocks
+            .iter()
+            .flat_map(|(block, delta)| delta.parameters().into_iter().map(move |p| p.named(&block.site.path)));
         let (trained, buffers): (Vec<_>, Vec<_>) = own.chain(blocks).partition(|p| p.role.is_trained());
         let whole = self.parameters.iter().filter(|(path, _)| !self.fixed.contains(*path));
         let whole = whole.map(|(path, var)| Named { name: path.clone(), var, role: Role::Whole });

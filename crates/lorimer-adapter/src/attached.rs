@@ -182,18 +182,45 @@ impl Attached<'_> {
         form.with_tensors(found)
     }
 
+    /// How the output of a projection comes about, in a recorded forward.
+    fn projected(&self, site: &Site, base: &Projection, x: &Tensor) -> TensorResult<Projected> {
+        if self.parameter(&site.weight_path()).is_some() {
+            return Ok(Projected::Plain);
+        }
+        let delta = match self.here(site).collect::<Vec<_>>()[..] {
+            [] => return Ok(Projected::Together(None, Rest::Nothing)),
+            _ if self.is_routed() => return Ok(Projected::Together(None, Rest::Nothing)),
+            [(_, delta, 1.0)] => delta,
+            _ => return Ok(Projected::Plain),
+        };
+        let (ops, mask) = (self.ops(), delta.mask(x, &self.step)?);
+        Ok(match self.form(delta, base, x)? {
+            Change::LowRank(low) => Projected::Together(Some(term(low, mask)), Rest::Nothing),
+            Change::RowRate(low, scale) => {
+                let term = LowRankTerm { gradient_scale: Some(scale), ..term(low, mask) };
+                Projected::Together(Some(term), Rest::Nothing)
+            }
+            Change::RowScaled(low, scale) if mask.is_none() => {
+                Projected::Together(Some(term(low, None)), Rest::Scale(scale))
+            }
+            Change::RowScaled(..) => Projected::Plain,
+            Change::Sparse(index, values) => Projected::Together(None, Rest::Add(ops.sparse(x, &values, &index)?)),
+            Change::Weight(weight) => Projected::Alone(ops.dense(x, &weight)?),
+            Change::Gated(change) => Projected::Alone(self.project_gated((delta, base), x, mask, &change)?),
+            Change::Free => Projected::Alone(delta.output(ops, base, x, &self.step)?),
+        })
+    }
+
     /// x Wᵀ + scaling · (g ∘ (x aᵀ)) bᵀ, recorded: the products by themselves, the gates as a subgraph.
     fn project_gated(
         &self,
         (delta, base): (&dyn Delta, &Projection),
         x: &Tensor,
+        mask: Option<Tensor>,
         change: &GatedLowRank,
     ) -> TensorResult<Tensor> {
         let (ops, LowRank { a, b, scaling }) = (self.ops(), &change.factors);
-        let own = match delta.mask(x, &self.step)? {
-            Some(mask) => ops.subgraph(&[x], &[], |t| &t[0] * &mask)?,
-            None => x.clone(),
-        };
+        let own = masked(ops, x, mask)?;
         let own = if change.input_gradient { own } else { own.detach() };
         let u = ops.dense(&own, a)?;
         let gated = ops.subgraph(&[&own, &u], &parameters(delta), |t| {
@@ -220,10 +247,7 @@ impl Attached<'_> {
     fn with_experts(&self, site: &Site, y: Tensor, x: &Tensor) -> TensorResult<Tensor> {
         let (Some(route), Some((_, delta, _))) = (&self.unit, self.here(site).next()) else { return Ok(y) };
         let ops = self.ops();
-        let own = match delta.mask(x, &self.step)? {
-            Some(mask) => ops.subgraph(&[x], &[], |t| &t[0] * &mask)?,
-            None => x.clone(),
-        };
+        let own = masked(ops, x, delta.mask(x, &self.step)?)?;
         ops.add(&y, &route.change(ops, &own, &delta.experts())?)
     }
 
@@ -254,6 +278,16 @@ impl Attached<'_> {
     }
 }
 
+/// How the output of a projection comes about.
+enum Projected {
+    /// As a product with a low-rank change, where there is one, together with the other projections of the input, and what is still to be done to it.
+    Together(Option<LowRankTerm>, Rest),
+    /// This is it.
+    Alone(Tensor),
+    /// Operation by operation ([`Attached::project_plain`]).
+    Plain,
+}
+
 /// What is still to be done to the product of a projection with its low-rank change.
 enum Rest {
     Nothing,
@@ -265,6 +299,14 @@ enum Rest {
 
 fn term(LowRank { a, b, scaling }: LowRank, mask: Option<Tensor>) -> LowRankTerm {
     LowRankTerm { mask, ..LowRankTerm::new(a, b, scaling) }
+}
+
+/// The input of a change, where elements of it are dropped.
+fn masked(ops: Ops<'_>, x: &Tensor, mask: Option<Tensor>) -> TensorResult<Tensor> {
+    match mask {
+        Some(mask) => ops.subgraph(&[x], &[], |t| &t[0] * &mask),
+        None => Ok(x.clone()),
+    }
 }
 
 /// The tensors that a delta trains.
@@ -307,40 +349,14 @@ impl Adaptation for Attached<'_> {
         let mut outputs: Vec<Option<Tensor>> = vec![None; targets.len()];
         // Without a tape the plain form runs, so that it is what the fast one is held against.
         for (place, (site, base)) in targets.iter().enumerate().filter(|_| self.tape.is_some()) {
-            if self.parameter(&site.weight_path()).is_some() {
-                continue;
-            }
-            let (low_rank, rest) = match self.here(site).collect::<Vec<_>>()[..] {
-                [] => (None, Rest::Nothing),
-                _ if self.is_routed() => (None, Rest::Nothing),
-                [(_, delta, 1.0)] => {
-                    let mask = delta.mask(x, &self.step)?;
-                    match self.form(delta, base, x)? {
-                        Change::LowRank(low) => (Some(term(low, mask)), Rest::Nothing),
-                        Change::RowRate(low, scale) => {
-                            (Some(LowRankTerm { gradient_scale: Some(scale), ..term(low, mask) }), Rest::Nothing)
-                        }
-                        Change::RowScaled(low, scale) if mask.is_none() => (Some(term(low, None)), Rest::Scale(scale)),
-                        Change::RowScaled(..) => continue,
-                        Change::Sparse(index, values) => (None, Rest::Add(ops.sparse(x, &values, &index)?)),
-                        Change::Weight(weight) => {
-                            outputs[place] = Some(ops.dense(x, &weight)?);
-                            continue;
-                        }
-                        Change::Gated(change) => {
-                            outputs[place] = Some(self.project_gated((delta, base), x, &change)?);
-                            continue;
-                        }
-                        Change::Free => {
-                            outputs[place] = Some(delta.output(ops, base, x, &self.step)?);
-                            continue;
-                        }
-                    }
+            match self.projected(site, base, x)? {
+                Projected::Together(low_rank, rest) => {
+                    parts.push(Part { weight: Some(&base.weight), low_rank });
+                    places.push((place, rest));
                 }
-                _ => continue,
-            };
-            parts.push(Part { weight: Some(&base.weight), low_rank });
-            places.push((place, rest));
+                Projected::Alone(y) => outputs[place] = Some(y),
+                Projected::Plain => {}
+            }
         }
         for ((place, rest), y) in places.into_iter().zip(ops.project(x, &parts)?) {
             outputs[place] = Some(match rest {

@@ -81,7 +81,7 @@ pub trait BlockDelta: std::fmt::Debug + Send + Sync {
     fn parameters(&self) -> Vec<Parameter<'_>>;
     /// The parameters that gradients move, by their keys in the file.
     fn trainable(&self) -> Vec<(&'static str, &Var)> {
-        self.parameters().into_iter().filter(|p| p.role.is_trained()).map(|p| (p.key, p.var)).collect()
+        Parameter::trained(self.parameters())
     }
     /// After the optimiser's step: moves the buffers.
     fn after_step(&self) -> TensorResult<()> {
@@ -89,6 +89,6 @@ pub trait BlockDelta: std::fmt::Debug + Send + Sync {
     }
     /// What the file holds for this module, by key below the module's path.
     fn stored(&self) -> TensorResult<Vec<(&'static str, Tensor)>> {
-        Ok(self.parameters().into_iter().map(|p| (p.key, p.var.detach())).collect())
+        Ok(Parameter::stored(self.parameters()))
     }
 }

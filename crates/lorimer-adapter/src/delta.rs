@@ -209,7 +209,7 @@ pub trait Delta: Send + Sync {
     ///
     /// Fails if a tensor operation fails.
     fn stored(&self) -> TensorResult<Vec<(&'static str, Tensor)>> {
-        Ok(self.parameters().into_iter().map(|p| (p.key, p.var.detach())).collect())
+        Ok(Parameter::stored(self.parameters()))
     }
     /// Whether the output changes at all.
     ///
@@ -287,7 +287,7 @@ pub trait Delta: Send + Sync {
     }
     /// The parameters that gradients move, by key.
     fn trainable(&self) -> Vec<(&'static str, &Var)> {
-        self.parameters().into_iter().filter(|p| p.role.is_trained()).map(|p| (p.key, p.var)).collect()
+        Parameter::trained(self.parameters())
     }
     /// The parameters that a rule moves after the step, by key.
     fn buffers(&self) -> Vec<(&'static str, &Var)> {

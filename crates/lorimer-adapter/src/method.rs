@@ -71,7 +71,6 @@ pub enum Calibration {
         /// Cosine between a direction and what it was a batch ago from which on it holds still.
         threshold: f64,
         /// Only positions whose own token is supervised.
-        #[serde(rename = "learnt_only")]
         supervised_only: bool,
         /// Rows of data at a time.
         batch_size: usize,

@@ -1,6 +1,6 @@
 //! What a parameter of a change is: its role decides how it is stepped, counted and saved, not its name.
 
-use candle_core::Var;
+use candle_core::{Tensor, Var};
 
 /// What a parameter is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,6 +60,21 @@ impl<'a> Parameter<'a> {
     /// `lora_A` and `lora_B`, the two factors by PEFT's names.
     pub fn pair(a: &'a Var, b: &'a Var) -> [Self; 2] {
         [Self::new("lora_A", a, Role::A), Self::new("lora_B", b, Role::B)]
+    }
+
+    /// Of some parameters those that gradients move, by key.
+    pub(crate) fn trained(all: Vec<Self>) -> Vec<(&'static str, &'a Var)> {
+        all.into_iter().filter(|p| p.role.is_trained()).map(|p| (p.key, p.var)).collect()
+    }
+
+    /// Parameters as a file holds them, by key.
+    pub(crate) fn stored(all: Vec<Self>) -> Vec<(&'static str, Tensor)> {
+        all.into_iter().map(|p| (p.key, p.var.detach())).collect()
+    }
+
+    /// The same as one of an adapter's, of the module at `path`.
+    pub(crate) fn named(self, path: &str) -> Named<'a> {
+        Named { name: format!("{path}.{}", self.key), var: self.var, role: self.role }
     }
 }
 

@@ -62,6 +62,73 @@ pub struct BenchSwitch {
     model: ModelArgs,
 }
 
+/// What the sparse adapters' entries are chosen by.
+const MASKS: [&str; 3] = ["random", "struct", "block"];
+
+/// Two LoRAs of random numbers, and the weights that they go into.
+struct Loras {
+    /// The base's weight itself, and a copy of it.
+    weights: Vec<(Tensor, Tensor)>,
+    /// A and B of each LoRA on each weight.
+    factors: Vec<[(Tensor, Tensor); 2]>,
+}
+
+impl Loras {
+    fn new(model: &dyn BaseModel, rank: usize) -> Result<Self> {
+        let mut rng = ChaCha8Rng::seed_from_u64(3);
+        let mut random = |rows: usize, columns: usize| -> Result<Tensor> {
+            let data: Vec<f32> = (0..rows * columns).map(|_| rng.random_range(-0.01..0.01)).collect();
+            Ok(Tensor::from_vec(data, (rows, columns), &Device::Cpu)?)
+        };
+        let (mut weights, mut factors) = (Vec::new(), Vec::new());
+        for (site, projection) in model.projections().into_iter().filter(|(site, _)| site.layer.is_some()) {
+            let FrozenWeight::Dense(weight) = &projection.weight else {
+                bail!("the base is quantised; load it with --dtype f32")
+            };
+            if weight.dtype() != DType::F32 {
+                bail!("a LoRA is fused in f32 here; load the base with --dtype f32");
+            }
+            let mut pair = || -> Result<_> { Ok((random(rank, site.inputs)?, random(site.outputs, rank)?)) };
+            factors.push([pair()?, pair()?]);
+            weights.push((weight.clone(), weight.copy()?));
+        }
+        Ok(Self { weights, factors })
+    }
+
+    /// Adds one of the LoRAs to the weights, times `scale`.
+    fn fuse(&self, which: usize, scale: f64) -> Result<()> {
+        let mut all = self.weights.iter().zip(&self.factors);
+        Ok(all.try_for_each(|((weight, _), pair)| add_product(weight, &pair[which].1, &pair[which].0, scale))?)
+    }
+
+    /// Writes the copies back.
+    fn restore(&self) -> Result<()> {
+        Ok(self.weights.iter().try_for_each(|(weight, from)| copy_into(weight, from))?)
+    }
+}
+
+/// Milliseconds of each kind of work, in the order in which they came first.
+#[derive(Default)]
+struct Timings(Vec<(String, Vec<f64>)>);
+
+impl Timings {
+    fn add(&mut self, name: &str, milliseconds: f64) {
+        match self.0.iter_mut().find(|(n, _)| n == name) {
+            Some((_, all)) => all.push(milliseconds),
+            None => self.0.push((name.to_string(), vec![milliseconds])),
+        }
+    }
+
+    /// Median and 99th percentile of each.
+    fn quantiles(self) -> Vec<(String, f64, f64)> {
+        let one = |(name, mut ms): (String, Vec<f64>)| {
+            let (p50, p99) = quantiles(&mut ms);
+            (name, p50, p99)
+        };
+        self.0.into_iter().map(one).collect()
+    }
+}
+
 impl BenchSwitch {
     /// Measures and prints.
     pub fn run(self, global: Global) -> Result<ExitCode> {
@@ -70,106 +137,82 @@ impl BenchSwitch {
         }
         let (mut base, _) = common::open_base(&self.model, global)?;
         let before = fingerprint(base.model())?;
-        let masks = ["random", "struct", "block"];
-        let mut sparse: Vec<[Entries; 2]> = Vec::new();
-        for mask in masks {
-            let of = |seed: u64| -> Result<Entries> {
-                let mut settings = Map::new();
-                settings.insert("density".into(), json!(self.density));
-                settings.insert("mask_type".into(), json!(mask));
-                settings.insert("init_weights".into(), Value::Bool(false));
-                Ok(Entries::of(
-                    base.model(),
-                    &Adapter::attach(base.model(), methods::build("shira", &settings)?, seed)?,
-                )?)
-            };
-            sparse.push([of(1)?, of(2)?]);
-        }
-        // Two LoRAs of random numbers, and the weights that they go into.
-        let mut rng = ChaCha8Rng::seed_from_u64(3);
-        let mut random = |rows: usize, columns: usize| -> Result<Tensor> {
-            let data: Vec<f32> = (0..rows * columns).map(|_| rng.random_range(-0.01..0.01)).collect();
-            Ok(Tensor::from_vec(data, (rows, columns), &Device::Cpu)?)
-        };
-        let mut weights = Vec::new();
-        for (site, projection) in base.model().projections().into_iter().filter(|(site, _)| site.layer.is_some()) {
-            let FrozenWeight::Dense(weight) = &projection.weight else {
-                bail!("the base is quantised; load it with --dtype f32")
-            };
-            if weight.dtype() != DType::F32 {
-                bail!("a LoRA is fused in f32 here; load the base with --dtype f32");
-            }
-            let mut loras = Vec::new();
-            for _ in 0..2 {
-                loras.push((random(self.rank, site.inputs)?, random(site.outputs, self.rank)?));
-            }
-            weights.push((weight.clone(), loras));
-        }
-        let copies: Vec<Tensor> = weights.iter().map(|(w, _)| w.copy()).collect::<Result<_, _>>()?;
-        let fuse = |which: usize, scale: f64| -> Result<()> {
-            Ok(weights.iter().try_for_each(|(w, loras)| add_product(w, &loras[which].1, &loras[which].0, scale))?)
-        };
-        let restore =
-            || -> Result<()> { Ok(weights.iter().zip(&copies).try_for_each(|((w, _), from)| copy_into(w, from))?) };
-        let mut rows: Vec<(String, Vec<f64>)> = Vec::new();
-        let mut put = |name: &str, ms: f64| match rows.iter_mut().find(|(n, _)| n == name) {
-            Some((_, all)) => all.push(ms),
-            None => rows.push((name.to_string(), vec![ms])),
-        };
+        let sparse: Vec<[Entries; 2]> =
+            MASKS.iter().map(|mask| self.sparse_adapters(base.model(), mask)).collect::<Result<_>>()?;
+        let loras = Loras::new(base.model(), self.rank)?;
+        let mut timings = Timings::default();
         let bar = common::bar(self.rounds as u64 + 1, "switching {bar:30} {pos}/{len} rounds", global);
         for round in 0..=self.rounds {
             // The first round warms up.
-            let mut note = |name: &str, ms: f64| {
-                if round > 0 {
-                    put(name, ms);
-                }
-            };
-            let (from, to) = (round % 2, (round + 1) % 2);
-            {
-                let mut switcher = Switcher::new(base.model.as_mut());
-                for (mask, pair) in masks.iter().zip(&sparse) {
-                    note(&format!("shira {mask}: put on"), timed(|| Ok(switcher.add(&pair[from], 1.0)?))?);
-                    note(&format!("shira {mask}: switch"), timed(|| Ok(switcher.switch(&pair[to])?))?);
-                    note(&format!("shira {mask}: take off"), timed(|| Ok(switcher.clear()?))?);
-                }
-            }
-            note("lora: fuse", timed(|| fuse(from, 1.0))?);
-            note("lora: switch", timed(|| fuse(from, -1.0).and_then(|()| fuse(to, 1.0)))?);
-            note("lora: restore a copy", timed(restore)?);
+            let mut unused = Timings::default();
+            let into = if round > 0 { &mut timings } else { &mut unused };
+            self.round(round, base.model.as_mut(), &sparse, &loras, into)?;
             bar.inc(1);
         }
         bar.finish_and_clear();
         if fingerprint(base.model())? != before {
             bail!("the base is not what it was");
         }
-        let mut table = Vec::new();
-        for (name, mut ms) in rows {
-            let (p50, p99) = quantiles(&mut ms);
-            table.push((name, p50, p99));
+        self.report(&timings.quantiles(), sparse[0][0].len(), global)
+    }
+
+    /// Two sparse adapters of random values on other entries.
+    fn sparse_adapters(&self, model: &dyn BaseModel, mask: &str) -> Result<[Entries; 2]> {
+        let of = |seed: u64| -> Result<Entries> {
+            let mut settings = Map::new();
+            settings.insert("density".into(), json!(self.density));
+            settings.insert("mask_type".into(), json!(mask));
+            settings.insert("init_weights".into(), Value::Bool(false));
+            Ok(Entries::of(model, &Adapter::attach(model, methods::build("shira", &settings)?, seed)?)?)
+        };
+        Ok([of(1)?, of(2)?])
+    }
+
+    /// Everything once.
+    fn round(
+        &self,
+        round: usize,
+        model: &mut dyn BaseModel,
+        sparse: &[[Entries; 2]],
+        loras: &Loras,
+        timings: &mut Timings,
+    ) -> Result<()> {
+        let (from, to) = (round % 2, (round + 1) % 2);
+        let mut switcher = Switcher::new(model);
+        for (mask, pair) in MASKS.iter().zip(sparse) {
+            timings.add(&format!("shira {mask}: put on"), timed(|| Ok(switcher.add(&pair[from], 1.0)?))?);
+            timings.add(&format!("shira {mask}: switch"), timed(|| Ok(switcher.switch(&pair[to])?))?);
+            timings.add(&format!("shira {mask}: take off"), timed(|| Ok(switcher.clear()?))?);
         }
+        drop(switcher);
+        timings.add("lora: fuse", timed(|| loras.fuse(from, 1.0))?);
+        timings.add("lora: switch", timed(|| loras.fuse(from, -1.0).and_then(|()| loras.fuse(to, 1.0)))?);
+        timings.add("lora: restore a copy", timed(|| loras.restore())?);
+        Ok(())
+    }
+
+    fn report(&self, table: &[(String, f64, f64)], entries: usize, global: Global) -> Result<ExitCode> {
         let of = |name: &str| table.iter().find(|(n, ..)| n == name).map_or(f64::NAN, |(_, p50, _)| *p50);
-        let ratios: Vec<Value> = masks
-            .iter()
-            .map(|mask| {
-                json!({
-                    "mask": mask, "fuse": of("lora: fuse") / of(&format!("shira {mask}: put on")),
-                    "switch": of("lora: switch") / of(&format!("shira {mask}: switch")),
-                })
+        let ratio = |mask: &&str| {
+            json!({
+                "mask": mask, "fuse": of("lora: fuse") / of(&format!("shira {mask}: put on")),
+                "switch": of("lora: switch") / of(&format!("shira {mask}: switch")),
             })
-            .collect();
+        };
+        let ratios: Vec<Value> = MASKS.iter().map(ratio).collect();
         let rows: Vec<Value> = table
             .iter()
             .map(|(n, p50, p99)| json!({ "what": n, "p50_milliseconds": p50, "p99_milliseconds": p99 }))
             .collect();
         let json = json!({
-            "rows": rows, "ratios": ratios, "entries": sparse[0][0].len(), "rank": self.rank, "rounds": self.rounds, "base_identical": true,
+            "rows": rows, "ratios": ratios, "entries": entries, "rank": self.rank, "rounds": self.rounds, "base_identical": true,
         });
         common::print(global, &json, || {
             let mut out = format!("{:<26}{:>12}{:>12}\n", "", "p50 ms", "p99 ms");
-            for (name, p50, p99) in &table {
+            for (name, p50, p99) in table {
                 out += &format!("{name:<26}{p50:>12.2}{p99:>12.2}\n");
             }
-            for (mask, r) in masks.iter().zip(&ratios) {
+            for (mask, r) in MASKS.iter().zip(&ratios) {
                 out += &format!(
                     "shira {mask}: {:.1} times as fast as fusing a LoRA of rank {}, {:.1} times at switching\n",
                     r["fuse"].as_f64().unwrap_or(f64::NAN),

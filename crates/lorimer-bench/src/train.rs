@@ -14,7 +14,7 @@ use lorimer_tensor::Gradients;
 use lorimer_train::run::optimize;
 use lorimer_train::run::optimize::clip;
 use lorimer_train::run::plan::Work;
-use lorimer_train::run::step::{StepLoss, accumulate_gradients, batch_loss};
+use lorimer_train::run::step::{StepLoss, StepOptions, accumulate_gradients, batch_loss};
 use lorimer_train::{EncodeOptions, Example, TrainSettings};
 use rand::{Rng, SeedableRng};
 use serde_json::{Value, json};
@@ -58,6 +58,116 @@ pub struct BenchTrain {
     once: bool,
 }
 
+/// The first of some measurements, its figures the medians of all.
+fn medians(ours: &[Value]) -> Value {
+    let mut row = ours[0].clone();
+    let fields = [
+        "examples_per_second",
+        "tokens_per_second",
+        "gflops",
+        "sgemm_gflops",
+        "share_of_sgemm",
+        "peak_bytes",
+        "forward_seconds",
+        "backward_seconds",
+        "optimizer_seconds",
+    ];
+    for field in fields {
+        row[field] = json!(median_of(ours, field));
+    }
+    row
+}
+
+/// Medians of a peer, and ours against them.
+fn against(work: &str, ours: &[Value], theirs: &[Value]) -> Value {
+    let mut peer = json!({ "work": work, "name": theirs[0]["name"] });
+    for field in ["examples_per_second", "tokens_per_second", "peak_bytes"] {
+        peer[field] = json!(median_of(theirs, field));
+    }
+    let ratio = |field| median_of(ours, field) / median_of(theirs, field);
+    peer["speed_ratio"] = json!(ratio("examples_per_second"));
+    peer["memory_ratio"] = json!(ratio("peak_bytes"));
+    let losses = |of: &[Value]| of[0]["losses"].as_array().cloned().unwrap_or_default();
+    let differences = losses(ours).into_iter().zip(losses(theirs));
+    peer["largest_loss_difference"] =
+        json!(differences.filter_map(|(a, b)| Some((a.as_f64()? - b.as_f64()?).abs())).fold(0.0, f64::max));
+    peer
+}
+
+fn shown(rows: &[Value], peers: &[Value]) -> String {
+    let mut out = format!(
+        "{:<34} {:>10} {:>9} {:>8} {:>8} {:>9}\n",
+        "work", "examples/s", "tokens/s", "GFLOP/s", "of sgemm", "peak MB"
+    );
+    let number = |v: &Value, field: &str| v[field].as_f64().unwrap_or(f64::NAN);
+    for row in rows {
+        out += &format!(
+            "{:<34} {:>10.2} {:>9.0} {:>8.0} {:>7.0}% {:>9.0}\n  forward {:.3} s, backward {:.3} s, optimiser {:.3} s a step; {:.0} of {:.0} token rows computed\n",
+            short_name(row["work"].as_str().unwrap_or_default()),
+            number(row, "examples_per_second"),
+            number(row, "tokens_per_second"),
+            number(row, "gflops"),
+            100.0 * number(row, "share_of_sgemm"),
+            number(row, "peak_bytes") / 1e6,
+            number(row, "forward_seconds"),
+            number(row, "backward_seconds"),
+            number(row, "optimizer_seconds"),
+            number(row, "computed_tokens"),
+            number(row, "tokens"),
+        );
+        for peer in peers.iter().filter(|p| p["work"] == row["work"]) {
+            out += &format!(
+                "  {:<32} {:>10.2} {:>9.0} {:>8} {:>8} {:>9.0}   ours is {:.2} times as fast in {:.2} times the memory; \
+                 losses differ by at most {:.1e}\n",
+                peer["name"].as_str().unwrap_or("peer"),
+                number(peer, "examples_per_second"),
+                number(peer, "tokens_per_second"),
+                "",
+                "",
+                number(peer, "peak_bytes") / 1e6,
+                number(peer, "speed_ratio"),
+                number(peer, "memory_ratio"),
+                number(peer, "largest_loss_difference"),
+            );
+        }
+    }
+    out.trim_end().to_string()
+}
+
+/// What the steps of a measurement come to. The first is not counted but for its loss and its time.
+#[derive(Default)]
+struct Steps {
+    losses: Vec<f64>,
+    seconds: Vec<f64>,
+    /// Seconds, and rows of data, of those that count.
+    counted: f64,
+    examples: usize,
+    tokens: usize,
+    computed: usize,
+    supervised: usize,
+    forward: f64,
+    backward: f64,
+    optimizing: f64,
+}
+
+impl Steps {
+    fn add(&mut self, found: &StepLoss, scale: f64, examples: usize, (step, optimizer): (Instant, Instant)) {
+        let counts = !self.losses.is_empty();
+        self.losses.push(found.sum * scale);
+        self.seconds.push(step.elapsed().as_secs_f64());
+        if counts {
+            self.counted += step.elapsed().as_secs_f64();
+            self.optimizing += optimizer.elapsed().as_secs_f64();
+            self.forward += found.forward_seconds;
+            self.backward += found.backward_seconds;
+            self.tokens += found.tokens;
+            self.computed += found.computed;
+            self.supervised += found.supervised;
+            self.examples += examples;
+        }
+    }
+}
+
 impl BenchTrain {
     /// Measures and prints.
     pub fn run(self, global: Global) -> Result<ExitCode> {
@@ -73,92 +183,29 @@ impl BenchTrain {
         }
         let (mut rows, mut peers) = (Vec::new(), Vec::new());
         for work in &self.work {
-            let (mut ours, mut theirs) = (Vec::new(), vec![Vec::new(); self.peer.len() + usize::from(self.reference)]);
-            for round in 1..=self.rounds {
-                tracing::info!("{work}: round {round} of {}", self.rounds);
-                ours.push(self.child(work, false)?);
-                for (peer, results) in self.peer.iter().zip(&mut theirs) {
-                    results.push(self.ask(peer, work)?);
-                }
-                if let Some(results) = theirs.last_mut().filter(|_| self.reference) {
-                    results.push(self.child(work, true)?);
-                }
-            }
-            let mut row = ours[0].clone();
-            let fields = [
-                "examples_per_second",
-                "tokens_per_second",
-                "gflops",
-                "sgemm_gflops",
-                "share_of_sgemm",
-                "peak_bytes",
-                "forward_seconds",
-                "backward_seconds",
-                "optimizer_seconds",
-            ];
-            for field in fields {
-                row[field] = json!(median_of(&ours, field));
-            }
-            for results in &theirs {
-                let mut peer = json!({ "work": work, "name": results[0]["name"] });
-                for field in ["examples_per_second", "tokens_per_second", "peak_bytes"] {
-                    peer[field] = json!(median_of(results, field));
-                }
-                let ratio = |field| median_of(&ours, field) / median_of(results, field);
-                peer["speed_ratio"] = json!(ratio("examples_per_second"));
-                peer["memory_ratio"] = json!(ratio("peak_bytes"));
-                let differences = ours[0]["losses"]
-                    .as_array()
-                    .into_iter()
-                    .flatten()
-                    .zip(results[0]["losses"].as_array().into_iter().flatten());
-                peer["largest_loss_difference"] =
-                    json!(differences.filter_map(|(a, b)| Some((a.as_f64()? - b.as_f64()?).abs())).fold(0.0, f64::max));
-                peers.push(peer);
-            }
-            rows.push(row);
+            let (ours, theirs) = self.measurements(work)?;
+            rows.push(medians(&ours));
+            peers.extend(theirs.iter().map(|theirs| against(work, &ours, theirs)));
         }
         let machine = json!({ "threads": std::thread::available_parallelism().map_or(1, usize::from), "os": std::env::consts::OS, "arch": std::env::consts::ARCH });
         let result = json!({ "rows": rows, "machine": machine, "peers": peers });
-        common::print(global, &result, || {
-            let mut out = format!(
-                "{:<34} {:>10} {:>9} {:>8} {:>8} {:>9}\n",
-                "work", "examples/s", "tokens/s", "GFLOP/s", "of sgemm", "peak MB"
-            );
-            let number = |v: &Value, field: &str| v[field].as_f64().unwrap_or(f64::NAN);
-            for row in &rows {
-                out += &format!(
-                    "{:<34} {:>10.2} {:>9.0} {:>8.0} {:>7.0}% {:>9.0}\n  forward {:.3} s, backward {:.3} s, optimiser {:.3} s a step; {:.0} of {:.0} token rows computed\n",
-                    short_name(row["work"].as_str().unwrap_or_default()),
-                    number(row, "examples_per_second"),
-                    number(row, "tokens_per_second"),
-                    number(row, "gflops"),
-                    100.0 * number(row, "share_of_sgemm"),
-                    number(row, "peak_bytes") / 1e6,
-                    number(row, "forward_seconds"),
-                    number(row, "backward_seconds"),
-                    number(row, "optimizer_seconds"),
-                    number(row, "computed_tokens"),
-                    number(row, "tokens"),
-                );
-                for peer in peers.iter().filter(|p| p["work"] == row["work"]) {
-                    out += &format!(
-                        "  {:<32} {:>10.2} {:>9.0} {:>8} {:>8} {:>9.0}   ours is {:.2} times as fast in {:.2} times the memory; \
-                         losses differ by at most {:.1e}\n",
-                        peer["name"].as_str().unwrap_or("peer"),
-                        number(peer, "examples_per_second"),
-                        number(peer, "tokens_per_second"),
-                        "",
-                        "",
-                        number(peer, "peak_bytes") / 1e6,
-                        number(peer, "speed_ratio"),
-                        number(peer, "memory_ratio"),
-                        number(peer, "largest_loss_difference"),
-                    );
-                }
+        common::print(global, &result, || shown(&rows, &peers))
+    }
+
+    /// All measurements of one piece of work, ours and in turn those of each peer and of the reference form.
+    fn measurements(&self, work: &str) -> Result<(Vec<Value>, Vec<Vec<Value>>)> {
+        let (mut ours, mut theirs) = (Vec::new(), vec![Vec::new(); self.peer.len() + usize::from(self.reference)]);
+        for round in 1..=self.rounds {
+            tracing::info!("{work}: round {round} of {}", self.rounds);
+            ours.push(self.child(work, false)?);
+            for (peer, results) in self.peer.iter().zip(&mut theirs) {
+                results.push(self.ask(peer, work)?);
             }
-            out.trim_end().to_string()
-        })
+            if let Some(results) = theirs.last_mut().filter(|_| self.reference) {
+                results.push(self.child(work, true)?);
+            }
+        }
+        Ok((ours, theirs))
     }
 
     /// This measurement in a process of its own.
@@ -231,41 +278,22 @@ impl BenchTrain {
         let options = self.step.options(checkpointing);
         let kind = self.step.optimizer_of(adapter.method.as_ref());
         let mut optimizer = optimize::build(&kind, AdamWConfig::default(), base.model(), &adapter)?;
-        let (mut losses, mut step_seconds, mut counted) = (Vec::new(), Vec::new(), 0.0);
-        let (mut tokens, mut computed, mut supervised, mut examples) = (0, 0, 0, 0);
-        let (mut forward, mut backward, mut optimizing) = (0.0, 0.0, 0.0);
+        let mut sums = Steps::default();
         let steps = rows.len().div_ceil(size);
         for (step, batch) in rows.chunks(size).enumerate() {
             let clock = Instant::now();
             let batch: Vec<&Example> = batch.iter().collect();
             let targets: usize = batch.iter().map(|e| e.targets().count()).sum();
-            let mut sums = Gradients::default();
             let on = attached.at(Step::training(step as u64));
             let scale = 1.0 / targets.max(1) as f64;
             let (found, mut gradients) = match self.reference {
                 true => reference_step(base.model(), &on, &parameters, &batch, scale)?,
-                false => {
-                    let sums = &mut sums;
-                    let found =
-                        accumulate_gradients(base.model(), &on, &parameters, &batch, scale, options, None, sums)?;
-                    (found, parameters.iter().map(|(_, v)| sums.remove(v.as_tensor())).collect())
-                }
+                false => recorded_step(base.model(), &on, &parameters, &batch, scale, options)?,
             };
             let optimizer_clock = Instant::now();
             clip(&mut gradients, 1.0)?;
             optimizer.step(&parameters, &gradients, 5e-4 * (1.0 - step as f64 / self.steps as f64))?;
-            losses.push(found.sum * scale);
-            step_seconds.push(clock.elapsed().as_secs_f64());
-            if step > 0 {
-                counted += clock.elapsed().as_secs_f64();
-                optimizing += optimizer_clock.elapsed().as_secs_f64();
-                forward += found.forward_seconds;
-                backward += found.backward_seconds;
-                tokens += found.tokens;
-                computed += found.computed;
-                supervised += found.supervised;
-                examples += batch.len();
-            }
+            sums.add(&found, scale, batch.len(), (clock, optimizer_clock));
         }
         let peak_bytes = common::peak_bytes();
         let rate = sgemm_rate()?;
@@ -274,21 +302,35 @@ impl BenchTrain {
             let sites = base.model().projections().into_iter().map(|(site, _)| site);
             sites.filter(|s| s.is_head == head).map(|s| s.inputs * s.outputs).sum()
         };
-        let flops = 4.0 * (computed as f64 * sizes(false) as f64 + supervised as f64 * sizes(true) as f64);
-        let gflops = flops / counted / 1e9;
+        let flops = 4.0 * (sums.computed as f64 * sizes(false) as f64 + sums.supervised as f64 * sizes(true) as f64);
+        let gflops = flops / sums.counted / 1e9;
         let each = (steps - 1).max(1) as f64;
         Ok(json!({
             "name": if self.reference { "reference form" } else { "lorimer" }, "work": work, "method": self.adapter.method, "rank": self.adapter.rank, "batch_size": size, "steps": steps,
             "storage": base.model().projections().first().map(|(_, p)| p.weight.storage_name()),
-            "examples_per_second": examples as f64 / counted, "tokens_per_second": tokens as f64 / counted,
-            "tokens": tokens, "computed_tokens": computed, "supervised_tokens": supervised,
+            "examples_per_second": sums.examples as f64 / sums.counted, "tokens_per_second": sums.tokens as f64 / sums.counted,
+            "tokens": sums.tokens, "computed_tokens": sums.computed, "supervised_tokens": sums.supervised,
             "gflops": gflops, "sgemm_gflops": rate, "share_of_sgemm": gflops / rate, "peak_bytes": peak_bytes,
             "planned_peak_bytes": plan.peak_bytes,
-            "load_seconds": load_seconds, "encode_seconds": encode_seconds, "forward_seconds": forward / each,
-            "backward_seconds": backward / each, "optimizer_seconds": optimizing / each, "losses": losses,
-            "step_seconds": step_seconds,
+            "load_seconds": load_seconds, "encode_seconds": encode_seconds, "forward_seconds": sums.forward / each,
+            "backward_seconds": sums.backward / each, "optimizer_seconds": sums.optimizing / each, "losses": sums.losses,
+            "step_seconds": sums.seconds,
         }))
     }
+}
+
+/// One step as it is trained.
+fn recorded_step(
+    model: &dyn BaseModel,
+    on: &Attached<'_>,
+    parameters: &[(String, &Var)],
+    rows: &[&Example],
+    scale: f64,
+    options: StepOptions,
+) -> Result<(StepLoss, Vec<Option<Tensor>>)> {
+    let mut sums = Gradients::default();
+    let found = accumulate_gradients(model, on, parameters, rows, scale, options, None, &mut sums)?;
+    Ok((found, parameters.iter().map(|(_, v)| sums.remove(v.as_tensor())).collect()))
 }
 
 /// One step in candle's own graph.

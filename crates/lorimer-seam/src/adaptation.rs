@@ -1,7 +1,9 @@
 //! What happens to a frozen model while it runs.
 
-use candle_core::{Result, Tensor, bail};
-use lorimer_tensor::{AttentionForm, Gradients, Ops, Segment};
+use std::ops::Deref;
+
+use candle_core::{DType, Result, Tensor, bail};
+use lorimer_tensor::{AttentionForm, Gradients, Ops, Segment, Segmented, Tape, project_segmented};
 
 use crate::scope::BlockScope;
 use crate::site::{Projection, Site};
@@ -131,57 +133,106 @@ impl Adaptation for Frozen {
     }
 }
 
-/// Another adaptation without gradients: the graph is cut after every projection and layer, so that memory stays at one
-/// layer's.
-pub struct Inference<'a>(pub &'a dyn Adaptation);
+/// The adaptation of a forward's last pass.
+pub enum LastPass<'a> {
+    /// Of the only one.
+    Only(&'a dyn Adaptation),
+    /// After others.
+    After(Box<dyn Adaptation + 'a>),
+}
 
-impl Adaptation for Inference<'_> {
-    fn passes(&self) -> usize {
-        self.0.passes()
-    }
-    fn pass<'s>(&'s self, number: usize, before: Option<&PassDone<'_>>) -> Result<Box<dyn Adaptation + 's>> {
-        Ok(Box::new(InferencePass(self.0.pass(number, before)?)))
-    }
-    fn project(&self, site: &Site, base: &Projection, x: &Tensor) -> Result<Tensor> {
-        Ok(self.0.project(site, base, x)?.detach())
-    }
-    fn attend(&self, point: Point, call: AttentionCall<'_>, block: &mut BlockScope<'_>) -> Result<Tensor> {
-        Ok(self.0.attend(point, call, block)?.detach())
-    }
-    fn attended(&self, h: Tensor, block: &mut BlockScope<'_>) -> Result<Tensor> {
-        Ok(self.0.attended(h, block)?.detach())
-    }
-    fn unit<'s>(&'s self, layer: usize, x: &Tensor) -> Result<Option<Box<dyn Adaptation + 's>>> {
-        Ok(self.0.unit(layer, x)?.map(|unit| Box::new(InferencePass(unit)) as Box<dyn Adaptation + 's>))
-    }
-    fn hidden(&self, point: Point, h: Tensor) -> Result<Tensor> {
-        Ok(self.0.hidden(point, h)?.detach())
-    }
-    fn parameter(&self, path: &str) -> Option<&Tensor> {
-        self.0.parameter(path)
+impl<'a> Deref for LastPass<'a> {
+    type Target = dyn Adaptation + 'a;
+
+    fn deref(&self) -> &Self::Target {
+        match self {
+            Self::Only(on) => *on,
+            Self::After(on) => on.as_ref(),
+        }
     }
 }
 
-/// One pass of an adaptation, or a unit of it, without gradients.
-struct InferencePass<'a>(Box<dyn Adaptation + 'a>);
+/// Another adaptation without gradients: the graph is cut after every projection and layer, so that memory stays at one
+/// layer's.
+pub struct Inference<'a> {
+    on: LastPass<'a>,
+    /// One that follows nothing: operations on it run on all threads.
+    tape: Option<Tape>,
+}
 
-impl Adaptation for InferencePass<'_> {
+impl<'a> Inference<'a> {
+    /// In candle's operations.
+    pub fn of(on: &'a dyn Adaptation) -> Self {
+        Self { on: LastPass::Only(on), tape: None }
+    }
+
+    /// In operations that run on all threads; projections that nothing is done to are computed together with their biases. Passes before the last are
+    /// as in [`Self::of`].
+    pub fn in_parallel(on: &'a dyn Adaptation) -> Self {
+        Self { on: LastPass::Only(on), tape: Some(Tape::new([])) }
+    }
+}
+
+impl Adaptation for Inference<'_> {
+    fn passes(&self) -> usize {
+        self.on.passes()
+    }
+
+    fn pass<'s>(&'s self, number: usize, before: Option<&PassDone<'_>>) -> Result<Box<dyn Adaptation + 's>> {
+        Ok(Box::new(Inference { on: LastPass::After(self.on.pass(number, before)?), tape: None }))
+    }
+
+    fn ops(&self) -> Ops<'_> {
+        self.tape.as_ref().map_or(Ops::plain(), Ops::recorded)
+    }
+
     fn project(&self, site: &Site, base: &Projection, x: &Tensor) -> Result<Tensor> {
-        Inference(self.0.as_ref()).project(site, base, x)
+        match self.tape {
+            Some(_) => {
+                let mut all = self.project_all(&[(site, base)], x)?;
+                all.pop().ok_or_else(|| candle_core::Error::Msg("no projection".into()))
+            }
+            None => Ok(self.on.project(site, base, x)?.detach()),
+        }
     }
+
+    fn project_all(&self, targets: &[(&Site, &Projection)], x: &Tensor) -> Result<Vec<Tensor>> {
+        if self.tape.is_none() {
+            return targets.iter().map(|(site, base)| self.project(site, base, x)).collect();
+        }
+        if x.dtype() != DType::F32 || targets.iter().any(|(site, _)| self.on.touches(site)) {
+            return Ok(self.on.project_all(targets, x)?.into_iter().map(|t| t.detach()).collect());
+        }
+        let mut parts = Vec::new();
+        for &(_, Projection { weight, bias }) in targets {
+            parts.push(Segmented { weight, bias: bias.as_ref(), groups: Vec::new() });
+        }
+        project_segmented(x, &parts)
+    }
+
     fn attend(&self, point: Point, call: AttentionCall<'_>, block: &mut BlockScope<'_>) -> Result<Tensor> {
-        Inference(self.0.as_ref()).attend(point, call, block)
+        Ok(self.on.attend(point, call, block)?.detach())
     }
+
     fn attended(&self, h: Tensor, block: &mut BlockScope<'_>) -> Result<Tensor> {
-        Inference(self.0.as_ref()).attended(h, block)
+        Ok(self.on.attended(h, block)?.detach())
     }
+
     fn unit<'s>(&'s self, layer: usize, x: &Tensor) -> Result<Option<Box<dyn Adaptation + 's>>> {
-        Ok(self.0.unit(layer, x)?.map(|unit| Box::new(InferencePass(unit)) as Box<dyn Adaptation + 's>))
+        let Some(unit) = self.on.unit(layer, x)? else { return Ok(None) };
+        let tape = self.tape.as_ref().map(|_| Tape::new([]));
+        Ok(Some(Box::new(Inference { on: LastPass::After(unit), tape })))
     }
+
     fn hidden(&self, point: Point, h: Tensor) -> Result<Tensor> {
-        Inference(self.0.as_ref()).hidden(point, h)
+        Ok(self.on.hidden(point, h)?.detach())
     }
+
+    fn touches(&self, site: &Site) -> bool {
+        self.on.touches(site)
+    }
+
     fn parameter(&self, path: &str) -> Option<&Tensor> {
-        self.0.parameter(path)
+        self.on.parameter(path)
     }
 }

@@ -8,9 +8,9 @@ pub mod model;
 pub mod scope;
 pub mod site;
 
-pub use adaptation::{Adaptation, AttentionCall, Frozen, Inference, PassDone, Point};
+pub use adaptation::{Adaptation, AttentionCall, Frozen, Inference, LastPass, PassDone, Point};
 pub use batch::Batch;
 pub use layout::{Frequencies, Input, KvCache, LayerShape, Layout, ModelShape};
-pub use model::{BaseModel, LastPass, Recompute, TooLong, earlier_passes, last_pass, run_blocks, whole_pass};
+pub use model::{BaseModel, Recompute, TooLong, earlier_passes, last_pass, run_blocks, whole_pass};
 pub use scope::{BlockScope, KeepRows};
 pub use site::{Projection, Site};

@@ -1,11 +1,11 @@
 //! What a model is to those who train, serve and measure it: projections with names, and a forward of blocks; and the one loop over them.
 
-use std::ops::{Deref, Range};
+use std::ops::Range;
 
 use candle_core::{DType, Result, Tensor, bail};
 use lorimer_tensor::{Gradients, Segment, Tape};
 
-use crate::adaptation::{Adaptation, PassDone, Point};
+use crate::adaptation::{Adaptation, LastPass, PassDone, Point};
 use crate::batch::Batch;
 use crate::layout::{Input, KvCache, Layout, ModelShape};
 use crate::site::{Projection, Site};
@@ -213,25 +213,6 @@ pub fn whole_pass<M: BaseModel + ?Sized>(
     let (first, h) = bottom(pass)?;
     let h = run_blocks(model, h, first..model.shape().layers.len(), &layout, pass, cache, |_, _| {})?;
     Ok(model.end(&h, pass)?.detach())
-}
-
-/// The adaptation of a forward's last pass.
-pub enum LastPass<'a> {
-    /// Of the only one.
-    Only(&'a dyn Adaptation),
-    /// After others.
-    After(Box<dyn Adaptation + 'a>),
-}
-
-impl<'a> Deref for LastPass<'a> {
-    type Target = dyn Adaptation + 'a;
-
-    fn deref(&self) -> &Self::Target {
-        match self {
-            Self::Only(on) => *on,
-            Self::After(on) => on.as_ref(),
-        }
-    }
 }
 
 /// The adaptation of the last pass, after what [`earlier_passes`] gave. `needed`: the rows that its last block gives, where these are not all.

@@ -1,4 +1,4 @@
-//! Dense decompositions as thin calls on `faer`, in f64 (initialisations and adapter algebra are done once,
+//! Dense decompositions by `faer`, in f64 (initialisations and adapter algebra are done once,
 //! so accuracy comes before speed).
 
 use candle_core::{DType, Device, Result, Tensor};

@@ -1,15 +1,17 @@
 //! Merging adapters into a base's weights, tensor by tensor, so that memory stays at a few tensors.
 
+use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::io::Write;
 use std::path::Path;
 
-use candle_core::quantized::QTensor;
+use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor};
 use lorimer_model::base::open_weights;
 use lorimer_model::decoder::EMBEDDING;
 use lorimer_model::files::{create_folder, write_atomic_with};
-use lorimer_model::weights::gguf::module_to_gguf;
+use lorimer_model::weights::SafetensorsFile;
+use lorimer_model::weights::gguf::{Gguf, module_to_gguf};
 use lorimer_model::{Config, LoadDtype, Projection, Site, Weights};
 use serde::Serialize;
 
@@ -259,6 +261,79 @@ impl Rounding {
     }
 }
 
+/// A merge into a folder, tensor by tensor as they are written.
+struct FolderMerge<'a> {
+    plan: Plan<'a>,
+    config: &'a Config,
+    /// Whether a head that the base shares with its embedding becomes a tensor of its own.
+    untie: bool,
+    rounding: RefCell<Rounding>,
+    progress: RefCell<&'a mut dyn FnMut(&str)>,
+}
+
+impl FolderMerge<'_> {
+    /// A tensor with what the adapters change in it.
+    fn entry(&self, name: String, dtype: DType, shape: Vec<usize>) -> Entry<'_> {
+        let (own, own_shape) = (name.clone(), shape.clone());
+        let bytes = Box::new(move || {
+            (self.progress.borrow_mut())(&own);
+            let before = self.plan.base(&own, &own_shape)?;
+            let Some(merged) = self.plan.merge(&own, &before)? else { return raw_bytes(&before.to_dtype(dtype)?) };
+            let stored = merged.to_dtype(dtype)?;
+            self.rounding.borrow_mut().add(&before, &merged, &stored, dtype.as_str())?;
+            raw_bytes(&stored)
+        });
+        Entry { name, dtype, shape, bytes }
+    }
+
+    /// Writes files like the base's, each tensor in its own type.
+    fn write_shards(&self, shards: &[SafetensorsFile], output: &Path) -> Result<()> {
+        let mut index = BTreeMap::new();
+        for (i, shard) in shards.iter().enumerate() {
+            let mut entries = Vec::new();
+            for name in shard.names() {
+                let Some((dtype, shape, bytes)) = shard.tensor(&name)? else { continue };
+                entries.push(match self.plan.touches(&name) {
+                    true => self.entry(name, dtype, shape),
+                    false => Entry { name, dtype, shape, bytes: Box::new(move || Ok(bytes.to_vec())) },
+                });
+            }
+            if self.untie && i + 1 == shards.len() {
+                let mut dtype = DType::F32;
+                for shard in shards {
+                    if let Some((found, ..)) = shard.tensor(EMBEDDING)? {
+                        dtype = found;
+                    }
+                }
+                let shape = self.config.shape();
+                entries.push(self.entry("lm_head.weight".into(), dtype, vec![shape.vocabulary, shape.hidden]));
+            }
+            let file_name = shard.path.file_name().unwrap_or_default();
+            for e in &entries {
+                index.insert(e.name.clone(), file_name.to_string_lossy().into_owned());
+            }
+            write_safetensors(&output.join(file_name), entries)?;
+        }
+        write_index(output, &index)
+    }
+
+    /// Writes every tensor of a base in fewer bits in one type.
+    fn write_expanded(&self, dtype: DType, output: &Path) -> Result<()> {
+        let weights = self.plan.weights;
+        let mut names: Vec<String> = weights.names().into_iter().filter(|n| !n.starts_with("rope_f")).collect();
+        if self.untie {
+            names.push("lm_head.weight".into());
+        }
+        let mut entries = Vec::new();
+        for name in names {
+            let source = if name == "lm_head.weight" && self.config.tied() { EMBEDDING } else { &name };
+            let shape = weights.shape(source)?.ok_or_else(|| Error::Mismatch(format!("tensor `{name}` is unknown")))?;
+            entries.push(self.entry(name, dtype, shape));
+        }
+        write_sharded(output, entries)
+    }
+}
+
 /// Merges adapters into a base and writes a folder that transformers loads. `dtype` is for a GGUF base and a packed checkpoint, whose
 /// quantised tensors are expanded; a safetensors base keeps its own types and shards. `progress` hears each tensor.
 ///
@@ -282,76 +357,47 @@ pub fn merge_to_folder(
     let plan = Plan::new(adapters, &config, &weights)?;
     let untie = config.tied() && (plan.touches("lm_head.weight") || plan.touches(EMBEDDING));
     create_folder(output)?;
-    let rounding = std::cell::RefCell::new(Rounding::default());
-    let progress = std::cell::RefCell::new(&mut progress);
-    let entry = |name: String, dtype: DType, shape: Vec<usize>| -> Entry<'_> {
-        let (own, own_shape) = (name.clone(), shape.clone());
-        let (plan, rounding, progress) = (&plan, &rounding, &progress);
-        let bytes = Box::new(move || {
-            progress.borrow_mut()(&own);
-            let before = plan.base(&own, &own_shape)?;
-            let Some(merged) = plan.merge(&own, &before)? else { return raw_bytes(&before.to_dtype(dtype)?) };
-            let stored = merged.to_dtype(dtype)?;
-            rounding.borrow_mut().add(&before, &merged, &stored, dtype.as_str())?;
-            raw_bytes(&stored)
-        });
-        Entry { name, dtype, shape, bytes }
-    };
-    if let Some(shards) = weights.shards() {
-        let mut index = BTreeMap::new();
-        for (i, shard) in shards.iter().enumerate() {
-            let mut entries = Vec::new();
-            for name in shard.names() {
-                let Some((dtype, shape, bytes)) = shard.tensor(&name)? else { continue };
-                entries.push(match plan.touches(&name) {
-                    true => entry(name, dtype, shape),
-                    false => Entry { name, dtype, shape, bytes: Box::new(move || Ok(bytes.to_vec())) },
-                });
-            }
-            if untie && i + 1 == shards.len() {
-                let mut dtype = DType::F32;
-                for shard in shards {
-                    if let Some((found, ..)) = shard.tensor(EMBEDDING)? {
-                        dtype = found;
-                    }
-                }
-                entries.push(entry(
-                    "lm_head.weight".into(),
-                    dtype,
-                    vec![config.shape().vocabulary, config.shape().hidden],
-                ));
-            }
-            let file_name = shard.path.file_name().unwrap_or_default();
-            for e in &entries {
-                index.insert(e.name.clone(), file_name.to_string_lossy().into_owned());
-            }
-            write_safetensors(&output.join(file_name), entries)?;
-        }
-        write_index(output, &index)?;
-    } else {
-        let to = match dtype {
-            LoadDtype::F16 => DType::F16,
-            LoadDtype::Bf16 => DType::BF16,
-            LoadDtype::F32 | LoadDtype::Stored | LoadDtype::Nf4 | LoadDtype::Int8 => DType::F32,
-        };
-        let mut names: Vec<String> = weights.names().into_iter().filter(|n| !n.starts_with("rope_f")).collect();
-        if untie {
-            names.push("lm_head.weight".into());
-        }
-        let mut entries = Vec::new();
-        for name in names {
-            let source = if name == "lm_head.weight" && config.tied() { EMBEDDING } else { &name };
-            let shape = weights.shape(source)?.ok_or_else(|| Error::Mismatch(format!("tensor `{name}` is unknown")))?;
-            entries.push(entry(name, to, shape));
-        }
-        write_sharded(output, entries)?;
+    let (rounding, progress) = (RefCell::default(), RefCell::new(&mut progress as &mut dyn FnMut(&str)));
+    let merge = FolderMerge { plan, config: &config, untie, rounding, progress };
+    match (weights.shards(), dtype) {
+        (Some(shards), _) => merge.write_shards(shards, output)?,
+        (None, LoadDtype::F16) => merge.write_expanded(DType::F16, output)?,
+        (None, LoadDtype::Bf16) => merge.write_expanded(DType::BF16, output)?,
+        (None, _) => merge.write_expanded(DType::F32, output)?,
     }
     write_companions(&weights, &config, output, dtype, |json| {
         if untie {
             json["tie_word_embeddings"] = false.into();
         }
     })?;
-    Ok(rounding.into_inner().report(output))
+    Ok(merge.rounding.into_inner().report(output))
+}
+
+/// A merged tensor of a GGUF file in its own type: `stored` is its name there, `name` that in a model's folder.
+fn requantised(
+    plan: &Plan<'_>,
+    file: &Gguf,
+    (stored, name): (&str, &str),
+    (dtype, dims): (GgmlDType, &[usize]),
+    rounding: &mut Rounding,
+) -> Result<QTensor> {
+    let before = match dims {
+        [rows, columns] => plan.weights.weight(name, (*rows, *columns))?.dense(DType::F32)?,
+        _ => plan.weights.vector(name, dims.iter().product())?,
+    };
+    let merged = plan.merge(name, &before)?.unwrap_or_else(|| before.clone());
+    let order = file.row_order(stored)?;
+    let to_file = |t: &Tensor| -> Result<Tensor> {
+        let t = &(t + file.offset(stored))?;
+        let Some(order) = &order else { return Ok(t.clone()) };
+        let mut inverse = vec![0u32; order.len()];
+        order.iter().enumerate().for_each(|(i, &row)| inverse[row] = i as u32);
+        Ok(t.index_select(&Tensor::new(inverse, &Device::Cpu)?, 0)?)
+    };
+    let (before, merged) = (to_file(&before)?, to_file(&merged)?);
+    let quantised = QTensor::quantize(&merged, dtype)?;
+    rounding.add(&before, &merged, &quantised.dequantize(&Device::Cpu)?, &format!("{dtype:?}"))?;
+    Ok(quantised)
 }
 
 /// Merges adapters into a GGUF base and writes a GGUF file of the same types: each merged tensor is quantised anew and
@@ -397,23 +443,7 @@ pub fn merge_to_gguf(
             None => candle_core::quantized::ggml_file::qtensor_from_ggml(dtype, bytes, dims, &Device::Cpu)?,
             Some(name) => {
                 progress(name);
-                let before = match dims[..] {
-                    [rows, columns] => weights.weight(name, (rows, columns))?.dense(DType::F32)?,
-                    _ => weights.vector(name, dims.iter().product())?,
-                };
-                let merged = plan.merge(name, &before)?.unwrap_or_else(|| before.clone());
-                let order = file.row_order(&stored)?;
-                let to_file = |t: &Tensor| -> Result<Tensor> {
-                    let t = &(t + file.offset(&stored))?;
-                    let Some(order) = &order else { return Ok(t.clone()) };
-                    let mut inverse = vec![0u32; order.len()];
-                    order.iter().enumerate().for_each(|(i, &row)| inverse[row] = i as u32);
-                    Ok(t.index_select(&Tensor::new(inverse, &Device::Cpu)?, 0)?)
-                };
-                let (before, merged) = (to_file(&before)?, to_file(&merged)?);
-                let quantised = QTensor::quantize(&merged, dtype)?;
-                rounding.add(&before, &merged, &quantised.dequantize(&Device::Cpu)?, &format!("{dtype:?}"))?;
-                quantised
+                requantised(&plan, file, (&stored, name), (dtype, &dims), &mut rounding)?
             }
         };
         tensors.push((stored, tensor));

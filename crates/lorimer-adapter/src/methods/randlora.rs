@@ -406,9 +406,9 @@ impl Delta for RandLoraDelta {
         let low = LowRank { a, b, scaling: self.scaling };
         // Multiply-adds of a step: three products of a row with both factors (one of them less for the frozen one), against
         // forming the weight, its factors' gradient, and the gradient of the whole weight.
-        let thin = rows * depth * (3 * small + 2 * large);
+        let factored = rows * depth * (3 * small + 2 * large);
         let whole = 2 * large * small * depth + rows * large * small;
-        if thin <= whole || self.dropout_is_on() {
+        if factored <= whole || self.dropout_is_on() {
             return Ok(Change::LowRank(low));
         }
         let change = (low.b.matmul(&low.a)? * low.scaling)?;

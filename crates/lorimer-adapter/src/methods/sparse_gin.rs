@@ -35,13 +35,16 @@
 //! assert_eq!(30 * settings.parameters_of(576), 6_846_900);
 //! ```
 
-use candle_core::{DType, Device, Result as TensorResult, Tensor, Var, bail};
-use lorimer_model::{BlockScope, Projection, Site};
-use lorimer_tensor::{EdgeKeys, EdgeRule, Ops};
+mod layer;
+
+use candle_core::{DType, Device, Result as TensorResult, Tensor};
+use lorimer_model::{Projection, Site};
+use lorimer_tensor::{EdgeKeys, EdgeRule};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use self::layer::{Linear, SparseGin};
 use super::entry::{Entry, Served};
 use super::random::{kaiming, normal, uniform};
 use crate::block::{BlockDelta, BlockSite};
@@ -50,9 +53,7 @@ use crate::dropout::{Dropout, check_dropout};
 use crate::error::{Error, Result};
 use crate::file::keys::FileKeys;
 use crate::method::{BlockMethod, Method, ParameterSource};
-use crate::parameter::{Parameter, Role};
 use crate::settings::{PeftKeys, configure, from_peft_json, peft_json};
-use crate::step::Step;
 use crate::targets::{Indices, Names, Targeting};
 
 /// Settings of the authors' code whose other values are not built, with what they ask for.
@@ -222,7 +223,6 @@ impl Default for SparseGinConfig {
     }
 }
 
-const EPS: f64 = 1e-5;
 /// Below this a row has so many edges that the graph is no longer sparse.
 const LEAST_SUM: f64 = 0.01;
 
@@ -401,109 +401,5 @@ impl BlockMethod for SparseGinConfig {
         // The hidden state before, g, its norm and λ times that; and of the inner states with their activations.
         let normed = if self.input == InputNorm::Normed { block.site.inputs } else { 0 };
         4 * block.site.inputs + normed + 13 * self.gin_dim
-    }
-}
-
-/// A linear layer (outputs, inputs).
-#[derive(Debug)]
-struct Linear {
-    weight: Var,
-    bias: Var,
-    keys: [&'static str; 2],
-}
-
-impl Linear {
-    fn forward(&self, ops: Ops<'_>, x: &Tensor) -> TensorResult<Tensor> {
-        ops.add_bias(&ops.dense(x, self.weight.as_tensor())?, self.bias.as_tensor())
-    }
-}
-
-/// The layer on one block.
-#[derive(Debug)]
-struct SparseGin {
-    /// W_in, W₁, W₂ and W_out.
-    linears: [Linear; 4],
-    act: Var,
-    eps: Var,
-    gain: Var,
-    scale: Var,
-    rule: EdgeRule,
-    sharpness: f64,
-    threshold: f64,
-    /// The gain of the input's norm, where the input is normed.
-    ones: Option<Tensor>,
-    dropout: Dropout,
-}
-
-impl SparseGin {
-    /// The PReLU.
-    fn activate(&self, ops: Ops<'_>, x: &Tensor) -> TensorResult<Tensor> {
-        let act = self.act.as_tensor();
-        ops.subgraph(&[x], &[act], |t| t[0].gt(0.0)?.where_cond(&t[0], &t[0].broadcast_mul(act)?))
-    }
-
-    /// Σ_j w_ij p_j for every row of `p` (rows, d).
-    fn brought(&self, ops: Ops<'_>, p: &Tensor, block: &mut BlockScope<'_>) -> TensorResult<Tensor> {
-        let Some(mut edges) = block.edges.take() else { bail!("a graph layer has not seen the attention before it") };
-        let all = match self.rule.keys {
-            // The only key is the row's own.
-            EdgeKeys::Own => {
-                let own = edges.offsets.windows(2).enumerate();
-                let own: Vec<usize> = own.flat_map(|(row, span)| vec![row; span[1] - span[0]]).collect();
-                edges = edges.with_columns(own.into_iter());
-                p.clone()
-            }
-            _ => block.keep(p.clone())?,
-        };
-        let weights = ops.subgraph(&[&edges.sums], &[], |t| {
-            (((&t[0] - self.threshold)? * -self.sharpness)?.exp()? + 1.0)?.recip()
-        })?;
-        ops.along_edges(&edges, &weights, &all)
-    }
-}
-
-impl BlockDelta for SparseGin {
-    fn edges(&self) -> Option<EdgeRule> {
-        Some(self.rule)
-    }
-
-    fn attended(&self, ops: Ops<'_>, h: &Tensor, block: &mut BlockScope<'_>, step: &Step) -> TensorResult<Tensor> {
-        let [into, first, second, out] = &self.linears;
-        let x = self.ones.as_ref().map_or_else(|| Ok(h.clone()), |ones| ops.rms_norm(h, ones, EPS))?;
-        let p = into.forward(ops, &x)?;
-        let brought = self.brought(ops, &p, block)?;
-        let eps = self.eps.as_tensor();
-        let u = ops.subgraph(&[&p, &brought], &[eps], |t| t[0].broadcast_mul(eps)? + &t[1])?;
-        let inner = second.forward(ops, &self.activate(ops, &first.forward(ops, &u)?)?)?;
-        let mut z = self.activate(ops, &ops.add(&inner, &u)?)?;
-        if let Some(mask) = self.dropout.mask(&z, step)? {
-            z = ops.subgraph(&[&z], &[], |t| &t[0] * &mask)?;
-        }
-        let g = ops.rms_norm(&out.forward(ops, &z)?, self.gain.as_tensor(), EPS)?;
-        let scale = self.scale.as_tensor();
-        ops.add(h, &ops.subgraph(&[&g], &[scale], |t| t[0].broadcast_mul(scale))?)
-    }
-
-    fn kept_width(&self) -> usize {
-        if self.reads_other_rows() { self.linears[0].bias.elem_count() } else { 0 }
-    }
-
-    fn reads_other_rows(&self) -> bool {
-        self.rule.keys != EdgeKeys::Own
-    }
-
-    /// A mask goes by the element, and so by what else is in the batch.
-    fn rows_are_independent(&self, step: &Step) -> bool {
-        self.dropout.is_off(step)
-    }
-
-    fn has_effect(&self) -> TensorResult<bool> {
-        Ok(crate::delta::largest(&self.scale)? > 0.0 && crate::delta::largest(&self.gain)? > 0.0)
-    }
-
-    fn parameters(&self) -> Vec<Parameter<'_>> {
-        let linears = self.linears.iter().flat_map(|l| [(l.keys[0], &l.weight), (l.keys[1], &l.bias)]);
-        let rest = [("norm.weight", &self.gain), ("act", &self.act), ("eps", &self.eps), ("scale", &self.scale)];
-        linears.chain(rest).map(|(key, var)| Parameter::new(key, var, Role::Core)).collect()
     }
 }

@@ -1,5 +1,6 @@
 //! Named points in a plane, as a picture.
 
+use lorimer_train::run::chart::{self, Frame};
 use plotters::prelude::*;
 
 /// One point.
@@ -19,8 +20,6 @@ pub fn scatter(points: &[Point], x_name: &str, y_name: &str, log: bool) -> Resul
     if points.is_empty() {
         return Ok(String::new());
     }
-    let _ = plotters::style::register_font("sans-serif", FontStyle::Normal, epaint_default_fonts::UBUNTU_LIGHT);
-    let say = |e: &dyn std::fmt::Display| e.to_string();
     let place = |p: &Point| (if log { p.x.max(1e-12).log10() } else { p.x }, p.y);
     let range = |values: &mut dyn Iterator<Item = f64>| {
         let (low, high) = values.fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), v| (l.min(v), h.max(v)));
@@ -28,42 +27,24 @@ pub fn scatter(points: &[Point], x_name: &str, y_name: &str, log: bool) -> Resul
         (low - room)..(high + room)
     };
     let (xs, ys) = (range(&mut points.iter().map(|p| place(p).0)), range(&mut points.iter().map(|p| place(p).1)));
-    let mut svg = String::new();
-    {
-        let area = SVGBackend::with_string(&mut svg, (900, 480)).into_drawing_area();
-        area.fill(&WHITE).map_err(|e| say(&e))?;
-        let mut chart = ChartBuilder::on(&area)
-            .margin(14)
-            .x_label_area_size(46)
-            .y_label_area_size(60)
-            .build_cartesian_2d(xs, ys)
-            .map_err(|e| say(&e))?;
-        let label = |x: &f64| match if log { 10f64.powf(*x) } else { *x } {
-            x if x >= 1e6 => format!("{:.1} M", x / 1e6),
-            x if x >= 1e4 => format!("{:.0} k", x / 1e3),
-            x if x >= 10.0 => format!("{x:.0}"),
-            x => format!("{x:.1}"),
-        };
-        chart
-            .configure_mesh()
-            .x_desc(x_name)
-            .y_desc(y_name)
-            .x_label_formatter(&label)
-            .label_style(("sans-serif", 15))
-            .axis_desc_style(("sans-serif", 16))
-            .light_line_style(TRANSPARENT)
-            .draw()
-            .map_err(|e| say(&e))?;
+    let label = |x: &f64| match if log { 10f64.powf(*x) } else { *x } {
+        x if x >= 1e6 => format!("{:.1} M", x / 1e6),
+        x if x >= 1e4 => format!("{:.0} k", x / 1e3),
+        x if x >= 10.0 => format!("{x:.0}"),
+        x => format!("{x:.1}"),
+    };
+    let frame =
+        Frame { size: (900, 480), title: None, x: (x_name, xs), y: (y_name, ys), x_label: Some(&label), legend: false };
+    chart::svg(&frame, |chart| {
         let blue = RGBColor(31, 90, 160);
         for p in points {
             let style = if p.front { blue.filled() } else { blue.stroke_width(2) };
-            chart.draw_series([Circle::new(place(p), 5, style)]).map_err(|e| say(&e))?;
+            chart.draw_series([Circle::new(place(p), 5, style)]).map_err(chart::message)?;
             let name = EmptyElement::at(place(p)) + Text::new(p.name.clone(), (8, -16), ("sans-serif", 14));
-            chart.draw_series([name]).map_err(|e| say(&e))?;
+            chart.draw_series([name]).map_err(chart::message)?;
         }
-        area.present().map_err(|e| say(&e))?;
-    }
-    Ok(svg)
+        Ok(())
+    })
 }
 
 #[cfg(test)]

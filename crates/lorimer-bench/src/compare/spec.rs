@@ -194,6 +194,26 @@ pub struct RunResult {
     pub file_bytes: Option<u64>,
 }
 
+impl RunResult {
+    /// Of a run that has not been measured yet.
+    pub fn of(spec: RunSpec) -> Self {
+        Self {
+            spec,
+            error: None,
+            loss: None,
+            accuracy: None,
+            general_loss: None,
+            train_loss: None,
+            losses: Vec::new(),
+            seconds: None,
+            start_seconds: None,
+            peak_bytes: None,
+            trainable_parameters: None,
+            file_bytes: None,
+        }
+    }
+}
+
 impl RunSpec {
     /// A file name that tells what it is.
     pub fn name(&self, line: &str) -> String {

@@ -72,7 +72,7 @@ fn of_head(head: usize, n: &HeadNorms, (length, width, tolerance): (usize, usize
 /// All heads of a forward over `tokens`.
 fn measured(model: &dyn BaseModel, on: &dyn Adaptation, tokens: &[u32], tolerance: f64) -> Result<Vec<LayerReport>> {
     let found = Found::default();
-    model.hidden(&Batch::pack([tokens]), &Inference(&Meter::new(on, &found)))?;
+    model.hidden(&Batch::pack([tokens]), &Inference::of(&Meter::new(on, &found)))?;
     let of_layer = |(layer, heads): (usize, Vec<HeadNorms>)| {
         let width = model.shape().layers[layer].head_dim;
         let of = |(head, norms)| of_head(head, norms, (tokens.len(), width, tolerance));

@@ -3,10 +3,8 @@
 mod options;
 
 use candle_core::{DType, Result as TensorResult, Tensor};
-use lorimer_seam::{
-    Adaptation, AttentionCall, BaseModel, Batch, BlockScope, LastPass, PassDone, Point, Projection, Site,
-};
-use lorimer_tensor::{Ops, Segment, Segmented, Tape, project_segmented};
+use lorimer_seam::{Adaptation, BaseModel, Batch, Inference};
+use lorimer_tensor::Segment;
 use rayon::prelude::*;
 
 pub use self::options::{EmbedOptions, Pooling};
@@ -16,69 +14,6 @@ use crate::text::TextModel;
 
 /// Token rows of a forward: what a layer makes of them stays in a core's cache.
 const ROWS: usize = 512;
-
-/// An adaptation without gradients. On a tape that follows nothing operations run on all threads, and projections that nothing is done to are
-/// computed together with their biases.
-struct Swift<'a> {
-    on: LastPass<'a>,
-    tape: Tape,
-    fused: bool,
-}
-
-impl Adaptation for Swift<'_> {
-    fn passes(&self) -> usize {
-        self.on.passes()
-    }
-
-    fn pass<'s>(&'s self, number: usize, before: Option<&PassDone<'_>>) -> TensorResult<Box<dyn Adaptation + 's>> {
-        self.on.pass(number, before)
-    }
-
-    fn ops(&self) -> Ops<'_> {
-        Ops::recorded(&self.tape)
-    }
-
-    fn project(&self, site: &Site, base: &Projection, x: &Tensor) -> TensorResult<Tensor> {
-        let mut all = self.project_all(&[(site, base)], x)?;
-        all.pop().ok_or_else(|| candle_core::Error::Msg("no projection".into()))
-    }
-
-    fn project_all(&self, targets: &[(&Site, &Projection)], x: &Tensor) -> TensorResult<Vec<Tensor>> {
-        if !self.fused || targets.iter().any(|(site, _)| self.on.touches(site)) {
-            return self.on.project_all(targets, x)?.into_iter().map(|t| Ok(t.detach())).collect();
-        }
-        let mut parts = Vec::new();
-        for &(_, Projection { weight, bias }) in targets {
-            parts.push(Segmented { weight, bias: bias.as_ref(), groups: Vec::new() });
-        }
-        project_segmented(x, &parts)
-    }
-
-    fn attend(&self, point: Point, call: AttentionCall<'_>, block: &mut BlockScope<'_>) -> TensorResult<Tensor> {
-        Ok(self.on.attend(point, call, block)?.detach())
-    }
-
-    fn attended(&self, h: Tensor, block: &mut BlockScope<'_>) -> TensorResult<Tensor> {
-        Ok(self.on.attended(h, block)?.detach())
-    }
-
-    fn unit<'s>(&'s self, layer: usize, x: &Tensor) -> TensorResult<Option<Box<dyn Adaptation + 's>>> {
-        let Some(unit) = self.on.unit(layer, x)? else { return Ok(None) };
-        Ok(Some(Box::new(Swift { on: LastPass::After(unit), tape: Tape::new([]), fused: self.fused })))
-    }
-
-    fn hidden(&self, point: Point, h: Tensor) -> TensorResult<Tensor> {
-        Ok(self.on.hidden(point, h)?.detach())
-    }
-
-    fn touches(&self, site: &Site) -> bool {
-        self.on.touches(site)
-    }
-
-    fn parameter(&self, path: &str) -> Option<&Tensor> {
-        self.on.parameter(path)
-    }
-}
 
 /// Vectors of texts, in their order.
 ///
@@ -118,7 +53,7 @@ pub fn embed_tokens(
     let mut order: Vec<usize> = (0..texts.len()).collect();
     order.sort_by_key(|&i| texts[i].len());
     let mut found = vec![Vec::new(); texts.len()];
-    let on = Swift { on: LastPass::Only(on), tape: Tape::new([]), fused: model.dtype() == DType::F32 };
+    let on = Inference::in_parallel(on);
     let mut rest = order.as_slice();
     while !rest.is_empty() {
         let mut rows = 0;

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::engine::batching::{Asked, Batching};
 use crate::engine::pool::{Geometry, Pages};
 use crate::engine::scheduler::Policy;
-use crate::engine::workload::Workload;
+use crate::engine::workload::{Arrival, Workload};
 
 /// How long a step takes on a machine, in seconds: `step + row · rows + adapter · adapters + load · pages of adapters loaded`.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -70,6 +70,109 @@ struct InFlight {
     first: Option<f64>,
 }
 
+impl Outcome {
+    fn first_token_after(&mut self, waited: f64) {
+        self.first_token += waited;
+        self.attainment += f64::from(u8::from(waited <= OBJECTIVE));
+        self.satisfaction += (2.0 - waited / OBJECTIVE).clamp(0.0, 1.0);
+    }
+
+    /// From sums to means and rates.
+    fn finish(&mut self, seconds: f64, tokens: usize) {
+        let (answered, all) = (self.answered.max(1) as f64, self.requests.max(1) as f64);
+        self.latency /= answered;
+        self.first_token /= answered;
+        self.attainment /= all;
+        self.satisfaction /= all;
+        self.seconds = seconds;
+        self.requests_per_second = self.answered as f64 / seconds.max(1e-9);
+        self.tokens_per_second = tokens as f64 / seconds.max(1e-9);
+    }
+}
+
+/// A simulation under way.
+struct Simulation {
+    batching: Batching,
+    in_flight: HashMap<u64, InFlight>,
+    outcome: Outcome,
+    /// Simulated seconds.
+    now: f64,
+    /// Tokens of answers.
+    tokens: usize,
+}
+
+impl Simulation {
+    fn submit(&mut self, id: u64, arrival: &Arrival, adapter: &Arc<str>, adapter_pages: usize) {
+        let asked = Asked {
+            prompt: vec![0; arrival.input],
+            max_tokens: arrival.output,
+            adapters: vec![(adapter.clone(), adapter_pages)],
+            content: adapter.to_string(),
+            ..Default::default()
+        };
+        match self.batching.submit(id, asked, arrival.at) {
+            Ok(()) => {
+                let (adapter, arrived, output) = (adapter.clone(), arrival.at, arrival.output);
+                self.in_flight.insert(id, InFlight { adapter, arrived, generated: 0, output, first: None });
+            }
+            Err(_) => self.outcome.refused += 1,
+        }
+    }
+
+    /// A step of the scheduler, which takes the machine its time. False: nothing ran, and no time has passed.
+    fn step(&mut self, machine: &Machine) -> Result<bool, String> {
+        let step = self.batching.step(self.now);
+        for (id, _) in &step.refused {
+            self.in_flight.remove(id);
+            self.outcome.refused += 1;
+        }
+        if !step.failed.is_empty() {
+            return Err("a request that was let in does not fit".into());
+        }
+        let pages = self.batching.pages();
+        let taken = pages.count() - pages.free();
+        self.outcome.fullest = self.outcome.fullest.max(taken as f64 / (pages.count() as f64).max(1.0));
+        let rows: usize = step.work.iter().map(|(_, n)| n).sum();
+        if rows == 0 {
+            return Ok(false);
+        }
+        // Those with the same adapter are next to each other.
+        let running = step.work.iter().filter_map(|(id, _)| Some(&self.in_flight.get(id)?.adapter));
+        let mut adapters: Vec<_> = running.collect();
+        adapters.dedup();
+        let copied: usize = step.loads.iter().map(|(_, pages)| pages.len()).sum();
+        let distinct = adapters.len() as f64;
+        self.now +=
+            machine.step + machine.row * rows as f64 + machine.adapter * distinct + machine.load * copied as f64;
+        for (id, n) in step.work {
+            self.advance(id, n);
+        }
+        Ok(true)
+    }
+
+    /// A request has got so many rows further: with the last of its prompt's, or with one of its answer's, comes a token.
+    fn advance(&mut self, id: u64, rows: usize) {
+        self.batching.advance(id, rows);
+        let Some(request) = self.in_flight.get_mut(&id) else { return };
+        if self.batching.sequence(id).is_none_or(|s| s.computed < s.tokens.len()) {
+            return;
+        }
+        request.generated += 1;
+        self.tokens += 1;
+        self.batching.push(id, 0);
+        if request.first.is_none() {
+            request.first = Some(self.now);
+            self.outcome.first_token_after(self.now - request.arrived);
+        }
+        if request.generated >= request.output {
+            self.outcome.answered += 1;
+            self.outcome.latency += self.now - request.arrived;
+            self.batching.remove(id);
+            self.in_flight.remove(&id);
+        }
+    }
+}
+
 /// Runs the scheduler over a workload. `numbers` tells how many numbers an adapter of a rank has.
 pub fn simulate(
     workload: &Workload,
@@ -81,89 +184,33 @@ pub fn simulate(
     let arrivals = workload.arrivals()?;
     let pages = machine.pool_bytes / geometry.page_bytes().max(1);
     let pages = u32::try_from(pages).map_err(|_| format!("a pool of {pages} pages is too large"))?;
-    let mut batching = Batching::new(policy, geometry, Pages::new(pages), false);
-    let mut in_flight: HashMap<u64, InFlight> = HashMap::new();
-    let mut outcome = Outcome { requests: arrivals.len(), ..Default::default() };
+    let mut simulation = Simulation {
+        batching: Batching::new(policy, geometry, Pages::new(pages), false),
+        in_flight: HashMap::new(),
+        outcome: Outcome { requests: arrivals.len(), ..Default::default() },
+        now: 0.0,
+        tokens: 0,
+    };
     let names: Vec<Arc<str>> = (0..workload.adapters).map(|i| i.to_string().into()).collect();
-    let (mut now, mut next, mut tokens) = (0.0, 0, 0);
-    while next < arrivals.len() || !in_flight.is_empty() {
-        if in_flight.is_empty() && next < arrivals.len() {
-            now = f64::max(now, arrivals[next].at);
+    let mut next = 0;
+    while next < arrivals.len() || !simulation.in_flight.is_empty() {
+        if simulation.in_flight.is_empty() && next < arrivals.len() {
+            simulation.now = f64::max(simulation.now, arrivals[next].at);
         }
-        while let Some(a) = arrivals.get(next).filter(|a| a.at <= now) {
-            let adapter = names[a.adapter].clone();
-            let size = geometry.pages_of_numbers(numbers(workload.rank(a.adapter)));
-            let asked = Asked {
-                prompt: vec![0; a.input],
-                max_tokens: a.output,
-                adapters: vec![(adapter.clone(), size)],
-                content: adapter.to_string(),
-                ..Default::default()
-            };
-            match batching.submit(next as u64, asked, a.at) {
-                Ok(()) => {
-                    let new = InFlight { adapter, arrived: a.at, generated: 0, output: a.output, first: None };
-                    in_flight.insert(next as u64, new);
-                }
-                Err(_) => outcome.refused += 1,
-            }
+        while let Some(a) = arrivals.get(next).filter(|a| a.at <= simulation.now) {
+            let pages = geometry.pages_of_numbers(numbers(workload.rank(a.adapter)));
+            simulation.submit(next as u64, a, &names[a.adapter], pages);
             next += 1;
         }
-        let step = batching.step(now);
-        for (id, _) in &step.refused {
-            in_flight.remove(id);
-            outcome.refused += 1;
-        }
-        if !step.failed.is_empty() {
-            return Err("a request that was let in does not fit".into());
-        }
-        let taken = batching.pages().count() - batching.pages().free();
-        outcome.fullest = outcome.fullest.max(taken as f64 / f64::from(pages.max(1)));
-        let rows: usize = step.work.iter().map(|(_, n)| n).sum();
-        if rows == 0 {
+        if !simulation.step(machine)? {
             // Nothing runs: the next arrival, or a waiting request that is refused with time.
+            let now = simulation.now;
             let arrival = arrivals.get(next).map_or(now + 1.0, |a| a.at);
-            now = f64::max(arrival.min(now + 1.0), now + 1e-3);
-            continue;
-        }
-        // Those with the same adapter are next to each other.
-        let mut adapters: Vec<_> = step.work.iter().filter_map(|(id, _)| Some(&in_flight.get(id)?.adapter)).collect();
-        adapters.dedup();
-        let copied: usize = step.loads.iter().map(|(_, pages)| pages.len()).sum();
-        let distinct = adapters.len() as f64;
-        now += machine.step + machine.row * rows as f64 + machine.adapter * distinct + machine.load * copied as f64;
-        for (id, n) in step.work {
-            batching.advance(id, n);
-            let Some(u) = in_flight.get_mut(&id) else { continue };
-            if batching.sequence(id).is_none_or(|s| s.computed < s.tokens.len()) {
-                continue;
-            }
-            u.generated += 1;
-            tokens += 1;
-            batching.push(id, 0);
-            if u.first.is_none() {
-                u.first = Some(now);
-                let waited = now - u.arrived;
-                outcome.first_token += waited;
-                outcome.attainment += f64::from(u8::from(waited <= OBJECTIVE));
-                outcome.satisfaction += (2.0 - waited / OBJECTIVE).clamp(0.0, 1.0);
-            }
-            if u.generated >= u.output {
-                outcome.answered += 1;
-                outcome.latency += now - u.arrived;
-                batching.remove(id);
-                in_flight.remove(&id);
-            }
+            simulation.now = f64::max(arrival.min(now + 1.0), now + 1e-3);
         }
     }
-    let (answered, all) = (outcome.answered.max(1) as f64, outcome.requests.max(1) as f64);
-    outcome.latency /= answered;
-    outcome.first_token /= answered;
-    outcome.attainment /= all;
-    outcome.satisfaction /= all;
-    outcome.seconds = now;
-    outcome.requests_per_second = outcome.answered as f64 / now.max(1e-9);
-    outcome.tokens_per_second = tokens as f64 / now.max(1e-9);
+    let Simulation { batching, mut outcome, now, tokens, .. } = simulation;
+    outcome.finish(now, tokens);
     outcome.loads = batching.adapters().figures().loads;
     outcome.preempted = batching.counted().preempted;
     Ok(outcome)

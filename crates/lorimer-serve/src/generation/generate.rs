@@ -75,7 +75,7 @@ pub fn generate(
         return Err(lorimer_model::Error::Unsupported("the prompt is empty; there is nothing to go on from".into()));
     }
     model.check_length(prompt.len().saturating_add(max_tokens)).map_err(lorimer_model::Error::from)?;
-    let adaptation = Inference(adaptation);
+    let adaptation = Inference::of(adaptation);
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let mut cache = KvCache::default();
     let (mut seen, mut generated) = (prompt.to_vec(), 0);

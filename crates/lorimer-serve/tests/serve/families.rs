@@ -1,6 +1,5 @@
 //! Gemma and Phi-3 against transformers' and PEFT's numbers (see tests/goldens/make_families.py), and against themselves: trained, served, merged.
 
-use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
@@ -13,14 +12,15 @@ use lorimer_model::base::open_weights;
 use lorimer_model::decoder::config::{DecoderConfig, LayerKind};
 use lorimer_model::weights::{SafetensorsFile, Weights};
 use lorimer_model::{Config, Point};
-use lorimer_serve::engine::scheduler::{Policy, Tenant};
+use lorimer_serve::engine::scheduler::Policy;
 use lorimer_serve::generation::generate::extend;
-use lorimer_serve::{Engine, EngineSettings, Event, Hosted, Request};
+use lorimer_serve::{Engine, EngineSettings, Hosted};
 use lorimer_tensor::Gradients;
 use lorimer_train::run::step::{StepOptions, accumulate_gradients, batch_loss};
 use serde_json::{Value, json};
 
 use crate::prelude::*;
+use crate::requests::{answered, request};
 
 const TINY: [&str; 4] = ["tiny-gemma2", "tiny-gemma3", "tiny-phi3", "tiny-phi3-longrope"];
 
@@ -400,37 +400,19 @@ fn engines_answer_as_plain_generation_does() {
         let mut engine =
             Engine::new(&model, EngineSettings { pool_bytes: 1 << 22, policy, prefix_cache: true }).unwrap();
         let tokens = &golden.ids("tokens")[0];
-        let request = |length: usize, with: bool, n: usize| Request {
-            prompt: tokens[..length].to_vec(),
-            adapters: with.then(|| (hosted.clone(), 1.0)).into_iter().collect(),
-            max_tokens: Some(n),
-            sampling: Sampling::default(),
-            seed: 0,
-            stop: vec![],
-            log_probabilities: None,
-            of_prompt: false,
-            tenant: Tenant::default(),
-            names: vec![],
+        let asked = |length: usize, with: bool, n: usize| {
+            let adapters = with.then(|| (hosted.clone(), 1.0)).into_iter().collect();
+            request(tokens[..length].to_vec(), adapters, n)
         };
         let (lengths, n) = if case == "phi3_longrope" { ([10, 7, 3, 11], 5) } else { ([21, 7, 3, 18], 24) };
         if case == "phi3_longrope" {
-            let problem = engine.submit(request(10, false, 7), 0.0).expect_err("refused").to_string();
+            let problem = engine.submit(asked(10, false, 7), 0.0).expect_err("refused").to_string();
             assert!(problem.contains("LongRoPE"), "{problem}");
         }
-        let mut answers: HashMap<u64, Vec<u32>> = HashMap::new();
         // The second time round prompts are in the prefix cache.
-        for i in 0..8 {
-            let id = engine.submit(request(lengths[i % 4], i % 2 == 0, n), 0.0).unwrap().unwrap();
-            answers.insert(id, Vec::new());
-            while i % 4 == 3 && !engine.is_idle() {
-                for event in engine.step(0.0) {
-                    let Event::Token(id, token, _) = event else { panic!("{event:?}") };
-                    answers.get_mut(&id).unwrap().push(token.token);
-                }
-            }
-        }
-        for (id, found) in answers {
-            let i = id as usize % 4;
+        let requests: Vec<_> = (0..8).map(|i| asked(lengths[i % 4], i % 2 == 0, n)).collect();
+        for (i, found) in answered(&mut engine, &requests, 4).into_iter().enumerate() {
+            let (i, found) = (i % 4, found.unwrap());
             let prompt = &tokens[..lengths[i]];
             let expected = match i.is_multiple_of(2) {
                 true => generated(&model, &Attached::one(&adapter), prompt, n).0,

@@ -91,6 +91,51 @@ impl Run {
     }
 }
 
+/// What may be asked of a pool.
+struct Traffic {
+    geometry: Geometry,
+    adapters: Vec<(Arc<str>, usize)>,
+    users: u32,
+    texts: u32,
+    /// Most tokens of a prompt.
+    most: usize,
+}
+
+impl Traffic {
+    /// A request, and the text that its prompt is of.
+    fn asked(&self, rng: &mut ChaCha8Rng) -> (Asked, u32) {
+        let prompt = match rng.random_range(0..3) {
+            0 => rng.random_range(1..=self.most),
+            1 => BLOCK * rng.random_range(1..=self.most.div_ceil(BLOCK)),
+            _ => rng.random_range(1..=self.most.min(3 * BLOCK)),
+        };
+        let largest = [1, 8, self.most][rng.random_range(0..3)];
+        let max_tokens = rng.random_range(1..=largest);
+        let mut chosen = self.adapters.clone();
+        chosen.retain(|_| rng.random_bool(0.2));
+        let text = rng.random_range(0..self.texts);
+        // Keys and values of the same content lie alike.
+        let content: String = chosen.iter().map(|(a, _)| a.to_string()).collect();
+        let pages_per_block = self.geometry.layers * (chosen.len() % 2) + chosen.len() % 3;
+        let asked = Asked {
+            prompt: (0..prompt).map(|i| token(text, i)).collect(),
+            whole: rng.random_bool(0.1),
+            max_tokens,
+            // An answer may turn out longer than expected.
+            expected: rng.random_bool(0.3).then(|| rng.random_range(0..=max_tokens)),
+            adapters: chosen,
+            pages_per_block,
+            content,
+            answered: rng.random_range(0..prompt),
+            tenant: Tenant {
+                client: format!("c{}", rng.random_range(0..2)).into(),
+                user: format!("u{}", rng.random_range(0..1000u32) % self.users).into(),
+            },
+        };
+        (asked, text)
+    }
+}
+
 /// A pool of its own with requests that fit and some that do not; how many events there were.
 fn run(seed: u64, events: u64) -> u64 {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
@@ -114,6 +159,7 @@ fn run(seed: u64, events: u64) -> u64 {
     let users = [1, 3, 1000][rng.random_range(0..3)];
     let (texts, busy) = (rng.random_range(1..=3u32), rng.random_range(0.05..0.9));
     let most = count as usize / geometry.layers * BLOCK;
+    let traffic = Traffic { geometry, adapters, users, texts, most };
     let (mut next, mut done) = (0, 0);
     while done < events {
         done += 1;
@@ -128,36 +174,10 @@ fn run(seed: u64, events: u64) -> u64 {
             run.batching.remove(id);
             run.under.remove(&id);
         } else {
-            let prompt = match rng.random_range(0..3) {
-                0 => rng.random_range(1..=most),
-                1 => BLOCK * rng.random_range(1..=most.div_ceil(BLOCK)),
-                _ => rng.random_range(1..=most.min(3 * BLOCK)),
-            };
-            let largest = [1, 8, most][rng.random_range(0..3)];
-            let max_tokens = rng.random_range(1..=largest);
-            let mut chosen = adapters.clone();
-            chosen.retain(|_| rng.random_bool(0.2));
-            let text = rng.random_range(0..texts);
-            // Keys and values of the same content lie alike.
-            let content: String = chosen.iter().map(|(a, _)| a.to_string()).collect();
-            let pages_per_block = geometry.layers * (chosen.len() % 2) + chosen.len() % 3;
-            let asked = Asked {
-                prompt: (0..prompt).map(|i| token(text, i)).collect(),
-                whole: rng.random_bool(0.1),
-                max_tokens,
-                // An answer may turn out longer than expected.
-                expected: rng.random_bool(0.3).then(|| rng.random_range(0..=max_tokens)),
-                adapters: chosen,
-                pages_per_block,
-                content,
-                answered: rng.random_range(0..prompt),
-                tenant: Tenant {
-                    client: format!("c{}", rng.random_range(0..2)).into(),
-                    user: format!("u{}", rng.random_range(0..1000u32) % users).into(),
-                },
-            };
+            let (asked, text) = traffic.asked(&mut rng);
+            let (max_tokens, pages_per_block) = (asked.max_tokens, asked.pages_per_block);
             let fits = asked.adapters.iter().map(|(_, pages)| pages).sum::<usize>()
-                + geometry.pages_with(prompt + max_tokens, asked.pages_per_block)
+                + geometry.pages_with(asked.prompt.len() + max_tokens, pages_per_block)
                 <= count as usize;
             match run.batching.submit(next, asked, run.now) {
                 Ok(()) => {

@@ -12,13 +12,13 @@ use lorimer_model::KvCache;
 use lorimer_model::base::open_weights;
 use lorimer_model::weights::LoadDtype;
 use lorimer_serve::engine::scheduler::Policy;
-use lorimer_serve::{Engine, EngineSettings, Event, Hosted};
+use lorimer_serve::{Engine, EngineSettings, Hosted};
 use lorimer_tensor::Gradients;
 use lorimer_train::run::step::{StepOptions, accumulate_gradients, batch_loss};
 use serde_json::{Value, json};
 
 use crate::prelude::*;
-use crate::requests::{greedy, logits_of, request};
+use crate::requests::{answered, greedy, logits_of, request};
 use crate::tiny;
 
 /// A base of three layers that keep different numbers of heads and channels.
@@ -153,19 +153,13 @@ fn served(model: &Decoder, adapter: &Adapter, tokens: &[u32]) {
     let hosted = Arc::new(Hosted::new(model, adapter, "sha256:it".into(), None).unwrap());
     let policy = Policy { batch_tokens: 8, ..Default::default() };
     let mut engine = Engine::new(model, EngineSettings { pool_bytes: 1 << 20, policy, prefix_cache: true }).unwrap();
-    let mut answers: HashMap<u64, (usize, Vec<u32>)> = HashMap::new();
-    for i in 0..6 {
+    let asked = |i: usize| {
         let adapters = (i % 2 == 0).then(|| (hosted.clone(), 1.0)).into_iter().collect();
-        let request = request(tokens[..[12, 7, 3][i % 3]].to_vec(), adapters, 20);
-        answers.insert(engine.submit(request, 0.0).unwrap().unwrap(), (i, Vec::new()));
-        while i % 3 == 2 && !engine.is_idle() {
-            for event in engine.step(0.0) {
-                let Event::Token(id, token, _) = event else { panic!("{event:?}") };
-                answers.get_mut(&id).unwrap().1.push(token.token);
-            }
-        }
-    }
-    for (i, found) in answers.into_values() {
+        request(tokens[..[12, 7, 3][i % 3]].to_vec(), adapters, 20)
+    };
+    let answers = answered(&mut engine, &(0..6).map(asked).collect::<Vec<_>>(), 3);
+    for (i, found) in answers.into_iter().enumerate() {
+        let found = found.unwrap();
         let attached = Attached::one(adapter);
         let on: &dyn Adaptation = if i % 2 == 0 { &attached } else { &Frozen };
         assert_eq!(found, greedy(model, on, &tokens[..[12, 7, 3][i % 3]], 20), "request {i}");

@@ -1,14 +1,13 @@
 //! Routed units (LLaVA-MoLE) in the engine: what a sequence gives in the batch is what it gives alone.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
 use candle_core::DType;
 use lorimer_serve::engine::scheduler::Policy;
-use lorimer_serve::{Engine, EngineSettings, Event, Hosted};
+use lorimer_serve::{Engine, EngineSettings, Hosted};
 
 use crate::prelude::*;
-use crate::requests::{greedy, request};
+use crate::requests::{answered, greedy, request};
 use crate::tiny::{self, attach, move_all};
 
 /// Prompts in parts beside the base's and another adapter's rows, from the prefix cache and after a full pool took pages back.
@@ -37,26 +36,15 @@ fn routes_are_those_of_the_code_that_trains() {
             let policy = Policy { batch_tokens: 9, ..Default::default() };
             let own = EngineSettings { pool_bytes: pool * geometry.page_bytes(), policy, prefix_cache: true };
             let mut engine = Engine::new(&model, own).unwrap();
-            let mut answers: HashMap<u64, (usize, Vec<u32>)> = HashMap::new();
-            for round in 0..2 {
-                for (i, &length) in lengths.iter().enumerate() {
-                    let with = [Some(&one), None, Some(&one), Some(&two), Some(&one), None][i];
-                    let adapters = with.map(|hosted| (hosted.clone(), 1.0)).into_iter().collect();
-                    match engine.submit(request(tokens[..length].to_vec(), adapters, 9), f64::from(round)).unwrap() {
-                        Ok(id) => drop(answers.insert(id, (i, Vec::new()))),
-                        // Too large for the small pool.
-                        Err(_) => assert!(pool < 60),
-                    }
-                }
-                while !engine.is_idle() {
-                    for event in engine.step(f64::from(round)) {
-                        let Event::Token(id, token, _) = event else { panic!("{event:?}") };
-                        answers.get_mut(&id).unwrap().1.push(token.token);
-                    }
-                }
-            }
-            assert!(answers.len() > 6, "{}", answers.len());
-            for (i, found) in answers.into_values() {
+            let asked = |i: usize| {
+                let with = [Some(&one), None, Some(&one), Some(&two), Some(&one), None][i % 6];
+                let adapters = with.map(|hosted| (hosted.clone(), 1.0)).into_iter().collect();
+                request(tokens[..lengths[i % 6]].to_vec(), adapters, 9)
+            };
+            let answers = answered(&mut engine, &(0..12).map(asked).collect::<Vec<_>>(), 6);
+            let count = answers.iter().flatten().count();
+            assert!(count == 12 || (pool < 60 && count > 6), "{count}");
+            for (i, found) in answers.into_iter().enumerate().filter_map(|(i, found)| Some((i % 6, found?))) {
                 let (one, two) = (Attached::one(&adapter), Attached::one(&other));
                 let on: [&dyn Adaptation; 6] = [&one, &Frozen, &one, &two, &one, &Frozen];
                 assert_eq!(found, greedy(&model, on[i], &tokens[..lengths[i]], 9), "{settings}: request {i}");

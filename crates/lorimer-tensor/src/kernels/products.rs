@@ -1,8 +1,8 @@
 //! Sums of matrix products, several at a time in one parallel part: `out = keep·out + Σ left · right`.
 //!
 //! A training step of a small model is some hundreds of products of a few hundred rows. Done one after the other, each packs
-//! both its sides, wakes the threads and waits for the slowest; a low-rank change beside a frozen weight is two more, thin
-//! ones. Here what can run together does: several results out of one input (query, key and value; gate and up), and
+//! both its sides, wakes the threads and waits for the slowest; a low-rank change beside a frozen weight is two more, of
+//! inner or outer size r. Here what can run together does: several results out of one input (query, key and value; gate and up), and
 //! several terms into one result (`g W + dU A`). The right side is packed where it is used, out of whatever it is stored in, so that
 //! a weight in fewer bits is expanded for some columns at a time and never whole; the left side is read where it lies.
 //!

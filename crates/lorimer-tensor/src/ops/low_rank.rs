@@ -189,7 +189,7 @@ pub(crate) fn forward<T: Real>(x: &Tensor, parts: &[Part<'_>]) -> Result<(Vec<Te
             let terms = vec![Term::forward(c.input(x), inputs, Right::Slice(c.a, inputs))];
             Product::new((rows, c.rank), terms)
         });
-        let thin = spread(run(products.collect())?, &changes);
+        let down = spread(run(products.collect())?, changes.iter().map(Option::as_ref));
 
         let guards: Vec<_> = parts.iter().map(|part| part.weight.map(FrozenWeight::guard)).collect();
         let views = guards.iter().map(|guard| guard.as_ref().map(|g| g.view()).transpose());
@@ -200,21 +200,24 @@ pub(crate) fn forward<T: Real>(x: &Tensor, parts: &[Part<'_>]) -> Result<(Vec<Te
             (None, None) => 0,
         });
         let widths: Vec<usize> = widths.collect();
-        let products = views.iter().zip(&widths).zip(changes.iter().zip(&thin)).map(|((view, width), (c, thin))| {
+        let products = views.iter().zip(&widths).zip(changes.iter().zip(&down)).map(|((view, width), (c, down))| {
             let mut terms: Vec<_> = view.iter().map(|view| Term::forward(x, inputs, Right::Weight(*view))).collect();
-            terms.extend(c.as_ref().map(|c| Term::forward(thin, c.rank, Right::Slice(c.b, c.rank))));
+            terms.extend(c.as_ref().map(|c| Term::forward(down, c.rank, Right::Slice(c.b, c.rank))));
             Product::new((rows, *width), terms)
         });
         let outs = run(products.collect())?.into_iter().zip(&widths);
         let outs = outs.map(|(out, width)| Tensor::from_vec(out, (rows, *width), &Device::Cpu));
-        Ok((outs.collect::<Result<_>>()?, thin))
+        Ok((outs.collect::<Result<_>>()?, down))
     })
 }
 
 /// Results of parts with a change, times its scaling, among empty ones for parts without.
-fn spread<T: Real>(results: Vec<Vec<T>>, changes: &[Option<Change<'_, T>>]) -> Vec<Vec<T>> {
+fn spread<'a: 'b, 'b, T: Real>(
+    results: Vec<Vec<T>>,
+    changes: impl Iterator<Item = Option<&'b Change<'a, T>>>,
+) -> Vec<Vec<T>> {
     let mut results = results.into_iter();
-    let one = |c: &Option<Change<'_, T>>| match c {
+    let one = |c: Option<&Change<'_, T>>| match c {
         Some(c) => {
             let mut values = results.next().unwrap_or_default();
             values.iter_mut().for_each(|v| *v *= c.scaling);
@@ -222,20 +225,30 @@ fn spread<T: Real>(results: Vec<Vec<T>>, changes: &[Option<Change<'_, T>>]) -> V
         }
         None => Vec::new(),
     };
-    changes.iter().map(one).collect()
+    changes.map(one).collect()
 }
 
-/// From the outputs' gradients (where there are any) to those of x, A and B.
+/// A part whose output has a gradient.
+struct LivePart<'a, T> {
+    kept: &'a Kept,
+    outputs: usize,
+    /// (rows, outputs).
+    g: &'a [T],
+    change: Option<Change<'a, T>>,
+    /// s·x' Aᵀ, (rows, rank).
+    down: &'a [T],
+}
+
+/// From the outputs' gradients (where there are any) to those of x, A and B. `down` is what [`forward`] gave beside the outputs.
 pub(crate) fn backward<T: Real>(
     found: &[Option<Tensor>],
     input: &Input,
     parts: &[Kept],
-    thin: &[Vec<T>],
+    down: &[Vec<T>],
     gradients: &mut Gradients,
 ) -> Result<()> {
     let (rows, inputs) = input.shape;
-    let wants_x = input.id.is_some();
-    let live = found.iter().zip(parts).zip(thin).filter_map(|((g, part), thin)| Some((g.as_ref()?, part, thin)));
+    let live = found.iter().zip(parts).zip(down).filter_map(|((g, part), down)| Some((g.as_ref()?, part, down)));
     let live: Vec<(&Tensor, &Kept, &Vec<T>)> = live.collect();
     let values = input.values.as_ref().map(|values| values()).transpose()?;
     let mut tensors: Vec<&Tensor> = values.iter().collect();
@@ -245,100 +258,129 @@ pub(crate) fn backward<T: Real>(
     }
     with_slice_list(&tensors, |slices: &[&[T]]| {
         let mut slices = slices.iter().copied();
-        let x_values = values.as_ref().and_then(|_| slices.next()).unwrap_or_default();
-        let (mut gs, mut changes) = (Vec::new(), Vec::new());
-        for (_, part, _) in &live {
-            gs.push((slices.next().unwrap_or_default(), part.outputs()?));
-            changes.push(part.low_rank.as_ref().map(|l| Change::new(x_values, l, inputs, &mut slices)));
-        }
-
-        // dU = s·g B.
-        let scaled: Vec<Option<Vec<T>>> = changes.iter().map(|c| c.as_ref()?.scaled_b()).collect();
-        let products = gs.iter().zip(&changes).zip(&scaled).filter_map(|(((g, outputs), c), scaled)| {
-            let c = c.as_ref()?;
-            let b = scaled.as_deref().unwrap_or(c.b);
-            let terms = vec![Term::backward(g, *outputs, Right::Slice(b, c.rank))];
-            Some(Product::new((rows, c.rank), terms))
+        let x = values.as_ref().and_then(|_| slices.next()).unwrap_or_default();
+        let live = live.iter().map(|&(_, kept, down)| {
+            let (g, outputs) = (slices.next().unwrap_or_default(), kept.outputs()?);
+            let change = kept.low_rank.as_ref().map(|l| Change::new(x, l, inputs, &mut slices));
+            Ok(LivePart { kept, outputs, g, change, down })
         });
-        let du = spread(run(products.collect())?, &changes);
-
-        // dx, dA, dBᵀ = (s·x' Aᵀ)ᵀ g and, under a mask, dU A, all at once.
-        let guards: Vec<_> = live.iter().map(|(_, part, _)| part.weight.as_ref().map(FrozenWeight::guard)).collect();
-        let (mut into_x, mut products) = (Vec::new(), Vec::new());
-        for (i, ((g, outputs), c)) in gs.iter().zip(&changes).enumerate() {
-            let (outputs, du, thin) = (*outputs, &du[i], live[i].2);
-            if let Some(guard) = guards[i].as_ref().filter(|_| wants_x) {
-                into_x.push(Term::backward(g, outputs, Right::Weight(guard.view()?)));
+        let live: Vec<LivePart<'_, T>> = live.collect::<Result<_>>()?;
+        let du = down_gradients(&live, rows)?;
+        let guards: Vec<_> = live.iter().map(|part| part.kept.weight.as_ref().map(FrozenWeight::guard)).collect();
+        let mut products = Products { into_x: Vec::new(), new: Vec::new() };
+        for ((part, du), guard) in live.iter().zip(&du).zip(&guards) {
+            if let Some(guard) = guard.as_ref().filter(|_| input.id.is_some()) {
+                products.into_x.push(Term::backward(part.g, part.outputs, Right::Weight(guard.view()?)));
             }
-            let Some(c) = c else { continue };
-            let (rank, shape, (wants_a, wants_b)) = (c.rank, (rows, c.rank), live[i].1.wants);
-            if wants_a {
-                let da = vec![Term::outer(du, shape, Right::Slice(c.input(x_values), inputs))];
-                products.push(Product::new((rank, inputs), da));
-            }
-            if wants_b {
-                let db = vec![Term::outer(thin, shape, Right::Slice(g, outputs))];
-                products.push(Product::new((rank, outputs), db));
-            }
-            let term = Term::backward(du, rank, Right::Slice(c.a, inputs));
-            match (wants_x, c.mask) {
-                (true, None) => into_x.push(term),
-                (true, Some(_)) => products.push(Product::new((rows, inputs), vec![term])),
-                (false, _) => {}
-            }
+            products.add_change(part, du, x, input);
         }
-        let new = match input.id.filter(|_| !into_x.is_empty()) {
-            None => run(products)?,
-            Some(x) if gradients.holds(x) => {
-                let mut new = Vec::new();
-                gradients.accumulate(x, (rows, inputs), |dx: &mut [T], keep| {
-                    let mut products = products;
-                    products.push(Product { out: Out::Into(dx, keep), rows, columns: inputs, terms: into_x });
-                    new = run(products)?;
-                    Ok(())
-                })?;
-                new
-            }
-            Some(x) => {
-                products.push(Product::new((rows, inputs), into_x));
-                let mut new = run(products)?;
-                gradients.add(x, Tensor::from_vec(new.pop().unwrap_or_default(), (rows, inputs), &Device::Cpu)?)?;
-                new
-            }
-        };
-
-        let mut new = new.into_iter();
-        let mut next = || new.next().unwrap_or_default();
-        let put = |sum: &mut T, v: T, keep: bool| *sum = if keep { *sum + v } else { v };
-        for ((_, part, _), ((_, outputs), c)) in live.iter().zip(gs.iter().zip(&changes)) {
-            let (Some(term), Some(c)) = (&part.low_rank, c) else { continue };
-            if part.wants.0 {
-                let da = next();
-                gradients.accumulate(term.a.id(), (c.rank, inputs), |sum: &mut [T], keep| {
-                    sum.iter_mut().zip(&da).for_each(|(sum, &v)| put(sum, v, keep));
-                    Ok(())
-                })?;
-            }
-            if part.wants.1 {
-                let db = next();
-                gradients.accumulate(term.b.id(), (*outputs, c.rank), |sum: &mut [T], keep| {
-                    for (o, sum) in sum.chunks_exact_mut(c.rank.max(1)).enumerate() {
-                        let scale = c.scale.map_or(T::from_f64(1.0), |scale| scale[o]);
-                        sum.iter_mut().enumerate().for_each(|(r, sum)| put(sum, db[r * outputs + o] * scale, keep));
-                    }
-                    Ok(())
-                })?;
-            }
-            if let (Some(mask), Some(x)) = (c.mask, input.id) {
-                let change = next();
-                gradients.accumulate(x, (rows, inputs), |dx: &mut [T], keep| {
-                    dx.iter_mut().zip(change.iter().zip(mask)).for_each(|(dx, (&v, &m))| put(dx, v * m, keep));
-                    Ok(())
-                })?;
-            }
-        }
-        Ok(())
+        let new = products.run(input, gradients)?;
+        add_results(&live, new, input, gradients)
     })
+}
+
+/// dU = s·g B of every part, (rows, rank); empty for parts without a change.
+fn down_gradients<T: Real>(live: &[LivePart<'_, T>], rows: usize) -> Result<Vec<Vec<T>>> {
+    let scaled: Vec<Option<Vec<T>>> = live.iter().map(|part| part.change.as_ref()?.scaled_b()).collect();
+    let products = live.iter().zip(&scaled).filter_map(|(part, scaled)| {
+        let c = part.change.as_ref()?;
+        let b = scaled.as_deref().unwrap_or(c.b);
+        let terms = vec![Term::backward(part.g, part.outputs, Right::Slice(b, c.rank))];
+        Some(Product::new((rows, c.rank), terms))
+    });
+    Ok(spread(run(products.collect())?, live.iter().map(|part| part.change.as_ref())))
+}
+
+/// What the backward computes at once: dx, and for each part in turn dA, dBᵀ = (s·x' Aᵀ)ᵀ g and, under a mask, dU A, as far as they are wanted.
+struct Products<'a, T> {
+    /// Terms of dx.
+    into_x: Vec<Term<'a, T>>,
+    /// The others; [`add_results`] takes their results in the same order.
+    new: Vec<Product<'a, T>>,
+}
+
+impl<'a, T: Real> Products<'a, T> {
+    fn add_change(&mut self, part: &'a LivePart<'_, T>, du: &'a [T], x: &'a [T], input: &Input) {
+        let Some(c) = &part.change else { return };
+        let (rows, inputs) = input.shape;
+        let (rank, shape, (wants_a, wants_b)) = (c.rank, (rows, c.rank), part.kept.wants);
+        if wants_a {
+            let da = vec![Term::outer(du, shape, Right::Slice(c.input(x), inputs))];
+            self.new.push(Product::new((rank, inputs), da));
+        }
+        if wants_b {
+            let db = vec![Term::outer(part.down, shape, Right::Slice(part.g, part.outputs))];
+            self.new.push(Product::new((rank, part.outputs), db));
+        }
+        let term = Term::backward(du, rank, Right::Slice(c.a, inputs));
+        match (input.id, c.mask) {
+            (Some(_), None) => self.into_x.push(term),
+            (Some(_), Some(_)) => self.new.push(Product::new((rows, inputs), vec![term])),
+            (None, _) => {}
+        }
+    }
+
+    /// Computes all of it in one parallel part. dx goes to the gradients, the other results are returned.
+    fn run(self, input: &Input, gradients: &mut Gradients) -> Result<Vec<Vec<T>>> {
+        let (Self { into_x, new: products }, (rows, inputs)) = (self, input.shape);
+        let Some(x) = input.id.filter(|_| !into_x.is_empty()) else { return run(products) };
+        if !gradients.holds(x) {
+            let mut products = products;
+            products.push(Product::new((rows, inputs), into_x));
+            let mut new = run(products)?;
+            gradients.add(x, Tensor::from_vec(new.pop().unwrap_or_default(), (rows, inputs), &Device::Cpu)?)?;
+            return Ok(new);
+        }
+        let mut new = Vec::new();
+        gradients.accumulate(x, (rows, inputs), |dx: &mut [T], keep| {
+            let mut products = products;
+            products.push(Product { out: Out::Into(dx, keep), rows, columns: inputs, terms: into_x });
+            new = run(products)?;
+            Ok(())
+        })?;
+        Ok(new)
+    }
+}
+
+/// Adds the results of [`Products::run`] to the gradients of A and B and, under a mask, of x.
+fn add_results<T: Real>(
+    live: &[LivePart<'_, T>],
+    new: Vec<Vec<T>>,
+    input: &Input,
+    gradients: &mut Gradients,
+) -> Result<()> {
+    let (rows, inputs) = input.shape;
+    let mut new = new.into_iter();
+    let mut next = || new.next().unwrap_or_default();
+    let put = |sum: &mut T, v: T, keep: bool| *sum = if keep { *sum + v } else { v };
+    for part in live {
+        let (Some(term), Some(c)) = (&part.kept.low_rank, &part.change) else { continue };
+        if part.kept.wants.0 {
+            let da = next();
+            gradients.accumulate(term.a.id(), (c.rank, inputs), |sum: &mut [T], keep| {
+                sum.iter_mut().zip(&da).for_each(|(sum, &v)| put(sum, v, keep));
+                Ok(())
+            })?;
+        }
+        if part.kept.wants.1 {
+            let (db, outputs) = (next(), part.outputs);
+            gradients.accumulate(term.b.id(), (outputs, c.rank), |sum: &mut [T], keep| {
+                for (o, sum) in sum.chunks_exact_mut(c.rank.max(1)).enumerate() {
+                    let scale = c.scale.map_or(T::from_f64(1.0), |scale| scale[o]);
+                    sum.iter_mut().enumerate().for_each(|(r, sum)| put(sum, db[r * outputs + o] * scale, keep));
+                }
+                Ok(())
+            })?;
+        }
+        if let (Some(mask), Some(x)) = (c.mask, input.id) {
+            let change = next();
+            gradients.accumulate(x, (rows, inputs), |dx: &mut [T], keep| {
+                dx.iter_mut().zip(change.iter().zip(mask)).for_each(|(dx, (&v, &m))| put(dx, v * m, keep));
+                Ok(())
+            })?;
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -330,7 +330,7 @@ impl<'a> Ops<'a> {
     }
 
     fn project_typed<T: Real>(&self, x: &Tensor, parts: &[Part<'_>], followed: &[&Tensor]) -> Result<Vec<Tensor>> {
-        let (outputs, thin) = low_rank::forward::<T>(x, parts)?;
+        let (outputs, down) = low_rank::forward::<T>(x, parts)?;
         if let Some(tape) = self.tape(followed) {
             let parts: Vec<_> = parts.iter().map(|p| p.kept(tape)).collect();
             let input = low_rank::Input {
@@ -340,7 +340,7 @@ impl<'a> Ops<'a> {
                 values: parts.iter().any(low_rank::Kept::needs_input).then(|| tape.recompute(x)),
             };
             tape.record_all(&outputs, move |found, gradients| {
-                low_rank::backward::<T>(found, &input, &parts, &thin, gradients)
+                low_rank::backward::<T>(found, &input, &parts, &down, gradients)
             });
         }
         Ok(outputs)

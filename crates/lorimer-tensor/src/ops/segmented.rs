@@ -190,7 +190,8 @@ fn check(x: (usize, usize), part: &Segmented<'_>) -> Result<()> {
 #[derive(Default)]
 struct Scratch {
     factor: Vec<f32>,
-    thin: Vec<f32>,
+    /// x aᵀ of some rows (rows, rank).
+    down: Vec<f32>,
     /// Where vectors are, between gathering them and the product that reads them.
     vectors: [Vec<*const f32>; 2],
 }
@@ -292,9 +293,9 @@ fn add(
     if rank == 0 || inputs == 0 {
         return;
     }
-    let Scratch { factor, thin, vectors } = scratch;
-    thin.clear();
-    thin.resize(rows * rank, 0.0);
+    let Scratch { factor, down, vectors } = scratch;
+    down.clear();
+    down.resize(rows * rank, 0.0);
     if rows <= FEW {
         #[cfg(target_arch = "x86_64")]
         if kernel::has_512() && gate.is_none() {
@@ -305,25 +306,25 @@ fn add(
             b.vectors(factor, &mut vectors[1]);
             // SAFETY: the processor can; the vectors are as long as x's and y's rows (checked).
             return unsafe {
-                kernel::add_low_rank((x, inputs), (&vectors[0], &vectors[1]), *weight, (y, outputs), thin)
+                kernel::add_low_rank((x, inputs), (&vectors[0], &vectors[1]), *weight, (y, outputs), down)
             };
         }
         wide(|| {
             for j in 0..rank {
                 a.pieces(j, |at, piece| {
-                    for (x, thin) in x.chunks_exact(inputs).zip(thin.chunks_exact_mut(rank)) {
-                        thin[j] += sum2(&x[at..at + piece.len()], piece, |x, a| x * a);
+                    for (x, down) in x.chunks_exact(inputs).zip(down.chunks_exact_mut(rank)) {
+                        down[j] += sum2(&x[at..at + piece.len()], piece, |x, a| x * a);
                     }
                 });
             }
             if let Some(gate) = gate {
-                gate.apply(first, x, inputs, thin);
+                gate.apply(first, x, inputs, down);
             }
-            thin.iter_mut().for_each(|u| *u *= weight);
+            down.iter_mut().for_each(|u| *u *= weight);
             for j in 0..rank {
                 b.pieces(j, |at, piece| {
-                    for (y, thin) in y.chunks_exact_mut(outputs).zip(thin.chunks_exact(rank)) {
-                        let u = thin[j];
+                    for (y, down) in y.chunks_exact_mut(outputs).zip(down.chunks_exact(rank)) {
+                        let u = down[j];
                         y[at..at + piece.len()].iter_mut().zip(piece).for_each(|(y, b)| *y += u * b);
                     }
                 });
@@ -331,17 +332,17 @@ fn add(
         });
         return;
     }
-    let (wide_x, wide_y, thin_strides) = (Strides(inputs, 1), Strides(outputs, 1), Strides(rank, 1));
+    let (wide_x, wide_y, down_strides) = (Strides(inputs, 1), Strides(outputs, 1), Strides(rank, 1));
     a.gather(factor);
     // Gates choose by u as it is.
     let scale = if gate.is_some() { 1.0 } else { *weight };
-    product((rows, rank, inputs), thin, thin_strides, false, x, wide_x, factor, Strides(1, inputs), scale, false);
+    product((rows, rank, inputs), down, down_strides, false, x, wide_x, factor, Strides(1, inputs), scale, false);
     if let Some(gate) = gate {
-        gate.apply(first, x, inputs, thin);
-        thin.iter_mut().for_each(|u| *u *= weight);
+        gate.apply(first, x, inputs, down);
+        down.iter_mut().for_each(|u| *u *= weight);
     }
     b.gather(factor);
-    product((rows, outputs, rank), y, wide_y, true, thin, thin_strides, factor, Strides(outputs, 1), 1.0, false);
+    product((rows, outputs, rank), y, wide_y, true, down, down_strides, factor, Strides(outputs, 1), 1.0, false);
 }
 
 /// The reference form out of plain candle operations.

@@ -66,7 +66,7 @@ fn score(
         }
         let chunk = &items[from..to];
         let batch = model.shape().batch(chunk.iter().map(|i| i.tokens.as_slice()));
-        let hidden = rayon::scope(|_| model.hidden(&batch, &Inference(adaptation)))?;
+        let hidden = rayon::scope(|_| model.hidden(&batch, &Inference::of(adaptation)))?;
         let wanted: Vec<(u32, u32)> = chunk
             .iter()
             .zip(&batch.rows)
@@ -76,7 +76,7 @@ fn score(
         for part in wanted.chunks(256) {
             let (rows, targets): (Vec<u32>, Vec<u32>) = part.iter().copied().unzip();
             let index = Tensor::from_vec(rows, part.len(), hidden.device())?;
-            let logits = rayon::scope(|_| model.logits(&hidden.index_select(&index, 0)?, &Inference(adaptation)))?;
+            let logits = rayon::scope(|_| model.logits(&hidden.index_select(&index, 0)?, &Inference::of(adaptation)))?;
             let losses = cross_entropy(&logits, &targets)?.to_dtype(DType::F64)?.to_vec1::<f64>()?;
             let best = logits.argmax(1)?.to_vec1::<u32>()?;
             flat.extend(losses.iter().zip(best).zip(&targets).map(|((l, b), t)| (-l, b == *t)));

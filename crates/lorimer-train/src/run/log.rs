@@ -11,6 +11,7 @@ use plotters::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::run::chart::{self, Chart, Frame};
 
 /// One line of the log: a training step or an evaluation. Values that are not of its kind are left out.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -194,25 +195,23 @@ pub fn plot(run: &Path, history: &[Record], title: &str) -> Result<()> {
     if train.is_empty() {
         return Ok(());
     }
-    // A font of our own, so that the pictures need none from the system.
-    let _ = plotters::style::register_font("sans-serif", FontStyle::Normal, epaint_default_fonts::UBUNTU_LIGHT);
+    let last = train.iter().chain(&eval).map(|p| p.0).fold(1.0, f64::max);
+    let top = train.iter().chain(&eval).map(|p| p.1).fold(0.0, f64::max).max(1e-6) * 1.05;
+    let frame = Frame {
+        size: (900, 540),
+        title: Some(title),
+        x: ("step", 0.0..last),
+        y: ("loss (nats a supervised token)", 0.0..top),
+        x_label: None,
+        legend: true,
+    };
     let failed = |path: &Path, e: String| Error::data(path, format!("the plot cannot be drawn: {e}"));
-    let size = (900, 540);
-    let svg_path = run.join("loss.svg");
-    let mut svg = String::new();
-    draw(SVGBackend::with_string(&mut svg, size).into_drawing_area(), &train, &eval, title)
-        .map_err(|e| failed(&svg_path, e))?;
-    write_atomic(&svg_path, svg.as_bytes())?;
-    let png_path = run.join("loss.png");
-    let mut pixels = vec![0u8; (size.0 * size.1 * 3) as usize];
-    draw(BitMapBackend::with_buffer(&mut pixels, size).into_drawing_area(), &train, &eval, title)
-        .map_err(|e| failed(&png_path, e))?;
-    let mut png = Vec::new();
-    let mut encoder = png::Encoder::new(&mut png, size.0, size.1);
-    encoder.set_color(png::ColorType::Rgb);
-    let written = encoder.write_header().and_then(|mut header| header.write_image_data(&pixels));
-    written.map_err(|e| failed(&png_path, e.to_string()))?;
-    write_atomic(&png_path, &png)?;
+    let path = run.join("loss.svg");
+    let svg = chart::svg(&frame, |chart| draw_losses(chart, &train, &eval)).map_err(|e| failed(&path, e))?;
+    write_atomic(&path, svg.as_bytes())?;
+    let path = run.join("loss.png");
+    let png = chart::png(&frame, |chart| draw_losses(chart, &train, &eval)).map_err(|e| failed(&path, e))?;
+    write_atomic(&path, &png)?;
     Ok(())
 }
 
@@ -226,57 +225,19 @@ fn smooth(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     points.iter().enumerate().map(|(i, p)| (p.0, mean(i))).collect()
 }
 
-fn draw<B: DrawingBackend>(
-    area: DrawingArea<B, plotters::coord::Shift>,
+fn draw_losses<'c, B: DrawingBackend + 'c>(
+    chart: &mut Chart<'c, B>,
     train: &[(f64, f64)],
     eval: &[(f64, f64)],
-    title: &str,
-) -> Result<(), String> {
-    let say = |e: &dyn std::fmt::Display| e.to_string();
-    area.fill(&WHITE).map_err(|e| say(&e))?;
-    let last = train.iter().chain(eval).map(|p| p.0).fold(1.0, f64::max);
-    let top = train.iter().chain(eval).map(|p| p.1).fold(0.0, f64::max).max(1e-6) * 1.05;
-    let mut chart = ChartBuilder::on(&area)
-        .caption(title, ("sans-serif", 22))
-        .margin(14)
-        .x_label_area_size(42)
-        .y_label_area_size(60)
-        .build_cartesian_2d(0.0..last, 0.0..top)
-        .map_err(|e| say(&e))?;
-    chart
-        .configure_mesh()
-        .x_desc("step")
-        .y_desc("loss (nats a supervised token)")
-        .label_style(("sans-serif", 15))
-        .axis_desc_style(("sans-serif", 16))
-        .light_line_style(TRANSPARENT)
-        .draw()
-        .map_err(|e| say(&e))?;
+) -> std::result::Result<(), String> {
     let (blue, orange) = (RGBColor(31, 90, 160), RGBColor(214, 96, 20));
-    chart.draw_series(LineSeries::new(train.iter().copied(), blue.mix(0.3))).map_err(|e| say(&e))?;
-    let line = move |(x, y), colour: RGBColor| PathElement::new(vec![(x, y), (x + 18, y)], colour.stroke_width(2));
-    chart
-        .draw_series(LineSeries::new(smooth(train), blue.stroke_width(2)))
-        .map_err(|e| say(&e))?
-        .label("training")
-        .legend(move |at| line(at, blue));
+    chart::line(chart, train, blue.mix(0.3).into(), None)?;
+    chart::line(chart, &smooth(train), blue.stroke_width(2), Some("training"))?;
     if !eval.is_empty() {
-        chart
-            .draw_series(LineSeries::new(eval.iter().copied(), orange.stroke_width(2)))
-            .map_err(|e| say(&e))?
-            .label("evaluation")
-            .legend(move |at| line(at, orange));
-        chart.draw_series(eval.iter().map(|p| Circle::new(*p, 4, orange.filled()))).map_err(|e| say(&e))?;
+        chart::line(chart, eval, orange.stroke_width(2), Some("evaluation"))?;
+        chart.draw_series(eval.iter().map(|p| Circle::new(*p, 4, orange.filled()))).map_err(chart::message)?;
     }
-    chart
-        .configure_series_labels()
-        .position(SeriesLabelPosition::UpperRight)
-        .background_style(WHITE.mix(0.85))
-        .border_style(BLACK.mix(0.3))
-        .label_font(("sans-serif", 15))
-        .draw()
-        .map_err(|e| say(&e))?;
-    area.present().map_err(|e| say(&e))
+    Ok(())
 }
 
 #[cfg(test)]

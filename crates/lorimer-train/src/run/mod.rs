@@ -1,5 +1,6 @@
 //! A run: from settings to an adapter folder, step by step, with what it leaves behind and what it takes.
 
+pub mod chart;
 pub mod checkpoint;
 pub mod evaluate;
 pub mod frozen;
@@ -11,3 +12,4 @@ pub mod session;
 pub mod settings;
 pub mod step;
 pub mod trainer;
+mod update;

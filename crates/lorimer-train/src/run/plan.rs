@@ -4,12 +4,12 @@
 //! beside it, logits of one chunk, the adapter with its gradients and moments, and the base. [`Work`] says how many rows the
 //! largest batch computes, exactly where the data are at hand.
 
-use lorimer_adapter::method::Bias;
+use lorimer_adapter::method::{Bias, BlockMethod};
 use lorimer_adapter::methods::OptimizerChoice;
 use lorimer_adapter::targets::Matcher;
 use lorimer_adapter::training::objective::BLOCK_ROWS;
 use lorimer_adapter::{BlockSite, Calibration, Method};
-use lorimer_model::{Batch, Config, Site};
+use lorimer_model::{Batch, Config, LayerShape, ModelShape, Site};
 use lorimer_tensor::ops::loss::CHUNK_BYTES;
 use serde::Serialize;
 
@@ -170,139 +170,224 @@ const TOKENIZER: u64 = 330;
 /// Share of memory taken and freed that is not in one piece and so not used again; measured.
 const SLACK: f64 = 0.05;
 
-/// Predicts a run's memory and arithmetic.
-pub fn plan(request: &Request<'_>) -> Result<Plan> {
-    let (c, work) = (request.config.shape(), &request.work);
-    let sites = request.config.sites();
-    let matcher = Matcher::new(request.method.targeting(), &sites)?;
-    let adapted = |site: &Site| matcher.targets(site);
-    let (mut parameters, mut held, mut state, mut stepped) = (0u64, 0u64, 0f64, 0u64);
-    for site in &sites {
-        if adapted(site) {
-            let own = request.method.parameters(site)? as u64;
-            parameters += own;
-            stepped += own;
-            state += request.optimizer.0.bytes((site.outputs, site.inputs), own);
-            held += request.method.activations_fixed(site) as u64;
-        }
-        if matcher.saves(&site.path) {
-            parameters += (site.inputs * site.outputs) as u64;
-        }
-        let biases = request.method.bias() == Bias::All || (request.method.bias() == Bias::LoraOnly && adapted(site));
-        if biases && request.config.has_bias(&site.role) {
-            parameters += site.outputs as u64;
-        }
-    }
-    let own = request.method.blocks();
-    let blocks = own.map(|m| BlockSite::all(&c, &sites, m.module())).transpose()?.unwrap_or_default();
-    let on_block = |i: usize| {
-        let own = own.filter(|m| m.targets(i))?;
-        blocks.iter().find(|block| block.layer == i).map(|block| (own, block))
-    };
-    let in_blocks = |i: usize| on_block(i).map_or(0, |(own, block)| own.parameters(block) as u64);
-    parameters += (0..c.layers.len()).map(in_blocks).sum::<u64>();
-    let targeted = sites.iter().filter(|site| adapted(site)).count();
-    let router = request.method.router_parameters(c.hidden, targeted);
-    parameters += router.unwrap_or(0) as u64;
-    let embedding = matcher.saves("model.embed_tokens");
-    if embedding {
-        parameters += (c.vocabulary * c.hidden) as u64;
+/// A model with a method on it, as the plan counts the two.
+struct Adapted<'a> {
+    request: &'a Request<'a>,
+    shape: ModelShape,
+    sites: Vec<Site>,
+    matcher: Matcher,
+    /// The blocks, where the method does something to whole ones.
+    blocks: Vec<BlockSite>,
+    /// Parameters of the head that makes routes, where the adapter has one.
+    router: Option<usize>,
+    /// Whether the embedding is trained whole.
+    embedding: bool,
+}
+
+/// Numbers that are trained, and what goes with them.
+#[derive(Default)]
+struct Parameters {
+    /// All of them.
+    trained: u64,
+    /// Those of targeted projections.
+    on_projections: u64,
+    /// What the method holds beside them.
+    fixed: u64,
+    /// Bytes of the optimiser's state.
+    state: f64,
+}
+
+impl<'a> Adapted<'a> {
+    fn new(request: &'a Request<'a>) -> Result<Self> {
+        let (shape, sites) = (request.config.shape(), request.config.sites());
+        let matcher = Matcher::new(request.method.targeting(), &sites)?;
+        let own = request.method.blocks();
+        let blocks = own.map(|m| BlockSite::all(&shape, &sites, m.module())).transpose()?.unwrap_or_default();
+        let targeted = sites.iter().filter(|site| matcher.targets(site)).count();
+        let router = request.method.router_parameters(shape.hidden, targeted);
+        let embedding = matcher.saves("model.embed_tokens");
+        Ok(Self { request, shape, sites, matcher, blocks, router, embedding })
     }
 
-    // Floats that each row keeps in layer i: what norms, rotary, attention and gate need. What adapted projections read is one of
-    // these, or is computed again from them.
-    let (h, layers) = (c.hidden as u64, c.layers.len());
-    let widths = |i: usize| {
-        let layer = &c.layers[i];
-        (layer.q_width() as u64, layer.kv_width() as u64, layer.heads as u64, layer.inner as u64)
-    };
-    let in_layer = |i: usize| sites.iter().filter(move |s| s.layer == Some(i));
-    let kept = |i: usize| -> u64 {
-        let changes: u64 =
-            in_layer(i).filter(|s| adapted(s)).map(|s| request.method.activations_per_row(s) as u64).sum();
-        let (q, kv, heads, inner) = widths(i);
-        let after = on_block(i).map_or(0, |(own, block)| own.activations_per_row(block) as u64);
-        2 * h + 2 * q + 2 * kv + heads + 2 * inner + changes + after
-    };
-    let first = match embedding {
-        true => 0,
-        false => {
-            (0..layers).find(|&i| in_layer(i).any(adapted) || on_block(i).is_some()).unwrap_or(layers.saturating_sub(1))
+    fn adapts(&self, site: &Site) -> bool {
+        self.matcher.targets(site)
+    }
+
+    fn in_layer(&self, i: usize) -> impl Iterator<Item = &Site> {
+        self.sites.iter().filter(move |s| s.layer == Some(i))
+    }
+
+    fn layers(&self) -> usize {
+        self.shape.layers.len()
+    }
+
+    /// What the method puts on a block.
+    fn on_block(&self, i: usize) -> Option<(&dyn BlockMethod, &BlockSite)> {
+        let own = self.request.method.blocks().filter(|m| m.targets(i))?;
+        self.blocks.iter().find(|block| block.layer == i).map(|block| (own, block))
+    }
+
+    /// The first layer that a gradient goes through; those below keep nothing.
+    fn first(&self) -> usize {
+        if self.embedding {
+            return 0;
         }
-    };
-    let rows = work.rows as u64;
-    let row = match request.checkpointing {
-        false => (first..layers).map(kept).sum::<u64>(),
-        true => h * (layers - first) as u64 + (first..layers).map(kept).max().unwrap_or(0),
-    };
-    // With a router: the hidden states of the pass before.
-    let activations = rows.saturating_mul(row + if router.is_some() { h } else { 0 });
-    let one_layer = |(q, kv, _, inner): (u64, u64, u64, u64)| 5 * h + 4 * inner + q + 2 * kv;
-    let backward = rows.saturating_mul((0..layers).map(|i| one_layer(widths(i))).max().unwrap_or(0));
-    let chunk = (CHUNK_BYTES as u64 / (4 * c.vocabulary.max(1) as u64)).clamp(1, work.predicting.max(1) as u64);
-    let logits = chunk * c.vocabulary as u64;
-    // Whole parameters beside the adapter.
-    let embedded = if embedding { (c.vocabulary * c.hidden) as u64 } else { 0 };
-    state += request.optimizer.0.bytes_per_number() * parameters.saturating_sub(stepped + embedded) as f64;
-    // An embedding's moments are kept in full whatever the optimiser.
-    state += 8.0 * embedded as f64;
-    // Stepped layer by layer, only the largest layer's gradients are alive at a time.
-    let gradients = match request.optimizer.0.per_layer() {
-        true => {
-            let mut largest = 0;
-            for i in 0..layers {
-                let mut layer = 0u64;
-                for site in in_layer(i).filter(|s| adapted(s)) {
-                    layer += request.method.parameters(site)? as u64;
-                }
-                largest = largest.max(layer);
+        let adapted = |&i: &usize| self.in_layer(i).any(|s| self.adapts(s)) || self.on_block(i).is_some();
+        (0..self.layers()).find(adapted).unwrap_or(self.layers().saturating_sub(1))
+    }
+
+    fn parameters(&self) -> Result<Parameters> {
+        let (method, optimizer) = (self.request.method, self.request.optimizer.0.as_ref());
+        let mut p = Parameters::default();
+        for site in &self.sites {
+            let adapted = self.adapts(site);
+            if adapted {
+                let own = method.parameters(site)? as u64;
+                p.trained += own;
+                p.on_projections += own;
+                p.state += optimizer.bytes((site.outputs, site.inputs), own);
+                p.fixed += method.activations_fixed(site) as u64;
             }
-            largest + parameters.saturating_sub(stepped)
+            if self.matcher.saves(&site.path) {
+                p.trained += (site.inputs * site.outputs) as u64;
+            }
+            let biases = method.bias() == Bias::All || (method.bias() == Bias::LoraOnly && adapted);
+            if biases && self.request.config.has_bias(&site.role) {
+                p.trained += site.outputs as u64;
+            }
         }
-        false => parameters,
-    };
-    // Logits of both models, their logarithms, exponentials and gradients.
-    let further = if request.objective { 10 * (work.predicting.min(BLOCK_ROWS) * c.vocabulary) as u64 } else { 0 };
-    let cached = work.repeats && first > 0;
-    let cache_bytes = if cached { (work.data_tokens as u64).saturating_mul(4 * h) } else { 0 };
-    let breakdown = Breakdown {
-        program: PROGRAM + TOKENIZER * c.vocabulary as u64,
-        base: request.base_bytes as u64,
-        adapter: 4 * (parameters + held),
-        gradients: 4 * gradients,
-        optimizer: state as u64,
-        activations: activations.saturating_mul(4),
-        backward: backward.saturating_mul(4),
-        logits: 4 * (logits + further),
-        frozen_cache: match request.frozen_cache.resolved(cache_bytes) {
-            FrozenCache::Memory | FrozenCache::Disk => cache_bytes,
+        let in_blocks = |i: usize| self.on_block(i).map_or(0, |(own, block)| own.parameters(block) as u64);
+        p.trained += (0..self.layers()).map(in_blocks).sum::<u64>();
+        p.trained += self.router.unwrap_or(0) as u64;
+        let embedded = if self.embedding { (self.shape.vocabulary * self.shape.hidden) as u64 } else { 0 };
+        p.trained += embedded;
+        // Whole parameters beside the adapter.
+        p.state += optimizer.bytes_per_number() * p.trained.saturating_sub(p.on_projections + embedded) as f64;
+        // An embedding's moments are kept in full whatever the optimiser.
+        p.state += 8.0 * embedded as f64;
+        Ok(p)
+    }
+
+    /// Most numbers of gradients alive at a time.
+    fn gradients(&self, parameters: &Parameters) -> Result<u64> {
+        if !self.request.optimizer.0.per_layer() {
+            return Ok(parameters.trained);
+        }
+        // Stepped layer by layer, only the largest layer's are.
+        let mut largest = 0;
+        for i in 0..self.layers() {
+            let mut layer = 0u64;
+            for site in self.in_layer(i).filter(|s| self.adapts(s)) {
+                layer += self.request.method.parameters(site)? as u64;
+            }
+            largest = largest.max(layer);
+        }
+        Ok(largest + parameters.trained.saturating_sub(parameters.on_projections))
+    }
+
+    /// Floats that each row keeps in layer i: what norms, rotary, attention and gate need. What adapted projections read is one of
+    /// these, or is computed again from them.
+    fn kept_in_layer(&self, i: usize) -> u64 {
+        let method = self.request.method;
+        let changes: u64 =
+            self.in_layer(i).filter(|s| self.adapts(s)).map(|s| method.activations_per_row(s) as u64).sum();
+        let layer = &self.shape.layers[i];
+        let (q, kv, inner) = (layer.q_width() as u64, layer.kv_width() as u64, layer.inner as u64);
+        let after = self.on_block(i).map_or(0, |(own, block)| own.activations_per_row(block) as u64);
+        2 * self.shape.hidden as u64 + 2 * q + 2 * kv + layer.heads as u64 + 2 * inner + changes + after
+    }
+
+    /// Floats that each row keeps until the backward.
+    fn kept(&self) -> u64 {
+        let (h, above) = (self.shape.hidden as u64, self.first()..self.layers());
+        let row = match self.request.checkpointing {
+            false => above.map(|i| self.kept_in_layer(i)).sum::<u64>(),
+            true => h * above.len() as u64 + above.map(|i| self.kept_in_layer(i)).max().unwrap_or(0),
+        };
+        // With a router: the hidden states of the pass before.
+        row + if self.router.is_some() { h } else { 0 }
+    }
+
+    /// Floats of each row that one layer's backward holds beside them.
+    fn held_in_backward(&self) -> u64 {
+        let one = |layer: &LayerShape| {
+            let (q, kv, inner) = (layer.q_width() as u64, layer.kv_width() as u64, layer.inner as u64);
+            5 * self.shape.hidden as u64 + 4 * inner + q + 2 * kv
+        };
+        self.shape.layers.iter().map(one).max().unwrap_or(0)
+    }
+
+    /// Numbers of logits of one chunk of rows, and of what an auxiliary loss makes of a block of them.
+    fn logits(&self) -> u64 {
+        let (vocabulary, predicting) = (self.shape.vocabulary, self.request.work.predicting);
+        let chunk = (CHUNK_BYTES as u64 / (4 * vocabulary.max(1) as u64)).clamp(1, predicting.max(1) as u64);
+        // Logits of both models, their logarithms, exponentials and gradients.
+        let further = if self.request.objective { 10 * (predicting.min(BLOCK_ROWS) * vocabulary) as u64 } else { 0 };
+        chunk * vocabulary as u64 + further
+    }
+
+    /// Bytes of the frozen lower layers' output, where it is kept.
+    fn frozen_cache(&self) -> u64 {
+        let work = &self.request.work;
+        let cached = work.repeats && self.first() > 0;
+        let bytes = if cached { (work.data_tokens as u64).saturating_mul(4 * self.shape.hidden as u64) } else { 0 };
+        match self.request.frozen_cache.resolved(bytes) {
+            FrozenCache::Memory | FrozenCache::Disk => bytes,
             _ => 0,
-        },
+        }
+    }
+
+    /// Bytes that calibration holds beside program and base: every layer's input for all the rows that it looks at, and of one layer the gradients
+    /// and what the method makes of them in double precision. None where it keeps nothing.
+    fn calibration(&self) -> Option<u64> {
+        let Calibration::Gradients { samples, .. } = self.request.method.calibration() else { return None };
+        let (first, work) = (self.first(), &self.request.work);
+        let rows = (work.rows as u64).saturating_mul(samples.div_ceil(work.batch.max(1)) as u64);
+        let hidden = rows.saturating_mul(4 * self.shape.hidden as u64 * (self.layers() - first) as u64);
+        let layer: u64 = self.in_layer(first).map(|s| (s.inputs * s.outputs) as u64).sum();
+        Some(hidden.saturating_add(32 * layer))
+    }
+
+    /// Floating-point operations of all steps. `cached`: the lower layers' output is kept.
+    fn flops(&self, cached: bool) -> f64 {
+        let (first, work) = (self.first(), &self.request.work);
+        let flops_of = |site: &Site| (site.inputs * site.outputs) as f64;
+        let below: f64 = self.sites.iter().filter(|s| s.layer.is_some_and(|l| l < first)).map(flops_of).sum();
+        let above: f64 = self.sites.iter().filter(|s| s.layer.is_some_and(|l| l >= first)).map(flops_of).sum();
+        let passes = if self.request.checkpointing { 6.0 } else { 4.0 };
+        let below = if cached { 0.0 } else { 2.0 * below };
+        let head = 4.0 * (self.shape.vocabulary * self.shape.hidden) as f64;
+        // With a router, a forward of all layers comes first.
+        let below = if self.router.is_some() { below + 2.0 * above + below } else { below };
+        work.total_rows * (passes * above + below) + work.total_predicting * head
+    }
+}
+
+/// Predicts a run's memory and arithmetic.
+pub fn plan(request: &Request<'_>) -> Result<Plan> {
+    let adapted = Adapted::new(request)?;
+    let (rows, parameters) = (request.work.rows as u64, adapted.parameters()?);
+    let breakdown = Breakdown {
+        program: PROGRAM + TOKENIZER * adapted.shape.vocabulary as u64,
+        base: request.base_bytes as u64,
+        adapter: 4 * (parameters.trained + parameters.fixed),
+        gradients: 4 * adapted.gradients(&parameters)?,
+        optimizer: parameters.state as u64,
+        activations: rows.saturating_mul(adapted.kept()).saturating_mul(4),
+        backward: rows.saturating_mul(adapted.held_in_backward()).saturating_mul(4),
+        logits: 4 * adapted.logits(),
+        frozen_cache: adapted.frozen_cache(),
     };
     let used = breakdown.parts().iter().fold(0u64, |sum, (_, bytes)| sum.saturating_add(*bytes));
     let moving = breakdown.base.saturating_add(breakdown.activations).saturating_add(breakdown.backward);
     let steps = used.saturating_add((moving as f64 * SLACK) as u64);
-    let loading = breakdown.program + breakdown.base + request.file_bytes;
-    // Calibration keeps every layer's input for all the rows that it looks at, and of one layer the gradients and what the method
-    // makes of them in double precision.
-    let looking = match request.method.calibration() {
-        Calibration::Gradients { samples, .. } => {
-            let rows = rows.saturating_mul(samples.div_ceil(work.batch.max(1)) as u64);
-            let hidden = rows.saturating_mul(4 * h * (layers - first) as u64);
-            let layer: u64 = in_layer(first).map(|s| (s.inputs * s.outputs) as u64).sum();
-            breakdown.program.saturating_add(breakdown.base).saturating_add(hidden).saturating_add(32 * layer)
-        }
-        _ => 0,
-    };
-
-    let flops_of = |site: &Site| (site.inputs * site.outputs) as f64;
-    let below: f64 = sites.iter().filter(|s| s.layer.is_some_and(|l| l < first)).map(flops_of).sum();
-    let above: f64 = sites.iter().filter(|s| s.layer.is_some_and(|l| l >= first)).map(flops_of).sum();
-    let passes = if request.checkpointing { 6.0 } else { 4.0 };
-    let below = if breakdown.frozen_cache > 0 { 0.0 } else { 2.0 * below };
-    let head = 4.0 * (c.vocabulary * c.hidden) as f64;
-    // With a router, a forward of all layers comes first.
-    let below = if router.is_some() { below + 2.0 * above + below } else { below };
-    let flops = work.total_rows * (passes * above + below) + work.total_predicting * head;
-    Ok(Plan { peak_bytes: steps.max(loading).max(looking), breakdown, flops, trainable_parameters: parameters })
+    let resident = breakdown.program.saturating_add(breakdown.base);
+    let loading = resident.saturating_add(request.file_bytes);
+    let calibrating = adapted.calibration().map_or(0, |bytes| resident.saturating_add(bytes));
+    Ok(Plan {
+        peak_bytes: steps.max(loading).max(calibrating),
+        breakdown,
+        flops: adapted.flops(breakdown.frozen_cache > 0),
+        trainable_parameters: parameters.trained,
+    })
 }

@@ -134,15 +134,8 @@ pub fn accumulate(
     if targets.is_empty() {
         return Ok(loss);
     }
-    // The last layer gives the predicting rows only; `place` finds a row among them.
-    let mut needed = predicting.clone();
-    needed.sort_unstable();
-    needed.dedup();
     let (needed, place) = match independent && !attached.reads_other_rows() {
-        true => {
-            let place = predicting.iter().map(|row| needed.partition_point(|n| n < row) as u32).collect();
-            (Some(needed), place)
-        }
+        true => among_needed(&predicting),
         false => (None, predicting),
     };
     let meter = inputs.routes.as_ref().map(|(_, weight)| RouteMeter::new(batch.rows.clone(), *weight));
@@ -190,6 +183,15 @@ pub fn accumulate(
     loss.forward_seconds = forward.duration_since(clock).as_secs_f64();
     loss.backward_seconds = forward.elapsed().as_secs_f64();
     Ok(loss)
+}
+
+/// The rows that the last layer gives, where it gives the predicting ones only, and the place of each among them.
+fn among_needed(predicting: &[u32]) -> (Option<Vec<u32>>, Vec<u32>) {
+    let mut needed = predicting.to_vec();
+    needed.sort_unstable();
+    needed.dedup();
+    let place = predicting.iter().map(|row| needed.partition_point(|n| n < row) as u32).collect();
+    (Some(needed), place)
 }
 
 struct Pass<'a> {
@@ -251,7 +253,7 @@ impl Pass<'_> {
 
     /// Hidden states of the frozen base, before its head.
     fn base_hidden(&self) -> candle_core::Result<Tensor> {
-        let on = Inference(&Frozen);
+        let on = Inference::of(&Frozen);
         let h = self.through(&on)?;
         Ok(self.model.end(&h, &on)?.detach())
     }
@@ -265,7 +267,7 @@ impl Pass<'_> {
         on: &dyn Adaptation,
     ) -> candle_core::Result<Tensor> {
         let parameters: Vec<&Tensor> = self.parameters.iter().map(|(_, v)| v.as_tensor()).collect();
-        let frozen = Inference(&Frozen);
+        let frozen = Inference::of(&Frozen);
         let mut sum: Option<Tensor> = None;
         for block in self.place.chunks(BLOCK_ROWS) {
             let share = block.len() as f64 / self.place.len() as f64;

@@ -1,18 +1,14 @@
 //! The training loop.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use candle_core::{Tensor, TensorId, Var};
-use lorimer_adapter::methods::OptimizerChoice;
-use lorimer_adapter::training::callback::{self, Callback, Idle, RunShape};
-use lorimer_adapter::training::{Moment, Optimizer, ParamGroup};
-use lorimer_adapter::{Adapter, Attached, Named, Role, RouteTotals, Step};
-use lorimer_model::decoder::EMBEDDING;
+use candle_core::Tensor;
+use lorimer_adapter::training::Optimizer;
+use lorimer_adapter::{Adapter, Attached, Named};
 use lorimer_model::{BaseModel, TextModel};
-use lorimer_tensor::Gradients;
 use serde::Serialize;
 
 use crate::data::encode::Example;
@@ -21,10 +17,8 @@ use crate::run::checkpoint::{Checkpoint, State};
 use crate::run::evaluate::{Evaluation, evaluate};
 use crate::run::frozen::FrozenLower;
 use crate::run::log::{Log, Record, plot};
-use crate::run::optimize;
-use crate::run::schedule::Schedule;
 pub use crate::run::settings::TrainSettings;
-use crate::run::step::{StepInputs, accumulate};
+use crate::run::update::{StepRows, Taken, Updater};
 
 /// What a run works on and where it writes.
 pub struct Run<'a> {
@@ -125,6 +119,17 @@ pub struct Outcome {
     pub history: Vec<Record>,
 }
 
+impl Outcome {
+    /// Counts a step of this process.
+    fn add(&mut self, taken: &Taken, time: Duration) {
+        self.examples += taken.examples;
+        self.tokens += taken.tokens;
+        self.computed_tokens += taken.computed_tokens;
+        self.supervised_tokens += taken.supervised_tokens;
+        self.seconds += time.as_secs_f64();
+    }
+}
+
 fn snapshot(adapter: &Adapter) -> Result<BTreeMap<String, Tensor>> {
     adapter.named().into_iter().map(|p| Ok((p.name, p.var.as_tensor().copy()?.detach()))).collect()
 }
@@ -157,27 +162,9 @@ impl Run<'_> {
     /// Runs to the end, to an interruption or to an error. The adapter then holds the result.
     pub fn train(&self, mut progress: impl FnMut(Event<'_>)) -> Result<Outcome> {
         self.settings.check()?;
-        let parameters = self.adapter.trainable();
-        let named = self.adapter.named();
-        let named: Vec<Named<'_>> = named.into_iter().filter(|p| p.role.is_trained()).collect();
-        let roles: BTreeMap<&str, (Role, &Var)> = named.iter().map(|p| (p.name.as_str(), (p.role, p.var))).collect();
-        let total = self.settings.total_steps(self.train.len());
-        let s = self.settings;
-        let warmup = s.warmup(self.train.len());
-        let schedule = Schedule { peak: s.learning_rate, warmup, total, shape: s.schedule };
-        let own = self.adapter.method.training();
-        let own_balance = own.router_balance;
-        let choice = s.optimizer.clone().or(own.optimizer.map(OptimizerChoice)).unwrap_or_default();
-        let mut optimizer = optimize::build(&choice, s.adamw, self.model, self.adapter)?;
-        let shape = RunShape { seed: s.seed, steps: total, peak: s.learning_rate };
-        let callback =
-            own.callback.map_or_else(|| Box::new(Idle) as Box<dyn Callback>, |kind| kind.build(shape, &named));
-        self.check_parts(&choice, callback.as_ref(), &named)?;
-        let objective = s.objective.as_ref().map(|o| &o.0).or(own.objective.as_ref()).map(|kind| kind.build());
-        let per_layer = choice.0.per_layer();
-        let modules = self.adapter.sites(self.model);
-        let has_units = self.adapter.blocks().any(|(_, delta)| delta.unit_router().is_some());
-        let (mut state, mut best) = self.resumed(optimizer.as_mut())?;
+        let (s, total) = (self.settings, self.settings.total_steps(self.train.len()));
+        let mut updater = Updater::new(self.model, self.adapter, s, self.train.len())?;
+        let (mut state, mut best) = self.resumed(updater.optimizer())?;
         let mut log = Log::open(self.folder, &state.history)?;
         let mut outcome = Outcome { steps: state.step, ..Default::default() };
         let attached = Attached::one(self.adapter);
@@ -194,86 +181,13 @@ impl Run<'_> {
         while state.step < total {
             let clock = Instant::now();
             let micro = s.rows(state.step, self.train.len(), &mut order);
-            let supervised: usize = micro.iter().flatten().map(|&i| self.train[i].targets().count()).sum();
-            let rows_of_data: usize = micro.iter().map(Vec::len).sum();
-            let moment = Moment::new(state.step, total, supervised as f64 / rows_of_data.max(1) as f64);
-            let mut sums = Gradients::default();
-            let (mut loss, mut auxiliary, mut tokens) = (0.0, 0.0, 0);
-            let rate = schedule.rate(state.step);
-            let rank = callback.rank(state.step);
-            let how = |name: &str| self.param_group(callback.as_ref(), state.step, name, roles.get(name).copied());
-            // Stepping layer by layer, nobody knows the whole gradient's norm yet; the last step's has to do.
+            let rows = StepRows { train: self.train, micro: &micro, lower: lower.as_ref() };
             let last_norm = state.history.iter().rev().find_map(|r| r.gradient_norm).unwrap_or(0.0);
-            let mut layers = 0.0;
-            let mut routes = has_units.then(RouteTotals::default);
-            for (m, places) in micro.iter().enumerate() {
-                let rows: Vec<&Example> = places.iter().map(|&i| &self.train[i]).collect();
-                let seed = lorimer_adapter::step::site_seed(s.seed, &format!("step {} micro {m}", state.step));
-                let on = attached.at(Step { training: Some(seed), rank });
-                let scale = 1.0 / supervised.max(1) as f64;
-                let own: usize = rows.iter().map(|e| e.targets().count()).sum();
-                let mut layer_done = |sums: &mut Gradients| -> Result<()> {
-                    let (some, mut gradients): (Vec<_>, Vec<_>) = parameters
-                        .iter()
-                        .filter(|(name, _)| !self.adapter.parameters().contains_key(name))
-                        .filter_map(|(name, var)| Some(((name.clone(), *var), Some(sums.remove(var.as_tensor())?))))
-                        .unzip();
-                    layers += optimize::squares(&gradients)?;
-                    optimize::shrink(&mut gradients, last_norm, s.max_grad_norm)?;
-                    Ok(optimizer.step_with(&some, &gradients, &how, rate)?)
-                };
-                let inputs = StepInputs {
-                    lower: lower.as_ref().map(|lower| (lower, places.as_slice())),
-                    objective: objective.as_deref().map(|o| (o, own as f64 * scale, moment)),
-                    smoothing: s.label_smoothing,
-                    routes: routes.as_mut().map(|totals| (totals, own_balance / rows_of_data.max(1) as f64)),
-                    layer_done: if per_layer { Some(&mut layer_done) } else { None },
-                };
-                let found = accumulate(self.model, &on, &parameters, &rows, scale, s.step, inputs, &mut sums)?;
-                loss += found.sum * scale;
-                auxiliary += found.auxiliary * own as f64 * scale;
-                tokens += found.tokens;
-                outcome.examples += rows.len();
-                outcome.computed_tokens += found.computed;
-            }
-            if !loss.is_finite() {
-                return Err(Error::Diverged(format!(
-                    "the loss became {loss} at step {}; lower --lr, or look for damaged data",
-                    state.step + 1
-                )));
-            }
-            let mut gradients = Vec::new();
-            for Named { var, role, .. } in &named {
-                let g = sums.remove(var.as_tensor());
-                gradients.push(g.map(|g| callback.gradient(*role, var, g)).transpose()?);
-            }
-            let norm = optimize::check_norm((layers + optimize::squares(&gradients)?).sqrt())?;
-            optimize::shrink(&mut gradients, if per_layer { last_norm } else { norm }, s.max_grad_norm)?;
-            if callback.prunes() {
-                let of = named.iter().zip(&gradients).filter_map(|(p, g)| Some((p.var.id(), g.as_ref()?)));
-                let of: HashMap<TensorId, &Tensor> = of.collect();
-                callback.before(state.step, &modules, &|var: &Var| of.get(&var.id()).copied())?;
-            }
-            optimizer.step_with(&parameters, &gradients, &how, rate)?;
-            callback.after(state.step, rate / s.learning_rate, &named)?;
-            self.adapter.after_step()?;
-            let stage = callback.stage_ended(state.step);
+            let taken = updater.step(state.step, rows, last_norm)?;
+            let stage = updater.stage_ended(state.step);
             state.step += 1;
-            outcome.tokens += tokens;
-            outcome.supervised_tokens += supervised;
-            outcome.seconds += clock.elapsed().as_secs_f64();
-            let record = Record {
-                step: state.step,
-                loss: Some(loss),
-                regularizer: objective.is_some().then_some(auxiliary),
-                router_balance: routes.as_ref().map(|r| r.balance / r.samples.max(1) as f64),
-                expert_shares: routes.as_ref().map(RouteTotals::shares),
-                open_gates: callback::open_gates(&named)?.map(|(open, all)| open as f64 / all as f64),
-                rank: rank.map(|r| r.rank),
-                learning_rate: Some(rate),
-                gradient_norm: Some(norm),
-                ..Default::default()
-            };
+            outcome.add(&taken, clock.elapsed());
+            let (record, tokens) = (updater.record(state.step, &taken)?, taken.tokens);
             log.write(&record)?;
             progress(Event::Step { record: &record, tokens });
             state.history.push(record);
@@ -297,7 +211,7 @@ impl Run<'_> {
                 outcome.evaluation = Some(evaluation);
             }
             if (due(self.save_steps) || stopping) && state.step < total {
-                self.save(&state, optimizer.as_ref(), &best)?;
+                self.save(&state, updater.optimizer(), &best)?;
             }
             if stopping {
                 outcome.interrupted = true;
@@ -343,61 +257,6 @@ impl Run<'_> {
             ..Default::default()
         };
         Ok((record, evaluation))
-    }
-
-    /// Refuses parts that do not go together.
-    fn check_parts(&self, choice: &OptimizerChoice, callback: &dyn Callback, parameters: &[Named<'_>]) -> Result<()> {
-        let (s, method) = (self.settings, self.adapter.method.name());
-        let fail = |text: String| Err(Error::Settings(text));
-        if s.loraplus_lr_ratio.is_some() && !parameters.iter().any(|p| p.role == Role::B) {
-            return fail(format!("--loraplus-lr-ratio is for methods that train LoRA's B, and `{method}` does not"));
-        }
-        if callback.steps_rows_apart() && !choice.is_adamw() {
-            return fail(format!(
-                "`{method}` steps rows of A and B apart, which --optimizer {} cannot; use adamw",
-                choice.0.name()
-            ));
-        }
-        if callback.prunes() && (choice.0.per_layer() || s.keep_best) {
-            let what = if s.keep_best { "--keep-best would take an earlier one" } else { "per_layer drops gradients" };
-            return fail(format!("`{method}` prunes by whole gradients until its end, and {what}; leave it out"));
-        }
-        if self.adapter.router().is_some() && !choice.0.takes_any_parameter() {
-            return fail(format!(
-                "`{method}` trains a head that belongs to no projection, which --optimizer {} cannot; use adamw",
-                choice.0.name()
-            ));
-        }
-        if choice.0.per_layer() && s.gradient_accumulation > 1 {
-            return fail(
-                "galore with per_layer drops each layer's gradient at once; use --gradient-accumulation 1".into(),
-            );
-        }
-        Ok(())
-    }
-
-    /// How a parameter is stepped.
-    fn param_group(
-        &self,
-        callback: &dyn Callback,
-        step: usize,
-        name: &str,
-        parameter: Option<(Role, &Var)>,
-    ) -> lorimer_adapter::Result<ParamGroup> {
-        let missing = || lorimer_adapter::Error::Config(format!("`{name}` is no parameter of the adapter"));
-        let (role, var) = parameter.ok_or_else(missing)?;
-        // As the reference groups them: B, and every vector (biases, magnitudes, norms), but not SoRA's gates.
-        let faster = role == Role::B || (var.dims().len() == 1 && role != Role::Gate);
-        let plus = self.settings.loraplus_lr_ratio.filter(|_| faster).unwrap_or(1.0);
-        Ok(ParamGroup {
-            rate: callback.rate(role) * plus,
-            decay: callback.decays(role) && optimize::decays(name),
-            rows: callback.rows(step, role),
-            row_scale: callback.row_scale(role, var)?,
-            projected: role != Role::Whole,
-            // As in bitsandbytes under transformers.
-            eight_bit: name != EMBEDDING,
-        })
     }
 
     fn save(&self, state: &State, optimizer: &dyn Optimizer, best: &BTreeMap<String, Tensor>) -> Result<()> {

@@ -12,7 +12,7 @@ use lorimer::model::files::{MAX_JSON_BYTES, read_json};
 use lorimer::model::pull::{PullOptions, pull};
 use lorimer::model::{Config, DecoderConfig, LoadDtype};
 use lorimer::train::run::frozen::FrozenCache;
-use lorimer::train::run::plan::{Request, Work, plan};
+use lorimer::train::run::plan::{Plan, Request, Work, plan};
 use lorimer::train::{EncodeOptions, TrainSettings};
 use serde_json::{Value, json};
 
@@ -127,14 +127,7 @@ impl PlanRun {
                 common::short(plan.trainable_parameters as usize),
                 planned_rows(&planned)
             );
-            for (name, bytes) in plan.breakdown.parts().into_iter().filter(|(_, bytes)| *bytes > 0) {
-                out += &format!("  {name:<16}{:>10}\n", show_bytes(bytes));
-            }
-            out += &format!("  {:<16}{:>10}\n", "peak", show_bytes(plan.peak_bytes));
-            if checkpointing {
-                out += "  (layers are computed again in the backward: --checkpointing)\n";
-            }
-            out += &format!("  {:<16}{:>10}\n", "time", show_seconds(seconds));
+            out += &shown(&plan, checkpointing, seconds);
             match (fits, limit) {
                 (Some(true), Some(limit)) => out += &format!("\nfits into {}", show_bytes(limit)),
                 (Some(false), Some(limit)) => {
@@ -148,6 +141,19 @@ impl PlanRun {
             out.trim_end().to_string()
         })
     }
+}
+
+/// The parts of the memory, and the time.
+fn shown(plan: &Plan, checkpointing: bool, seconds: f64) -> String {
+    let mut out = String::new();
+    for (name, bytes) in plan.breakdown.parts().into_iter().filter(|(_, bytes)| *bytes > 0) {
+        out += &format!("  {name:<16}{:>10}\n", show_bytes(bytes));
+    }
+    out += &format!("  {:<16}{:>10}\n", "peak", show_bytes(plan.peak_bytes));
+    if checkpointing {
+        out += "  (layers are computed again in the backward: --checkpointing)\n";
+    }
+    out + &format!("  {:<16}{:>10}\n", "time", show_seconds(seconds))
 }
 
 /// Bytes a weight of a layer takes, and one of embedding and head.

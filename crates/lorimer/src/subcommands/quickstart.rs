@@ -36,20 +36,8 @@ impl Quickstart {
         let model = ModelArgs { model: "smollm2-135m".into(), dtype: DtypeFlag::F32, tokenizer: None };
         let (base, pulled) = common::open_base(&model, global)?;
         base.config.decoder("`lorimer quickstart`")?;
-        let data = self.output.join("data");
-        let mut paths = Vec::new();
-        for (name, content) in [("sentiment-movies.train.jsonl", TRAIN), ("sentiment-movies.valid.jsonl", VALID)] {
-            // The middle class is graded by the sentence's mean rating and hard for people too; the two clear ones show
-            // what was learnt.
-            let rows: String = content
-                .lines()
-                .filter(|l| !l.contains(r#""content": "neutral""#))
-                .map(|l| l.replace("negative, neutral or positive", "negative or positive") + "\n")
-                .collect();
-            let path = data.join(name);
-            lorimer::model::files::write_atomic(&path, rows.as_bytes())?;
-            paths.push(path);
-        }
+        let paths = [("train", TRAIN), ("valid", VALID)].map(|(part, content)| self.write_rows(part, content));
+        let paths = paths.into_iter().collect::<Result<Vec<PathBuf>>>()?;
         let (train, _) = common::load_data(&paths[0], &base.text, &EncodeOptions::default())?;
         let (valid, _) = common::load_data(&paths[1], &base.text, &EncodeOptions::default())?;
         let choices = find_choices(&valid);
@@ -118,6 +106,19 @@ impl Quickstart {
                 quoted("Is this movie review negative or positive?\n\nA warm, funny film that stays with you."),
             )
         })
+    }
+
+    /// Writes the rows of the two clear classes. The middle one is graded by the sentence's mean rating and hard for people too; the two show what
+    /// was learnt.
+    fn write_rows(&self, part: &str, content: &str) -> Result<PathBuf> {
+        let rows: String = content
+            .lines()
+            .filter(|l| !l.contains(r#""content": "neutral""#))
+            .map(|l| l.replace("negative, neutral or positive", "negative or positive") + "\n")
+            .collect();
+        let path = self.output.join("data").join(format!("sentiment-movies.{part}.jsonl"));
+        lorimer::model::files::write_atomic(&path, rows.as_bytes())?;
+        Ok(path)
     }
 }
 

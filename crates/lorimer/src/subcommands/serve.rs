@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
 use clap::Args;
+use lorimer::model::Base;
 use lorimer::serve::adapters::store::ChatDefaults;
 use lorimer::serve::http::{self, App, Keys};
 use lorimer::serve::{EngineSettings, Policy, Store, StoreSettings, Worker};
@@ -101,67 +102,20 @@ impl Serve {
             println!("{}", http::document());
             return Ok(ExitCode::SUCCESS);
         }
-        if self.max_running == 0 || self.batch_tokens == 0 || self.shared_tokens == 0 {
-            bail!("--max-running, --batch-tokens and --shared-tokens should be at least 1");
-        }
-        if self.first_token.is_some_and(|s| !(s.is_finite() && s > 0.0)) {
-            bail!("--first-token should be above 0");
-        }
-        if matches!(self.model.dtype, common::DtypeFlag::Int8) && !lorimer::tensor::storage::panels::available() {
-            bail!(
-                "--dtype int8 multiplies with AVX-512 VNNI, which this processor does not have: take --dtype f32, the fastest here, or stored, bf16, f16 or nf4 for less memory"
-            );
-        }
+        self.check()?;
         let address = http::address(&self.host, self.port).map_err(|e| anyhow!(e))?;
-        let keys = Keys { api: self.api_key, admin: self.admin_key };
+        let keys = Keys { api: self.api_key.clone(), admin: self.admin_key.clone() };
         keys.check(address.ip()).map_err(|e| anyhow!(e))?;
         let (base, pulled) = common::open_base(&self.model, global)?;
         let embed = if base.model().shape().causal { None } else { Some(self.pooling.options(&base)?) };
         let base = Arc::new(base);
-        let store = match self.adapters {
+        let store = match &self.adapters {
             None => None,
-            Some(place) => {
-                let address = place.contains("://").then(|| place.clone());
-                let root = match &address {
-                    Some(address) => {
-                        let own = || adapter_cache(address);
-                        self.adapter_cache.unwrap_or_else(own)
-                    }
-                    None => PathBuf::from(place),
-                };
-                let chat = ChatDefaults {
-                    bos: base.text.bos.clone().unwrap_or_default(),
-                    eos: base.text.eos.clone().unwrap_or_default(),
-                    template: base.text.template_source().map(str::to_string),
-                };
-                let settings = StoreSettings {
-                    address,
-                    host_bytes: usize::try_from(self.host_memory)?,
-                    max_rank: self.max_rank,
-                    conversion_rank: self.conversion_rank,
-                    chat: Some(chat),
-                    ..StoreSettings::new(root)
-                };
-                Some(Arc::new(Store::open(settings)?))
-            }
+            Some(place) => Some(Arc::new(Store::open(self.store(place, &base)?)?)),
         };
-        // An encoder keeps nothing from one request to the next.
-        let most = if embed.is_some() { ENCODER_POOL } else { 4 << 30 };
-        let free = free_memory().map_or(1 << 30, |free| free / 2).min(most);
-        let settings = EngineSettings {
-            pool_bytes: usize::try_from(self.pool.unwrap_or(free))?,
-            policy: Policy {
-                max_running: self.max_running,
-                batch_tokens: self.batch_tokens,
-                shared_tokens: self.shared_tokens,
-                max_waiting: self.max_waiting,
-                first_token: self.first_token,
-                ..Default::default()
-            },
-            prefix_cache: !self.no_prefix_cache,
-        };
+        let settings = self.engine(embed.is_some())?;
         let pool_bytes = settings.pool_bytes;
-        let name = self.served_name.unwrap_or_else(|| pulled.name.clone());
+        let name = self.served_name.clone().unwrap_or_else(|| pulled.name.clone());
         if store.as_ref().is_some_and(|store| store.contains(&name)) {
             bail!("the adapter `{name}` has the base's own name; rename it, or the base with --served-model-name");
         }
@@ -189,5 +143,61 @@ impl Serve {
         // What is still read from a disk or an object store, which may never answer, is not waited for.
         runtime.shutdown_background();
         ended
+    }
+
+    /// Refuses what cannot be.
+    fn check(&self) -> Result<()> {
+        if self.max_running == 0 || self.batch_tokens == 0 || self.shared_tokens == 0 {
+            bail!("--max-running, --batch-tokens and --shared-tokens should be at least 1");
+        }
+        if self.first_token.is_some_and(|s| !(s.is_finite() && s > 0.0)) {
+            bail!("--first-token should be above 0");
+        }
+        if matches!(self.model.dtype, common::DtypeFlag::Int8) && !lorimer::tensor::storage::panels::available() {
+            bail!(
+                "--dtype int8 multiplies with AVX-512 VNNI, which this processor does not have: take --dtype f32, the fastest here, or stored, bf16, f16 or nf4 for less memory"
+            );
+        }
+        Ok(())
+    }
+
+    /// The store of adapters in a folder or an object store.
+    fn store(&self, place: &str, base: &Base) -> Result<StoreSettings> {
+        let address = place.contains("://").then(|| place.to_string());
+        let root = match &address {
+            Some(address) => self.adapter_cache.clone().unwrap_or_else(|| adapter_cache(address)),
+            None => PathBuf::from(place),
+        };
+        let chat = ChatDefaults {
+            bos: base.text.bos.clone().unwrap_or_default(),
+            eos: base.text.eos.clone().unwrap_or_default(),
+            template: base.text.template_source().map(str::to_string),
+        };
+        Ok(StoreSettings {
+            address,
+            host_bytes: usize::try_from(self.host_memory)?,
+            max_rank: self.max_rank,
+            conversion_rank: self.conversion_rank,
+            chat: Some(chat),
+            ..StoreSettings::new(root)
+        })
+    }
+
+    fn engine(&self, encoder: bool) -> Result<EngineSettings> {
+        // An encoder keeps nothing from one request to the next.
+        let most = if encoder { ENCODER_POOL } else { 4 << 30 };
+        let free = free_memory().map_or(1 << 30, |free| free / 2).min(most);
+        Ok(EngineSettings {
+            pool_bytes: usize::try_from(self.pool.unwrap_or(free))?,
+            policy: Policy {
+                max_running: self.max_running,
+                batch_tokens: self.batch_tokens,
+                shared_tokens: self.shared_tokens,
+                max_waiting: self.max_waiting,
+                first_token: self.first_token,
+                ..Default::default()
+            },
+            prefix_cache: !self.no_prefix_cache,
+        })
     }
 }

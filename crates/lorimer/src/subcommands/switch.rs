@@ -11,7 +11,7 @@ use lorimer::model::{BaseModel, Frozen};
 use lorimer::serve::{Sampling, generate};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use lorimer_bench::switch::{fingerprint, quantiles, timed};
 use lorimer_cli::common::ModelArgs;
@@ -67,7 +67,7 @@ impl Switch {
             let greedy = Sampling::default();
             Ok(Some(generate(model, text, &Frozen, tokens, self.max_tokens, &greedy, 0, &[], |_| {})?.text))
         };
-        let mut shown = Vec::new();
+        let mut switches = Vec::new();
         let mut overlaps = Vec::new();
         if self.fuse {
             for (i, (a, one)) in loaded.iter().enumerate() {
@@ -77,11 +77,12 @@ impl Switch {
             }
             let ms = timed(|| Ok(loaded.iter().try_for_each(|(_, entries)| switcher.add(entries, 1.0))?))?;
             let names: Vec<&str> = loaded.iter().map(|(name, _)| name.as_str()).collect();
-            shown.push(json!({ "adapter": names.join(" + "), "milliseconds": ms, "text": answer(switcher.model())? }));
+            switches
+                .push(json!({ "adapter": names.join(" + "), "milliseconds": ms, "text": answer(switcher.model())? }));
         } else {
             for (name, entries) in &loaded {
                 let ms = timed(|| Ok(switcher.switch(entries)?))?;
-                shown.push(json!({ "adapter": name, "entries": entries.len(), "milliseconds": ms, "text": answer(switcher.model())? }));
+                switches.push(json!({ "adapter": name, "entries": entries.len(), "milliseconds": ms, "text": answer(switcher.model())? }));
             }
         }
         let mut rng = ChaCha8Rng::seed_from_u64(0);
@@ -95,39 +96,45 @@ impl Switch {
         let identical = fingerprint(base.model())? == before;
         let (p50, p99) = quantiles(&mut latencies);
         let json = json!({
-            "switches": shown, "overlaps": overlaps, "rounds": self.rounds, "p50_milliseconds": p50, "p99_milliseconds": p99,
+            "switches": switches, "overlaps": overlaps, "rounds": self.rounds, "p50_milliseconds": p50, "p99_milliseconds": p99,
             "base_identical": identical,
         });
         if !identical {
             bail!("the base is not what it was after {} switches", self.rounds);
         }
         common::print(global, &json, || {
-            let mut out = String::new();
-            for s in &shown {
-                out += &format!(
-                    "{} ({:.2} ms)\n",
-                    s["adapter"].as_str().unwrap_or_default(),
-                    s["milliseconds"].as_f64().unwrap_or(0.0)
-                );
-                if let Some(text) = s["text"].as_str() {
-                    out += &format!("  {}\n", text.replace('\n', "\n  "));
-                }
-            }
-            for o in &overlaps {
-                let overlap = &o["overlap"];
-                out += &format!(
-                    "{} and {} share {} entries ({:.2} % of the smaller), interference {:.4}\n",
-                    o["a"].as_str().unwrap_or_default(),
-                    o["b"].as_str().unwrap_or_default(),
-                    overlap["shared"],
-                    100.0 * overlap["share"].as_f64().unwrap_or(0.0),
-                    overlap["interference"].as_f64().unwrap_or(0.0)
-                );
-            }
-            out + &format!(
-                "{} random switches: p50 {p50:.2} ms, p99 {p99:.2} ms; afterwards the base is bit for bit what it was",
-                self.rounds
-            )
+            shown(&switches, &overlaps)
+                + &format!(
+                    "{} random switches: p50 {p50:.2} ms, p99 {p99:.2} ms; afterwards the base is bit for bit what it was",
+                    self.rounds
+                )
         })
     }
+}
+
+/// A line for each switch and, where there is one, its answer; a line for each pair of adapters that were put on together.
+fn shown(switches: &[Value], overlaps: &[Value]) -> String {
+    let mut out = String::new();
+    for s in switches {
+        out += &format!(
+            "{} ({:.2} ms)\n",
+            s["adapter"].as_str().unwrap_or_default(),
+            s["milliseconds"].as_f64().unwrap_or(0.0)
+        );
+        if let Some(text) = s["text"].as_str() {
+            out += &format!("  {}\n", text.replace('\n', "\n  "));
+        }
+    }
+    for o in overlaps {
+        let overlap = &o["overlap"];
+        out += &format!(
+            "{} and {} share {} entries ({:.2} % of the smaller), interference {:.4}\n",
+            o["a"].as_str().unwrap_or_default(),
+            o["b"].as_str().unwrap_or_default(),
+            overlap["shared"],
+            100.0 * overlap["share"].as_f64().unwrap_or(0.0),
+            overlap["interference"].as_f64().unwrap_or(0.0)
+        );
+    }
+    out
 }

@@ -154,45 +154,11 @@ impl Train {
         };
         // What is wrong with the settings is told before anything is read.
         self.adapter.build(Some(lr))?;
-        let mut settings = TrainSettings {
-            learning_rate: lr,
-            epochs: self.epochs,
-            max_steps: self.max_steps,
-            batch_size: self.batch_size,
-            gradient_accumulation: self.gradient_accumulation,
-            warmup_steps: self.warmup_steps,
-            warmup_ratio: self.warmup_ratio,
-            schedule: match self.schedule {
-                ScheduleFlag::Linear => Shape::Linear,
-                ScheduleFlag::Cosine => Shape::Cosine,
-                ScheduleFlag::Constant => Shape::Constant,
-            },
-            optimizer: self.step.optimizer(),
-            objective: self.objective,
-            loraplus_lr_ratio: self.loraplus_lr_ratio,
-            adamw: AdamWConfig { weight_decay: self.weight_decay, ..Default::default() },
-            max_grad_norm: self.max_grad_norm,
-            label_smoothing: self.label_smoothing,
-            seed: self.seed,
-            shuffle: !self.no_shuffle,
-            eval_steps: self.eval_steps,
-            keep_best: self.keep_best,
-            step: self.step.options(self.step.checkpoints()),
-        };
+        let mut settings = self.settings(lr);
         settings.check()?;
         let (prepared, pulled) = common::prepare_base(&self.model, global)?;
         prepared.config.decoder("`lorimer train`")?;
-        let options = EncodeOptions {
-            format: self.format,
-            max_length: self.max_length,
-            too_long: match self.too_long {
-                TooLongFlag::Cut => TooLong::Cut,
-                TooLongFlag::Drop => TooLong::Drop,
-            },
-            train_on_prompt: self.train_on_prompt,
-            skip_bad_rows: self.skip_bad_rows,
-            limit: self.limit,
-        };
+        let options = self.encoding();
         let (train, _) = common::load_data(&self.data, &prepared.text, &options)?;
         let eval = match &self.eval_data {
             Some(path) => common::load_data(path, &prepared.text, &EncodeOptions { limit: None, ..options })?.0,
@@ -239,25 +205,72 @@ impl Train {
             return Ok(ExitCode::from(130));
         }
         let json = result(&session, &outcome, &adapter);
-        common::print(global, &json, || {
-            let mut out = format!(
-                "adapter    {} ({} trainable parameters)\nsteps      {}, last loss {:.4}\nspeed      {:.1} examples/s, {:.0} tokens/s\n",
-                session.output.display(),
-                common::short(adapter.parameter_count()),
-                outcome.steps,
-                outcome.losses.last().unwrap_or(&f64::NAN),
-                outcome.examples as f64 / outcome.seconds,
-                outcome.tokens as f64 / outcome.seconds,
-            );
-            if let Some(e) = &outcome.evaluation {
-                out += &format!("evaluation loss {:.4}, exact match {:.1} %", e.loss, 100.0 * e.exact_match);
-                if let Some(a) = e.choice_accuracy {
-                    out += &format!(", choice accuracy {:.1} %", 100.0 * a);
-                }
-            }
-            out
-        })
+        common::print(global, &json, || shown(&session, &outcome, &adapter))
     }
+
+    /// What the flags say of the run; whether layers are computed again is decided later.
+    fn settings(&self, learning_rate: f64) -> TrainSettings {
+        TrainSettings {
+            learning_rate,
+            epochs: self.epochs,
+            max_steps: self.max_steps,
+            batch_size: self.batch_size,
+            gradient_accumulation: self.gradient_accumulation,
+            warmup_steps: self.warmup_steps,
+            warmup_ratio: self.warmup_ratio,
+            schedule: match self.schedule {
+                ScheduleFlag::Linear => Shape::Linear,
+                ScheduleFlag::Cosine => Shape::Cosine,
+                ScheduleFlag::Constant => Shape::Constant,
+            },
+            optimizer: self.step.optimizer(),
+            objective: self.objective.clone(),
+            loraplus_lr_ratio: self.loraplus_lr_ratio,
+            adamw: AdamWConfig { weight_decay: self.weight_decay, ..Default::default() },
+            max_grad_norm: self.max_grad_norm,
+            label_smoothing: self.label_smoothing,
+            seed: self.seed,
+            shuffle: !self.no_shuffle,
+            eval_steps: self.eval_steps,
+            keep_best: self.keep_best,
+            step: self.step.options(self.step.checkpoints()),
+        }
+    }
+
+    /// How rows become tokens.
+    fn encoding(&self) -> EncodeOptions {
+        EncodeOptions {
+            format: self.format,
+            max_length: self.max_length,
+            too_long: match self.too_long {
+                TooLongFlag::Cut => TooLong::Cut,
+                TooLongFlag::Drop => TooLong::Drop,
+            },
+            train_on_prompt: self.train_on_prompt,
+            skip_bad_rows: self.skip_bad_rows,
+            limit: self.limit,
+        }
+    }
+}
+
+/// The same as [`result`], for people.
+fn shown(session: &Session<'_>, outcome: &Outcome, adapter: &Adapter) -> String {
+    let mut out = format!(
+        "adapter    {} ({} trainable parameters)\nsteps      {}, last loss {:.4}\nspeed      {:.1} examples/s, {:.0} tokens/s\n",
+        session.output.display(),
+        common::short(adapter.parameter_count()),
+        outcome.steps,
+        outcome.losses.last().unwrap_or(&f64::NAN),
+        outcome.examples as f64 / outcome.seconds,
+        outcome.tokens as f64 / outcome.seconds,
+    );
+    if let Some(e) = &outcome.evaluation {
+        out += &format!("evaluation loss {:.4}, exact match {:.1} %", e.loss, 100.0 * e.exact_match);
+        if let Some(a) = e.choice_accuracy {
+            out += &format!(", choice accuracy {:.1} %", 100.0 * a);
+        }
+    }
+    out
 }
 
 /// The documented fields of `train --json`.

@@ -7,6 +7,7 @@ mod tiny;
 mod cli;
 mod combine;
 mod cpu;
+mod damaged;
 mod dynamics_cli;
 mod encoder;
 mod hub;

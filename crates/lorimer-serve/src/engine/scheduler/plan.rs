@@ -79,22 +79,15 @@ impl Scheduler {
     }
 
     /// Decides on a step. `cached` tells how many tokens of a prompt need not be computed.
-    pub fn plan(&mut self, now: f64, mut cached: impl FnMut(&Job) -> usize) -> Plan {
+    pub fn plan(&mut self, now: f64, cached: impl FnMut(&Job) -> usize) -> Plan {
         let mut plan = Plan { refused: std::mem::take(&mut self.dropped), ..Default::default() };
-        let mut rows = self.policy.batch_tokens;
-        for r in self.running.iter().filter(|r| r.generates()) {
-            plan.work.push((r.job.id, 1));
-            rows = rows.saturating_sub(1);
-        }
-        let mut computed = plan.work.len();
-        let mut shares = self.shares(rows, now);
-        rows = shares.rows;
+        plan.work.extend(self.running.iter().filter(|r| r.generates()).map(|r| (r.job.id, 1)));
+        let mut shares = self.shares(self.policy.batch_tokens.saturating_sub(plan.work.len()), now);
         // A client's running prompts first, as far as its share goes, then its waiting ones, then what others have left over.
         for r in self.running.iter_mut().filter(|r| !r.generates()) {
             let n = shares.take(&r.job.tenant.client, r.job.prompt - r.computed);
             if n > 0 {
                 plan.work.push((r.job.id, n));
-                (rows, computed) = (rows - n, computed + n);
                 r.computed += n;
             }
         }
@@ -103,19 +96,39 @@ impl Scheduler {
         if let Some(promised) = self.policy.first_token {
             self.refuse_late(promised, now, &mut plan);
         }
-        let mut passed_over: HashSet<Tenant> = HashSet::new();
         self.note_fronts(None, now);
-        while rows > 0 && self.running.len() < self.policy.max_running {
+        self.admit(newest_first, now, &mut shares, &mut plan, cached);
+        let mut rows = shares.rows;
+        for r in self.running.iter_mut().filter(|r| !r.generates()) {
+            let n = (r.job.prompt - r.computed).min(rows);
+            if n == 0 {
+                continue;
+            }
+            match plan.work.iter_mut().find(|(id, _)| *id == r.job.id) {
+                Some((_, rows)) => *rows += n,
+                None => plan.work.push((r.job.id, n)),
+            }
+            rows -= n;
+            r.computed += n;
+        }
+        let computed: usize = plan.work.iter().map(|(_, n)| n).sum();
+        self.rows.add(now, computed as f64);
+        plan
+    }
+
+    /// Lets waiting requests in, in turns, while there are rows and room for them.
+    fn admit(
+        &mut self,
+        newest_first: bool,
+        now: f64,
+        shares: &mut Shares,
+        plan: &mut Plan,
+        mut cached: impl FnMut(&Job) -> usize,
+    ) {
+        let mut passed_over: HashSet<Tenant> = HashSet::new();
+        while shares.rows > 0 && self.running.len() < self.policy.max_running {
             let open = |tenant: &Tenant| !passed_over.contains(tenant) && shares.left(&tenant.client) > 0;
-            let candidates = self.waiting.iter().filter(|(tenant, _)| open(tenant));
-            let key = |(tenant, queue): &(&Tenant, &VecDeque<Job>)| {
-                let (client, oldest) = self.clients.get(&tenant.client).copied().unwrap_or_default();
-                let user = if oldest { 0.0 } else { self.counters.get(*tenant).copied().unwrap_or(0.0) };
-                let (client, user) = if self.policy.fair { (client, user) } else { (0.0, 0.0) };
-                (client, user, queue.front().map_or(0.0, |job| job.arrived))
-            };
-            let least = candidates.min_by(|a, b| key(a).partial_cmp(&key(b)).unwrap_or(std::cmp::Ordering::Equal));
-            let Some((tenant, queue)) = least else { break };
+            let Some((tenant, queue)) = self.least_served(open) else { break };
             let at = self.choose(tenant, queue, newest_first, now);
             let job = &queue[at];
             let bound = self.policy.max_adapters.unwrap_or(usize::MAX);
@@ -132,36 +145,38 @@ impl Scheduler {
             let Some(job) = self.take(&tenant, at) else { break };
             let skip = cached(&job).min(job.prompt.saturating_sub(1));
             let n = shares.take(&tenant.client, job.prompt - skip);
-            (rows, computed) = (rows - n, computed + n);
-            self.give(&tenant, job.prompt as f64);
-            if let Some((_, oldest)) = self.clients.get_mut(&tenant.client) {
-                *oldest = !*oldest;
-            }
-            for (key, pages) in &job.adapters {
-                let entry = self.adapters.entry(key.clone()).or_insert((0, *pages));
-                self.adapter_pages += if entry.0 == 0 { *pages } else { 0 };
-                entry.0 += 1;
-            }
             plan.admitted.push((job.id, skip));
             plan.work.push((job.id, n));
-            self.admissions.add(now, 1.0);
-            self.note_fronts(Some(&job.tenant), now);
-            self.running.push(Running { job, computed: skip + n, generated: 0 });
+            self.begin(job, skip + n, now);
         }
-        for r in self.running.iter_mut().filter(|r| !r.generates()) {
-            let n = (r.job.prompt - r.computed).min(rows);
-            if n == 0 {
-                continue;
-            }
-            match plan.work.iter_mut().find(|(id, _)| *id == r.job.id) {
-                Some((_, rows)) => *rows += n,
-                None => plan.work.push((r.job.id, n)),
-            }
-            (rows, computed) = (rows - n, computed + n);
-            r.computed += n;
+    }
+
+    /// The tenant whose turn it is among some, with its queue.
+    fn least_served(&self, open: impl Fn(&Tenant) -> bool) -> Option<(&Tenant, &VecDeque<Job>)> {
+        let candidates = self.waiting.iter().filter(|(tenant, _)| open(tenant));
+        let key = |(tenant, queue): &(&Tenant, &VecDeque<Job>)| {
+            let (client, oldest) = self.clients.get(&tenant.client).copied().unwrap_or_default();
+            let user = if oldest { 0.0 } else { self.counters.get(*tenant).copied().unwrap_or(0.0) };
+            let (client, user) = if self.policy.fair { (client, user) } else { (0.0, 0.0) };
+            (client, user, queue.front().map_or(0.0, |job| job.arrived))
+        };
+        candidates.min_by(|a, b| key(a).partial_cmp(&key(b)).unwrap_or(std::cmp::Ordering::Equal))
+    }
+
+    /// A request that was let in runs from now on, with so many of its prompt's tokens computed.
+    fn begin(&mut self, job: Job, computed: usize, now: f64) {
+        self.give(&job.tenant, job.prompt as f64);
+        if let Some((_, oldest)) = self.clients.get_mut(&job.tenant.client) {
+            *oldest = !*oldest;
         }
-        self.rows.add(now, computed as f64);
-        plan
+        for (key, pages) in &job.adapters {
+            let entry = self.adapters.entry(key.clone()).or_insert((0, *pages));
+            self.adapter_pages += if entry.0 == 0 { *pages } else { 0 };
+            entry.0 += 1;
+        }
+        self.admissions.add(now, 1.0);
+        self.note_fronts(Some(&job.tenant), now);
+        self.running.push(Running { job, computed, generated: 0 });
     }
 
     /// What each client may have of a step's prompt rows before the others have had theirs. Steps stay short too while another client was

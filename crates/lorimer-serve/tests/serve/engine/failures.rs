@@ -1,5 +1,7 @@
 //! Requests that make the engine fail, or ask what cannot be.
 
+use lorimer_serve::engine::Failure;
+
 use super::*;
 
 #[test]
@@ -8,20 +10,8 @@ fn requests_that_cannot_be_are_refused() {
     let mut engine = Engine::new(&model, EngineSettings { pool_bytes: 1 << 16, ..Default::default() }).unwrap();
     let adapter = hosted(&model, &moved(&model, "lora", r#"{"r": 2}"#), "a");
     let alone = hosted(&model, &moved(&model, "hydra", r#"{"r": 2}"#), "b");
-    let request = Request {
-        prompt: vec![1, 2],
-        adapters: vec![],
-        max_tokens: Some(3),
-        sampling: Sampling::default(),
-        seed: 0,
-        stop: vec![],
-        log_probabilities: None,
-        of_prompt: false,
-        tenant: Tenant::default(),
-        names: vec![],
-    };
     let with = |change: &dyn Fn(&mut Request)| {
-        let mut request = request.clone();
+        let mut request = request(vec![1, 2], vec![], 3);
         change(&mut request);
         request
     };
@@ -56,11 +46,13 @@ fn broken(model: &dyn BaseModel, name: &str) -> Arc<Hosted> {
 fn a_request_that_makes_the_engine_fail_harms_no_other() {
     let model = model();
     let good = hosted(&model, &moved(&model, "lora", r#"{"r": 3}"#), "good");
-    let request = |i: u32| Request {
-        adapters: if i % 2 == 1 { vec![(good.clone(), 1.0)] } else { vec![] },
-        sampling: Sampling { temperature: 1.0, ..Default::default() },
-        seed: u64::from(i),
-        ..plain((0..5 + 3 * i).map(|t| t * 7 % 40).collect(), 20)
+    let drawn = |i: u32| {
+        let adapters = if i % 2 == 1 { vec![(good.clone(), 1.0)] } else { vec![] };
+        Request {
+            sampling: Sampling { temperature: 1.0, ..Default::default() },
+            seed: u64::from(i),
+            ..request((0..5 + 3 * i).map(|t| t * 7 % 40).collect(), adapters, 20)
+        }
     };
     let settings = || EngineSettings {
         pool_bytes: 1 << 20,
@@ -69,7 +61,7 @@ fn a_request_that_makes_the_engine_fail_harms_no_other() {
     };
     let run = |bad: bool| {
         let mut engine = Engine::new(&model, settings()).unwrap();
-        let ids: Vec<u64> = (0..8).map(|i| engine.submit(request(i), 0.0).unwrap().unwrap()).collect();
+        let ids: Vec<u64> = (0..8).map(|i| engine.submit(drawn(i), 0.0).unwrap().unwrap()).collect();
         let (mut answers, mut culprits) = (HashMap::<u64, Vec<u32>>::new(), Vec::new());
         for step in 0..20 {
             for event in engine.step(f64::from(step)) {
@@ -79,7 +71,7 @@ fn a_request_that_makes_the_engine_fail_harms_no_other() {
         }
         if bad {
             for name in ["one", "two"] {
-                let request = Request { adapters: vec![(broken(&model, name), 1.0)], ..request(2) };
+                let request = Request { adapters: vec![(broken(&model, name), 1.0)], ..drawn(2) };
                 culprits.push(engine.submit(request, 20.0).unwrap().unwrap());
             }
         }
@@ -108,13 +100,12 @@ fn logits_that_are_not_finite_are_refused_by_name() {
     let adapter = hosted(&model, &moved(&model, "lora", r#"{"r": 3}"#), "a");
     let mut engine = Engine::new(&model, EngineSettings { pool_bytes: 1 << 20, ..Default::default() }).unwrap();
     let with = |weight: f32| Request {
-        adapters: vec![(adapter.clone(), weight)],
         names: vec!["large".into()],
-        ..plain(vec![1, 2, 3], 4)
+        ..request(vec![1, 2, 3], vec![(adapter.clone(), weight)], 4)
     };
     let bad = engine.submit(with(1e30), 0.0).unwrap().unwrap();
     let good = engine.submit(with(1.0), 0.0).unwrap().unwrap();
-    let base = engine.submit(plain(vec![1, 2, 3], 4), 0.0).unwrap().unwrap();
+    let base = engine.submit(request(vec![1, 2, 3], vec![], 4), 0.0).unwrap().unwrap();
     let (answers, failures) = finish(&mut engine);
     assert_eq!((answers[&good].len(), answers[&base].len(), failures.len()), (4, 4, 1));
     let Failure::NotFinite(why) = &failures[&bad] else { panic!("{failures:?}") };

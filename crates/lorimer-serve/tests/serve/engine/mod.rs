@@ -8,7 +8,6 @@ use std::sync::Arc;
 use candle_core::{DType, Tensor};
 use lorimer_model::weights::LoadDtype;
 use lorimer_model::{BaseModel, KvCache};
-use lorimer_serve::engine::Failure;
 use lorimer_serve::engine::batched::{Batched, Rows, Used};
 use lorimer_serve::engine::pool::{BLOCK, Geometry, pool};
 use lorimer_serve::engine::scheduler::{Policy, Tenant};
@@ -17,6 +16,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use crate::prelude::*;
+use crate::requests::{finish, logits_of, request};
 use crate::tiny;
 
 fn model() -> Decoder {
@@ -76,12 +76,6 @@ fn together(model: &dyn BaseModel, sequences: &[Asked]) -> Vec<Tensor> {
     sequences.iter().map(one).collect()
 }
 
-/// The logits of one sequence alone, by the code that trains.
-fn alone(model: &dyn BaseModel, tokens: &[u32], adaptation: &dyn Adaptation) -> Tensor {
-    let batch = Batch::pack([tokens]);
-    model.logits(&model.hidden(&batch, adaptation).unwrap(), adaptation).unwrap()
-}
-
 fn difference(a: &Tensor, b: &Tensor) -> f64 {
     tiny::distance(&a.to_dtype(DType::F64).unwrap(), &b.to_dtype(DType::F64).unwrap())
 }
@@ -121,8 +115,8 @@ fn batched_is_alone_for_every_method() {
     let found = together(&model, &sequences);
     for (((name, adapter), (tokens, _)), found) in adapters.iter().zip(&sequences).zip(&found) {
         let expected = match adapter {
-            Some(adapter) => alone(&model, tokens, &Attached::one(adapter)),
-            None => alone(&model, tokens, &Frozen),
+            Some(adapter) => logits_of(&model, &Attached::one(adapter), tokens),
+            None => logits_of(&model, &Frozen, tokens),
         };
         let largest = expected.abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap();
         let wrong = difference(found, &expected) / f64::from(largest);
@@ -145,7 +139,7 @@ fn sums_of_weighted_adapters_in_one_batch() {
     for (weights, found) in
         [[(&one, 0.5), (&two, -1.25)], [(&one, 2.0), (&two, 0.0)], [(&two, 1.0), (&one, 1.0)]].iter().zip(found)
     {
-        let expected = alone(&model, &tokens, &Attached::weighted(weights.to_vec()).unwrap());
+        let expected = logits_of(&model, &Attached::weighted(weights.to_vec()).unwrap(), &tokens);
         assert!(difference(&found, &expected) < 1e-3, "{weights:?}", weights = weights.map(|w| w.1));
     }
 }
@@ -207,17 +201,11 @@ fn an_engine_answers_as_if_each_were_alone() {
             let mut prompt = shared[..rng.random_range(0..shared.len())].to_vec();
             prompt.extend((0..rng.random_range(1..30)).map(|_| rng.random_range(0..40u32)));
             let max_tokens = rng.random_range(1..30);
+            let adapters = hosted.get(which).map(|h| (h.clone(), 1.0)).into_iter().collect();
             let request = Request {
-                prompt: prompt.clone(),
-                adapters: hosted.get(which).map(|h| (h.clone(), 1.0)).into_iter().collect(),
-                max_tokens: Some(max_tokens),
-                sampling: Sampling::default(),
-                seed: 0,
                 stop: vec![5],
-                log_probabilities: None,
-                of_prompt: false,
                 tenant: Tenant { client: "one".into(), user: format!("t{}", which % 3).into() },
-                names: vec![],
+                ..request(prompt.clone(), adapters, max_tokens)
             };
             let id = engine.submit(request, now).unwrap().unwrap();
             wanted.insert(id, (which, prompt, max_tokens));
@@ -275,30 +263,12 @@ fn prompts_of_any_length_in_steps_of_few_rows() {
             let settings = EngineSettings { pool_bytes: 1 << 24, policy, prefix_cache: true };
             let mut engine = Engine::new(&model, settings).unwrap();
             for (i, &n) in lengths.iter().enumerate() {
-                let request = Request {
-                    prompt: prompt(n),
-                    adapters: (i % 2 == 0).then(|| (hosted.clone(), 1.0)).into_iter().collect(),
-                    max_tokens: Some(3),
-                    sampling: Sampling::default(),
-                    seed: 0,
-                    stop: vec![],
-                    log_probabilities: None,
-                    of_prompt: false,
-                    tenant: Tenant::default(),
-                    names: vec![],
-                };
+                let adapters = (i % 2 == 0).then(|| (hosted.clone(), 1.0)).into_iter().collect();
+                let request = request(prompt(n), adapters, 3);
                 assert_eq!(engine.submit(request, 0.0).unwrap(), Ok(i as u64));
             }
-            let mut answers: HashMap<u64, Vec<u32>> = HashMap::new();
-            let mut steps = 0;
-            while !engine.is_idle() {
-                steps += 1;
-                assert!(steps < 200);
-                for event in engine.step(f64::from(steps)) {
-                    let Event::Token(id, token, _) = event else { panic!("{event:?}") };
-                    answers.entry(id).or_default().push(token.token);
-                }
-            }
+            let (answers, failures) = finish(&mut engine);
+            assert!(failures.is_empty(), "{failures:?}");
             for (i, &n) in lengths.iter().enumerate() {
                 let (expected, closest) = match i % 2 {
                     0 => answer(&model, &Attached::one(&adapter), &prompt(n), 3, u32::MAX),
@@ -322,24 +292,18 @@ fn a_request_that_was_preempted_loses_nothing() {
     let policy = Policy { batch_tokens: 2, ..Default::default() };
     let pool_bytes = geometry.pages_of_tokens(6 * BLOCK) * geometry.page_bytes();
     let mut engine = Engine::new(&model, EngineSettings { pool_bytes, policy, prefix_cache: false }).unwrap();
-    let request = |prompt: Vec<u32>, max_tokens: usize| Request {
-        prompt,
-        adapters: vec![],
-        max_tokens: Some(max_tokens),
+    let drawn = |prompt: Vec<u32>, max_tokens: usize| Request {
         sampling: Sampling { temperature: 1.0, ..Default::default() },
         seed: 7,
-        stop: vec![],
         log_probabilities: Some(2),
-        of_prompt: false,
-        tenant: Tenant::default(),
-        names: vec![],
+        ..request(prompt, vec![], max_tokens)
     };
     // Two rows a step: prompts take so long that requests which should have come to their ends one after the other overlap after all.
     let lengths = [(9usize, 60usize), (38, 9), (30, 12)];
     let prompt = |n: usize| (0..n as u32).map(|i| i * 7 % 40).collect::<Vec<_>>();
     let mut together: HashMap<u64, Vec<_>> = HashMap::new();
     for (n, max_tokens) in lengths {
-        engine.submit(request(prompt(n), max_tokens), 0.0).unwrap().unwrap();
+        engine.submit(drawn(prompt(n), max_tokens), 0.0).unwrap().unwrap();
     }
     let mut steps = 0;
     while !engine.is_idle() {
@@ -354,7 +318,7 @@ fn a_request_that_was_preempted_loses_nothing() {
     for (id, (n, max_tokens)) in lengths.into_iter().enumerate() {
         let settings = EngineSettings { pool_bytes: 1 << 20, ..Default::default() };
         let mut engine = Engine::new(&model, settings).unwrap();
-        engine.submit(request(prompt(n), max_tokens), 0.0).unwrap().unwrap();
+        engine.submit(drawn(prompt(n), max_tokens), 0.0).unwrap().unwrap();
         let mut alone = Vec::new();
         while !engine.is_idle() {
             for event in engine.step(0.0) {
@@ -375,39 +339,6 @@ fn a_request_that_was_preempted_loses_nothing() {
     }
 }
 
-/// A request for the base, greedy, whose answer nothing ends but its length.
-fn plain(prompt: Vec<u32>, max_tokens: usize) -> Request {
-    Request {
-        prompt,
-        adapters: vec![],
-        max_tokens: Some(max_tokens),
-        sampling: Sampling::default(),
-        seed: 0,
-        stop: vec![],
-        log_probabilities: None,
-        of_prompt: false,
-        tenant: Tenant::default(),
-        names: vec![],
-    }
-}
-
-/// Steps until all have ended: tokens and failures by request.
-fn finish(engine: &mut Engine<'_>) -> (HashMap<u64, Vec<u32>>, HashMap<u64, Failure>) {
-    let (mut answers, mut failures, mut steps) = (HashMap::<u64, Vec<u32>>::new(), HashMap::new(), 0);
-    while !engine.is_idle() {
-        steps += 1;
-        assert!(steps < 100_000, "{:?}", engine.state());
-        for event in engine.step(f64::from(steps) / 100.0) {
-            match event {
-                Event::Token(id, token, _) => answers.entry(id).or_default().push(token.token),
-                Event::Failed(id, failure) => assert!(failures.insert(id, failure).is_none()),
-                other => panic!("{other:?}"),
-            }
-        }
-    }
-    (answers, failures)
-}
-
 /// Prompts from one token to the context's end, most of them longer than what a step takes, one by one and all together, with an adapter
 /// and without.
 #[test]
@@ -426,10 +357,8 @@ fn prompts_of_every_length_are_answered() {
         for (i, &n) in lengths.iter().enumerate() {
             let max_tokens = 3.min(context - n);
             let with = i % 2 == 1;
-            let request = Request {
-                adapters: if with { vec![(hosted.clone(), 1.0)] } else { vec![] },
-                ..plain(text(n), max_tokens)
-            };
+            let adapters = if with { vec![(hosted.clone(), 1.0)] } else { vec![] };
+            let request = request(text(n), adapters, max_tokens);
             let mut one = Engine::new(&model, settings.clone()).unwrap();
             let id = one.submit(request.clone(), 0.0).unwrap().unwrap();
             let (answers, failures) = finish(&mut one);

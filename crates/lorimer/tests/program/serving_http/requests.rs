@@ -59,6 +59,15 @@ fn misuse_gets_a_code_and_harms_nobody() {
     let root = adapters(&f);
     let server = Server::start(&f, &root, &[]);
     let ask = json!({ "model": "base", "messages": [{ "role": "user", "content": "up 3" }] });
+    values_that_cannot_be(&server, &ask);
+    names_and_prompts_that_cannot_be(&server);
+    bodies_and_heads_that_are_none(&server, &ask);
+    clients_that_go_away(&server);
+    assert_eq!(server.answer(json!({ "model": "yes-no" })), "yes");
+    assert_eq!(server.get("/v1/state").json()["figures"]["restarts"], 0);
+}
+
+fn values_that_cannot_be(server: &Server, ask: &Value) {
     for (field, value) in [
         ("max_tokens", json!(-1)),
         ("max_tokens", json!(0)),
@@ -112,6 +121,9 @@ fn misuse_gets_a_code_and_harms_nobody() {
         );
         assert_eq!(refused.json()["error"]["message"].as_str().unwrap().lines().count(), 1);
     }
+}
+
+fn names_and_prompts_that_cannot_be(server: &Server) {
     for (name, status) in [("none", 404), ("../yes-no", 400), ("", 200), ("a\u{0}b", 400)] {
         assert_eq!(server.chat(json!({ "model": name })).status, status, "{name:?}");
     }
@@ -120,7 +132,9 @@ fn misuse_gets_a_code_and_harms_nobody() {
     let long =
         server.post("/v1/completions", &json!({ "model": "base", "prompt": "up ".repeat(5000), "max_tokens": 1 }));
     assert_eq!(long.status, 400, "{}", long.body);
-    // Bodies and heads that are none.
+}
+
+fn bodies_and_heads_that_are_none(server: &Server, ask: &Value) {
     let json_type = "Content-Type: application/json\r\n";
     let deep = "[".repeat(100_000);
     for body in ["", "{", "null", "[1, 2", "\u{0}", deep.as_str(), r#"{"messages": {"#] {
@@ -147,8 +161,11 @@ fn misuse_gets_a_code_and_harms_nobody() {
     assert_eq!(server.raw(b"\x16\x03\x01nonsense\r\n\r\n").status, 400);
     assert_eq!(server.get("/v1/chat/completions").code(), "method_not_allowed");
     assert_eq!(server.get("/nothing/../../etc/passwd").code(), "not_found");
-    // Clients that go away in the middle of an answer take their requests with them: they are counted, and most of what they asked for is not
-    // computed. To be seen to fail: `follow` that goes on when nobody listens.
+}
+
+/// Clients that go away in the middle of an answer take their requests with them: they are counted, and most of what they asked for is not computed. To
+/// be seen to fail: `follow` that goes on when nobody listens.
+fn clients_that_go_away(server: &Server) {
     let figures = || server.get("/v1/state").json()["figures"].clone();
     let before = figures();
     const LONG: u64 = 500;
@@ -157,7 +174,8 @@ fn misuse_gets_a_code_and_harms_nobody() {
         let body = json!({ "model": "base", "prompt": "up", "max_tokens": LONG, "ignore_eos": true, "stream": true })
             .to_string();
         let head = format!(
-            "POST /v1/completions HTTP/1.1\r\nHost: {host}\r\n{json_type}Content-Length: {}\r\n\r\n{body}",
+            "POST /v1/completions HTTP/1.1\r\nHost: {}\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+            server.address,
             body.len()
         );
         stream.write_all(head.as_bytes()).unwrap();
@@ -183,8 +201,6 @@ fn misuse_gets_a_code_and_harms_nobody() {
     assert_eq!(since("cancelled", &Value::clone), 5);
     let computed = since("generated_tokens", &|f| f["engine"].clone());
     assert!(computed < 5 * LONG / 2, "{computed} of {} tokens were computed for nobody", 5 * LONG);
-    assert_eq!(server.answer(json!({ "model": "yes-no" })), "yes");
-    assert_eq!(server.get("/v1/state").json()["figures"]["restarts"], 0);
 }
 
 /// No field is passed over: it is honoured, asks for nothing by its value, or is refused by name, and null is absent.

@@ -90,7 +90,7 @@ fn logits(model: &dyn BaseModel, on: &dyn Adaptation, rows: &[Vec<u32>]) -> Tens
 /// Hidden states that the head sees.
 fn seen(model: &dyn BaseModel, adapter: &Adapter, batch: &Batch) -> Tensor {
     let attached = Attached::one(adapter);
-    let on = Inference(&attached);
+    let on = Inference::of(&attached);
     let mut bottom = |on: &dyn Adaptation| Ok((0, model.embed(&batch.tokens, &batch.positions, on)?));
     earlier_passes(model, &on, (&batch.positions, &batch.segments), &mut bottom, None).unwrap().unwrap()
 }

@@ -177,17 +177,17 @@ pub(crate) unsafe fn add_low_rank(
     (a, b): (&[*const f32], &[*const f32]),
     weight: f32,
     (y, outputs): (&mut [f32], usize),
-    thin: &mut [f32],
+    down: &mut [f32],
 ) {
     let (rows, rank) = (x.len() / inputs, a.len());
-    assert!(rows <= DOTS.0 && y.len() == rows * outputs && thin.len() == rows * rank && b.len() == rank);
+    assert!(rows <= DOTS.0 && y.len() == rows * outputs && down.len() == rows * rank && b.len() == rank);
     for (i, some) in a.chunks(DOTS.1).enumerate() {
         let w: [*const f32; DOTS.1] = std::array::from_fn(|j| some[j.min(some.len() - 1)]);
-        let (a, c, n) = (x.as_ptr(), thin[i * DOTS.1..].as_mut_ptr(), some.len());
+        let (a, c, n) = (x.as_ptr(), down[i * DOTS.1..].as_mut_ptr(), some.len());
         macro_rules! dots {
             ($($m:literal)*) => {
                 match rows {
-                    // SAFETY: x has so many rows, the vectors are the caller's, and `thin` has room for n numbers a row.
+                    // SAFETY: x has so many rows, the vectors are the caller's, and `down` has room for n numbers a row.
                     $($m => unsafe { dots::<$m, true>(inputs, a, w, c, (inputs, rank), false, n, DOTS.1 * inputs) },)*
                     _ => {}
                 }
@@ -195,9 +195,9 @@ pub(crate) unsafe fn add_low_rank(
         }
         dots!(1 2 3 4 5 6);
     }
-    thin.iter_mut().for_each(|u| *u *= weight);
+    down.iter_mut().for_each(|u| *u *= weight);
     // SAFETY: the caller's vectors; y has so many rows.
-    unsafe { weighted((rows, outputs), thin, b, (y.as_mut_ptr(), outputs), true) };
+    unsafe { weighted((rows, outputs), down, b, (y.as_mut_ptr(), outputs), true) };
 }
 
 /// Σ p v for up to six rows of p (rows, values), each over all of the values' d numbers.
@@ -272,7 +272,7 @@ unsafe fn weighted_columns<const M: usize, const W: usize>(
     }
 }
 
-/// All tiles of a task, as [`super::block`]. Rows are cut into tiles as like each other as can be, so that none is thin.
+/// All tiles of a task, as [`super::block`]. Rows are cut into tiles as like each other as can be, so that none has few.
 #[target_feature(enable = "avx512f")]
 pub(super) unsafe fn block(
     (rows, columns, depth): (usize, usize, usize),
