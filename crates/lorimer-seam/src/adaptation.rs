@@ -1,7 +1,7 @@
 //! What happens to a frozen model while it runs.
 
 use candle_core::{Result, Tensor, bail};
-use lorimer_tensor::{AttentionForm, Gradients, Ops, Segment};
+use lorimer_tensor::{AttentionForm, CheckedGradient, Gradients, Ops, Segment};
 
 use crate::scope::BlockScope;
 use crate::site::{Projection, Site};
@@ -37,6 +37,14 @@ impl AttentionCall<'_> {
     /// Plain attention: (rows, heads·head_dim).
     pub fn run(self, ops: Ops<'_>) -> Result<Tensor> {
         ops.attention((&self.q, &self.k, &self.v), self.segments, &self.form)
+    }
+
+    /// The same in a block, with its gradient on a tape low-rank where that is within a tolerance.
+    ///
+    /// # Errors
+    /// The attention has no such gradient, or tensor operations fail.
+    pub fn run_low_rank(self, ops: Ops<'_>, how: &CheckedGradient, layer: usize) -> Result<Tensor> {
+        ops.attention_low_rank((&self.q, &self.k, &self.v), (self.segments, &self.form), how, layer)
     }
 }
 
