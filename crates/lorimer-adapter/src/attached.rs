@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use candle_core::{Result as TensorResult, Tensor, Var};
 use lorimer_model::{Adaptation, AttentionCall, BlockScope, PassDone, Point, Projection, Site};
-use lorimer_tensor::{Gradients, LowRankTerm, Ops, Part, Tape};
+use lorimer_tensor::{CheckedGradient, Gradients, LowRankTerm, Ops, Part, Tape};
 
 use crate::adapter::Adapter;
 use crate::block::BlockDelta;
@@ -37,6 +37,8 @@ pub struct Attached<'a> {
     unit: Option<Arc<UnitRoute>>,
     /// In training: what watches the routes of units.
     meter: Option<&'a RouteMeter>,
+    /// On a tape: how attentions come by low-rank gradients.
+    low_rank: Option<&'a CheckedGradient>,
 }
 
 impl<'a> Attached<'a> {
@@ -46,7 +48,7 @@ impl<'a> Attached<'a> {
     }
 
     fn of(adapters: Vec<(&'a Adapter, f64)>) -> Self {
-        Self { adapters, step: Step::default(), tape: None, routes: None, unit: None, meter: None }
+        Self { adapters, step: Step::default(), tape: None, routes: None, unit: None, meter: None, low_rank: None }
     }
 
     /// Several adapters with weights. Whole parameters cannot be mixed, so at most one adapter may bring any of a name,
@@ -84,6 +86,11 @@ impl<'a> Attached<'a> {
     /// The same adapters with routes of units watched.
     pub fn watched<'b>(&'b self, meter: &'b RouteMeter) -> Attached<'b> {
         Attached { meter: Some(meter), ..self.clone() }
+    }
+
+    /// The same adapters with gradients of attention on a tape that are low-rank where that is within a tolerance.
+    pub fn with_low_rank_attention<'b>(&'b self, how: &'b CheckedGradient) -> Attached<'b> {
+        Attached { low_rank: Some(how), ..self.clone() }
     }
 
     /// Whether the output of a row depends on that row alone, so that what sequences share may be computed once.
@@ -378,7 +385,10 @@ impl Adaptation for Attached<'_> {
             let edges = self.ops().attention_edges((&call.q, &call.k), call.segments, &call.form, rule)?;
             block.edges = Some(edges);
         }
-        call.run(self.ops())
+        match self.low_rank.filter(|_| self.tape.is_some()) {
+            Some(how) => call.run_low_rank(self.ops(), how, block.layer()),
+            None => call.run(self.ops()),
+        }
     }
 
     fn attended(&self, h: Tensor, block: &mut BlockScope<'_>) -> TensorResult<Tensor> {

@@ -3,7 +3,7 @@
 use std::ops::Deref;
 
 use candle_core::{DType, Result, Tensor, bail};
-use lorimer_tensor::{AttentionForm, Gradients, Ops, Segment, Segmented, Tape, project_segmented};
+use lorimer_tensor::{AttentionForm, CheckedGradient, Gradients, Ops, Segment, Segmented, Tape, project_segmented};
 
 use crate::scope::BlockScope;
 use crate::site::{Projection, Site};
@@ -39,6 +39,14 @@ impl AttentionCall<'_> {
     /// Plain attention: (rows, heads·head_dim).
     pub fn run(self, ops: Ops<'_>) -> Result<Tensor> {
         ops.attention((&self.q, &self.k, &self.v), self.segments, &self.form)
+    }
+
+    /// The same in a block, with its gradient on a tape low-rank where that is within a tolerance.
+    ///
+    /// # Errors
+    /// The attention has no such gradient, or tensor operations fail.
+    pub fn run_low_rank(self, ops: Ops<'_>, how: &CheckedGradient, layer: usize) -> Result<Tensor> {
+        ops.attention_low_rank((&self.q, &self.k, &self.v), (self.segments, &self.form), how, layer)
     }
 }
 

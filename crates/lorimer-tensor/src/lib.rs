@@ -18,6 +18,7 @@ pub mod tape;
 pub use not_finite::NotFinite;
 pub use ops::Ops;
 pub use ops::attention::along::along_edges;
+pub use ops::attention::causal::{CheckedGradient, Comparison, GradientMeter, GradientTotals, LowRankGradient};
 pub use ops::attention::edges::{EdgeKeys, EdgeRule, Edges, attention_edges, edges_in_pool};
 pub use ops::attention::{AttentionForm, KeyPool, Mask, Segment, attention, attention_in_pool};
 pub use ops::bases::scaled_bases;

@@ -1,6 +1,8 @@
 //! Attention with grouped heads over packed, variable-length segments: causal, in a sliding window, or of all keys; no `T × T` matrix is kept.
 
 pub mod along;
+mod backward;
+pub mod causal;
 pub mod chained;
 pub mod edges;
 
@@ -392,65 +394,6 @@ impl Attention {
             });
         }
     }
-
-    /// dV = Pᵀ dO, dS = P∘(dO Vᵀ − rowsum(dO∘O))·scale (times the cap's slope), dQ = dS K, dK = dSᵀ Q, with P formed again.
-    fn backward<T: Real>(&self, q: &[T], k: &[T], v: &[T], y: &[T], g: &[T]) -> [Vec<T>; 3] {
-        let (q_width, kv_width) = (self.q_width(), self.kv_heads * self.form.head_dim);
-        let (d, group) = (self.form.head_dim, self.heads / self.kv_heads);
-        let mut dq = vec![T::zero(); q.len()];
-        let out_q = Shared(dq.as_mut_ptr());
-        let run = |(s, kv): (&Segment, usize)| {
-            let (k, k_stride) = s.key_rows(k, kv_width, kv * d, d);
-            let (v, v_stride) = s.key_rows(v, kv_width, kv * d, d);
-            let size = s.key_count() * d;
-            let (mut dk, mut dv) = (vec![T::zero(); size], vec![T::zero(); size]);
-            let (one, q_strides, thin) = (T::one(), Strides(q_width, 1), Strides(d, 1));
-            for head in kv * group..(kv + 1) * group {
-                for from in (0..s.q_len).step_by(BLOCK) {
-                    let n = BLOCK.min(s.q_len - from);
-                    let Weights { p, first, keys, slope } = self.weights(q, (&k, k_stride), (s, head), from, n);
-                    let (k, v) = (&k[first * k_stride..], &v[first * v_stride..]);
-                    let row = (s.q_start + from) * q_width + head * d;
-                    let (q, g) = (&q[row..], &g[row..]);
-                    let mut ds = vec![T::zero(); n * keys];
-                    let (wide, turned) = (Strides(keys, 1), Strides(1, keys));
-                    product((n, keys, d), &mut ds, wide, false, g, q_strides, v, Strides(1, v_stride), one, false);
-                    for (i, (ds, p)) in ds.chunks_exact_mut(keys).zip(p.chunks_exact(keys)).enumerate() {
-                        let (g, y) = (&g[i * q_width..][..d], &y[row + i * q_width..][..d]);
-                        let along: T = g.iter().zip(y).map(|(&g, &y)| g * y).sum();
-                        let scale = T::from_f64(self.form.scale);
-                        ds.iter_mut().zip(p).for_each(|(ds, &p)| *ds = p * (*ds - along) * scale);
-                    }
-                    if let Some(slope) = slope {
-                        ds.iter_mut().zip(slope).for_each(|(ds, slope)| *ds *= slope);
-                    }
-                    assert!((keys - 1) * k_stride + d <= k.len());
-                    // SAFETY: this task alone writes these query rows and head columns of `dq`, which `new` checked to
-                    // lie inside; `ds` and `k` are as long as their shapes say.
-                    unsafe {
-                        let (dq, ds, k) = (out_q.at(row), ds.as_ptr(), k.as_ptr());
-                        product_raw((n, d, keys), dq, q_strides, false, ds, wide, k, Strides(k_stride, 1), one, false);
-                    }
-                    let (dk, dv) = (&mut dk[first * d..], &mut dv[first * d..]);
-                    product((keys, d, n), dk, thin, true, &ds, turned, q, q_strides, one, false);
-                    product((keys, d, n), dv, thin, true, &p, turned, g, q_strides, one, false);
-                }
-            }
-            (dk, dv)
-        };
-        let tasks: Vec<_> = self.segments.iter().flat_map(|s| (0..self.kv_heads).map(move |kv| (s, kv))).collect();
-        let parts: Vec<_> = tasks.par_iter().map(|&task| run(task)).collect();
-        // Segments may share key rows, so the sums are formed here, in a fixed order.
-        let (mut dk, mut dv) = (vec![T::zero(); k.len()], vec![T::zero(); v.len()]);
-        for ((s, kv), (part_k, part_v)) in tasks.into_iter().zip(parts) {
-            for (row, (from_k, from_v)) in s.rows().zip(part_k.chunks_exact(d).zip(part_v.chunks_exact(d))) {
-                let at = row * kv_width + kv * d;
-                dk[at..at + d].iter_mut().zip(from_k).for_each(|(sum, &v)| *sum += v);
-                dv[at..at + d].iter_mut().zip(from_v).for_each(|(sum, &v)| *sum += v);
-            }
-        }
-        [dq, dk, dv]
-    }
 }
 
 impl CustomOp3 for Attention {
@@ -487,7 +430,7 @@ impl CustomOp3 for Attention {
             op: &Attention,
             inputs: [&Tensor; 5],
         ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-            let [dq, dk, dv] = with_slices::<T, _, 5>(inputs, |[q, k, v, y, g]| Ok(op.backward(q, k, v, y, g)))?;
+            let [dq, dk, dv] = with_slices::<T, _, 5>(inputs, |inputs| Ok(op.backward(inputs)))?;
             let [q, k, v, ..] = inputs;
             Ok((
                 Some(Tensor::from_vec(dq, q.shape(), q.device())?),

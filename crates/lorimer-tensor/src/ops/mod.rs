@@ -25,6 +25,7 @@ use crate::kernels::real::Real;
 use crate::storage::FrozenWeight;
 use crate::tape::Tape;
 use attention::along::Along;
+use attention::causal::{CheckedGradient, LowRankAttention};
 use attention::edges::{EdgeRule, Edges, find_edges};
 use attention::{Attention, AttentionForm, Segment};
 use gated::{Activate, Activation, GatedUnit};
@@ -193,6 +194,32 @@ impl<'a> Ops<'a> {
                 }
             }
             Ok(())
+        });
+        Ok(y)
+    }
+
+    /// [`crate::attention()`] whose backward on a tape is low-rank where that is within a tolerance: see [`attention::causal`]. Without a tape
+    /// gradients are exact. `layer` is named in errors.
+    pub fn attention_low_rank(
+        &self,
+        inputs: (&Tensor, &Tensor, &Tensor),
+        (segments, form): (&[Segment], &AttentionForm),
+        how: &CheckedGradient,
+        layer: usize,
+    ) -> Result<Tensor> {
+        let op = LowRankAttention::new(inputs, (segments, form), how.rule, layer)?;
+        let (q, k, v) = inputs;
+        let Some(tape) = self.tape(&[q, k, v]) else { return self.attention(inputs, segments, form) };
+        if !q.device().is_cpu() {
+            candle_core::bail!("the low-rank gradient of attention is computed on the CPU only");
+        }
+        let ids = [q, k, v].map(|t| tape.tracks(t).then(|| t.id()));
+        let (q, k, v) = (q.contiguous()?, k.contiguous()?, v.contiguous()?);
+        let y = q.apply_op3_no_bwd(&k, &v, op.exact())?;
+        let (kept, meter) = (y.clone(), how.meter.clone());
+        tape.record(&y, move |g, gradients| {
+            let found = op.bwd([&q, &k, &v, &kept, &g.contiguous()?], &meter)?;
+            ids.into_iter().zip(found).try_for_each(|(id, d)| id.map_or(Ok(()), |id| gradients.add(id, d)))
         });
         Ok(y)
     }

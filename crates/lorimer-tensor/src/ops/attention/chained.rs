@@ -10,6 +10,8 @@
 use candle_core::{Result, bail};
 use rayon::prelude::*;
 
+use crate::kernels::real::Real;
+
 /// Most numbers that the factors of one head may take.
 const MOST: u64 = 1 << 28;
 
@@ -210,14 +212,14 @@ pub fn low_rank_gradients(
 }
 
 /// The features x^α/√(α!) of |α| ≤ g: each is an earlier one times a coordinate.
-struct Powers {
+pub(super) struct Powers {
     width: usize,
     /// (earlier feature, coordinate, factor) of all but the first, which is 1.
     steps: Vec<(usize, usize, f64)>,
 }
 
 impl Powers {
-    fn new(width: usize, degree: usize) -> Self {
+    pub(super) fn new(width: usize, degree: usize) -> Self {
         // The last coordinate and its power of each feature, of the degree before.
         let (mut steps, mut level, mut next) = (Vec::new(), vec![(0usize, 0usize, 0usize)], 1);
         for _ in 0..degree {
@@ -235,16 +237,25 @@ impl Powers {
         Self { width, steps }
     }
 
-    /// Features (L, k) of rows (L, d), whose first factor carries the sign of `factor`.
+    /// k.
+    pub(super) fn count(&self) -> usize {
+        self.steps.len() + 1
+    }
+
+    /// Features (k) of a row (d), each coordinate times `factor`.
+    pub(super) fn fill<T: Real>(&self, row: &[T], factor: T, out: &mut [T]) {
+        out[0] = T::one();
+        for (i, &(from, coordinate, own)) in self.steps.iter().enumerate() {
+            out[i + 1] = out[from] * factor * row[coordinate] * T::from_f64(own);
+        }
+    }
+
+    /// Features (L, k) of rows (L, d), each coordinate times `factor`.
     fn of(&self, rows: &[f64], factor: f64) -> Vec<f64> {
-        let k = self.steps.len() + 1;
+        let k = self.count();
         let mut all = vec![0.0; rows.len() / self.width * k];
-        all.par_chunks_exact_mut(k).zip(rows.par_chunks_exact(self.width)).for_each(|(out, row)| {
-            out[0] = 1.0;
-            for (i, &(from, coordinate, own)) in self.steps.iter().enumerate() {
-                out[i + 1] = out[from] * factor * row[coordinate] * own;
-            }
-        });
+        let rows = all.par_chunks_exact_mut(k).zip(rows.par_chunks_exact(self.width));
+        rows.for_each(|(out, row)| self.fill(row, factor, out));
         all
     }
 }
