@@ -9,6 +9,7 @@ mod combine;
 mod cpu;
 mod dynamics_cli;
 mod encoder;
+mod grouped;
 mod hub;
 mod limits;
 mod methods;
