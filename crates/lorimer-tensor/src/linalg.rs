@@ -108,6 +108,27 @@ pub fn eigh(t: &Tensor) -> Result<(Vec<f64>, Tensor)> {
     Ok((eigen.S().column_vector().iter().copied().collect(), to_tensor(eigen.U())?))
 }
 
+/// The upper triangular U (n, n) with a positive diagonal for which `H⁻¹ = Uᵀ U`, of a symmetric positive definite H (n, n); f64. H⁻¹ itself is not
+/// computed: with `J` turning the order round, `J H J = L Lᵀ` gives `U = J L⁻¹ J`.
+///
+/// # Errors
+///
+/// Fails if H is not square, not finite or not positive definite.
+pub fn inverse_cholesky(h: &Tensor) -> Result<Tensor> {
+    let mat = to_mat(h)?;
+    let n = mat.nrows();
+    if n != mat.ncols() {
+        candle_core::bail!("Cholesky of a ({n}, {}) matrix", mat.ncols());
+    }
+    let turned = Mat::from_fn(n, n, |i, j| mat[(n - 1 - i, n - 1 - j)]);
+    let llt = turned.llt(faer::Side::Lower).map_err(|e| candle_core::Error::Msg(format!("Cholesky: {e:?}")))?;
+    let mut inverse = Mat::zeros(n, n);
+    let parallel = faer::get_global_parallelism();
+    faer::linalg::triangular_inverse::invert_lower_triangular(inverse.as_mut(), llt.L(), parallel);
+    let upper = Mat::from_fn(n, n, |i, j| if i <= j { inverse[(n - 1 - i, n - 1 - j)] } else { 0.0 });
+    to_tensor(upper.as_ref())
+}
+
 /// P L U = W with partial pivoting, for (m, n) with k = min(m, n): rows of `L` (m, k) already in W's order (that is, P L), U (k, n);
 /// f64. L's columns are unit lower triangular up to the permutation.
 pub fn lu(w: &Tensor) -> Result<(Tensor, Tensor)> {
@@ -258,6 +279,22 @@ mod tests {
             let p = pinv(&w, 1e-12)?;
             assert_close(&w.matmul(&p)?.matmul(&w)?, &w, 1e-10)?;
         }
+        Ok(())
+    }
+
+    #[test]
+    fn the_inverse_has_its_cholesky_factor() -> Result<()> {
+        for n in [1, 2, 7, 40] {
+            let x = random((2 * n, n), 1, DType::F64)?;
+            let h = x.t()?.matmul(&x)?;
+            let u = inverse_cholesky(&h)?;
+            assert_close(&u.t()?.matmul(&u)?.matmul(&h)?, &Tensor::eye(n, DType::F64, &Device::Cpu)?, 1e-7)?;
+            for (i, row) in u.to_vec2::<f64>()?.iter().enumerate() {
+                assert!(row[i] > 0.0 && row[..i].iter().all(|v| *v == 0.0));
+            }
+        }
+        assert!(inverse_cholesky(&Tensor::new(&[[1f64, 2.0], [2.0, 1.0]], &Device::Cpu)?).is_err());
+        assert!(inverse_cholesky(&random((2, 3), 1, DType::F64)?).is_err());
         Ok(())
     }
 

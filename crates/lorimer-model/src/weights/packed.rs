@@ -13,7 +13,9 @@ use serde_json::{Map, Value};
 
 use self::checkpoint::{Checkpoint, Find, Packed};
 use crate::error::{Error, Result};
+use crate::weights::file::SafetensorsFile;
 
+pub use affine::{GptqFormat, awq_tensors, gptq_tensors};
 pub use levels::{FORMAT, NormalFloatModule, bitsandbytes_tensors, normal_float_tensors};
 
 enum Kind {
@@ -125,6 +127,20 @@ impl Packing {
         };
         loaded.map(Some).map_err(named)
     }
+}
+
+/// A packed weight of a file, as a checkpoint with this `quantization_config` has it.
+///
+/// # Errors
+///
+/// Fails if the packing is of no kind that is read, if its parts do not fit each other, or if there is no such weight.
+pub fn packed_weight(file: &SafetensorsFile, quantization_config: &Value, name: &str) -> Result<FrozenWeight> {
+    let config = Value::Object(Map::from_iter([("quantization_config".to_string(), quantization_config.clone())]));
+    let names = file.names();
+    let find: Find<'_, '_> = &|name| file.tensor(name);
+    let packing = Packing::read(&config, &file.path, names.iter().map(String::as_str).collect(), find)?;
+    let found = packing.map_or(Ok(None), |packing| packing.load(name, &file.path, find))?;
+    found.ok_or_else(|| Error::invalid(&file.path, format!("has no packed weight `{}`", name.escape_debug())))
 }
 
 /// `X.weight` of `X.weight.quant_state.bitsandbytes__nf4`.

@@ -9,6 +9,73 @@ use candle_core::Result;
 use half::f16;
 
 use crate::storage::bits;
+use crate::storage::levels::check_count;
+
+/// Largest code.
+const MOST: f32 = 15.0;
+
+/// What the weights of a group are rounded to: s·(q − z) for q of 0 … 15.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Grid {
+    /// s.
+    pub scale: f16,
+    /// z.
+    pub zero: u8,
+}
+
+impl Grid {
+    /// The grid of some weights. Symmetric: from −m to m, m the largest absolute value, with z = 8; else from the least to the largest, 0 among them. Both
+    /// are 15 steps, the step in half precision.
+    ///
+    /// # Errors
+    ///
+    /// Fails if a weight is not finite, or too large for a step in half precision.
+    pub fn of(weights: &[f32], symmetric: bool) -> Result<Self> {
+        let (least, most) = weights.iter().fold((0f32, 0f32), |(least, most), &w| (least.min(w), most.max(w)));
+        let wide = if symmetric { 2.0 * most.max(-least) } else { most - least };
+        let scale = f16::from_f32(wide / MOST);
+        if weights.iter().any(|w| !w.is_finite()) || !scale.is_finite() {
+            candle_core::bail!("weights up to {:e} are not finite, or too large for 4 bits", most.max(-least));
+        }
+        // Zeros are 0 on any grid; what is too small for a step in half precision becomes 0.
+        let scale = match wide > 0.0 {
+            true => scale.max(f16::from_bits(1)),
+            false => f16::ONE,
+        };
+        let zero = if symmetric { 8 } else { (-least / scale.to_f32()).round_ties_even().min(MOST) as u8 };
+        Ok(Self { scale, zero })
+    }
+
+    /// The q that is nearest.
+    pub fn code(self, weight: f32) -> u8 {
+        ((weight / self.scale.to_f32()).round_ties_even() + f32::from(self.zero)).clamp(0.0, MOST) as u8
+    }
+
+    /// The weight of a q.
+    pub fn weight(self, code: u8) -> f32 {
+        self.scale.to_f32() * (f32::from(code) - f32::from(self.zero))
+    }
+}
+
+/// Rounds each weight of a matrix (outputs, inputs) to the nearest of its group's [`Grid`].
+///
+/// # Errors
+///
+/// Fails if there are more or fewer values than the shape has, if `group` is 0, or as [`Grid::of`] does.
+pub fn round_to_nearest(values: &[f32], shape: (usize, usize), group: usize, symmetric: bool) -> Result<Affine> {
+    check_count(values, shape)?;
+    let (outputs, inputs) = shape;
+    if group == 0 {
+        candle_core::bail!("groups of no inputs");
+    }
+    let rows = values.chunks_exact(inputs.max(1)).take(outputs);
+    let grids: Vec<Grid> =
+        rows.flat_map(|row| row.chunks(group)).map(|group| Grid::of(group, symmetric)).collect::<Result<_>>()?;
+    let groups = inputs.div_ceil(group);
+    let code =
+        |output: usize, input: usize| grids[output * groups + input / group].code(values[output * inputs + input]);
+    Affine::of_grids(shape, code, &grids, group)
+}
 
 /// A matrix (outputs, inputs) in 4 bits.
 #[derive(Debug, Clone)]
@@ -73,9 +140,57 @@ impl Affine {
         Ok(Self { shape: (outputs, inputs), codes, scales, zeros, groups, group, order })
     }
 
+    /// The same with the grid of each group of `group` inputs, (outputs, groups).
+    ///
+    /// # Errors
+    ///
+    /// Fails as [`Self::new`] does.
+    pub fn of_grids(
+        shape: (usize, usize),
+        code: impl Fn(usize, usize) -> u8,
+        grids: &[Grid],
+        group: usize,
+    ) -> Result<Self> {
+        let parts = grids.iter().map(|grid| (grid.scale, grid.zero)).unzip();
+        Self::new(shape, code, parts, (group, None))
+    }
+
     /// (outputs, inputs).
     pub fn shape(&self) -> (usize, usize) {
         self.shape
+    }
+
+    /// Groups of a row.
+    pub fn groups(&self) -> usize {
+        self.groups
+    }
+
+    /// q of a weight.
+    pub fn code(&self, output: usize, input: usize) -> u8 {
+        bits::get(&self.codes[output * self.shape.1.div_ceil(2)..], 4, input)
+    }
+
+    /// The grid of a group of inputs of an output.
+    pub fn grid(&self, output: usize, group: usize) -> Grid {
+        let at = output * self.groups + group;
+        Grid { scale: self.scales[at], zero: self.zeros[at] }
+    }
+
+    /// The group of an input.
+    pub fn group_of(&self, input: usize) -> usize {
+        match &self.order {
+            Some(order) => order[input] as usize,
+            None => input / self.group,
+        }
+    }
+
+    /// All weights, row by row.
+    pub fn expanded(&self) -> Vec<f32> {
+        let (outputs, inputs) = self.shape;
+        let mut all = vec![0f32; outputs * inputs];
+        let rows = all.chunks_exact_mut(inputs.max(1)).enumerate();
+        rows.for_each(|(row, out)| self.expand(row, 0..inputs, out));
+        all
     }
 
     /// Bytes taken.
@@ -142,6 +257,40 @@ mod tests {
         assert!(Affine::new((3, 11), code, (scales.clone(), zeros.clone()), (5, None)).is_ok());
         assert!(Affine::new((3, 11), code, (scales.clone(), zeros.clone()), (6, None)).is_err());
         assert!(Affine::new((3, 11), code, (scales, zeros), (4, Some(vec![3; 11]))).is_err());
+        Ok(())
+    }
+
+    /// To be seen to fail: codes truncated, the scale not rounded to half precision before, a range without 0.
+    #[test]
+    fn a_weight_is_rounded_to_the_nearest_of_its_group() -> Result<()> {
+        let shape = (5, 19);
+        // Groups of both signs and of one, very small, zero, and large.
+        let size = [1.0, 1e-3, 300.0, 1e-9, 0.0];
+        let shift = [0.0, 0.7, -2.0, 0.0, 0.0];
+        let value = |i: usize| ((i * 37 % 101) as f32 / 50.0 - 1.0 + shift[i / 19]) * size[i / 19];
+        let values: Vec<f32> = (0..95).map(value).collect();
+        for symmetric in [false, true] {
+            for group in [1, 4, 19, 50] {
+                let found = round_to_nearest(&values, shape, group, symmetric)?;
+                for (at, (&w, back)) in values.iter().zip(found.expanded()).enumerate() {
+                    let (output, input) = (at / 19, at % 19);
+                    let grid = found.grid(output, found.group_of(input));
+                    let code = found.code(output, input);
+                    assert_eq!(back, grid.weight(code));
+                    let nearest = (0..16).map(|q| (w - grid.weight(q)).abs()).fold(f32::INFINITY, f32::min);
+                    assert!((w - back).abs() <= nearest + 1e-5 * w.abs(), "{w} in {grid:?}");
+                    // Half a step, and at an end what half precision and a whole zero point cost.
+                    assert!((w - back).abs() <= grid.scale.to_f32() * 0.51, "{w} {back} {grid:?}");
+                    assert!(!symmetric || grid.zero == 8);
+                }
+            }
+        }
+        for bad in [f32::NAN, f32::INFINITY, 1e6] {
+            assert!(round_to_nearest(&[bad, 0.0], (1, 2), 2, false).is_err());
+        }
+        assert!(round_to_nearest(&values, shape, 0, false).is_err());
+        assert!(round_to_nearest(&values, (5, 18), 4, false).is_err());
+        assert!(round_to_nearest(&[], (0, 4), 2, true)?.expanded().is_empty());
         Ok(())
     }
 }

@@ -1,19 +1,21 @@
 //! What is quantised, what is kept of it meanwhile, and what became of it.
 
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use lorimer_model::files::{MAX_JSON_BYTES, create_folder, read_json, write_json};
+use candle_core::{DType, Tensor};
+use lorimer_adapter::file::bytes::safetensors_bytes;
+use lorimer_model::files::{MAX_JSON_BYTES, create_folder, read_json, write_atomic, write_json};
 use lorimer_model::weights::packed::NormalFloatModule;
-use lorimer_model::{Base, Config, TextModel, Weights};
+use lorimer_model::{Base, Config, Site, TextModel, Weights};
 use serde::{Deserialize, Serialize};
 
 use super::settings::QuantizeSettings;
 use crate::data::encode::Example;
 use crate::error::{Error, Result};
 
-/// The rows that Fisher information is from, and the model that it is of.
-pub struct FisherData<'a> {
+/// The rows that Fisher information or the inputs of projections are from, and the model that they are of.
+pub struct CalibrationData<'a> {
     /// The loaded base.
     pub base: &'a Base,
     /// Its rows.
@@ -32,14 +34,43 @@ pub struct Quantize<'a> {
     pub base_name: &'a str,
     /// How.
     pub settings: QuantizeSettings,
-    /// What weights the error, if anything does.
-    pub fisher: Option<FisherData<'a>>,
+    /// What weights the error, if anything does: by Fisher information, or with [`super::Method::Gptq`] by the inputs.
+    pub calibration: Option<CalibrationData<'a>>,
     /// The folder to write; must not exist.
     pub output: &'a Path,
+    /// Where the base is written expanded again, before the folder gets its name; must not exist either.
+    pub dense: Option<&'a Path>,
     /// Where errors under each configuration are kept for other budgets; None for beside the output, while the run lasts.
     pub cache: Option<PathBuf>,
     /// Set from outside to stop after the matrix.
     pub stop: &'a AtomicBool,
+}
+
+impl Quantize<'_> {
+    /// A matrix in f32.
+    pub(super) fn weight(&self, site: &Site) -> Result<Tensor> {
+        Ok(self.weights.weight(&site.weight_path(), (site.outputs, site.inputs))?.dense(DType::F32)?)
+    }
+
+    /// Makes every matrix that is not there yet; false where `stop` was set.
+    pub(super) fn each_matrix(
+        &self,
+        sites: &[Site],
+        partial: &Partial,
+        progress: &mut impl FnMut(Stage, usize, usize),
+        make: impl Fn(usize, &Site) -> Result<()>,
+    ) -> Result<bool> {
+        for (i, site) in sites.iter().enumerate() {
+            if self.stop.load(Ordering::Relaxed) {
+                return Ok(false);
+            }
+            progress(Stage::Decompose, i, sites.len());
+            if !partial.report(i).is_file() {
+                make(i, site)?;
+            }
+        }
+        Ok(true)
+    }
 }
 
 /// What is being done.
@@ -53,6 +84,30 @@ pub enum Stage {
     Decompose,
 }
 
+/// How the weights of a module are kept that have scales and zero points of groups.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GroupedModule {
+    /// (outputs, inputs).
+    pub shape: (usize, usize),
+    /// Bits of a weight.
+    pub num_bits: usize,
+    /// Inputs of a group.
+    pub group_size: usize,
+    /// Whether zero points are 8 throughout.
+    pub sym: bool,
+}
+
+/// How the weights of a module are kept.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum ModuleConfig {
+    /// As NormalFloat.
+    NormalFloat(NormalFloatModule),
+    /// With scales and zero points of groups.
+    Grouped(GroupedModule),
+}
+
 /// One matrix of the result.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct ModuleReport {
@@ -60,16 +115,16 @@ pub struct ModuleReport {
     pub module: String,
     /// Its configuration.
     #[serde(flatten)]
-    pub config: NormalFloatModule,
+    pub config: ModuleConfig,
     /// Bits a weight.
     pub bits: f64,
-    /// ‖√F ⊙ (W − Q − L1 L2)‖ / ‖√F ⊙ W‖.
+    /// ‖√F ⊙ (W − Q − L1 L2)‖ / ‖√F ⊙ W‖; with [`super::Method::Gptq`] ‖(W − Q) X‖ / ‖W X‖ over the inputs X of the rows.
     pub error: f64,
-    /// The same of Q = quant(W) without a low-rank change.
+    /// The same of Q = quant(W), each weight the nearest, without a low-rank change.
     pub plain: f64,
     /// Steps of the decomposition.
     pub steps: usize,
-    /// The squared error.
+    /// The squared error; with [`super::Method::Gptq`] the mean over the inputs.
     pub squared: f64,
     /// Bytes of the packed weight.
     pub bytes: u64,
@@ -92,11 +147,14 @@ pub struct Report {
     pub error: f64,
     /// No choice from the grid within the budget has a smaller one; None without a budget.
     pub bound: Option<f64>,
-    /// Pairs of matrix and configuration, and of these such that blocks do not divide, so that the last is shorter.
-    pub pairs: (usize, usize),
+    /// Pairs of matrix and configuration, and of these such that blocks do not divide, so that the last is shorter; None of groups, which divide.
+    pub pairs: Option<(usize, usize)>,
     /// Each matrix.
     pub modules: Vec<ModuleReport>,
 }
+
+/// Names of L1 and L2 among the tensors that are kept of a matrix.
+pub(super) const FACTORS: [&str; 2] = ["left", "right"];
 
 /// The folder of what was found so far.
 pub(super) struct Partial {
@@ -130,5 +188,11 @@ impl Partial {
 
     pub(super) fn tensors(&self, matrix: usize) -> PathBuf {
         self.folder.join(format!("matrices/{matrix}.safetensors"))
+    }
+
+    /// Keeps what was made of a matrix; it counts once its report is there.
+    pub(super) fn keep(&self, matrix: usize, tensors: Vec<(String, Tensor)>, report: &ModuleReport) -> Result<()> {
+        write_atomic(&self.tensors(matrix), &safetensors_bytes(&tensors.into_iter().collect())?)?;
+        Ok(write_json(&self.report(matrix), report)?)
     }
 }

@@ -6,19 +6,21 @@ use std::path::Path;
 
 use candle_core::{DType, Tensor};
 use lorimer_adapter::algebra::folder::{Entry, write_companions, write_sharded};
+use lorimer_adapter::algebra::merge::merge_to_folder;
 use lorimer_adapter::file::bytes::raw_bytes;
 use lorimer_adapter::file::dialects::peft::tensor_name;
 use lorimer_adapter::pruning::record_beside;
 use lorimer_adapter::{BaseIdentity, Manifest, StoredAdapter, methods};
 use lorimer_model::base::open_weights;
-use lorimer_model::files::{create_folder, write_json};
+use lorimer_model::files::{create_folder, write_folder_atomic, write_json};
 use lorimer_model::weights::SafetensorsFile;
 use lorimer_model::weights::packed::FORMAT;
 use lorimer_model::{LoadDtype, Site};
 use serde_json::{Map, Value, json};
 
-use super::job::{Partial, Quantize, Report};
-use super::settings::{Format, Method};
+use super::grouped;
+use super::job::{FACTORS, ModuleConfig, Partial, Quantize, Report};
+use super::settings::Format;
 use crate::error::{Error, Result};
 
 /// Writes the folder whole and gives it its name; what was kept beside it goes.
@@ -35,25 +37,46 @@ pub(super) fn write(run: &Quantize<'_>, sites: &[Site], partial: &Partial, repor
     let files = (0..sites.len()).map(|i| SafetensorsFile::open(&partial.tensors(i)));
     let files: Vec<SafetensorsFile> = files.collect::<lorimer_model::Result<_>>()?;
     write_sharded(&folder, entries(run, sites, &files)?)?;
-    let quantization = match run.settings.format {
-        Format::LorimerNf => {
-            let modules: BTreeMap<&str, _> = report.modules.iter().map(|m| (m.module.as_str(), &m.config)).collect();
-            json!({ "quant_method": FORMAT, "modules": modules })
-        }
-        Format::Bitsandbytes => json!({
-            "quant_method": "bitsandbytes", "load_in_4bit": true, "load_in_8bit": false, "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_use_double_quant": true, "bnb_4bit_compute_dtype": "float32", "bnb_4bit_quant_storage": "uint8",
-        }),
-    };
+    let quantization = quantization_config(run, report);
     write_companions(run.weights, run.config, &folder, LoadDtype::F32, |json| {
         json["quantization_config"] = quantization;
     })?;
     write_json(&folder.join("quantization.json"), report)?;
-    if run.settings.method != Method::Nf {
+    if run.settings.method.repairs() {
         adapter(run, sites, &files, &folder)?.write(&folder.join("adapter"), None)?;
+    }
+    if let Some(dense) = run.dense {
+        let mut failed = None;
+        let written = write_folder_atomic(dense, |place| {
+            merge_to_folder(&folder, &[], place, LoadDtype::F32, |_| {}).map(drop).map_err(|error| {
+                let text = error.to_string();
+                failed = Some(error);
+                lorimer_model::Error::Unsupported(text)
+            })
+        });
+        match failed {
+            Some(error) => return Err(error.into()),
+            None => written?,
+        }
     }
     fs::rename(&folder, run.output).map_err(io("rename to", run.output))?;
     fs::remove_dir_all(&partial.folder).map_err(io("remove", &partial.folder))
+}
+
+/// How `config.json` says that the weights are packed.
+fn quantization_config(run: &Quantize<'_>, report: &Report) -> Value {
+    match (run.settings.format, run.settings.groups) {
+        (_, Some(groups)) => grouped::quantization_config(&run.settings, groups),
+        (Format::Bitsandbytes, None) => json!({
+            "quant_method": "bitsandbytes", "load_in_4bit": true, "load_in_8bit": false, "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": true, "bnb_4bit_compute_dtype": "float32", "bnb_4bit_quant_storage": "uint8",
+        }),
+        (_, None) => {
+            let modules: BTreeMap<&str, &ModuleConfig> =
+                report.modules.iter().map(|m| (m.module.as_str(), &m.config)).collect();
+            json!({ "quant_method": FORMAT, "modules": modules })
+        }
+    }
 }
 
 /// Every tensor: packed ones as they were kept, others as they lie in the base's files, or in 16 bits where that is GGUF.
@@ -63,7 +86,7 @@ fn entries<'a>(run: &Quantize<'a>, sites: &[Site], files: &'a [SafetensorsFile])
     let mut entries = Vec::new();
     for name in weights.names().into_iter().filter(|name| !name.starts_with("rope_f")) {
         if let Some(&i) = packed.get(&name) {
-            for part in files[i].names().into_iter().filter(|part| part.starts_with(&name)) {
+            for part in files[i].names().into_iter().filter(|part| !FACTORS.contains(&part.as_str())) {
                 let Some((dtype, shape, bytes)) = files[i].tensor(&part)? else { continue };
                 entries.push(Entry { name: part, dtype, shape, bytes: Box::new(move || Ok(bytes.to_vec())) });
             }
@@ -102,7 +125,7 @@ fn adapter(run: &Quantize<'_>, sites: &[Site], files: &[SafetensorsFile], folder
     let root = (alpha / rank as f64).sqrt();
     let mut tensors = BTreeMap::new();
     for (site, file) in sites.iter().zip(files) {
-        for (key, own) in [("lora_B.weight", "left"), ("lora_A.weight", "right")] {
+        for (key, own) in ["lora_B.weight", "lora_A.weight"].into_iter().zip(FACTORS) {
             let missing = || Error::Settings(format!("`{}` has no low-rank change", site.path));
             let factor: Tensor = file.load(own)?.ok_or_else(missing)?;
             tensors.insert(tensor_name(&site.path, key), (factor / root)?);

@@ -3,11 +3,10 @@
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 use lorimer_adapter::algebra::folder::refuse_own_folder;
-use lorimer_adapter::file::bytes::safetensors_bytes;
 use lorimer_model::Site;
-use lorimer_model::files::{MAX_JSON_BYTES, create_folder, read_json, write_atomic, write_json};
+use lorimer_model::files::{MAX_JSON_BYTES, create_folder, read_json, write_json};
 use lorimer_model::weights::packed::{NormalFloatModule, bitsandbytes_tensors, normal_float_tensors};
 use lorimer_model::weights::{SafetensorsFile, hex};
 use lorimer_tensor::storage::normal_float::NfConfig;
@@ -16,9 +15,9 @@ use sha2::{Digest, Sha256};
 
 use super::allocate::{Choice, allocate};
 use super::decompose::{self, Begin, Decomposed, Steps, Weighting, decompose};
-use super::job::{ModuleReport, Partial, Quantize, Report, Stage};
+use super::job::{CalibrationData, FACTORS, ModuleConfig, ModuleReport, Partial, Quantize, Report, Stage};
 use super::settings::{Format, Method};
-use super::{fisher, output};
+use super::{fisher, grouped, output};
 use crate::data::encode::rows_hash;
 use crate::error::{Error, Result};
 
@@ -46,35 +45,18 @@ impl Quantize<'_> {
     pub fn run(&self, mut progress: impl FnMut(Stage, usize, usize)) -> Result<Option<Report>> {
         let sites = self.check()?;
         let partial = Partial::open(self.output, &self.identity()?)?;
-        if let Some(fisher) = &self.fisher {
-            let progress = |done, total| progress(Stage::Fisher, done, total);
-            if !fisher::compute(fisher.base.model(), &fisher.rows, &partial.folder, self.stop, progress)? {
-                return Ok(None);
-            }
-        }
-        let configs = self.settings.configs();
-        let numbers = weights(&sites);
-        let mut bound = None;
-        let mut chosen = vec![0; sites.len()];
-        if configs.len() > 1 {
-            let Some(choices) = self.choices(&sites, &configs, &partial, &mut progress)? else { return Ok(None) };
-            let found = allocate(&choices, self.budget(numbers))?;
-            (chosen, bound) = (found.chosen, Some(found.bound));
-        }
-        for (i, site) in sites.iter().enumerate() {
-            if self.stop.load(Ordering::Relaxed) {
-                return Ok(None);
-            }
-            progress(Stage::Decompose, i, sites.len());
-            if !partial.report(i).is_file() {
-                self.matrix(i, site, &configs[chosen[i]], &partial)?;
-            }
-        }
+        let bound = match self.settings.groups {
+            Some(groups) => self.round(&sites, groups, &partial, &mut progress)?.then_some(None),
+            None => self.normal_float(&sites, &partial, &mut progress)?,
+        };
+        let Some(bound) = bound else { return Ok(None) };
         progress(Stage::Decompose, sites.len(), sites.len());
         let report = |i: usize| Ok(read_json::<ModuleReport>(&partial.report(i), MAX_JSON_BYTES)?);
         let modules = (0..sites.len()).map(report).collect::<Result<Vec<_>>>()?;
         let bytes: u64 = modules.iter().map(|m| m.bytes).sum();
+        let (configs, numbers) = (self.settings.configs(), weights(&sites));
         let divided = |c: &NfConfig| sites.iter().filter(|s| !c.divides(s.outputs * s.inputs)).count();
+        let pairs = (sites.len() * configs.len(), configs.iter().map(divided).sum());
         let report = Report {
             output: self.output.to_path_buf(),
             settings: self.settings,
@@ -83,16 +65,47 @@ impl Quantize<'_> {
             bytes,
             error: modules.iter().map(|m| m.squared).sum(),
             bound,
-            pairs: (sites.len() * configs.len(), configs.iter().map(divided).sum()),
+            pairs: self.settings.groups.is_none().then_some(pairs),
             modules,
         };
+        if self.stop.load(Ordering::Relaxed) {
+            return Ok(None);
+        }
         output::write(self, &sites, &partial, &report)?;
         Ok(Some(report))
+    }
+
+    /// Puts every matrix into NormalFloat: the bound of the allocation, where there is one; None where `stop` was set.
+    fn normal_float(
+        &self,
+        sites: &[Site],
+        partial: &Partial,
+        progress: &mut impl FnMut(Stage, usize, usize),
+    ) -> Result<Option<Option<f64>>> {
+        if let Some(CalibrationData { base, rows }) = &self.calibration {
+            let progress = |done, total| progress(Stage::Fisher, done, total);
+            if !fisher::compute(base.model(), rows, &partial.folder, self.stop, progress)? {
+                return Ok(None);
+            }
+        }
+        let configs = self.settings.configs();
+        let mut bound = None;
+        let mut chosen = vec![0; sites.len()];
+        if configs.len() > 1 {
+            let Some(choices) = self.choices(sites, &configs, partial, progress)? else { return Ok(None) };
+            let found = allocate(&choices, self.budget(weights(sites)))?;
+            (chosen, bound) = (found.chosen, Some(found.bound));
+        }
+        let matrix = |i: usize, site: &Site| self.matrix(i, site, &configs[chosen[i]], partial);
+        Ok(self.each_matrix(sites, partial, progress, matrix)?.then_some(bound))
     }
 
     /// The matrices to quantise: all projections but the head.
     fn check(&self) -> Result<Vec<Site>> {
         self.settings.check()?;
+        if self.settings.method == Method::Gptq && self.calibration.is_none() {
+            return Err(Error::Settings("`gptq` rounds by the inputs that rows give".into()));
+        }
         self.config.decoder("`lorimer quantize`")?;
         if let Some(packing) = self.weights.packing() {
             let base = self.weights.origin().display();
@@ -113,6 +126,9 @@ impl Quantize<'_> {
                 "rank {} is more than `{}` ({}, {}) has",
                 self.settings.rank, site.path, site.outputs, site.inputs
             )));
+        }
+        if let Some(groups) = self.settings.groups {
+            grouped::check(&sites, groups)?;
         }
         let (configs, numbers) = (self.settings.configs(), weights(&sites));
         let fewest = |site: &Site| configs.iter().map(|config| bits(config, site)).min().unwrap_or(0);
@@ -138,7 +154,7 @@ impl Quantize<'_> {
     }
 
     fn hash(&self, settings: &impl serde::Serialize) -> Result<String> {
-        let rows = self.fisher.as_ref().map(|fisher| rows_hash(&fisher.rows));
+        let rows = self.calibration.as_ref().map(|data| rows_hash(&data.rows));
         let key = (VERSION, settings, self.weights.fingerprint()?, rows);
         let key = serde_json::to_vec(&key).map_err(|e| Error::Settings(e.to_string()))?;
         Ok(hex(&Sha256::digest(key)))
@@ -157,8 +173,8 @@ impl Quantize<'_> {
 
     /// A matrix in f32, what weights its error, and what errors are multiplied by.
     fn load(&self, site: &Site, partial: &Partial) -> Result<(Tensor, Option<Weighting>, f64)> {
-        let w = self.weights.weight(&site.weight_path(), (site.outputs, site.inputs))?.dense(DType::F32)?;
-        if self.fisher.is_none() {
+        let w = self.weight(site)?;
+        if self.calibration.is_none() {
             return Ok((w, None, 1.0));
         }
         let file = SafetensorsFile::open(&partial.folder.join("fisher.safetensors"))?;
@@ -226,19 +242,18 @@ impl Quantize<'_> {
         let name = site.weight_path();
         let shape = (site.outputs, site.inputs);
         let (mut tensors, bytes) = match self.settings.format {
-            Format::LorimerNf => (normal_float_tensors(&name, &quantised)?, quantised.bytes()),
             Format::Bitsandbytes => {
                 (bitsandbytes_tensors(&name, &values, shape)?, lorimer_tensor::storage::nf4::bytes(shape))
             }
+            _ => (normal_float_tensors(&name, &quantised)?, quantised.bytes()),
         };
         if let Some((left, right)) = factors {
-            tensors.extend([("left".to_string(), left), ("right".to_string(), right)]);
+            tensors.extend(FACTORS.map(str::to_string).into_iter().zip([left, right]));
         }
-        write_atomic(&partial.tensors(number), &safetensors_bytes(&tensors.into_iter().collect())?)?;
         let relative = |error: f64| if whole > 0.0 { (error / whole).sqrt() } else { 0.0 };
         let report = ModuleReport {
             module: site.path.clone(),
-            config: NormalFloatModule::of(shape, config),
+            config: ModuleConfig::NormalFloat(NormalFloatModule::of(shape, config)),
             bits: bytes as f64 * 8.0 / (shape.0 * shape.1).max(1) as f64,
             error: relative(error),
             plain: relative(plain),
@@ -246,7 +261,6 @@ impl Quantize<'_> {
             squared: error,
             bytes: bytes as u64,
         };
-        write_json(&partial.report(number), &report)?;
-        Ok(())
+        partial.keep(number, tensors, &report)
     }
 }

@@ -16,6 +16,33 @@ pub enum Method {
     Loftq,
     /// One configuration, no adapter.
     Nf,
+    /// 4 bits with a scale and a zero point a group, each weight rounded to the nearest.
+    Rtn,
+    /// The same, rounded column by column so that later weights make up for what earlier ones lose on the inputs of some rows.
+    Gptq,
+}
+
+impl Method {
+    /// As `--method` has it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::LqLora => "lq-lora",
+            Self::Loftq => "loftq",
+            Self::Nf => "nf",
+            Self::Rtn => "rtn",
+            Self::Gptq => "gptq",
+        }
+    }
+
+    /// Whether an adapter repairs what it loses.
+    pub fn repairs(self) -> bool {
+        matches!(self, Self::LqLora | Self::Loftq)
+    }
+
+    /// Whether weights have scales and zero points of groups, and no NormalFloat.
+    pub fn has_groups(self) -> bool {
+        matches!(self, Self::Rtn | Self::Gptq)
+    }
 }
 
 /// Configurations that LQ-LoRA chooses from.
@@ -71,6 +98,31 @@ pub enum Format {
     LorimerNf,
     /// bitsandbytes' NF4 with double quantisation, which transformers loads.
     Bitsandbytes,
+    /// GPTQ's.
+    Gptq,
+    /// AWQ's (gemm).
+    Awq,
+}
+
+impl Format {
+    /// As `--format` has it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::LorimerNf => "lorimer-nf",
+            Self::Bitsandbytes => "bitsandbytes",
+            Self::Gptq => "gptq",
+            Self::Awq => "awq",
+        }
+    }
+}
+
+/// Which weights share a scale and a zero point.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Groups {
+    /// Inputs of a group; None for all of a row.
+    pub size: Option<usize>,
+    /// Whether zero points are 8 throughout.
+    pub symmetric: bool,
 }
 
 /// What `lorimer quantize` is told.
@@ -92,6 +144,9 @@ pub struct QuantizeSettings {
     pub seed: u64,
     /// How the weights are written.
     pub format: Format,
+    /// Of [`Method::Rtn`] and [`Method::Gptq`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub groups: Option<Groups>,
 }
 
 impl QuantizeSettings {
@@ -103,8 +158,12 @@ impl QuantizeSettings {
     pub fn check(&self) -> Result<()> {
         let fail = |text: String| Err(Error::Settings(text));
         let whole = [2.0, 3.0, 4.0, 8.0].contains(&self.bits);
+        let method = self.method.name();
         if self.method == Method::LqLora && !(self.bits > 0.0 && self.bits <= 16.0) {
             return fail(format!("--bits {} should be between the grid's fewest, about 2.1, and 16", self.bits));
+        }
+        if self.method.has_groups() && self.bits != 4.0 {
+            return fail(format!("--bits {} should be 4: `{method}` has no others", self.bits));
         }
         if self.method != Method::LqLora && !whole {
             return fail(format!(
@@ -112,10 +171,10 @@ impl QuantizeSettings {
                 self.bits
             ));
         }
-        match (self.method, self.rank) {
-            (Method::Nf, 0) => {}
-            (Method::Nf, _) => return fail("`nf` has no low-rank change; leave --rank out".into()),
-            (_, 0) => {
+        match (self.method.repairs(), self.rank) {
+            (false, 0) => {}
+            (false, _) => return fail(format!("`{method}` has no low-rank change; leave --rank out")),
+            (true, 0) => {
                 return fail("--rank should be at least 1; `--method nf` quantises without a low-rank change".into());
             }
             _ => {}
@@ -129,13 +188,40 @@ impl QuantizeSettings {
         if self.format == Format::Bitsandbytes && (self.method, self.bits) != (Method::Nf, 4.0) {
             return fail("bitsandbytes has NF4 only: `--format bitsandbytes` goes with `--method nf --bits 4`".into());
         }
+        self.check_groups()
+    }
+
+    fn check_groups(&self) -> Result<()> {
+        let fail = |text: String| Err(Error::Settings(text));
+        let (method, format) = (self.method.name(), self.format.name());
+        if self.method.has_groups() != matches!(self.format, Format::Gptq | Format::Awq) {
+            return fail(format!(
+                "`--format {format}` does not go with `--method {method}`: gptq and awq hold what rtn and gptq make, the other formats NormalFloat"
+            ));
+        }
+        let Some(groups) = self.groups else {
+            return match self.method.has_groups() {
+                true => fail(format!("`{method}` needs the size of a group")),
+                false => Ok(()),
+            };
+        };
+        if !self.method.has_groups() {
+            return fail(format!("--group-size and --asym go with `--method rtn` and `gptq`, not `{method}`"));
+        }
+        if groups.size.is_some_and(|size| size == 0 || !size.is_multiple_of(8)) {
+            return fail("--group-size should be a multiple of 8, or -1 for whole rows".into());
+        }
+        if self.format == Format::Awq && groups.symmetric {
+            return fail("AWQ's format has zero points: its groups are not symmetric".into());
+        }
         Ok(())
     }
 
     pub(super) fn configs(&self) -> Vec<NfConfig> {
         match self.method {
             Method::LqLora => self.grid.configs(),
-            _ => vec![NfConfig::plain(self.bits as usize)],
+            Method::Loftq | Method::Nf => vec![NfConfig::plain(self.bits as usize)],
+            Method::Rtn | Method::Gptq => Vec::new(),
         }
     }
 }

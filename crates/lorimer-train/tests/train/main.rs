@@ -9,6 +9,7 @@ mod tiny;
 mod authors;
 mod dynamics;
 mod goldens;
+mod grouped;
 mod llava_mole;
 mod pruning;
 mod quantize;

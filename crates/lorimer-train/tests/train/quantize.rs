@@ -5,7 +5,7 @@ use lorimer_model::weights::SafetensorsFile;
 use lorimer_tensor::storage::levels::ScaleType;
 use lorimer_tensor::storage::normal_float::NfConfig;
 use lorimer_train::quantize::decompose::{Begin, Decomposed, Steps, Weighting, decompose};
-use lorimer_train::quantize::{Format, Grid, Method, QuantizeSettings};
+use lorimer_train::quantize::{Format, Grid, Groups, Method, QuantizeSettings};
 use rand::{Rng, SeedableRng};
 
 use crate::support::{folder, json};
@@ -147,9 +147,22 @@ fn grids_and_settings() {
         steps: 10,
         seed: 0,
         format: Format::LorimerNf,
+        groups: None,
     };
     good.check().unwrap();
     QuantizeSettings { method: Method::Nf, bits: 4.0, rank: 0, format: Format::Bitsandbytes, ..good }.check().unwrap();
+    let groups = |size, symmetric| Some(Groups { size, symmetric });
+    let grouped = QuantizeSettings {
+        method: Method::Rtn,
+        bits: 4.0,
+        rank: 0,
+        format: Format::Gptq,
+        groups: groups(Some(64), true),
+        ..good
+    };
+    grouped.check().unwrap();
+    QuantizeSettings { method: Method::Gptq, groups: groups(None, false), ..grouped }.check().unwrap();
+    QuantizeSettings { format: Format::Awq, groups: groups(Some(8), false), ..grouped }.check().unwrap();
     for bad in [
         QuantizeSettings { bits: f64::NAN, ..good },
         QuantizeSettings { bits: -1.0, ..good },
@@ -161,6 +174,16 @@ fn grids_and_settings() {
         QuantizeSettings { method: Method::Nf, bits: 3.0, ..good },
         QuantizeSettings { format: Format::Bitsandbytes, ..good },
         QuantizeSettings { method: Method::Nf, rank: 0, bits: 3.0, format: Format::Bitsandbytes, ..good },
+        QuantizeSettings { groups: groups(Some(64), true), ..good },
+        QuantizeSettings { format: Format::Gptq, ..good },
+        QuantizeSettings { bits: 3.0, ..grouped },
+        QuantizeSettings { rank: 4, ..grouped },
+        QuantizeSettings { groups: None, ..grouped },
+        QuantizeSettings { groups: groups(Some(0), true), ..grouped },
+        QuantizeSettings { groups: groups(Some(12), true), ..grouped },
+        QuantizeSettings { format: Format::LorimerNf, ..grouped },
+        QuantizeSettings { format: Format::Bitsandbytes, ..grouped },
+        QuantizeSettings { format: Format::Awq, ..grouped },
     ] {
         let told = bad.check().unwrap_err().to_string();
         assert!(told.lines().count() == 1 && !told.is_empty(), "{bad:?}");

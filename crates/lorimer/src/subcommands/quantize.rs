@@ -5,11 +5,12 @@ use std::process::ExitCode;
 
 use anyhow::{Result, bail};
 use clap::{Args, ValueEnum};
-use lorimer::adapter::algebra::merge::merge_to_folder;
 use lorimer::model::pull::own_cache;
-use lorimer::model::{Base, LoadDtype, OpenOptions};
+use lorimer::model::{Base, OpenOptions};
 use lorimer::train::data::Format as RowFormat;
-use lorimer::train::quantize::{FisherData, Format, Grid, Method, Quantize as Run, QuantizeSettings, Report, Stage};
+use lorimer::train::quantize::{
+    CalibrationData, Format, Grid, Groups, Method, ModuleConfig, Quantize as Run, QuantizeSettings, Report, Stage,
+};
 use lorimer::train::{EncodeOptions, TooLong};
 
 use lorimer_cli::common::{DtypeFlag, ModelArgs};
@@ -24,6 +25,10 @@ enum MethodFlag {
     Loftq,
     /// One number of bits, no adapter
     Nf,
+    /// 4 bits in groups, for --format gptq and awq: each weight rounded to the nearest
+    Rtn,
+    /// 4 bits in groups, for --format gptq and awq: rounded so that outputs change least on the rows of --calibration
+    Gptq,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -40,6 +45,10 @@ enum FormatFlag {
     LorimerNf,
     /// bitsandbytes' NF4 with double quantisation, which transformers loads; with --method nf --bits 4
     Bitsandbytes,
+    /// GPTQ's 4 bits, which transformers loads with gptqmodel; with --method rtn or gptq
+    Gptq,
+    /// AWQ's 4 bits (gemm), which transformers loads with gptqmodel; with --method rtn or gptq
+    Awq,
 }
 
 /// Put a base into 2 to 8 bits a weight, with an adapter that begins as its repair. A run that was interrupted goes on with the same
@@ -52,10 +61,16 @@ pub struct Quantize {
     /// How
     #[arg(long, value_enum, default_value = "lq-lora")]
     method: MethodFlag,
-    /// Bits a weight: a budget for lq-lora (2.75), 2, 3, 4 or 8 otherwise
-    #[arg(long, default_value_t = 3.0)]
-    bits: f64,
-    /// Rank of the adapter [default: 64; none with nf]
+    /// Bits a weight: a budget for lq-lora (2.75), 4 for rtn and gptq, 2, 3, 4 or 8 otherwise [default: 3; 4 with rtn and gptq]
+    #[arg(long)]
+    bits: Option<f64>,
+    /// Inputs that share a scale and a zero point, with rtn and gptq; -1: all of a row [default: 128]
+    #[arg(long, allow_negative_numbers = true)]
+    group_size: Option<i64>,
+    /// With --format gptq: a zero point for each group in the place of symmetric groups. AWQ's have them always
+    #[arg(long)]
+    asym: bool,
+    /// Rank of the adapter, with lq-lora and loftq [default: 64]
     #[arg(long, short)]
     rank: Option<usize>,
     /// Alpha of the adapter; its change is multiplied by alpha/rank
@@ -64,13 +79,16 @@ pub struct Quantize {
     /// Rows whose gradients weight the error (Fisher information), with lq-lora or loftq
     #[arg(long, value_name = "FILE")]
     fisher: Option<PathBuf>,
-    /// Most rows of --fisher
-    #[arg(long, default_value_t = 512)]
-    samples: usize,
-    /// Longest sequence of --fisher in tokens
+    /// Rows on whose inputs gptq rounds
+    #[arg(long, value_name = "FILE")]
+    calibration: Option<PathBuf>,
+    /// Most rows of --fisher or --calibration [default: 512, 128]
+    #[arg(long)]
+    samples: Option<usize>,
+    /// Longest sequence of --fisher or --calibration in tokens
     #[arg(long, default_value_t = 1024)]
     max_length: usize,
-    /// Form of the rows of --fisher: messages, alpaca, sharegpt, prompt-completion, text [default: told by the keys]
+    /// Form of the rows of --fisher or --calibration: messages, alpaca, sharegpt, prompt-completion, text [default: told by the keys]
     #[arg(long)]
     data_format: Option<RowFormat>,
     /// Configurations that lq-lora chooses from
@@ -82,9 +100,9 @@ pub struct Quantize {
     /// Seed of the randomised SVD
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// How the weights are written
-    #[arg(long, value_enum, default_value = "lorimer-nf")]
-    format: FormatFlag,
+    /// How the weights are written [default: lorimer-nf; gptq with rtn and gptq]
+    #[arg(long, value_enum)]
+    format: Option<FormatFlag>,
     /// Folder to write: base, and adapter where there is one
     #[arg(long, short)]
     output: PathBuf,
@@ -94,16 +112,35 @@ pub struct Quantize {
 }
 
 impl Quantize {
-    fn settings(&self) -> QuantizeSettings {
+    fn settings(&self) -> Result<QuantizeSettings> {
         let method = match self.method {
             MethodFlag::LqLora => Method::LqLora,
             MethodFlag::Loftq => Method::Loftq,
             MethodFlag::Nf => Method::Nf,
+            MethodFlag::Rtn => Method::Rtn,
+            MethodFlag::Gptq => Method::Gptq,
         };
-        QuantizeSettings {
+        let format = match self.format {
+            Some(FormatFlag::LorimerNf) => Format::LorimerNf,
+            Some(FormatFlag::Bitsandbytes) => Format::Bitsandbytes,
+            Some(FormatFlag::Gptq) => Format::Gptq,
+            Some(FormatFlag::Awq) => Format::Awq,
+            None if method.has_groups() => Format::Gptq,
+            None => Format::LorimerNf,
+        };
+        let size = match self.group_size {
+            Some(-1) => None,
+            Some(size) => match usize::try_from(size) {
+                Ok(size) => Some(size),
+                Err(_) => bail!("--group-size {size} should be a multiple of 8, or -1 for whole rows"),
+            },
+            None => Some(128),
+        };
+        let groups = Groups { size, symmetric: format == Format::Gptq && !self.asym };
+        Ok(QuantizeSettings {
             method,
-            bits: self.bits,
-            rank: self.rank.unwrap_or(if method == Method::Nf { 0 } else { 64 }),
+            bits: self.bits.unwrap_or(if method.has_groups() { 4.0 } else { 3.0 }),
+            rank: self.rank.unwrap_or(if method.repairs() { 64 } else { 0 }),
             alpha: self.alpha,
             grid: match self.grid {
                 GridFlag::Small => Grid::Small,
@@ -111,19 +148,29 @@ impl Quantize {
             },
             steps: self.steps.unwrap_or(if method == Method::LqLora { 100 } else { 5 }),
             seed: self.seed,
-            format: match self.format {
-                FormatFlag::LorimerNf => Format::LorimerNf,
-                FormatFlag::Bitsandbytes => Format::Bitsandbytes,
-            },
+            format,
+            groups: (method.has_groups() || self.group_size.is_some() || self.asym).then_some(groups),
+        })
+    }
+
+    /// The file of the rows that the method looks at, and how many of them.
+    fn rows(&self, method: Method) -> Result<Option<(&PathBuf, usize)>> {
+        match (method, &self.fisher, &self.calibration) {
+            (Method::Gptq, None, None) => bail!("`gptq` rounds by the inputs that rows give; pass --calibration FILE"),
+            (Method::Gptq, None, Some(path)) => Ok(Some((path, self.samples.unwrap_or(128)))),
+            (_, _, Some(_)) => bail!("--calibration goes with `--method gptq`; leave it out"),
+            (_, Some(_), None) if !method.repairs() => {
+                bail!("--fisher weights a low-rank change, which `{}` does not have; leave it out", method.name())
+            }
+            (_, Some(path), None) => Ok(Some((path, self.samples.unwrap_or(512)))),
+            (_, None, None) => Ok(None),
         }
     }
 
     pub fn run(self, global: Global) -> Result<ExitCode> {
-        let settings = self.settings();
+        let settings = self.settings()?;
         settings.check()?;
-        if self.fisher.is_some() && settings.method == Method::Nf {
-            bail!("--fisher weights a low-rank change, which `nf` does not have; leave it out");
-        }
+        let rows_of = self.rows(settings.method)?;
         if let Some(dense) = &self.export_dense
             && (dense.exists() || *dense == self.output)
         {
@@ -131,21 +178,21 @@ impl Quantize {
         }
         let model = ModelArgs { model: self.model.clone(), dtype: DtypeFlag::F32, tokenizer: None };
         let (prepared, pulled) = common::prepare_base(&model, global)?;
-        let rows = match &self.fisher {
+        let rows = match rows_of {
             None => Vec::new(),
-            Some(path) => {
+            Some((path, samples)) => {
                 let options = EncodeOptions {
                     format: self.data_format,
                     max_length: self.max_length,
                     too_long: TooLong::Cut,
                     train_on_prompt: false,
                     skip_bad_rows: false,
-                    limit: Some(self.samples),
+                    limit: Some(samples),
                 };
                 common::load_data(path, &prepared.text, &options)?.0
             }
         };
-        let base = match &self.fisher {
+        let base = match rows_of {
             Some(_) => Some(Base::open(&pulled.path, &OpenOptions::default())?),
             None => None,
         };
@@ -156,8 +203,9 @@ impl Quantize {
             text: &prepared.text,
             base_name: &pulled.name,
             settings,
-            fisher: base.as_ref().map(|base| FisherData { base, rows: rows.iter().collect() }),
+            calibration: base.as_ref().map(|base| CalibrationData { base, rows: rows.iter().collect() }),
             output: &self.output,
+            dense: self.export_dense.as_deref(),
             cache: Some(own_cache().join("quantize")),
             stop: &stop,
         };
@@ -165,9 +213,6 @@ impl Quantize {
             eprintln!("interrupted; the same command goes on from there");
             return Ok(ExitCode::from(130));
         };
-        if let Some(dense) = &self.export_dense {
-            merge_to_folder(&self.output, &[], dense, LoadDtype::F32, |_| {})?;
-        }
         common::print(global, &report, || text(&report))
     }
 }
@@ -205,9 +250,12 @@ fn text(report: &Report) -> String {
     // Matrices by configuration.
     let mut kinds: Vec<(String, usize, f64, f64)> = Vec::new();
     for m in &report.modules {
-        let c = &m.config;
-        let name =
-            format!("({}, {}, {}, {}, {})", c.num_bits, c.num_bits_0, c.num_bits_1, c.block_size_0, c.block_size_1);
+        let name = match &m.config {
+            ModuleConfig::NormalFloat(c) => {
+                format!("({}, {}, {}, {}, {})", c.num_bits, c.num_bits_0, c.num_bits_1, c.block_size_0, c.block_size_1)
+            }
+            ModuleConfig::Grouped(c) => format!("groups of {}", c.group_size),
+        };
         match kinds.iter_mut().find(|kind| kind.0 == name) {
             Some(kind) => (kind.1, kind.2, kind.3) = (kind.1 + 1, kind.2 + m.bits, kind.3 + m.error),
             None => kinds.push((name, 1, m.bits, m.error)),
@@ -218,15 +266,17 @@ fn text(report: &Report) -> String {
         let n = *count as f64;
         out += &format!("{count:>6} x   {name}: {:.3} bits, relative error {:.4}\n", bits / n, error / n);
     }
-    out += &format!("error      {:.6e} squared, over all matrices", report.error);
+    let over = if report.settings.method == Method::Gptq { ", of outputs on the rows" } else { "" };
+    out += &format!("error      {:.6e} squared, over all matrices{over}", report.error);
     if let Some(bound) = report.bound {
         let gap = if bound > 0.0 { 100.0 * (report.error / bound - 1.0) } else { 0.0 };
         out += &format!("; no choice from the grid has less than {bound:.6e} ({gap:.3} % below)");
     }
-    out += &format!(
-        "\nblocks     do not divide the matrix in {} of {} pairs of matrix and configuration; its last block is shorter",
-        report.pairs.1, report.pairs.0
-    );
+    if let Some((all, shorter)) = report.pairs {
+        out += &format!(
+            "\nblocks     do not divide the matrix in {shorter} of {all} pairs of matrix and configuration; its last block is shorter"
+        );
+    }
     if report.settings.rank > 0 {
         let place = report.output.join("adapter");
         out += &format!(

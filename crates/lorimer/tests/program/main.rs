@@ -10,6 +10,7 @@ mod cpu;
 mod damaged;
 mod dynamics_cli;
 mod encoder;
+mod grouped;
 mod hub;
 mod limits;
 mod methods;

@@ -1,12 +1,12 @@
 //! GPTQ's and AWQ's 4 bits: whole numbers with a scale and a zero point a group of inputs.
 //!
 //! Eight numbers stand in 32 bits. GPTQ packs along inputs, zero points along outputs; its first format keeps a zero point less one (and takes 15 + 1 as
-//! 0, as AutoGPTQ does). AWQ packs both along outputs, in the order 0 2 4 6 1 3 5 7.
+//! 0, as AutoGPTQ does). AWQ packs both along outputs, in the order 0 2 4 6 1 3 5 7. Writing is the reverse.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use candle_core::DType;
+use candle_core::{DType, Device, Result as TensorResult, Tensor};
 use half::f16;
 use lorimer_tensor::FrozenWeight;
 use lorimer_tensor::storage::affine::{Affine, bytes as affine_bytes};
@@ -16,6 +16,8 @@ use crate::error::Result;
 
 /// Numbers of 4 bits in 32 bits.
 const PACK: usize = 8;
+/// The place in 32 bits of each of GPTQ's eight numbers.
+const GPTQ_PLACES: [usize; PACK] = [0, 1, 2, 3, 4, 5, 6, 7];
 /// The place in 32 bits of each of AWQ's eight outputs.
 const AWQ_PLACES: [usize; PACK] = [0, 4, 1, 5, 2, 6, 3, 7];
 
@@ -215,4 +217,75 @@ pub(super) fn load_awq(
     let parts = (scales(checkpoint, module, outputs)?, zeros);
     let code = |output: usize, input: usize| of(codes, input, output);
     Ok(FrozenWeight::Affine(Arc::new(Affine::new((outputs, inputs), code, parts, (kind.group, None))?)))
+}
+
+/// GPTQ's forms of a checkpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GptqFormat {
+    /// `gptq`: a zero point is kept less one.
+    First,
+    /// `gptq_v2`: as it is.
+    Second,
+}
+
+/// A matrix of `rows` rows of words, eight numbers of 4 bits each: `number(row, word, i)`.
+fn words(
+    (rows, columns): (usize, usize),
+    places: [usize; PACK],
+    number: impl Fn(usize, usize, usize) -> u8,
+) -> TensorResult<Tensor> {
+    let word = |at: usize| {
+        let number = |i: usize| u32::from(number(at / columns, at % columns, i)) << (4 * places[i]);
+        (0..PACK).fold(0, |word, i| word | number(i)).cast_signed()
+    };
+    Tensor::from_vec((0..rows * columns).map(word).collect::<Vec<i32>>(), (rows, columns), &Device::Cpu)
+}
+
+/// Refuses what cannot be written; scales (groups, outputs).
+fn writable(module: &str, weight: &Affine, least: u8) -> TensorResult<Tensor> {
+    let ((outputs, inputs), groups) = (weight.shape(), weight.groups());
+    if !outputs.is_multiple_of(PACK) || !inputs.is_multiple_of(PACK) {
+        candle_core::bail!("`{module}` has shape ({outputs}, {inputs}); multiples of {PACK} are packed");
+    }
+    let grids = (0..groups * outputs).map(|at| weight.grid(at % outputs, at / outputs));
+    if let Some(grid) = grids.clone().find(|grid| !(least..=15).contains(&grid.zero)) {
+        candle_core::bail!("`{module}` has a zero point of {}; {least} to 15 can be kept", grid.zero);
+    }
+    Tensor::from_vec(grids.map(|grid| grid.scale).collect::<Vec<f16>>(), (groups, outputs), &Device::Cpu)
+}
+
+/// The tensors of a module in a GPTQ checkpoint: `qweight`, `qzeros`, `scales` and `g_idx`.
+///
+/// # Errors
+///
+/// Fails if a side of the matrix is no multiple of 8, or if a zero point cannot be kept: 0 in the first format, where tools disagree on it, and 16.
+pub fn gptq_tensors(module: &str, weight: &Affine, format: GptqFormat) -> TensorResult<Vec<(String, Tensor)>> {
+    let ((outputs, inputs), groups) = (weight.shape(), weight.groups());
+    let lacks = u8::from(format == GptqFormat::First);
+    let scales = writable(module, weight, lacks)?;
+    let codes = words((inputs / PACK, outputs), GPTQ_PLACES, |row, output, i| weight.code(output, row * PACK + i))?;
+    let zeros = words((groups, outputs / PACK), GPTQ_PLACES, |group, word, i| {
+        weight.grid(word * PACK + i, group).zero - lacks
+    })?;
+    let order: Vec<i32> = (0..inputs).map(|input| weight.group_of(input) as i32).collect();
+    let order = Tensor::from_vec(order, inputs, &Device::Cpu)?;
+    let name = |part: &str| format!("{module}.{part}");
+    Ok(vec![(name("qweight"), codes), (name("qzeros"), zeros), (name("scales"), scales), (name("g_idx"), order)])
+}
+
+/// The tensors of a module in an AWQ checkpoint (gemm): `qweight`, `qzeros` and `scales`.
+///
+/// # Errors
+///
+/// Fails if a side of the matrix is no multiple of 8, if a zero point is 16, or if inputs are not in the order of their groups.
+pub fn awq_tensors(module: &str, weight: &Affine) -> TensorResult<Vec<(String, Tensor)>> {
+    let ((outputs, inputs), groups) = (weight.shape(), weight.groups());
+    let scales = writable(module, weight, 0)?;
+    if (1..inputs).any(|input| weight.group_of(input) < weight.group_of(input - 1)) {
+        candle_core::bail!("`{module}` has inputs in another order than that of their groups, which AWQ cannot keep");
+    }
+    let codes = words((inputs, outputs / PACK), AWQ_PLACES, |input, word, i| weight.code(word * PACK + i, input))?;
+    let zeros = words((groups, outputs / PACK), AWQ_PLACES, |group, word, i| weight.grid(word * PACK + i, group).zero)?;
+    let name = |part: &str| format!("{module}.{part}");
+    Ok(vec![(name("qweight"), codes), (name("qzeros"), zeros), (name("scales"), scales)])
 }
