@@ -176,6 +176,7 @@ impl Run<'_> {
         let objective = s.objective.as_ref().map(|o| &o.0).or(own.objective.as_ref()).map(|kind| kind.build());
         let per_layer = choice.0.per_layer();
         let modules = self.adapter.sites(self.model);
+        callback.check(&modules)?;
         let has_units = self.adapter.blocks().any(|(_, delta)| delta.unit_router().is_some());
         let (mut state, mut best) = self.resumed(optimizer.as_mut())?;
         let mut log = Log::open(self.folder, &state.history)?;
