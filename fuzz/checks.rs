@@ -9,6 +9,8 @@ use std::time::{Duration, Instant};
 
 use axum::body::{Body, to_bytes};
 use axum::http::{Method, Request, Uri, header};
+use lorimer::adapter::algebra::combine::{Request as Combination, combine};
+use lorimer::adapter::algebra::recover::recover;
 use lorimer::adapter::file::inspect;
 use lorimer::adapter::{self, methods, targets};
 use lorimer::model::LoadDtype;
@@ -49,6 +51,101 @@ pub fn adapter(bytes: &[u8]) {
         Err(error) => sentence(&error.to_string()),
     }
 }
+
+/// What reads adapters tensor by tensor: combined with itself by a rule that takes any LoRA, refused or written.
+fn combined(folder: &Path) {
+    let output = tempfile::tempdir().expect("a folder");
+    let output = output.path().join("out");
+    let adapters = [(folder.to_path_buf(), None), (folder.to_path_buf(), Some(-0.5))];
+    for method in ["cat", "tensors"] {
+        let request = Combination {
+            adapters: &adapters,
+            method,
+            settings: &serde_json::Map::new(),
+            output: &output,
+            overwrite: true,
+        };
+        match combine(&request, |_, _, _| {}) {
+            Ok(_) => assert!(output.join("adapter_config.json").is_file()),
+            Err(error) => {
+                sentence(&error.to_string());
+                assert!(method == "tensors" || !output.exists());
+            }
+        }
+    }
+}
+
+/// Any bytes as a file of an adapter's folder that is combined; the first byte chooses which, the others are a golden's.
+pub fn combination(bytes: &[u8]) {
+    let Some((kind, content)) = bytes.split_first() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    for file in ["adapter_config.json", "adapter_model.safetensors"] {
+        std::fs::copy(goldens("combine/plain").join(file), folder.path().join(file)).expect("a file");
+    }
+    let name = ["adapter_config.json", "adapter_model.safetensors", "lorimer.json"][usize::from(kind % 3)];
+    std::fs::write(folder.path().join(name), content).expect("a file");
+    combined(folder.path());
+    // `lorimer.json` is read with every adapter, and held against its content.
+    match StoredAdapter::read(folder.path()) {
+        Ok(stored) => _ = inspect::inspect(&stored),
+        Err(error) => sentence(&error.to_string()),
+    }
+}
+
+/// Any bytes as `pruning.json`, as they are and with the id of their content, and an adapter that was trained on the pruned model of the goldens.
+pub fn pruning(bytes: &[u8]) {
+    static ADAPTER: OnceLock<StoredAdapter> = OnceLock::new();
+    let stored = ADAPTER.get_or_init(|| StoredAdapter::read(&goldens("pruning/small")).expect("an adapter"));
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("pruning.json");
+    let with = |bytes: &[u8]| {
+        std::fs::write(&path, bytes).expect("a file");
+        match adapter::Pruning::read(&path) {
+            Ok(record) => match recover(stored, &record, true) {
+                Ok(found) => {
+                    let numbers = |s: &StoredAdapter| s.tensors.values().map(|t| t.elem_count()).sum::<usize>();
+                    assert!(numbers(&found) <= 64 * numbers(stored), "{} numbers", numbers(&found));
+                }
+                Err(error) => sentence(&error.to_string()),
+            },
+            Err(error) => sentence(&error.to_string()),
+        }
+    };
+    with(bytes);
+    if let Ok(mut record) = serde_json::from_slice::<adapter::Pruning>(bytes) {
+        record.id = record.own_id();
+        with(&serde_json::to_vec(&record).expect("JSON"));
+    }
+}
+
+/// Any bytes as the head or the configuration of an X-LoRA folder as its authors' code writes it; the first byte chooses which, and of which folder
+/// the other file is.
+pub fn xlora(bytes: &[u8]) {
+    let Some((kind, content)) = bytes.split_first() else { return };
+    let whole = goldens("xlora").join(XLORA[usize::from(kind / 2) % XLORA.len()]);
+    let folder = tempfile::tempdir().expect("a folder");
+    let (own, other) = match kind % 2 {
+        0 => ("xlora_classifier.safetensors", "xlora_config.json"),
+        _ => ("xlora_config.json", "xlora_classifier.safetensors"),
+    };
+    std::fs::write(folder.path().join(own), content).expect("a file");
+    std::fs::copy(whole.join(other), folder.path().join(other)).expect("a file");
+    for expert in ["chemistry", "biology", "arithmetic"] {
+        std::fs::create_dir(folder.path().join(expert)).expect("a folder");
+        for file in ["adapter_config.json", "adapter_model.safetensors"] {
+            std::fs::copy(whole.join(expert).join(file), folder.path().join(expert).join(file)).expect("a file");
+        }
+    }
+    static BASE: OnceLock<Base> = OnceLock::new();
+    let base = BASE.get_or_init(|| Base::open(&goldens("tiny-llama"), &OpenOptions::default()).expect("a base"));
+    let read = StoredAdapter::read(folder.path());
+    if let Err(error) = read.and_then(|stored| adapter::Adapter::load_whole(base.model(), &stored)) {
+        sentence(&error.to_string());
+    }
+}
+
+/// X-LoRA folders of the goldens.
+pub const XLORA: [&str; 3] = ["authors", "authors_linear", "authors_default"];
 
 /// Any bytes as a model's and an adapter's configuration.
 pub fn config(bytes: &[u8]) {

@@ -254,7 +254,8 @@ tidy(folder)
 print("lost: only", ", ".join(sorted(load_file(folder / "adapter_model.safetensors"))))
 
 # The form of the authors' code (EricLBuehler/xlora): their head has its last layer apart, and their experts' names mean something. `authors` is depth3,
-# `authors_linear` a head of two layers without ReLU and biases.
+# `authors_linear` a head of two layers without ReLU and biases, `authors_default` one of three whose configuration does not say whether there are ReLU,
+# dropout and biases: by the package's defaults only biases.
 ORDER = ["chemistry", "biology", "arithmetic"]
 
 
@@ -265,7 +266,8 @@ def authors(name, tensors, settings):
     config = dict(hidden_size=32, base_model_id="tiny-llama", adapters=ORDER, enable_softmax=True, enable_softmax_topk=False, layerwise_scalings=True,
                   xlora_depth=1, xlora_size=2048, enable_relu_and_dropout=True, use_bias=True, xlora_dropout_p=0.2, use_trainable_adapters=False,
                   softmax_temperature=1.0, top_k_lora=None, scaling_pass_value=0.0, global_scaling_weight=1.0)
-    (folder / "xlora_config.json").write_text(json.dumps(config | settings))
+    config = {key: value for key, value in (config | settings).items() if value is not ...}
+    (folder / "xlora_config.json").write_text(json.dumps(config))
     for i, expert in enumerate(ORDER):
         shutil.copytree(root / "experts" / str(i), folder / expert)
 
@@ -276,12 +278,22 @@ authors("authors", moved, dict(xlora_depth=3, xlora_size=16))
 torch.manual_seed(60)
 linear = {"inner.0.weight": torch.randn(16, 32) * 0.3, "last.weight": torch.randn(len(sites) * 3, 16) * 0.3}
 authors("authors_linear", linear, dict(xlora_depth=2, xlora_size=16, enable_relu_and_dropout=False, use_bias=False))
-# The same as one layer: L₂·L₁.
-reference = Reference(root / "layerwise")
-reference.head = {"layers.0.weight": linear["last.weight"] @ linear["inner.0.weight"], "layers.0.bias": torch.zeros(len(sites) * 3)}
-with torch.no_grad():
-    _, s, _, out = reference.forward(ids)
-save_file({"tokens": ids.to(torch.float32), "scalings": s.contiguous(), "logits": out.reshape(-1, 259).contiguous()}, root / "authors_linear" / "golden.safetensors")
+torch.manual_seed(61)
+default = {f"{key}.{end}": torch.randn(*shape) * 0.3 for key, wide, high in [("inner.0", 32, 16), ("inner.1", 16, 16), ("last", 16, len(sites) * 3)]
+           for end, shape in [("weight", (high, wide)), ("bias", (high,))]}
+authors("authors_default", default, dict(xlora_depth=3, xlora_size=16, enable_relu_and_dropout=..., use_bias=...))
+# The same as one layer: L₂·L₁, and L₃·(L₂·(L₁ x + b₁) + b₂) + b₃.
+first, second, last = [(default[f"{key}.weight"], default[f"{key}.bias"]) for key in ("inner.0", "inner.1", "last")]
+heads = {
+    "authors_linear": (linear["last.weight"] @ linear["inner.0.weight"], torch.zeros(len(sites) * 3)),
+    "authors_default": (last[0] @ second[0] @ first[0], last[0] @ (second[0] @ first[1] + second[1]) + last[1]),
+}
+for name, (weight, bias) in heads.items():
+    reference = Reference(root / "layerwise")
+    reference.head = {"layers.0.weight": weight, "layers.0.bias": bias}
+    with torch.no_grad():
+        _, s, _, out = reference.forward(ids)
+    save_file({"tokens": ids.to(torch.float32), "scalings": s.contiguous(), "logits": out.reshape(-1, 259).contiguous()}, root / name / "golden.safetensors")
 
 owners = [[i for i, factors in enumerate(reference.factors) if site in factors] for site in sites]
 (root / "sites.json").write_text(json.dumps([{"site": site, "experts": own} for site, own in zip(sites, owners)], indent=1) + "\n")

@@ -312,7 +312,8 @@ impl StepArgs {
         self.optimizer().or(method.training().optimizer.map(OptimizerChoice)).unwrap_or_default()
     }
 
-    fn frozen_cache(&self) -> FrozenCache {
+    /// Where the output of frozen lower layers is kept.
+    pub fn frozen_cache(&self) -> FrozenCache {
         match self.frozen_cache {
             FrozenCacheFlag::Auto => FrozenCache::Auto,
             FrozenCacheFlag::Off => FrozenCache::Off,
@@ -338,6 +339,11 @@ impl StepArgs {
     /// Whether checkpointing is asked for outright.
     pub fn checkpoints(&self) -> bool {
         self.checkpointing == Checkpointing::On
+    }
+
+    /// Whether layers may be computed again in the backward, where memory asks for it.
+    pub fn may_checkpoint(&self) -> bool {
+        self.checkpointing != Checkpointing::Off
     }
 
     fn plan_with(

@@ -299,6 +299,75 @@ fn chat_templates() {
     checks::template(nested.as_bytes());
 }
 
+/// To be seen to fail: sizes of a record that are bounded one by one.
+#[test]
+fn records_of_pruning() {
+    let model = common::goldens("tiny-llama");
+    let (config, weights) = lorimer::model::base::open_weights(&model, lorimer::prelude::LoadDtype::F32).unwrap();
+    let config = config.decoder("a test").unwrap();
+    let identity = lorimer::adapter::algebra::slice::identity_of(config, &weights, "base").unwrap();
+    let kept = serde_json::from_slice(&std::fs::read(common::goldens("pruning/kept.json")).unwrap()).unwrap();
+    let record = lorimer::adapter::Pruning::new(config, identity, ("rand", json!({ "seed": 1 })), kept).unwrap();
+    let whole = serde_json::to_vec(&record).unwrap();
+    let stored = lorimer::prelude::StoredAdapter::read(&common::goldens("pruning/small")).unwrap();
+    assert!(lorimer::adapter::algebra::recover::recover(&stored, &record, true).is_ok());
+    let sizes = ["1", "2", "8", "1024", "65536", "1048576", "16777216", "4294967296", "4611686018427387904"];
+    try_all(&[whole.clone()], &[&WORDS[..], &sizes[..]].concat(), 3000, checks::pruning);
+    // Every number of it by every size.
+    let text = String::from_utf8(whole).unwrap();
+    let starts = text.match_indices([':', '[', ',']).map(|(i, _)| i + 1);
+    for start in starts.filter(|i| text[*i..].starts_with(|c: char| c.is_ascii_digit())) {
+        let end = start + text[start..].find(|c: char| !c.is_ascii_digit()).unwrap();
+        for size in sizes {
+            checks::pruning(format!("{}{size}{}", &text[..start], &text[end..]).as_bytes());
+        }
+    }
+}
+
+/// To be seen to fail: a span of a tensor taken on trust, or a manifest without a bound.
+#[test]
+fn adapters_that_are_combined() {
+    let read = |name: &str| std::fs::read(common::goldens(name)).unwrap();
+    let manifest = json!({
+        "format": 1, "content_id": "sha256:0", "method": "lora", "lorimer": "0", "chat_template": "{{ x }}", "training": { "steps": 3 },
+        "base": { "name": "b", "fingerprint": "sha256:1", "model_type": "llama", "pruned": { "pruning": "sha256:2", "name": "w", "fingerprint": "sha256:3", "layers": [[1, 1, 2]] } },
+        "golden": [{ "tokens": [1, 2, 3], "first": 1, "log_probabilities": [-0.5, -1.5] }],
+        "xlora": { "sites": ["model.layers.0.self_attn.q_proj"], "experts": ["sha256:4"] },
+    });
+    let with = |kind: u8, bytes: &[u8]| [&[kind], bytes].concat();
+    let seeds = [
+        with(0, &read("combine/plain/adapter_config.json")),
+        with(1, &read("combine/plain/adapter_model.safetensors")),
+        with(2, manifest.to_string().as_bytes()),
+    ];
+    let words = [&WORDS[..], &["\"F16\"", "\"I64\"", "[0,0]", "[18446744073709551615,2]", "[0,8]"]].concat();
+    for seed in &seeds {
+        try_all(std::slice::from_ref(seed), &words, 300, checks::combination);
+    }
+}
+
+/// To be seen to fail: layers of a head that do not multiply, left out.
+#[test]
+fn folders_of_x_loras_authors() {
+    let (mut heads, mut configs) = (Vec::new(), Vec::new());
+    for (number, name) in checks::XLORA.iter().enumerate() {
+        let read = |kind: usize, file: &str| {
+            let bytes = std::fs::read(common::goldens("xlora").join(name).join(file)).unwrap();
+            [&[(number * 2 + kind) as u8][..], &bytes].concat()
+        };
+        heads.push(read(0, "xlora_classifier.safetensors"));
+        configs.push(read(1, "xlora_config.json"));
+    }
+    let words = ["\"F16\"", "\"I64\"", "[]", "[0]", "[0,0]", "[16,16]", "[18446744073709551615,2]", "0", "1", "4096"];
+    try_all(&heads, &words, 800, checks::xlora);
+    try_all(
+        &configs,
+        &[&WORDS[..], &["64", "[\"chemistry\"]", "{\"chemistry\": \"x\"}"]].concat(),
+        1200,
+        checks::xlora,
+    );
+}
+
 #[test]
 fn adapters_configurations_and_data() {
     let read = |name: &str| std::fs::read(common::goldens(name)).unwrap();

@@ -21,7 +21,7 @@ use crate::file::bytes::raw_bytes;
 use crate::file::load::account_of;
 use crate::file::store::{BaseIdentity, StoredAdapter};
 use crate::methods::loraprune::MASK;
-use crate::pruning::units::{groups, layer_of};
+use crate::pruning::units::{groups, layer_of, share_of};
 use crate::pruning::{KeptLayer, Kind, PRUNING_FILE, Pruning};
 
 /// What slicing gave.
@@ -236,10 +236,7 @@ pub fn kept_by_masks(stored: &StoredAdapter, config: &DecoderConfig) -> Result<V
 
 /// How many units of a layer a share takes out: ⌊ρ · key-value heads⌋ and ⌈ρ · channels⌉, as LoRAM has it.
 pub fn pruned_counts(layer: &LayerShape, ratio: f64) -> (usize, usize) {
-    // A share such as 0.29 of 100 is 28.999…: what rounding alone takes off does not count.
-    let heads = (ratio * layer.kv_heads as f64 + 1e-9).floor() as usize;
-    let channels = (ratio * layer.inner as f64 - 1e-9).ceil().max(0.0) as usize;
-    (heads, channels)
+    (share_of(ratio, layer.kv_heads, false), share_of(ratio, layer.inner, true))
 }
 
 /// Shapes that a share leaves of a model's layers, the first and last ones whole.

@@ -125,16 +125,24 @@ pub(crate) fn from_authors(
         let text = "its xlora_config.json should name the experts' folders in the order of the head's columns, as `adapters`: [\"first\", …]";
         return Err(invalid(folder, text));
     }
-    let flag = |config: &mut Map<String, Value>, key: &str| config.shift_remove(key) != Some(Value::Bool(false));
-    let (relu, biases) = (flag(&mut config, "enable_relu_and_dropout"), flag(&mut config, "use_bias"));
+    // What is left out has the default of the authors' package.
+    let mut flag = |key: &str, default: bool| match config.shift_remove(key) {
+        None | Some(Value::Null) => Ok(default),
+        Some(Value::Bool(value)) => Ok(value),
+        Some(_) => Err(invalid(folder, format!("`{key}` of its xlora_config.json should be true or false"))),
+    };
+    let (relu, biases) = (flag("enable_relu_and_dropout", false)?, flag("use_bias", true)?);
     for key in ["device", "stop_token_id"] {
         config.shift_remove(key);
     }
     let base = config.shift_remove("base_model_id").unwrap_or_default();
-    let depth = config.get("xlora_depth").and_then(Value::as_u64).unwrap_or(1) as usize;
-    if depth == 0 || depth > MAX_DEPTH {
-        return Err(invalid(folder, format!("xlora_depth = {depth} should be between 1 and {MAX_DEPTH}")));
-    }
+    let depth = match config.get("xlora_depth") {
+        None | Some(Value::Null) => Some(1),
+        Some(depth) => depth.as_u64().and_then(|depth| usize::try_from(depth).ok()),
+    };
+    let Some(depth) = depth.filter(|depth| (1..=MAX_DEPTH).contains(depth)) else {
+        return Err(invalid(folder, format!("its xlora_depth should be a number between 1 and {MAX_DEPTH}")));
+    };
     let mut layers = Vec::new();
     let mut left = tensors;
     for i in 0..depth {
@@ -156,7 +164,23 @@ pub(crate) fn from_authors(
         return Err(invalid(folder, format!("its head holds `{name}`, which its configuration does not give it")));
     }
     if !relu {
-        let product = layers.into_iter().reduce(|(w, b), (next, own)| fold(&w, &b, &next, &own).unwrap_or((next, own)));
+        let mut product: Option<(Tensor, Tensor)> = None;
+        for (number, (next, own)) in layers.into_iter().enumerate() {
+            product = Some(match product {
+                None => (next, own),
+                Some((w, b)) => {
+                    let (outputs, inputs) = (w.dim(0)?, next.dim(1)?);
+                    if outputs != inputs {
+                        let text = format!(
+                            "layer {} of its head has {outputs} outputs, and layer {number} after it {inputs} inputs",
+                            number - 1
+                        );
+                        return Err(invalid(folder, text));
+                    }
+                    fold(&w, &b, &next, &own)?
+                }
+            });
+        }
         layers = product.into_iter().collect();
         config.insert("xlora_depth".into(), 1.into());
     }

@@ -17,7 +17,8 @@
 //! `magnitude` (G = 1), or `random` (a control: units by lot from the seed); `protect`: the first ⌊protect · layers⌋ layers and the last one lose
 //! nothing; 0: every layer does.
 //!
-//! All projections of a layer have to be adapted, since units are scored by all of them. Where the reference code and the paper differ, the code's is
+//! All projections of a layer have to be adapted, since units are scored by all of them. A run that would prune nothing is refused: no layer adapted, only
+//! protected ones, or less than one unit. Where the reference code and the paper differ, the code's is
 //! the default. Two things are other than in the code: it counts 32 heads whatever the model has, and it stops just short of `prune_ratio`. With few
 //! key-value heads ⌊ρ · units⌋ is coarse (1 of 3 at 0.5); `merge --slice` prints what was reached.
 //!

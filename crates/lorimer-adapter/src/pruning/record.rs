@@ -20,9 +20,14 @@ use crate::file::store::{BaseIdentity, StoredAdapter};
 pub const PRUNING_FILE: &str = "pruning.json";
 /// Largest such file: 1024 layers of some ten thousand channels.
 const MAX_BYTES: u64 = 256 << 20;
-/// Most layers, and most units of a kind in a layer.
+/// Most layers.
 const MAX_LAYERS: usize = 1024;
-const MAX_UNITS: usize = 1 << 20;
+/// Widest hidden state, and the largest vocabulary.
+const MAX_HIDDEN: usize = 1 << 20;
+const MAX_VOCABULARY: usize = 1 << 24;
+/// Most rows of queries, keys, values or channels for each number of the hidden state; models have up to about 8. One factor of an adapter is as
+/// wide as the hidden state, so that what a record makes of an adapter is bounded by the adapter's own size.
+const MAX_WIDTH: usize = 64;
 /// Version of the format.
 const FORMAT: u32 = 1;
 
@@ -38,6 +43,23 @@ pub struct WholeLayer {
     pub head_dim: usize,
     /// Channels.
     pub channels: usize,
+}
+
+impl WholeLayer {
+    /// What is wrong beside a hidden state of this width, in words.
+    fn check(&self, hidden: usize) -> std::result::Result<(), String> {
+        let Self { heads, kv_heads, head_dim, channels } = *self;
+        if kv_heads == 0 || heads == 0 || !heads.is_multiple_of(kv_heads) {
+            return Err(format!("{heads} query heads do not divide into {kv_heads} key-value heads"));
+        }
+        let fits = |rows: usize| rows > 0 && rows <= MAX_WIDTH * hidden;
+        if !fits(heads.saturating_mul(head_dim)) || !fits(channels) {
+            return Err(format!(
+                "{heads} heads of {head_dim} and {channels} channels beside a hidden state of {hidden}; both should be between 1 and {MAX_WIDTH} times as wide"
+            ));
+        }
+        Ok(())
+    }
 }
 
 impl From<&LayerShape> for WholeLayer {
@@ -107,7 +129,8 @@ impl Pruning {
         Ok(pruning)
     }
 
-    fn own_id(&self) -> String {
+    /// What its id should be: `sha256:…` over all the rest.
+    pub fn own_id(&self) -> String {
         let bare = Self { id: String::new(), ..self.clone() };
         format!("sha256:{}", hex(&Sha256::digest(serde_json::to_vec(&bare).unwrap_or_default())))
     }
@@ -120,16 +143,15 @@ impl Pruning {
         if self.kept.len() != self.whole.len() || self.whole.is_empty() || self.whole.len() > MAX_LAYERS {
             return Err(format!("keeps units of {} layers where the base has {}", self.kept.len(), self.whole.len()));
         }
-        for (i, (whole, kept)) in self.whole.iter().zip(&self.kept).enumerate() {
-            let sizes = [whole.heads, whole.kv_heads, whole.head_dim, whole.channels];
-            if sizes.iter().any(|n| *n == 0 || *n > MAX_UNITS) || !whole.heads.is_multiple_of(whole.kv_heads) {
-                return Err(format!("has a layer {i} whose sizes cannot be"));
-            }
-            kept.check(&whole.into()).map_err(|problem| format!("layer {i}: {problem}"))?;
+        if !(1..=MAX_HIDDEN).contains(&self.hidden) || !(1..=MAX_VOCABULARY).contains(&self.vocabulary) {
+            return Err(format!(
+                "has a hidden state of {} and {} tokens, which cannot be; up to {MAX_HIDDEN} and {MAX_VOCABULARY} are read",
+                self.hidden, self.vocabulary
+            ));
         }
-        let size = |n: usize| n > 0 && n <= 1 << 24;
-        if !size(self.hidden) || !size(self.vocabulary) {
-            return Err("has sizes that cannot be".into());
+        for (i, (whole, kept)) in self.whole.iter().zip(&self.kept).enumerate() {
+            whole.check(self.hidden).map_err(|problem| format!("has a layer {i} that cannot be: {problem}"))?;
+            kept.check(&whole.into()).map_err(|problem| format!("layer {i}: {problem}"))?;
         }
         match self.id == self.own_id() {
             true => Ok(()),

@@ -14,6 +14,14 @@ pub type GradientOf<'a> = dyn Fn(&Var) -> Option<&'a Tensor> + Sync + 'a;
 
 /// Acts before the forwards, between backward and optimiser, and after the optimiser of each step.
 pub trait Callback: Send + Sync {
+    /// Refuses projections on which it would do nothing.
+    ///
+    /// # Errors
+    ///
+    /// Fails if these are such.
+    fn check(&self, _modules: &[Module<'_>]) -> Result<()> {
+        Ok(())
+    }
     /// The rank that step `step` (from 0) trains.
     fn rank(&self, _step: usize) -> Option<SampledRank> {
         None

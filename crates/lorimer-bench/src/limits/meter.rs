@@ -11,6 +11,11 @@ use rayon::prelude::*;
 /// Query rows whose scores are formed at a time.
 const TILE: usize = 256;
 
+/// One projection of queries, keys and values.
+const FUSED: &str = "qkv_proj";
+/// Projections whose change is measured.
+const MEASURED: [&str; 3] = ["q_proj", "k_proj", FUSED];
+
 /// Norms of one head: the largest absolute entry of each matrix, after rotation.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct HeadNorms {
@@ -34,8 +39,8 @@ pub struct HeadNorms {
 #[derive(Debug, Default)]
 pub struct Found {
     norms: Mutex<BTreeMap<usize, Vec<HeadNorms>>>,
-    /// Of a layer's queries and keys: the largest change of each column.
-    changes: Mutex<BTreeMap<(usize, bool), Vec<f64>>>,
+    /// Of a layer's projection of queries, of keys, or of both and values in one: the largest change of each column.
+    changes: Mutex<BTreeMap<(usize, &'static str), Vec<f64>>>,
 }
 
 impl Found {
@@ -133,14 +138,10 @@ impl Adaptation for Meter<'_> {
     fn project_all(&self, targets: &[(&Site, &Projection)], x: &Tensor) -> Result<Vec<Tensor>> {
         let all = self.on.project_all(targets, x)?;
         for ((site, base), y) in targets.iter().zip(&all) {
-            let queries = match site.role.as_str() {
-                "q_proj" => true,
-                "k_proj" => false,
-                _ => continue,
-            };
+            let Some(role) = MEASURED.into_iter().find(|role| *role == site.role) else { continue };
             if let Some(layer) = site.layer.filter(|_| self.on.touches(site)) {
                 let change = columns(&(y - base.forward(x)?)?)?;
-                self.found.changes.lock().unwrap_or_else(PoisonError::into_inner).insert((layer, queries), change);
+                self.found.changes.lock().unwrap_or_else(PoisonError::into_inner).insert((layer, role), change);
             }
         }
         Ok(all)
@@ -151,11 +152,15 @@ impl Adaptation for Meter<'_> {
         let mut norms = measure(&call)?;
         let changes = self.found.changes.lock().unwrap_or_else(PoisonError::into_inner);
         let groups = norms.len() / (call.k.dim(1)? / d).max(1);
-        let of = |queries: bool, head: usize| {
-            changes.get(&(layer, queries)).and_then(|all| all.get(head * d..(head + 1) * d)).map_or(0.0, top)
+        // Of one fused projection the first rows are queries, and those after them keys.
+        let after = call.q.dim(1)?;
+        let of = |role: &'static str, begin: usize, head: usize| {
+            let found =
+                |role, begin: usize| Some(top(changes.get(&(layer, role))?.get(begin + head * d..)?.get(..d)?));
+            found(role, 0).or_else(|| found(FUSED, begin)).unwrap_or(0.0)
         };
         for (head, own) in norms.iter_mut().enumerate() {
-            (own.q_change, own.k_change) = (of(true, head), of(false, head / groups.max(1)));
+            (own.q_change, own.k_change) = (of("q_proj", 0, head), of("k_proj", after, head / groups.max(1)));
         }
         drop(changes);
         self.found.norms.lock().unwrap_or_else(PoisonError::into_inner).insert(layer, norms);

@@ -1,5 +1,7 @@
 //! `lorimer limits`: on which side of the theory's border the attention heads of a model are (arXiv 2406.03136).
 
+#[cfg(test)]
+mod curve;
 mod meter;
 mod picture;
 mod report;

@@ -125,6 +125,8 @@ impl<'a> Updater<'a> {
         let callback =
             own.callback.map_or_else(|| Box::new(Idle) as Box<dyn Callback>, |kind| kind.build(shape, &named));
         check_parts(s, adapter, &choice, callback.as_ref(), &named)?;
+        let modules = adapter.sites(model);
+        callback.check(&modules)?;
         let objective = s.objective.as_ref().map(|o| &o.0).or(own.objective.as_ref()).map(|kind| kind.build());
         let has_units = adapter.blocks().any(|(_, delta)| delta.unit_router().is_some());
         let groups = ParamGroups {
@@ -139,7 +141,7 @@ impl<'a> Updater<'a> {
             attached: Attached::one(adapter),
             parameters: named.iter().map(|p| (p.name.clone(), p.var)).collect(),
             named,
-            modules: adapter.sites(model),
+            modules,
             schedule,
             optimizer,
             per_layer: choice.0.per_layer(),

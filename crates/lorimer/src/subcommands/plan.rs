@@ -11,7 +11,6 @@ use lorimer::model::base::open_weights;
 use lorimer::model::files::{MAX_JSON_BYTES, read_json};
 use lorimer::model::pull::{PullOptions, pull};
 use lorimer::model::{Config, DecoderConfig, LoadDtype};
-use lorimer::train::run::frozen::FrozenCache;
 use lorimer::train::run::plan::{Plan, Request, Work, plan};
 use lorimer::train::{EncodeOptions, TrainSettings};
 use serde_json::{Value, json};
@@ -175,13 +174,15 @@ struct Side {
     base_bytes: u64,
     peak_bytes: u64,
     trainable_parameters: u64,
+    checkpointing: bool,
 }
 
 impl Side {
-    fn json(&self) -> Value {
+    fn json(&self, limit: Option<u64>) -> Value {
         json!({
             "parameters": self.parameters, "base_bytes": self.base_bytes, "peak_bytes": self.peak_bytes,
-            "trainable_parameters": self.trainable_parameters,
+            "trainable_parameters": self.trainable_parameters, "checkpointing": self.checkpointing,
+            "fits": limit.map(|limit| self.peak_bytes <= limit),
         })
     }
 }
@@ -201,27 +202,37 @@ impl PlanRun {
         let whole = config.decoder("`lorimer plan`")?.clone();
         let layers = pruned_shapes(&whole.layers, ratio, (self.pruned.keep_first, self.pruned.keep_last))?;
         let (bytes, head_bytes) = weight_bytes(self.model.dtype)?;
+        let limit = self.step.memory_limit;
         let side = |config: DecoderConfig| -> Result<Side> {
             let parameters = config.parameter_count();
             let table = (config.vocab_size as u64) * (config.hidden_size as u64) * if config.tied { 1 } else { 2 };
             let base_bytes = ((parameters - table) as f64 * bytes + table as f64 * head_bytes) as u64;
-            let plan = plan(&Request {
-                config: &Config::Decoder(config),
-                base_bytes: base_bytes as usize,
-                file_bytes: 0,
-                method,
-                work: Work::worst(self.batch_size, self.max_length, self.max_steps.unwrap_or(100)),
-                checkpointing: self.step.checkpoints(),
-                optimizer: self.step.optimizer_of(method),
-                objective: method.training().objective.is_some(),
-                frozen_cache: FrozenCache::Off,
-            })?;
+            let config = Config::Decoder(config);
+            let with = |checkpointing| {
+                plan(&Request {
+                    config: &config,
+                    base_bytes: base_bytes as usize,
+                    file_bytes: 0,
+                    method,
+                    work: Work::worst(self.batch_size, self.max_length, self.max_steps.unwrap_or(100)),
+                    checkpointing,
+                    optimizer: self.step.optimizer_of(method),
+                    objective: method.training().objective.is_some(),
+                    frozen_cache: self.step.frozen_cache(),
+                })
+            };
+            let (mut plan, mut checkpointing) = (with(self.step.checkpoints())?, self.step.checkpoints());
+            if self.step.may_checkpoint() && limit.is_some_and(|limit| plan.peak_bytes > limit) {
+                (plan, checkpointing) = (with(true)?, true);
+            }
             let trainable_parameters = plan.trainable_parameters;
-            Ok(Side { parameters, base_bytes, peak_bytes: plan.peak_bytes, trainable_parameters })
+            Ok(Side { parameters, base_bytes, peak_bytes: plan.peak_bytes, trainable_parameters, checkpointing })
         };
         let pruned = side(DecoderConfig { layers, ..whole.clone() })?;
         let whole = side(whole)?;
-        let json = json!({ "ratio": ratio, "whole": whole.json(), "pruned": pruned.json() });
+        let json = json!({
+            "ratio": ratio, "memory_limit": limit, "whole": whole.json(limit), "pruned": pruned.json(limit),
+        });
         common::print(global, &json, || {
             let line = |name: &str, a: String, b: String| format!("  {name:<22}{a:>18}{b:>18}\n");
             let bytes = |f: fn(&Side) -> u64| (show_bytes(f(&whole)), show_bytes(f(&pruned)));
@@ -233,6 +244,13 @@ impl PlanRun {
                 + &line("base weights", base.0, base.1)
                 + &line("trainable", own.0, own.1)
                 + &line("peak of training", peak.0, peak.1)
+                + &limit.map_or_else(String::new, |limit| {
+                    let fits = |side: &Side| {
+                        let again = if side.checkpointing { ", checkpointing" } else { "" };
+                        if side.peak_bytes <= limit { format!("yes{again}") } else { format!("no{again}") }
+                    };
+                    line(&format!("fits into {}", show_bytes(limit)), fits(&whole), fits(&pruned))
+                })
         })
     }
 }

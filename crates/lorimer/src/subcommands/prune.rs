@@ -44,15 +44,15 @@ pub struct Prune {
     /// Last layers that stay whole
     #[arg(long, default_value_t = 2)]
     keep_last: usize,
-    /// Seed of the lot
-    #[arg(long, default_value_t = 0)]
-    seed: u64,
+    /// Seed of the lot (rand) [default: 0]
+    #[arg(long)]
+    seed: Option<u64>,
     /// Rows that importance is measured on (stru)
     #[arg(long)]
     data: Option<PathBuf>,
-    /// How many of them
-    #[arg(long, default_value_t = 64)]
-    samples: usize,
+    /// How many of them (stru) [default: 64]
+    #[arg(long)]
+    samples: Option<usize>,
     /// New folder for the smaller model and its pruning.json
     #[arg(long, short)]
     output: PathBuf,
@@ -66,7 +66,12 @@ impl Prune {
         match (self.method, &self.data) {
             (By::Rand, Some(_)) => bail!("--method rand looks at no --data; leave it out"),
             (By::Stru, None) => bail!("--method stru measures importance on rows; give them with --data"),
-            _ if self.samples == 0 => bail!("--samples should be at least 1"),
+            _ => {}
+        }
+        match (self.method, self.seed, self.samples) {
+            (By::Rand, _, Some(_)) => bail!("--samples is for --method stru; --method rand looks at no rows"),
+            (By::Stru, Some(_), _) => bail!("--seed is for --method rand; --method stru draws nothing"),
+            (_, _, Some(0)) => bail!("--samples should be at least 1"),
             _ => {}
         }
         if matches!(self.model.dtype, DtypeFlag::Nf4 | DtypeFlag::Int8) {
@@ -81,13 +86,14 @@ impl Prune {
         let mut settings = json!({ "ratio": self.ratio, "keep_first": self.keep_first, "keep_last": self.keep_last });
         let kept = match &self.data {
             None => {
-                settings["seed"] = self.seed.into();
+                settings["seed"] = self.seed.unwrap_or(0).into();
                 keep_important(&config.layers, &shapes, |i| Ok(self.lot(i, &config.layers[i])))?
             }
             Some(path) => {
-                settings["samples"] = self.samples.into();
+                let samples = self.samples.unwrap_or(64);
+                settings["samples"] = samples.into();
                 settings["data"] = path.file_name().map(|n| n.to_string_lossy().into_owned()).into();
-                let options = EncodeOptions { limit: Some(self.samples), ..Default::default() };
+                let options = EncodeOptions { limit: Some(samples), ..Default::default() };
                 let (rows, _) = common::load_data(path, &prepared.text, &options)?;
                 let base = common::load_base(prepared, &pulled)?;
                 let rows: Vec<_> = rows.iter().collect();
@@ -109,7 +115,7 @@ impl Prune {
 
     /// Importance of a layer's heads and channels by lot.
     fn lot(&self, i: usize, layer: &LayerShape) -> (Vec<f64>, Vec<f64>) {
-        let mut rng = ChaCha8Rng::seed_from_u64(site_seed(self.seed, &format!("units of layer {i}")));
+        let mut rng = ChaCha8Rng::seed_from_u64(site_seed(self.seed.unwrap_or(0), &format!("units of layer {i}")));
         let mut draw = |count: usize| (0..count).map(|_| rng.random_range(0.0..1.0)).collect();
         (draw(layer.kv_heads), draw(layer.inner))
     }

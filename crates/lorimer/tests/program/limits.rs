@@ -52,6 +52,50 @@ fn norms_of_heads_are_measured() {
     assert!(degrees(&fine).iter().zip(degrees(&plain)).all(|(fine, plain)| *fine > plain));
 }
 
+/// Of a base with one projection for queries, keys and values, the change of each head is that of its own rows: those of others set to zero leave it
+/// as it is. To be seen to fail: `qkv_proj` left out, or keys taken from the first rows.
+#[test]
+fn changes_of_fused_projections_are_those_of_their_rows() {
+    let f = Fixture::new();
+    let (model, out) = (goldens("tiny-phi3").display().to_string(), f.path("run"));
+    let train = ["train", "--model", &model, "--data", &f.data, "--output", &out, "--max-steps", "3", "--lr", "1e-2"];
+    ok(&[&train[..], &["--target-modules", "qkv_proj"]].concat());
+    let changes = |adapter: &str| -> Vec<(f64, f64)> {
+        let told = json(&["limits", "--model", &model, "--data", &f.data, "--lengths", "24", "--adapter", adapter]);
+        let number = |head: &Value, key: &str| head[key].as_f64().unwrap();
+        let layers = told["lengths"][0]["adapted"].as_array().unwrap().clone();
+        let heads = layers.iter().flat_map(|layer| layer["heads"].as_array().unwrap().clone());
+        heads.map(|head| (number(&head, "q_change"), number(&head, "k_change"))).collect()
+    };
+    let whole = changes(&out);
+    assert_eq!(whole.len(), 8);
+    // Two heads share each key.
+    assert!(whole.iter().all(|(q, k)| *q > 0.0 && *k > 0.0) && whole[0].0 != whole[1].0);
+    assert!(whole.chunks(2).all(|pair| pair[0].1 == pair[1].1) && whole[0].1 != whole[2].1);
+    // (4 + 2 + 2) heads of 8 rows: queries, keys, values.
+    let part = f.path("part");
+    for kept in 0..8usize {
+        let mut stored = lorimer::prelude::StoredAdapter::read(std::path::Path::new(&out)).unwrap();
+        for (_, b) in stored.tensors.iter_mut().filter(|(name, _)| name.contains("lora_B")) {
+            let rows: Vec<f32> = (0..64).map(|row| f32::from(u8::from(row / 8 == kept))).collect();
+            let rows = candle_core::Tensor::from_vec(rows, (64, 1), b.device()).unwrap();
+            *b = b.broadcast_mul(&rows).unwrap();
+        }
+        stored.manifest = None;
+        stored.write(std::path::Path::new(&part), None).unwrap();
+        let _ = std::fs::remove_file(std::path::Path::new(&part).join("lorimer.json"));
+        // Of the first layer, whose inputs the adapter does not change.
+        let own = changes(&part);
+        for head in 0..4 {
+            let expected = (
+                if kept == head { whole[head].0 } else { 0.0 },
+                if kept == 4 + head / 2 { whole[head].1 } else { 0.0 },
+            );
+            assert_eq!(own[head], expected, "rows of {kept}, head {head}");
+        }
+    }
+}
+
 #[test]
 fn what_cannot_be_measured_is_refused() {
     let f = Fixture::new();

@@ -47,6 +47,10 @@ fn one_run_ends_in_a_smaller_model() {
 
     for (more, says) in [
         (vec!["--target-modules", "q_proj,v_proj"], "by all projections of a layer"),
+        (vec!["--target-modules", "lm_head"], "would prune nothing: no layer is adapted"),
+        (vec!["--target-modules", "all-linear", "--layers", "1"], "would prune nothing: protect=0.1 keeps all 1"),
+        (vec!["--set", "protect=1"], "would prune nothing: protect=1 keeps all 2"),
+        (vec!["--set", "prune_ratio=0.02"], "would prune nothing: prune_ratio=0.02 of at most 48 units"),
         (vec!["--set", "prune_ratio=1"], "below 1"),
         (vec!["--set", "prune_every=0"], "at least 1"),
         (vec!["--set", "warmup=0.9", "--set", "cooldown=0.2"], "between them"),
@@ -131,6 +135,9 @@ fn an_adapter_of_a_pruned_model_runs_on_the_whole_one() {
     for (more, says) in [
         (vec!["--method", "stru"], "give them with --data"),
         (vec!["--method", "rand", "--data", &f.data], "leave it out"),
+        (vec!["--method", "rand", "--samples", "8"], "--samples is for --method stru"),
+        (vec!["--method", "stru", "--data", &f.data, "--seed", "0"], "--seed is for --method rand"),
+        (vec!["--method", "stru", "--data", &f.data, "--samples", "0"], "at least 1"),
         (vec!["--method", "rand", "--ratio", "1"], "below 1"),
         (vec!["--method", "rand", "--ratio", "0.999"], "leaves nothing"),
         (vec!["--method", "rand", "--keep-first", "1"], "leave none"),
@@ -143,6 +150,77 @@ fn an_adapter_of_a_pruned_model_runs_on_the_whole_one() {
     let encoder = crate::common::goldens("tiny-bert").display().to_string();
     let told = error(&["prune", "--model", &encoder, "--method", "rand", "--ratio", "0.5", "--output", &out]);
     assert!(told.contains("encoder") && !Path::new(&out).exists(), "{told}");
+}
+
+/// Where nothing is pruned: training on the pruned model is training on the base, bit for bit, and so is what is recovered.
+#[test]
+fn a_ratio_of_nothing_trains_as_the_base_does() {
+    let f = Fixture::new();
+    let (same, plain, own, recovered) = (f.path("same"), f.path("plain"), f.path("own"), f.path("recovered"));
+    let prune = ["prune", "--model", &f.model, "--method", "rand", "--ratio", "0", "--output", &same];
+    let told = json(&[&prune[..], &["--keep-first", "0", "--keep-last", "0"]].concat());
+    assert_eq!((&told["heads_pruned"], &told["channels_pruned"]), (&value!(0.0), &value!(0.0)));
+    let more = ["--max-steps", "12", "--target-modules", "all-linear"];
+    ok(&f.train(&plain, &more));
+    let train = ["train", "--model", &same, "--data", &f.data, "--output", &own, "--lr", "1e-2"];
+    ok(&[&train[..], &more].concat());
+    let pruning = format!("{same}/pruning.json");
+    ok(&["recover", "--adapter", &own, "--pruning", &pruning, "--output", &recovered]);
+    assert_eq!(tensors(&own), tensors(&plain));
+    assert_eq!(tensors(&recovered), tensors(&plain));
+}
+
+/// Records whose sizes no adapter has are refused in a sentence, though their ids are those of their content: nothing is allocated for them and
+/// nothing written.
+#[test]
+fn hostile_records_are_refused() {
+    let f = Fixture::new();
+    let small = f.path("small");
+    let keep = ["--ratio", "0.5", "--keep-first", "0", "--keep-last", "1"];
+    ok(&[&["prune", "--model", &f.model, "--method", "rand", "--output", &small], &keep[..]].concat());
+    let (own, bare, out) = (f.path("own"), f.path("bare"), f.path("out"));
+    ok(&["train", "--model", &small, "--data", &f.data, "--output", &own, "--max-steps", "1"]);
+    std::fs::create_dir(&bare).unwrap();
+    for file in ["adapter_config.json", "adapter_model.safetensors"] {
+        std::fs::copy(Path::new(&own).join(file), Path::new(&bare).join(file)).unwrap();
+    }
+    let path = f.path("pruning.json");
+    let recover = ["recover", "--adapter", &bare, "--pruning", &path, "--output", &out, "--unverified"];
+    let record: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(Path::new(&small).join("pruning.json")).unwrap()).unwrap();
+    let write = |change: &dyn Fn(&mut serde_json::Value)| {
+        let mut changed = record.clone();
+        change(&mut changed);
+        let mut pruning: lorimer::adapter::Pruning = serde_json::from_value(changed).unwrap();
+        pruning.id = pruning.own_id();
+        std::fs::write(&path, serde_json::to_vec(&pruning).unwrap()).unwrap();
+    };
+    let large = 1u64 << 20;
+    type Change = (&'static str, Box<dyn Fn(&mut serde_json::Value)>);
+    let changes: [Change; 5] = [
+        // 2⁴⁰ rows, each number possible for itself.
+        (
+            "heads of",
+            Box::new(move |v| {
+                (v["whole"][0]["heads"], v["whole"][0]["kv_heads"]) = (large.into(), large.into());
+                v["whole"][0]["head_dim"] = large.into();
+                (v["kept"][0]["heads"], v["kept"][0]["kv_heads"]) = (value!([0]), value!([0]));
+            }),
+        ),
+        // 2³² rows: numbers of rows that 32 bits do not hold.
+        ("heads of", Box::new(|v| v["whole"][0]["head_dim"] = (1u64 << 30).into())),
+        ("channels", Box::new(move |v| v["whole"][0]["channels"] = large.into())),
+        ("hidden state", Box::new(|v| v["hidden"] = (1u64 << 40).into())),
+        // Within bounds, but of no model that this adapter was trained on.
+        ("has shape", Box::new(move |v| v["hidden"] = large.into())),
+    ];
+    for (says, change) in changes {
+        write(&*change);
+        let told = error(&recover);
+        assert!(told.contains(says) && !Path::new(&out).exists(), "{told}");
+    }
+    write(&|_| ());
+    ok(&recover);
 }
 
 /// Seventy billion parameters are planned from a config.json alone.
@@ -175,6 +253,17 @@ fn a_pruned_model_is_planned_from_its_configuration() {
     let less = json(&[&plan[..], &["--prune-ratio", "0.65"]].concat());
     assert!(peak(&told) < peak(&less) && peak(&less) < told["whole"]["peak_bytes"].as_u64().unwrap());
     assert!(ok(&[&plan[..], &["--prune-ratio", "0.85"]].concat()).contains("16272924672"));
+    // A limit between both: one fits, and the other does not, even if layers are computed again.
+    let limit = ((peak(&told) + told["whole"]["peak_bytes"].as_u64().unwrap()) / 2).to_string();
+    let bounded = json(&[&plan[..], &["--prune-ratio", "0.85", "--memory-limit", &limit]].concat());
+    assert_eq!((&bounded["pruned"]["fits"], &bounded["whole"]["fits"]), (&value!(true), &value!(false)));
+    assert_eq!(told["pruned"]["fits"], serde_json::Value::Null);
+    assert!(ok(&[&plan[..], &["--prune-ratio", "0.85", "--memory-limit", &limit]].concat()).contains("fits into"));
+    // Without a word on checkpointing it is taken where the limit asks for it, as in a plan of one model.
+    let auto: Vec<&str> = plan.iter().map(|flag| if *flag == "on" { "auto" } else { flag }).collect();
+    let free = json(&[&auto[..], &["--prune-ratio", "0.85"]].concat());
+    let bounded = json(&[&auto[..], &["--prune-ratio", "0.85", "--memory-limit", &limit]].concat());
+    assert_eq!((&free["whole"]["checkpointing"], &bounded["whole"]["checkpointing"]), (&value!(false), &value!(true)));
     for (more, says) in [
         (vec!["--prune-ratio", "1.5"], "below 1"),
         (vec!["--prune-ratio", "0.5", "--keep-first", "90"], "leave none"),

@@ -1,6 +1,6 @@
 //! When units are scored and pruned.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use candle_core::{DType, Tensor, Var};
 use lorimer_model::LayerShape;
@@ -13,7 +13,7 @@ use super::score::{Scored, keep_most};
 use crate::delta::Change;
 use crate::error::{Error, Result};
 use crate::parameter::Named;
-use crate::pruning::units::{Axis, groups};
+use crate::pruning::units::{Axis, groups, share_of};
 use crate::step::site_seed;
 use crate::training::callback::GradientOf;
 use crate::training::optimizer::Module;
@@ -67,7 +67,7 @@ impl PruneSchedule {
     /// Whether a layer keeps all its units.
     fn protects(&self, layer: usize) -> bool {
         let count = self.layers.len();
-        let first = (count as f64 * self.settings.protect) as usize;
+        let first = share_of(self.settings.protect, count, false);
         layer < first || (self.settings.protect > 0.0 && layer + 1 == count)
     }
 }
@@ -210,6 +210,33 @@ impl Callback for Pruner {
         true
     }
 
+    fn check(&self, modules: &[Module<'_>]) -> Result<()> {
+        let s = &self.schedule.settings;
+        if s.prune_ratio == 0.0 {
+            return Ok(());
+        }
+        let nothing = |why: &str| Err(Error::Config(format!("`loraprune` would prune nothing: {why}")));
+        let layers: BTreeSet<usize> =
+            modules.iter().filter(|(site, ..)| !site.is_head).filter_map(|(site, ..)| site.layer).collect();
+        if layers.is_empty() {
+            return nothing("no layer is adapted; use --target-modules all-linear, or prune_ratio=0 for plain LoRA");
+        }
+        if layers.iter().all(|layer| self.schedule.protects(*layer)) {
+            return nothing(&format!(
+                "protect={} keeps all {} adapted layers of {} whole; choose other --layers, or a smaller share",
+                s.protect,
+                layers.len(),
+                self.schedule.layers.len()
+            ));
+        }
+        let groups = self.groups(modules);
+        let most = groups.keys().map(|(layer, attention)| self.units(*layer, *attention)).max().unwrap_or(0);
+        match share_of(s.prune_ratio, most, false) {
+            0 => nothing(&format!("prune_ratio={} of at most {most} units is less than one", s.prune_ratio)),
+            _ => Ok(()),
+        }
+    }
+
     fn before(&self, step: usize, modules: &[Module<'_>], gradient: &GradientOf<'_>) -> Result<()> {
         let s = &self.schedule.settings;
         if s.prune_ratio == 0.0 || step > self.schedule.last(self.run.steps) {
@@ -230,7 +257,7 @@ impl Callback for Pruner {
             }
             let Some(ratio) = due else { continue };
             let kept: Vec<bool> = self.held(modules, layer, (MASK, units))?.iter().map(|m| *m != 0.0).collect();
-            let count = (units as f64 * ratio) as usize;
+            let count = share_of(ratio, units, false);
             if count > kept.iter().filter(|kept| !**kept).count() {
                 let left = keep_most(&average, &kept, count);
                 let mask: Vec<f64> = left.into_iter().map(|kept| f64::from(u8::from(kept))).collect();

@@ -83,7 +83,9 @@ fn a_head_that_is_not_whole_is_refused() {
 fn the_authors_folders_are_read() {
     let model = tiny_llama();
     let tokens = Golden::open("depth3").tokens();
-    for (folder, golden) in [("authors", "depth3"), ("authors_linear", "authors_linear")] {
+    for (folder, golden) in
+        [("authors", "depth3"), ("authors_linear", "authors_linear"), ("authors_default", "authors_default")]
+    {
         let golden = Golden::open(golden);
         let adapter = Adapter::load_whole(&model, &StoredAdapter::read(&case(folder)).unwrap()).unwrap();
         let found = scalings(&model, &adapter, &batch(&tokens)).reshape(golden.get("scalings").dims()).unwrap();
@@ -106,6 +108,18 @@ fn the_authors_folders_are_read() {
     assert!(with(&|c| c["adapters"] = json!(["../experts/0"])).contains("in the order of the head's columns"));
     assert!(with(&|c| c["xlora_depth"] = 4.into()).contains("its head has no `inner.6.weight`"));
     assert!(with(&|c| c["xlora_depth"] = 2.into()).contains("its head holds `inner.3.bias`"));
+    assert!(with(&|c| c["xlora_depth"] = "3".into()).contains("xlora_depth should be a number"));
+    assert!(with(&|c| c["enable_relu_and_dropout"] = 1.into()).contains("`enable_relu_and_dropout`"));
+    // Left out or null it is false, as in the authors' package, whose head then has its layers one after another.
+    assert!(with(&|c| c["enable_relu_and_dropout"] = Value::Null).contains("its head has no `inner.1.weight`"));
+    let numbers = |shape: (usize, usize)| Tensor::ones(shape, DType::F32, &Device::Cpu).unwrap();
+    let head = [("inner.0.weight", numbers((16, 32))), ("last.weight", numbers((36, 15)))];
+    let head: std::collections::HashMap<&str, Tensor> = head.into_iter().collect();
+    candle_core::safetensors::save(&head, out.path().join("xlora_classifier.safetensors")).unwrap();
+    let unfit = with(&|c| {
+        (c["xlora_depth"], c["use_bias"], c["enable_relu_and_dropout"]) = (2.into(), false.into(), false.into());
+    });
+    assert!(unfit.contains("layer 0 of its head has 16 outputs, and layer 1 after it 15 inputs"), "{unfit}");
     std::fs::rename(out.path().join("xlora_classifier.safetensors"), out.path().join("xlora_classifier.pt")).unwrap();
     assert!(with(&|_| ()).contains("pickle"));
 }

@@ -1,0 +1,9 @@
+//! `cargo fuzz run combination`; see `checks.rs`.
+#![no_main]
+#![allow(dead_code)]
+#[path = "../checks.rs"]
+mod checks;
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
+    let _ = checks::combination(bytes);
+});
