@@ -39,8 +39,8 @@ fn interrupted(mut command: Command, begun: &Path, signal: &str) -> Output {
 }
 
 /// A sentence, the exit code of a run that was broken off, nothing that looks like a result, and the same bytes from the same command as from a run that was
-/// left alone. The signal comes while gradients are computed, while configurations are tried and between matrices. To be seen to fail: a loop that does not
-/// look at the flag; a count of rows that is kept apart from their sums.
+/// left alone. The signal comes while gradients are computed, while configurations are tried and between matrices. To be seen to fail: a run that does not
+/// hear of the signal.
 #[test]
 fn a_run_that_is_told_to_stop_goes_on_where_it_was() {
     let f = Fixture::new();
