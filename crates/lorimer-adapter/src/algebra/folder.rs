@@ -1,19 +1,17 @@
 //! A model's folder, written tensor by tensor.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::Write;
 use std::path::Path;
 
 use candle_core::DType;
 use lorimer_model::decoder::config::RopeScaling;
-use lorimer_model::files::{
-    MAX_JSON_BYTES, read_bounded, read_json, text_files, write_atomic, write_atomic_with, write_json,
-};
+use lorimer_model::files::{MAX_JSON_BYTES, read_bounded, read_json, text_files, write_atomic, write_json};
 use lorimer_model::{Config, LoadDtype, TextModel, Weights};
 use serde_json::Value;
 
 use crate::error::{Error, Result};
-use crate::file::bytes::safetensors_dtype;
+use crate::file::bytes::Header;
+use crate::file::writer::write_tensors;
 use crate::pruning::{PRUNING_FILE, record_beside};
 
 /// One tensor of a file to write: its bytes are made when its turn comes.
@@ -41,41 +39,13 @@ impl Entry<'_> {
 ///
 /// Fails if a tensor's bytes cannot be made, or if the file cannot be written.
 pub fn write_safetensors(path: &Path, entries: Vec<Entry<'_>>) -> Result<()> {
-    let mut header = serde_json::Map::new();
-    header.insert("__metadata__".into(), serde_json::json!({ "format": "pt" }));
-    let mut offset = 0;
+    let mut header = Header::default();
     for e in &entries {
-        let dtype = serde_json::to_value(safetensors_dtype(e.dtype)?).unwrap_or_default();
-        let end = offset + e.length();
-        header.insert(
-            e.name.clone(),
-            serde_json::json!({ "dtype": dtype, "shape": e.shape, "data_offsets": [offset, end] }),
-        );
-        offset = end;
+        header.push(&e.name, e.dtype, &e.shape)?;
     }
-    let mut header = Value::Object(header).to_string().into_bytes();
-    header.resize(header.len().next_multiple_of(8), b' ');
-    let mut failed = None;
-    let written = write_atomic_with(path, |file| {
-        let mut out = std::io::BufWriter::new(&mut *file);
-        let io = |e| lorimer_model::Error::io("write", path)(e);
-        out.write_all(&(header.len() as u64).to_le_bytes()).map_err(io)?;
-        out.write_all(&header).map_err(io)?;
-        for e in entries {
-            match (e.bytes)() {
-                Ok(bytes) => out.write_all(&bytes).map_err(io)?,
-                Err(error) => {
-                    failed = Some(error);
-                    return Err(lorimer_model::Error::Unsupported("merge".into()));
-                }
-            }
-        }
-        out.flush().map_err(io)
-    });
-    match failed {
-        Some(error) => Err(error),
-        None => Ok(written?),
-    }
+    write_tensors(path, header.room(), |out| {
+        entries.into_iter().try_for_each(|e| out.push_bytes(&e.name, e.dtype, &e.shape, &(e.bytes)()?))
+    })
 }
 
 /// Largest shard.

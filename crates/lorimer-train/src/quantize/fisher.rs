@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use lorimer_adapter::file::bytes::safetensors_bytes;
 use lorimer_model::BaseModel;
-use lorimer_model::files::{MAX_JSON_BYTES, read_json, write_atomic, write_json};
+use lorimer_model::files::write_atomic;
 use lorimer_model::weights::SafetensorsFile;
 
 use crate::calibrate::{Sum, gradients};
@@ -16,6 +16,8 @@ use crate::error::{Error, Result};
 
 /// Rows whose hidden states are in memory at a time.
 const GROUP: usize = 8;
+/// The tensor beside the sums that says of how many rows they are.
+const ROWS: &str = "rows";
 
 /// Computes F of all projections but the head into `folder`/fisher.safetensors, by path; goes on where an earlier call stopped. `progress` hears of rows.
 /// False where `stop` was set; what was computed is kept.
@@ -34,17 +36,20 @@ pub(super) fn compute(
     if rows.is_empty() {
         return Err(Error::Settings("no row for the Fisher information has a token to learn".into()));
     }
-    let (file, state) = (folder.join("fisher.safetensors"), folder.join("fisher.json"));
-    let mut done: usize = if state.is_file() { read_json(&state, MAX_JSON_BYTES)? } else { 0 };
-    if done >= rows.len() {
-        return Ok(true);
-    }
+    let file = folder.join("fisher.safetensors");
     let mut sums: BTreeMap<String, Tensor> = BTreeMap::new();
-    if done > 0 {
+    if file.is_file() {
         let kept = SafetensorsFile::open(&file)?;
         for name in kept.names() {
             sums.extend(kept.load(&name)?.map(|t| (name, t)));
         }
+    }
+    let mut done = match sums.remove(ROWS) {
+        Some(count) => count.to_scalar::<i64>()? as usize,
+        None => 0,
+    };
+    if done >= rows.len() {
+        return Ok(true);
     }
     let method = lorimer_adapter::methods::build("lora", &serde_json::Map::new())?;
     for group in rows[done..].chunks(GROUP) {
@@ -67,7 +72,7 @@ pub(super) fn compute(
         done += group.len();
     }
     progress(done, rows.len());
+    sums.insert(ROWS.into(), Tensor::new(done as i64, &Device::Cpu)?);
     write_atomic(&file, &safetensors_bytes(&sums)?)?;
-    write_json(&state, &done)?;
     Ok(done == rows.len())
 }

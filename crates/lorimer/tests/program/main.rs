@@ -12,6 +12,7 @@ mod dynamics_cli;
 mod encoder;
 mod grouped;
 mod hub;
+mod interrupted;
 mod limits;
 mod methods;
 mod plan;

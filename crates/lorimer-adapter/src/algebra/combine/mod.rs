@@ -14,26 +14,26 @@ mod parents;
 pub mod settings;
 pub mod site;
 mod svd;
-mod write;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use lorimer_model::files::{remove_folder, write_atomic_with, write_folder_atomic, write_json};
+use lorimer_model::files::{remove_folder, write_folder_atomic, write_json};
 use rayon::prelude::*;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
+use crate::file::bytes::Header;
 use crate::file::convert::peft_config;
 use crate::file::dialects::peft;
 use crate::file::store::{CONFIG_FILE, MANIFEST_FILE, Manifest, WEIGHTS_FILE};
+use crate::file::writer::{carrying, write_tensors};
 pub use entry::{Combination, Kind, Weights};
 use parents::{Parent, Parents, content_id_of, method_of};
 use settings::Settings;
 use site::Made;
 pub use svd::clamp;
-use write::TensorWriter;
 
 /// Every combination, in the order of the help.
 pub const COMBINATIONS: &[Combination] = &[
@@ -180,22 +180,6 @@ pub fn combine(request: &Request<'_>, mut progress: impl FnMut(usize, usize, &st
     Ok(Combined { output: request.output.display().to_string(), ..made.ok_or_else(none)? })
 }
 
-/// Writes by a function of `lorimer-model`, whose errors cannot hold this crate's: what `carry` is given is what comes out.
-fn carrying(
-    write: impl FnOnce(&mut dyn FnMut(Error) -> lorimer_model::Error) -> lorimer_model::Result<()>,
-) -> Result<()> {
-    let mut carried = None;
-    let written = write(&mut |error| {
-        let text = error.to_string();
-        carried = Some(error);
-        lorimer_model::Error::Unsupported(text)
-    });
-    match carried {
-        Some(error) => Err(error),
-        None => Ok(written?),
-    }
-}
-
 /// What is known of the result when its tensors are written.
 #[derive(Default)]
 struct Account {
@@ -239,15 +223,10 @@ fn fill(
 ) -> Result<Combined> {
     let mut account = Account::default();
     let path = folder.join(WEIGHTS_FILE);
-    carrying(|carry| {
-        write_atomic_with(&path, |file| {
-            let written = match combination.kind {
-                Kind::Tensors => write_means(file, &path, parents, progress),
-                _ => write_sites(file, &path, (combination, settings), parents, &mut account, progress),
-            };
-            written.map_err(&mut *carry)
-        })
-    })?;
+    match combination.kind {
+        Kind::Tensors => write_means(&path, parents, progress)?,
+        _ => write_sites(&path, (combination, settings), parents, &mut account, progress)?,
+    }
     let none = || Error::Refused("there is no adapter to combine".into());
     let first = &parents.all.first().ok_or_else(none)?.stored;
     let is_lora = !matches!(combination.kind, Kind::Tensors);
@@ -318,24 +297,19 @@ fn averaged_config(parents: &Parents, first: &Map<String, Value>) -> Map<String,
     config
 }
 
-fn write_means(
-    file: &mut std::fs::File,
-    path: &Path,
-    parents: &Parents,
-    progress: &mut dyn FnMut(usize, usize, &str),
-) -> Result<()> {
+fn write_means(path: &Path, parents: &Parents, progress: &mut dyn FnMut(usize, usize, &str)) -> Result<()> {
     let names: Vec<String> =
         parents.all.first().map(|p| p.stored.tensors.keys().cloned().collect()).unwrap_or_default();
-    let mut out = TensorWriter::new(file, path, &names)?;
-    for (done, name) in names.iter().enumerate() {
-        out.push(name, &average::tensor(parents, name)?)?;
-        progress(done + 1, names.len(), name);
-    }
-    out.finish()
+    write_tensors(path, Header::room_for(&names), |out| {
+        for (done, name) in names.iter().enumerate() {
+            out.push(name, &average::tensor(parents, name)?)?;
+            progress(done + 1, names.len(), name);
+        }
+        Ok(())
+    })
 }
 
 fn write_sites(
-    file: &mut std::fs::File,
     path: &Path,
     (combination, settings): (&Combination, &Settings),
     parents: &Parents,
@@ -345,7 +319,6 @@ fn write_sites(
     const KEYS: [&str; 2] = ["lora_A.weight", "lora_B.weight"];
     let modules = parents.modules();
     let names: Vec<String> = modules.iter().flat_map(|m| KEYS.map(|key| peft::tensor_name(m, key))).collect();
-    let mut out = TensorWriter::new(file, path, &names)?;
     let at_once = match combination.kind {
         Kind::WholeSites(_) => 1,
         _ => rayon::current_num_threads().max(1),
@@ -362,17 +335,19 @@ fn write_sites(
             ))),
         }
     };
-    let mut done = 0;
-    for some in modules.chunks(at_once) {
-        let made = some.par_iter().map(make).collect::<Result<Vec<_>>>()?;
-        for (module, (made, error)) in some.iter().zip(made) {
-            for (key, tensor) in KEYS.iter().zip([&made.a, &made.b]) {
-                out.push(&peft::tensor_name(module, key), tensor)?;
+    write_tensors(path, Header::room_for(&names), |out| {
+        let mut done = 0;
+        for some in modules.chunks(at_once) {
+            let made = some.par_iter().map(make).collect::<Result<Vec<_>>>()?;
+            for (module, (made, error)) in some.iter().zip(made) {
+                for (key, tensor) in KEYS.iter().zip([&made.a, &made.b]) {
+                    out.push(&peft::tensor_name(module, key), tensor)?;
+                }
+                account.note(module, &made, error)?;
+                done += 1;
+                progress(done, modules.len(), module);
             }
-            account.note(module, &made, error)?;
-            done += 1;
-            progress(done, modules.len(), module);
         }
-    }
-    out.finish()
+        Ok(())
+    })
 }
