@@ -65,7 +65,7 @@ impl<'a> Sequential<'a> {
         see: &(dyn Fn(&Site, &Tensor) -> TensorResult<()> + Sync),
     ) -> TensorResult<Tensor> {
         let watched = Watched { rounded: &self.rounded, see };
-        Ok(self.model.block(layer, h, layout, &Inference(&watched), None)?.detach())
+        Ok(self.model.block(layer, h, layout, &Inference::of(&watched), None)?.detach())
     }
 
     /// Paths of the layer's projections that read the same input, in the order of the forward.
