@@ -11,7 +11,7 @@
 //!
 //! Settings: `r` (the largest), `rank_min`, `ranks` (a list in place of the range), `distribution` (`uniform`, or `geometric` with the chance of
 //! each next rank times `ratio`), `scaling`, `frozen`. With `rank` a row's part in the output changes r-fold with the rank that is drawn; small
-//! ranks learnt better with `fixed` in our runs (`bench/dylora.sh`).
+//! ranks learned better with `fixed` in our runs (`bench/dylora.sh`).
 //!
 //! Trainable parameters of a projection: `r · (inputs + outputs)`.
 //!

@@ -48,7 +48,7 @@ pub struct Eval {
     /// Count bad rows instead of stopping at the first
     #[arg(long)]
     skip_bad_rows: bool,
-    /// Write each row's loss a learnt token, and the number of these, as JSON lines
+    /// Write each row's loss a supervised token, and the number of these, as JSON lines
     #[arg(long, value_name = "FILE", conflicts_with = "rank")]
     rows: Option<PathBuf>,
 }

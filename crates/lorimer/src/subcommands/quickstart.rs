@@ -19,7 +19,7 @@ use lorimer_cli::{Global, common};
 const TRAIN: &str = include_str!("../../../../data/sentiment-movies.train.jsonl");
 const VALID: &str = include_str!("../../../../data/sentiment-movies.valid.jsonl");
 
-/// Fetch a small model, fine-tune it on film reviews, and show what it learnt on reviews it has not seen
+/// Fetch a small model, fine-tune it on film reviews, and show what it learned on reviews it has not seen
 #[derive(Args)]
 pub struct Quickstart {
     /// Folder for the adapter, its log, plot and card
@@ -40,7 +40,7 @@ impl Quickstart {
         let mut paths = Vec::new();
         for (name, content) in [("sentiment-movies.train.jsonl", TRAIN), ("sentiment-movies.valid.jsonl", VALID)] {
             // The middle class is graded by the sentence's mean rating and hard for people too; the two clear ones show
-            // what was learnt.
+            // what was learned.
             let rows: String = content
                 .lines()
                 .filter(|l| !l.contains(r#""content": "neutral""#))
