@@ -87,7 +87,7 @@ pub enum Calibration {
         #[serde(skip_serializing_if = "std::ops::Not::not")]
         absolute: bool,
     },
-    /// Gates on all targeted projections, learnt in a search of some steps.
+    /// Gates on all targeted projections, trained in a search of some steps.
     Search(Value),
 }
 

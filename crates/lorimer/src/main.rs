@@ -22,7 +22,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Fetch a small model, fine-tune it on real text, and show what it learnt
+    /// Fetch a small model, fine-tune it on real text, and show what it learned
     Quickstart(subcommands::quickstart::Quickstart),
     /// Fetch a base model into the cache
     Pull(subcommands::pull::Pull),

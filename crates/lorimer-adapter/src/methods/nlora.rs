@@ -212,7 +212,7 @@ impl Nlora {
         Ok([a, n, b])
     }
 
-    /// Random A and N; B zero, or random too where it is frozen, since nothing could be learnt behind a zero.
+    /// Random A and N; B zero, or random too where it is frozen, since nothing could be trained behind a zero.
     fn structured(&self, site: &Site, frozen: bool, rng: &mut ChaCha8Rng) -> Result<[Tensor; 3]> {
         let r = self.config.r;
         let a = kaiming((r, site.inputs), DType::F64, rng)?;

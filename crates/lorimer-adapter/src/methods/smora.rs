@@ -8,7 +8,7 @@
 //!
 //! Settings: `r`, `lora_alpha`, `activate_r` (k), `rank_partition` (q, which divides r and k), `bias_update_rate`; `gate`: `code` (e = v, as in the authors'
 //! code) or `unbiased` (e = p, b decides the choice only); e is at least 1e-6, which the code does without; `train_router` false leaves R at its start, a control:
-//! routing that learnt nothing.
+//! routing that learned nothing.
 //!
 //! With q = k one block acts and its gate is 1 whatever R says: the router has no gradient then, and is the one it began as. In the authors' code AdamW
 //! moves b too, ten times as far as the rule; here the rule alone does. b moves once a step; rows are not shared between sequences in training,

@@ -265,6 +265,69 @@ fn adapters_that_do_not_belong_together_are_refused_and_nothing_is_written() {
     assert!(!at("out").exists());
 }
 
+/// Parents that know another value are refused wherever one that knows none stands, and the result has the name of the first that knows it.
+#[test]
+fn a_parent_that_says_nothing_hides_no_unequal_bases() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let name =
+        |s: &mut StoredAdapter, name: &str| drop(s.config.insert("base_model_name_or_path".into(), value!(name)));
+    let silent = write(&at("silent"), 1, |s| name(s, " "));
+    let parent = |folder: &str, (fingerprint, template, base, tokenizer): (&str, &str, &str, &str)| {
+        let path = write(&at(folder), 2, |s| {
+            name(s, base);
+            s.manifest =
+                (!fingerprint.is_empty()).then(|| manifest(fingerprint, (!template.is_empty()).then_some(template)));
+        });
+        if !tokenizer.is_empty() {
+            std::fs::write(path.join("tokenizer.json"), tokenizer).unwrap();
+        }
+        path
+    };
+    for (one, two, says) in [
+        (("sha256:1", "", "", ""), ("sha256:2", "", "", ""), "their weights are b (sha256:1) and b (sha256:2)"),
+        (("", "", "org/one", ""), ("", "", "org/two", ""), "base_model_name_or_path is `org/one` and `org/two`"),
+        (
+            ("sha256:1", "", "org/one", ""),
+            ("", "", "org/two", ""),
+            "base_model_name_or_path is `org/one` and `org/two`",
+        ),
+        // The name in lorimer.json is one too.
+        (("sha256:1", "", "", ""), ("", "", "org/two", ""), "base_model_name_or_path is `b` and `org/two`"),
+        (("sha256:1", "x", "", ""), ("sha256:1", "y", "", ""), "different chat templates"),
+        (("", "", "", "{}"), ("", "", "", "{ }"), "tokenizer.json"),
+    ] {
+        let (one, two) = (parent("one", one), parent("two", two));
+        for order in [[&silent, &one, &two], [&one, &silent, &two], [&silent, &two, &one]] {
+            for (method, settings) in [("cat", value!({})), ("tensors", value!({}))] {
+                let adapters: Vec<_> = order.iter().map(|path| (path.to_path_buf(), None)).collect();
+                let problem = run(&adapters, method, settings, &at("out")).map(|_| ()).expect_err(says).to_string();
+                let turned = order[1] == &two;
+                assert!(turned || problem.contains(says), "{problem}");
+                assert!(problem.contains("`") && problem.contains("different bases"), "{problem}");
+                assert!(!at("out").exists());
+            }
+        }
+        for folder in ["one", "two"] {
+            std::fs::remove_dir_all(at(folder)).unwrap();
+        }
+    }
+    // Two paths of one base, by its fingerprint, and one that says nothing.
+    let one = parent("one", ("sha256:1", "x", "here/one", ""));
+    let two = parent("two", ("sha256:1", "", "org/two", "{}"));
+    let adapters = [(silent, None), (one, None), (two, None)];
+    for method in ["cat", "tensors"] {
+        run(&adapters, method, value!({}), &at(method)).unwrap();
+        let out = StoredAdapter::read(&at(method)).unwrap();
+        assert_eq!(out.config["base_model_name_or_path"], "here/one", "{method}");
+        let manifest = out.manifest.unwrap();
+        assert_eq!(
+            (manifest.base.unwrap().fingerprint.as_str(), manifest.chat_template.as_deref()),
+            ("sha256:1", Some("x"))
+        );
+    }
+}
+
 #[test]
 fn only_another_adapter_is_overwritten_and_none_that_goes_in() {
     let dir = tempfile::tempdir().unwrap();
@@ -284,6 +347,34 @@ fn only_another_adapter_is_overwritten_and_none_that_goes_in() {
     assert!(again(&at("notes"), true).unwrap_err().to_string().contains("holds no adapter"));
     assert!(at("notes/x").exists());
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 4);
+}
+
+/// Thousands of ranks: clustering so many units is refused with the numbers, and what needs no square of them takes none for its error either.
+#[test]
+fn many_ranks_take_no_square_of_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut rng = Random(5);
+    let parent = |i: usize| {
+        let (a, b) = (rng.matrix(3000, 2), rng.matrix(3, 3000));
+        let (path, low) = (dir.path().join(format!("p{i}")), LowRank { a, b, scaling: 1.0 });
+        to_peft([("model.layers.0.self_attn.q_proj".to_string(), low)].into(), "b")
+            .unwrap()
+            .write(&path, None)
+            .unwrap();
+        (path, None)
+    };
+    let adapters: Vec<_> = (0..3).map(parent).collect();
+    let out = dir.path().join("out");
+    let told = run(&adapters, "lego", value!({ "rank": 4 }), &out).unwrap_err().to_string();
+    assert!(told.contains("has 9000 units in 3 adapters together") && told.contains("up to 8192"), "{told}");
+    assert!(!out.exists());
+    // (9,000 + 9,000)² numbers of each Gram matrix would be 2.6 GB.
+    let told = run(&adapters, "cat", value!({}), &out).unwrap();
+    assert!(told.rank == 9000 && told.error.unwrap() < 1e-5, "{told:?}");
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let peak = status.lines().find_map(|l| l.strip_prefix("VmHWM:")).unwrap_or("0 kB");
+    let peak: u64 = peak.trim().trim_end_matches("kB").trim().parse().unwrap();
+    assert!(peak < 2 << 20, "{peak} kB");
 }
 
 /// As many modules as a large model has: the header's room is more than most of it.

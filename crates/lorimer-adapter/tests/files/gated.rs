@@ -303,6 +303,110 @@ fn what_can_be_merged_says_so() {
     }
 }
 
+/// With every rank acting FlyLoRA gives what a LoRA of the same factors gives, with the same gradient of B, and the same merged weight.
+#[test]
+fn flylora_with_every_rank_is_lora() {
+    let model = model(12, 10);
+    let fly = attached("flylora", json!({ "r": 4, "top_k": 4, "lora_alpha": 6 }), &model);
+    let lora = attached("lora", json!({ "r": 4, "lora_alpha": 6, "target_modules": ["up_proj"] }), &model);
+    let stored = fly.to_stored("base").unwrap();
+    for (name, var) in lora.trainable() {
+        var.set(&stored.tensors[&format!("base_model.model.{name}.weight")].to_dtype(DType::F64).unwrap()).unwrap();
+    }
+    // d orders ranks, and all of them act.
+    fly.sites(&model)[0].2.buffers()[0].1.set(&random((1, 4), 8).squeeze(0).unwrap()).unwrap();
+    let (x, upstream) = (random((9, 12), 1), random((9, 10), 2));
+    for step in [Step::default(), Step::training(4)] {
+        let of = |adapter: &Adapter| {
+            let y = Attached::one(adapter).at(step).project(&model.site, &model.base, &x).unwrap();
+            let found = (&y * &upstream).unwrap().sum_all().unwrap().backward().unwrap();
+            let b = adapter.trainable().into_iter().find(|(name, _)| name.ends_with("lora_B")).unwrap().1;
+            (y, found.get(b.as_tensor()).unwrap().clone())
+        };
+        let ((y, b), (expected, of_b)) = (of(&fly), of(&lora));
+        assert!(distance(&y, &expected) < 1e-12 && distance(&b, &of_b) < 1e-12);
+    }
+    let merged = |adapter: &Adapter| adapter.sites(&model)[0].2.merged(&model.base).unwrap().unwrap();
+    let (ours, loras) = (merged(&fly), merged(&lora));
+    assert!(distance(&ours, &loras) < 1e-12);
+    let unmerged = Attached::one(&fly).project(&model.site, &model.base, &x).unwrap();
+    assert!(distance(&x.matmul(&ours.t().unwrap()).unwrap(), &unmerged) < 1e-12);
+}
+
+/// Counts are those of all rows of a step, however it is split into forwards, and d moves alike. To be seen to fail: counts of the last forward.
+#[test]
+fn counts_do_not_depend_on_how_a_batch_is_split() {
+    for (method, settings) in [
+        ("flylora", json!({ "r": 8, "top_k": 3, "bias_u": 0.01 })),
+        ("smora", json!({ "r": 8, "activate_r": 3, "bias_update_rate": 0.01 })),
+    ] {
+        let model = model(12, 10);
+        let x = random((48, 12), 1);
+        let moved = |parts: &[usize]| {
+            let adapter = attached(method, settings.clone(), &model);
+            let (mut first, delta) = (0, adapter.sites(&model)[0].2);
+            for (number, rows) in parts.iter().enumerate() {
+                let part = x.narrow(0, first, *rows).unwrap().contiguous().unwrap();
+                let on = Attached::one(&adapter).at(Step::training(100 + number as u64));
+                on.project(&model.site, &model.base, &part).unwrap();
+                first += rows;
+            }
+            assert_eq!(first, 48);
+            delta.after_step().unwrap();
+            delta.buffers()[0].1.to_vec1::<f64>().unwrap()
+        };
+        let whole = moved(&[48]);
+        assert!(whole.iter().any(|d| *d > 0.0) && whole.iter().any(|d| *d < 0.0), "{method}: {whole:?}");
+        for parts in [&[24, 24][..], &[1, 40, 7], &[1; 48]] {
+            assert_eq!(moved(parts), whole, "{method} {parts:?}");
+        }
+    }
+}
+
+/// d chooses ranks and does nothing else: another d that chooses the same gives the same output.
+#[test]
+fn d_counts_in_the_choice_only() {
+    let model = model(12, 10);
+    let adapter = attached("flylora", json!({ "r": 6, "top_k": 2 }), &model);
+    let x = random((9, 12), 1);
+    let delta = adapter.sites(&model)[0].2;
+    let with = |d: [f64; 6]| {
+        delta.buffers()[0].1.set(&Tensor::new(&d, &Device::Cpu).unwrap()).unwrap();
+        Attached::one(&adapter).project(&model.site, &model.base, &x).unwrap()
+    };
+    // Two ranks far above the others, whatever the token; then otherwise, and in another order.
+    let fixed = with([0.0, 1e3, 0.0, 0.0, 1e3, 0.0]);
+    assert_eq!(distance(&fixed, &with([-7.0, 3e3, 2.0, -1.0, 2e3, 5.0])), 0.0);
+    assert_eq!(distance(&fixed, &with([9.0, 1e3, 9.0, 9.0, 4e3, 9.0])), 0.0);
+    assert!(distance(&fixed, &with([1e3, 0.0, 0.0, 0.0, 1e3, 0.0])) > 1e-3);
+    // All scores moved alike choose as before.
+    assert_eq!(distance(&with([0.0; 6]), &with([0.5; 6])), 0.0);
+}
+
+/// SMoRA's gates: none negative, exactly k a token above zero, and k together; in each block of ranks so many as it may choose.
+#[test]
+fn smoras_gates_sum_to_k() {
+    for (r, k, partition) in [(8, 3, 1), (6, 6, 1), (12, 1, 1), (16, 8, 4)] {
+        for gate in ["code", "unbiased"] {
+            let model = model(12, 10);
+            let settings = json!({ "r": r, "activate_r": k, "rank_partition": partition, "gate": gate });
+            let adapter = attached("smora", settings, &model);
+            let delta = adapter.sites(&model)[0].2;
+            let bias = delta.buffers()[0].1;
+            bias.set(&(random((1, r), 4).reshape(bias.dims()).unwrap() * 0.05).unwrap()).unwrap();
+            let x = random((40, 12), 6);
+            let a = adapter.trainable().into_iter().find(|(name, _)| name.ends_with("lora_A")).unwrap().1;
+            let u = x.matmul(&a.t().unwrap()).unwrap();
+            for row in delta.gates(&x, &u, &Step::default()).unwrap().to_vec2::<f64>().unwrap() {
+                let sum: f64 = row.iter().sum();
+                assert!((sum - k as f64).abs() < 1e-5 * k as f64, "{gate} {k} of {r}: {row:?}");
+                assert!(row.iter().all(|g| *g >= 0.0), "{gate} {k} of {r}: {row:?}");
+                assert_eq!(row.iter().filter(|g| **g != 0.0).count(), k, "{gate} {k} of {r}: {row:?}");
+            }
+        }
+    }
+}
+
 /// Use of the ranks evens out where the bias moves, on inputs that favour some.
 #[test]
 fn the_bias_evens_out_the_use_of_ranks() {

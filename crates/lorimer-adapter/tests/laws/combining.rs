@@ -92,7 +92,7 @@ fn again(made: &Made, weight: f64) -> Part {
 }
 
 fn told(made: &Made, figure: &str) -> f64 {
-    made.told[figure].as_f64().unwrap()
+    made.report[figure].as_f64().unwrap()
 }
 
 #[test]
@@ -330,7 +330,7 @@ fn lego_of_copies_is_the_adapter() {
             let p = pool(vec![one.clone(), one.clone(), one.clone(), one.clone()]);
             let out = made("lego", &p, json!({ "rank": 5, "features": features, "gauge": gauge }));
             assert!(apart(&whole(&out), &change(&one)) < 1e-6, "{features} {gauge}");
-            assert_eq!(out.told["cluster_sizes"], json!([4, 4, 4, 4, 4]));
+            assert_eq!(out.report["cluster_sizes"], json!([4, 4, 4, 4, 4]));
             assert!(told(&out, "inertia") < 1e-9);
         }
     }
@@ -383,7 +383,7 @@ fn lego_factors_are_at_least_one_and_no_cluster_is_empty() {
             let p = alike(&mut rng, 3, 4);
             let out = made("lego", &p, json!({ "rank": k, "norm": norm }));
             assert!(told(&out, "smallest_factor") >= 1.0 - 1e-12);
-            let sizes: Vec<u64> = serde_json::from_value(out.told["cluster_sizes"].clone()).unwrap();
+            let sizes: Vec<u64> = serde_json::from_value(out.report["cluster_sizes"].clone()).unwrap();
             assert!(sizes.iter().all(|s| *s > 0) && sizes.iter().sum::<u64>() == 12, "{sizes:?}");
         }
     }

@@ -1,4 +1,4 @@
-//! BERT and MiniLM: post-norm encoders with learnt positions, in which every token of a text sees every other.
+//! BERT and MiniLM: post-norm encoders with learned positions, in which every token of a text sees every other.
 //!
 //! The stem is `LN(word[t] + type[0] + position[p])`; a layer is `x = LN(dense(attend(q, k, v)) + x); x = LN(dense(act(dense(x))) + x)`, all
 //! projections with biases. The pooler, where the file has one, is `tanh(dense(x))` of a text's first token.

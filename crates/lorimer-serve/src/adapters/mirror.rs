@@ -89,7 +89,7 @@ struct Outage {
     problem: String,
 }
 
-/// What was learnt beside requests and nobody has taken up yet.
+/// What was found beside requests and nobody has taken up yet.
 #[derive(Default)]
 struct News {
     registry: Option<Registry>,

@@ -1,13 +1,19 @@
 //! LQ-LoRA's decomposition, against its authors' formulas (see tests/goldens/make_lq_lora.py) and its own laws.
 
+use std::collections::{BTreeMap, HashSet};
+
 use candle_core::{DType, Device, Tensor};
+use lorimer_model::Site;
 use lorimer_model::weights::SafetensorsFile;
 use lorimer_tensor::storage::levels::ScaleType;
 use lorimer_tensor::storage::normal_float::NfConfig;
+use lorimer_train::calibrate::{Sum, gradients};
 use lorimer_train::quantize::decompose::{Begin, Decomposed, Steps, Weighting, decompose};
 use lorimer_train::quantize::{Format, Grid, Groups, Method, QuantizeSettings};
+use lorimer_train::run::step::batch_loss;
 use rand::{Rng, SeedableRng};
 
+use crate::prelude::{Adapter, Attached, Example, Frozen, LoadDtype, methods};
 use crate::support::{folder, json};
 
 const STEPS: Steps = Steps { rank: 8, most: 100, tolerance: 0.0, begin: Begin::LowRank, seed: 0 };
@@ -187,5 +193,82 @@ fn grids_and_settings() {
     ] {
         let told = bad.check().unwrap_err().to_string();
         assert!(told.lines().count() == 1 && !told.is_empty(), "{bad:?}");
+    }
+}
+
+/// F is the sum over rows of each row's squared gradient of its own mean loss, whatever rows are beside it; the oracle is candle's own graph over
+/// trained copies of all weights. To be seen to fail: the square of the sum, or the mean over all tokens.
+#[test]
+fn squares_are_those_of_each_rows_gradient() {
+    let model = crate::tiny::model();
+    let rows = crate::tiny::examples();
+    let rows: Vec<&Example> = rows.iter().collect();
+    let all = serde_json::json!({ "target_modules": "all-linear" });
+    let lora = methods::build("lora", all.as_object().unwrap()).unwrap();
+    let mut found = BTreeMap::new();
+    let add = |layer: Vec<(&Site, Tensor)>| {
+        layer.into_iter().for_each(|(site, squares)| drop(found.insert(site.path.clone(), squares)));
+        Ok(())
+    };
+    gradients(&model, lora.as_ref(), &rows, (1, Sum::Squares), add, |_, _| {}).unwrap();
+    let full = Adapter::attach(&model, methods::build("full", all.as_object().unwrap()).unwrap(), 0).unwrap();
+    let mut expected: BTreeMap<String, Tensor> = BTreeMap::new();
+    for row in &rows {
+        let (sum, supervised, _) = batch_loss(&model, &Attached::one(&full), &[row]).unwrap();
+        let gradients = (sum / supervised as f64).unwrap().backward().unwrap();
+        for (name, var) in full.trainable() {
+            let path = name.rsplit_once('.').unwrap().0.to_string();
+            let square = gradients.get(var.as_tensor()).unwrap().sqr().unwrap();
+            let sum = match expected.remove(&path) {
+                Some(sum) => (sum + square).unwrap(),
+                None => square,
+            };
+            expected.insert(path, sum);
+        }
+    }
+    assert_eq!((found.len(), expected.len()), (14, 14));
+    for (path, squares) in &found {
+        let own = expected[path].to_dtype(DType::F64).unwrap();
+        let largest = crate::tiny::distance(&own, &own.zeros_like().unwrap());
+        assert!(largest > 0.0 && crate::tiny::distance(squares, &own) < 1e-10 * largest, "{path}");
+    }
+}
+
+/// Training on a base in few bits has gradients of the adapter's parameters and of nothing else, and the base is afterwards what it was, bit for bit.
+#[test]
+fn a_quantised_base_has_no_gradient() {
+    for name in ["lorimer-nf", "bnb-nf4-double", "gptq-act-order-v2"] {
+        let (config, weights) =
+            lorimer_model::base::open_weights(&folder("packed").join(name), LoadDtype::Stored).unwrap();
+        let model = config.load(&weights).unwrap();
+        let model = model.as_ref();
+        let rows = crate::tiny::examples();
+        let rows: Vec<&Example> = rows.iter().collect();
+        let tokens: Vec<Vec<u32>> = rows.iter().map(|row| row.tokens.clone()).collect();
+        let before = crate::support::logits(model, &Frozen, &tokens).to_vec2::<f32>().unwrap();
+        let all = serde_json::json!({ "r": 2, "target_modules": "all-linear" });
+        let adapter = Adapter::attach(model, methods::build("lora", all.as_object().unwrap()).unwrap(), 0).unwrap();
+        let parameters = adapter.trainable();
+        let mut weights: HashSet<Vec<usize>> =
+            model.projections().iter().map(|(site, _)| vec![site.outputs, site.inputs]).collect();
+        weights.insert(vec![model.shape().vocabulary, model.shape().hidden]);
+        let own: HashSet<_> = parameters.iter().map(|(_, var)| var.as_tensor().id()).collect();
+        for _ in 0..2 {
+            let (sum, supervised, _) = batch_loss(model, &Attached::one(&adapter), &rows).unwrap();
+            let found = (sum / supervised as f64).unwrap().backward().unwrap();
+            assert_eq!(found.get_ids().filter(|id| own.contains(id)).count(), parameters.len(), "{name}");
+            // What else there is belongs to rows, and nothing has the shape of a weight.
+            for id in found.get_ids().filter(|id| !own.contains(id)) {
+                let shape = found.get_id(*id).unwrap().dims();
+                assert!(!weights.contains(shape), "{name}: a gradient of shape {shape:?}");
+            }
+            for (_, var) in &parameters {
+                let moved = (var.as_tensor() - (found.get(var.as_tensor()).unwrap() * 0.5).unwrap()).unwrap();
+                var.set(&moved.detach()).unwrap();
+            }
+        }
+        let trained = crate::support::logits(model, &Attached::one(&adapter), &tokens).to_vec2::<f32>().unwrap();
+        assert_ne!(trained, before, "{name}");
+        assert_eq!(crate::support::logits(model, &Frozen, &tokens).to_vec2::<f32>().unwrap(), before, "{name}");
     }
 }

@@ -251,11 +251,11 @@ impl Merge {
             bar.set_message(name.to_string());
         })?;
         bar.finish_and_clear();
-        common::print(global, &combined, || told(&combined))
+        common::print(global, &combined, || show_combined(&combined))
     }
 }
 
-fn told(c: &Combined) -> String {
+fn show_combined(c: &Combined) -> String {
     let what = if c.rank > 0 {
         format!("{} modules of rank up to {}", c.modules, c.rank)
     } else {

@@ -19,7 +19,7 @@ use lorimer_cli::{Global, common};
 const TRAIN: &str = include_str!("../../../../data/sentiment-movies.train.jsonl");
 const VALID: &str = include_str!("../../../../data/sentiment-movies.valid.jsonl");
 
-/// Fetch a small model, fine-tune it on film reviews, and show what it learnt on reviews it has not seen
+/// Fetch a small model, fine-tune it on film reviews, and show what it learned on reviews it has not seen
 #[derive(Args)]
 pub struct Quickstart {
     /// Folder for the adapter, its log, plot and card
@@ -109,7 +109,7 @@ impl Quickstart {
     }
 
     /// Writes the rows of the two clear classes. The middle one is graded by the sentence's mean rating and hard for people too; the two show what
-    /// was learnt.
+    /// was learned.
     fn write_rows(&self, part: &str, content: &str) -> Result<PathBuf> {
         let rows: String = content
             .lines()

@@ -1,6 +1,6 @@
 //! `lorimer merge a/ b/ --method NAME --output c/`: adapters that were trained here combined into one, and what is refused.
 
-use crate::common::{Fixture, error, json, ok};
+use crate::common::{Fixture, error, json, ok, run, text};
 
 #[test]
 fn trained_adapters_are_combined_into_one_that_is_used_as_any_other() {
@@ -41,6 +41,27 @@ fn trained_adapters_are_combined_into_one_that_is_used_as_any_other() {
     let none = f.path("none");
     json(&["merge", &a, &a, "--method", "task_arithmetic", "--weights", "1,-1", "--output", &none]);
     assert!(error(&["eval", "--model", &f.model, "--data", &f.data, "--adapter", &none]).contains("changes nothing"));
+}
+
+/// Tensors of different starts are averaged with a warning, those of one start without. To be seen to fail: the cosines of a parent with itself.
+#[test]
+fn averages_of_different_starts_are_warned_of() {
+    let f = Fixture::new();
+    let (a, b, other) = (f.path("a"), f.path("b"), f.path("other"));
+    json(&f.train(&a, &["--max-steps", "6", "--rank", "4"]));
+    json(&f.train(&b, &["--max-steps", "12", "--rank", "4"]));
+    json(&f.train(&other, &["--max-steps", "6", "--rank", "4", "--seed", "1"]));
+    for (parents, warned) in [([&a, &b, &a], false), ([&a, &b, &other], true), ([&a, &other, &b], true)] {
+        let out = f.path("out");
+        let merge = ["merge", parents[0], parents[1], parents[2], "--method", "tensors", "--output", &out];
+        let done = run(&[&merge[..], &["--overwrite"]].concat());
+        assert!(done.status.success(), "{}", text(&done.stderr));
+        assert_eq!(text(&done.stderr).contains("not of one start"), warned, "{}", text(&done.stderr));
+        let manifest = std::fs::read(std::path::Path::new(&out).join("lorimer.json")).unwrap();
+        let manifest: serde_json::Value = serde_json::from_slice(&manifest).unwrap();
+        let likeness = manifest["training"]["likeness"].as_f64().unwrap();
+        assert!(if warned { likeness.abs() < 0.3 } else { likeness > 0.7 }, "{likeness}");
+    }
 }
 
 #[test]

@@ -6,7 +6,7 @@ use candle_core::{DType, Tensor};
 use serde_json::{Map, Value};
 
 use super::entry::{Combination, Kind, Weights};
-use super::parents::Parents;
+use super::parents::{Parent, Parents};
 use crate::error::{Error, Result};
 use crate::file::load::account_of;
 use crate::file::store::StoredAdapter;
@@ -84,6 +84,26 @@ pub(super) fn check(parents: &Parents) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// How alike the parents' A are: of the parent that is least like the first, the mean cosine of its rows with the first's of the same place. Parents of
+/// one start have alike A, frozen or trained; of other starts they have nothing in common. None where there is no A, or one parent.
+pub(super) fn likeness(parents: &Parents) -> Result<Option<f64>> {
+    let Some((first, others)) = parents.all.split_first() else { return Ok(None) };
+    let (mut sums, mut rows) = (vec![0.0; others.len()], 0usize);
+    for name in first.stored().tensors.keys().filter(|name| name.ends_with(".lora_A.weight")) {
+        let unit = |parent: &Parent| -> Result<Tensor> {
+            let a = parent.tensor(name)?.to_dtype(DType::F64)?;
+            let sizes = a.sqr()?.sum_keepdim(1)?.sqrt()?.maximum(f64::MIN_POSITIVE)?;
+            Ok(a.broadcast_div(&sizes)?)
+        };
+        let own = unit(first)?;
+        rows += own.dim(0)?;
+        for (sum, other) in sums.iter_mut().zip(others) {
+            *sum += (&own * unit(other)?)?.sum_all()?.to_scalar::<f64>()?;
+        }
+    }
+    Ok(sums.into_iter().reduce(f64::min).filter(|_| rows > 0).map(|least| least / rows as f64))
 }
 
 /// The weighted sum of a tensor over all parents, in the type of the first.

@@ -112,7 +112,7 @@ fn whole(pool: &Pool, settings: &Settings, rule: Elements) -> Result<Made> {
     let kept: f64 = s.iter().map(|s| s * s).sum();
     // How much of the mixed change its rank leaves out.
     let error = if size > 0.0 { ((size - kept).max(0.0) / size).sqrt() } else { 0.0 };
-    made.told.insert("rank_error".into(), json!(error));
+    made.report.insert("rank_error".into(), json!(error));
     Ok(made)
 }
 

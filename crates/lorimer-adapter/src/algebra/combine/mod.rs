@@ -2,14 +2,16 @@
 //!
 //! Each combination is a line of [`COMBINATIONS`] and a function of what the parents have on one projection ([`site::Pool`]). Parents are read and
 //! the result is written projection by projection, so memory holds a few projections. Every result is a plain LoRA of scaling 1, but that of
-//! `tensors`, which is of the parents' method. How far it is from Σ weight · ΔW is measured in factored form and told.
+//! `tensors`, which is of the parents' method. How far it is from Σ weight · ΔW is measured in factored form and reported.
 
 mod average;
+mod bases;
 mod dense;
 mod elements;
 pub mod entry;
 mod lego;
 mod linear;
+mod memory;
 mod parents;
 pub mod settings;
 pub mod site;
@@ -55,6 +57,11 @@ pub const COMBINATIONS: &[Combination] = &[
     average::TENSORS,
 ];
 
+/// Largest cosines between the A of parents, on average, below which LoRA-LEGO's clusters are their starts'.
+const LEGO_LIKENESS: f64 = 0.2;
+/// The mean cosine of rows of A with the first parent's below which one that is averaged with it tensor by tensor is not of its start.
+const SAME_START: f64 = 0.5;
+
 /// Most adapters that are combined at once.
 const MAX_PARENTS: usize = 1000;
 
@@ -73,7 +80,7 @@ pub fn combination(name: &str) -> Result<&'static Combination> {
 
 /// An adapter that went into another.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct ParentTold {
+pub struct ParentReport {
     /// Its folder's name.
     pub name: String,
     /// `sha256:…` over its configuration and tensors.
@@ -102,7 +109,7 @@ pub struct Combined {
     /// `sha256:…` of the result.
     pub content_id: String,
     /// What went in, in order.
-    pub parents: Vec<ParentTold>,
+    pub parents: Vec<ParentReport>,
 }
 
 /// What is to be combined.
@@ -161,7 +168,7 @@ pub fn combine(request: &Request<'_>, mut progress: impl FnMut(usize, usize, &st
         all.iter_mut().try_for_each(|parent| parent.find_modules(gated))?;
     }
     let parents = Parents { all, weights };
-    parents.check_bases()?;
+    bases::check(&parents)?;
     if matches!(combination.kind, Kind::Tensors) {
         average::check(&parents)?;
     }
@@ -194,9 +201,9 @@ impl Account {
     fn note(&mut self, module: &str, made: &Made, (wrong, whole): (f64, f64)) -> Result<()> {
         let rank = made.a.dim(0)?;
         let error = (whole > 0.0).then(|| (wrong / whole).sqrt());
-        let mut told = Map::from_iter([("rank".to_string(), json!(rank)), ("error".to_string(), json!(error))]);
-        told.extend(made.told.clone());
-        self.modules.insert(module.into(), Value::Object(told));
+        let mut report = Map::from_iter([("rank".to_string(), json!(rank)), ("error".to_string(), json!(error))]);
+        report.extend(made.report.clone());
+        self.modules.insert(module.into(), Value::Object(report));
         self.ranks.insert(module.into(), (rank, 1.0));
         self.wrong += wrong;
         self.whole += whole;
@@ -206,9 +213,9 @@ impl Account {
         Ok(())
     }
 
-    /// The mean over modules of a figure that the combination tells.
+    /// The mean over modules of a figure that the combination reports.
     fn mean(&self, figure: &str) -> Option<f64> {
-        let values: Vec<f64> = self.modules.values().filter_map(|told| told.get(figure)?.as_f64()).collect();
+        let values: Vec<f64> = self.modules.values().filter_map(|report| report.get(figure)?.as_f64()).collect();
         (!values.is_empty()).then(|| values.iter().sum::<f64>() / values.len() as f64)
     }
 }
@@ -231,20 +238,22 @@ fn fill(
     let first = &parents.all.first().ok_or_else(none)?.stored;
     let is_lora = !matches!(combination.kind, Kind::Tensors);
     let config = match is_lora {
-        true => {
-            let base = first.config.get("base_model_name_or_path").and_then(Value::as_str).unwrap_or_default();
-            peft_config(&account.ranks, base)?
-        }
+        true => peft_config(&account.ranks, bases::name(parents).unwrap_or_default())?,
         false => averaged_config(parents, &first.config),
     };
     write_json(&folder.join(CONFIG_FILE), &config)?;
-    if let Some(likeness) = account.mean("likeness").filter(|likeness| *likeness < 0.2) {
-        tracing::warn!(
-            "the adapters' A have little in common (largest cosines of {likeness:.2} on average): they began with different seeds, and clusters follow the start, not what was learnt"
-        );
+    let likeness = if is_lora { account.mean("likeness") } else { average::likeness(parents)? };
+    match likeness {
+        Some(likeness) if is_lora && likeness < LEGO_LIKENESS => tracing::warn!(
+            "the adapters' A have little in common (largest cosines of {likeness:.2} on average): they began with different seeds, and clusters follow the start, not what was trained"
+        ),
+        Some(likeness) if !is_lora && likeness < SAME_START => tracing::warn!(
+            "the adapters' A are not of one start (of one of them a cosine of {likeness:.2} with the first's on average), so that the mean of their tensors is no mean of what they do; `dense` averages the changes themselves"
+        ),
+        _ => {}
     }
     let modules = parents.modules();
-    let told = told(parents, &modules);
+    let reports = parent_reports(parents, &modules);
     let content_id = content_id_of(folder)?;
     let error = (account.whole > 0.0).then(|| (account.wrong / account.whole).sqrt());
     let manifests = || parents.all.iter().filter_map(|p| p.stored.manifest.as_ref());
@@ -256,8 +265,8 @@ fn fill(
         base: manifests().find_map(|m| m.base.clone()),
         chat_template: manifests().find_map(|m| m.chat_template.clone()),
         training: json!({
-            "combination": combination.name, "settings": settings.taken(combination.takes), "parents": told,
-            "error": error, "modules": account.modules,
+            "combination": combination.name, "settings": settings.taken(combination.takes), "parents": reports,
+            "error": error, "modules": account.modules, "likeness": likeness,
         }),
         golden: Vec::new(),
         frozen: BTreeMap::new(),
@@ -272,13 +281,13 @@ fn fill(
         error,
         worst: account.worst,
         content_id,
-        parents: told,
+        parents: reports,
     })
 }
 
-/// What is told of the parents.
-fn told(parents: &Parents, modules: &[String]) -> Vec<ParentTold> {
-    let one = |(parent, weight): (&Parent, &f64)| ParentTold {
+/// What is reported of the parents.
+fn parent_reports(parents: &Parents, modules: &[String]) -> Vec<ParentReport> {
+    let one = |(parent, weight): (&Parent, &f64)| ParentReport {
         name: parent.name(),
         content_id: parent.content_id.clone(),
         weight: *weight,
@@ -287,9 +296,12 @@ fn told(parents: &Parents, modules: &[String]) -> Vec<ParentTold> {
     parents.all.iter().zip(&parents.weights).map(one).collect()
 }
 
-/// The parents' configuration, without the seed of an A that is none of theirs.
+/// The parents' configuration, without the seed of an A that is none of theirs, and with the base's name that any of them knows.
 fn averaged_config(parents: &Parents, first: &Map<String, Value>) -> Map<String, Value> {
     let mut config = first.clone();
+    if let Some(name) = bases::name(parents) {
+        config.insert("base_model_name_or_path".into(), name.into());
+    }
     let seed = |map: &Map<String, Value>| map.get("a_seed").cloned().unwrap_or_default();
     if parents.all.iter().any(|p| seed(&p.stored.config) != seed(first)) {
         config.insert("a_seed".into(), Value::Null);
@@ -319,10 +331,8 @@ fn write_sites(
     const KEYS: [&str; 2] = ["lora_A.weight", "lora_B.weight"];
     let modules = parents.modules();
     let names: Vec<String> = modules.iter().flat_map(|m| KEYS.map(|key| peft::tensor_name(m, key))).collect();
-    let at_once = match combination.kind {
-        Kind::WholeSites(_) => 1,
-        _ => rayon::current_num_threads().max(1),
-    };
+    let sizes = modules.iter().map(|module| (module.as_str(), parents.sizes(module)));
+    let at_once = memory::at_once(combination, sizes, rayon::current_num_threads())?;
     let make = |module: &String| -> Result<(Made, (f64, f64))> {
         let pool = parents.pool(module)?;
         let none = || Error::Refused(format!("`{}` does not go by projections", combination.name));

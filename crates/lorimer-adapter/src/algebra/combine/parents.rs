@@ -1,16 +1,16 @@
-//! The adapters that are combined: their files, read tensor by tensor, and whether they belong together.
+//! The adapters that are combined: their files, read tensor by tensor.
 
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
 use candle_core::{DType, Device, Tensor};
 use lorimer_model::weights::SafetensorsFile;
 use serde_json::Value;
-use sha2::{Digest, Sha256};
 
+use super::memory::Sizes;
 use super::site::{Part, Pool};
 use crate::delta::LowRank;
 use crate::error::{Error, Result};
@@ -19,12 +19,10 @@ use crate::file::dialects::peft;
 use crate::file::load::account_of;
 use crate::file::store::{ContentHash, StoredAdapter, WEIGHTS_FILE, check_finite, checked_names, read_settings};
 
-/// Largest `tokenizer.json` beside an adapter that is compared.
-const MAX_TOKENIZER: u64 = 64 << 20;
-
 /// Factors of one module in a file.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Shape {
+    pub rank: usize,
     pub inputs: usize,
     pub outputs: usize,
     pub scaling: f64,
@@ -105,7 +103,13 @@ impl Parent {
         self.stored.path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default()
     }
 
-    fn text(&self, key: &str) -> Option<&str> {
+    /// What its files say.
+    pub(super) fn stored(&self) -> &StoredAdapter {
+        &self.stored
+    }
+
+    /// A text of its configuration.
+    pub(super) fn text(&self, key: &str) -> Option<&str> {
         self.stored.config.get(key).and_then(Value::as_str)
     }
 
@@ -131,7 +135,7 @@ impl Parent {
             if inputs == 0 || outputs == 0 {
                 return Err(Error::Mismatch(format!("`{name}`: `{module}` has {inputs} inputs and {outputs} outputs")));
             }
-            self.modules.insert(module, Shape { inputs, outputs, scaling: low.scaling });
+            self.modules.insert(module, Shape { rank, inputs, outputs, scaling: low.scaling });
         }
         self.check_targets()
     }
@@ -164,82 +168,6 @@ pub(super) struct Parents {
 }
 
 impl Parents {
-    /// Refuses adapters of different bases, as far as their files tell.
-    pub(super) fn check_bases(&self) -> Result<()> {
-        let Some((first, others)) = self.all.split_first() else { return Ok(()) };
-        let fail = |other: &Parent, text: String| {
-            let (one, two) = (first.shown(), other.shown());
-            Err(Error::Mismatch(format!("`{one}` and `{two}` belong to different bases: {text}")))
-        };
-        for other in others {
-            let base = |p: &Parent| p.stored.manifest.as_ref().and_then(|m| m.base.clone());
-            match (base(first), base(other)) {
-                (Some(a), Some(b)) if a.fingerprint != b.fingerprint => {
-                    return fail(
-                        other,
-                        format!("their weights are {} ({}) and {} ({})", a.name, a.fingerprint, b.name, b.fingerprint),
-                    );
-                }
-                (Some(_), Some(_)) => {}
-                _ => {
-                    let end = |name: &str| name.trim_end_matches('/').rsplit(['/', '\\']).next().map(str::to_lowercase);
-                    let (a, b) = (first.text("base_model_name_or_path"), other.text("base_model_name_or_path"));
-                    if let (Some(a), Some(b)) = (a.filter(|a| !a.is_empty()), b.filter(|b| !b.is_empty()))
-                        && end(a) != end(b)
-                    {
-                        return fail(
-                            other,
-                            format!(
-                                "base_model_name_or_path is `{a}` and `{b}`; if that is one base, write the same name into both adapter_config.json"
-                            ),
-                        );
-                    }
-                }
-            }
-            let template = |p: &Parent| p.stored.manifest.as_ref().and_then(|m| m.chat_template.clone());
-            if let (Some(a), Some(b)) = (template(first), template(other))
-                && a != b
-            {
-                return fail(other, "they were trained with different chat templates".into());
-            }
-            if let (Some(a), Some(b)) = (tokenizer(&first.stored.path)?, tokenizer(&other.stored.path)?)
-                && a != b
-            {
-                return fail(other, "the tokenizer.json beside them differ".into());
-            }
-            for (module, shape) in &other.modules {
-                if let Some(own) = first.modules.get(module)
-                    && (own.inputs, own.outputs) != (shape.inputs, shape.outputs)
-                {
-                    let sides = |s: &Shape| format!("{} inputs and {} outputs", s.inputs, s.outputs);
-                    return fail(
-                        other,
-                        format!("`{module}` has {} in one and {} in the other", sides(own), sides(shape)),
-                    );
-                }
-            }
-        }
-        self.check_sides()
-    }
-
-    /// Modules that the first parent lacks must fit among the others too.
-    fn check_sides(&self) -> Result<()> {
-        let mut seen: BTreeMap<&str, (&Parent, &Shape)> = BTreeMap::new();
-        for parent in &self.all {
-            for (module, shape) in &parent.modules {
-                let (owner, own) = *seen.entry(module).or_insert((parent, shape));
-                if (own.inputs, own.outputs) != (shape.inputs, shape.outputs) {
-                    let (one, two) = (owner.shown(), parent.shown());
-                    return Err(Error::Mismatch(format!(
-                        "`{one}` and `{two}` belong to different bases: `{module}` has {} inputs and {} outputs in one, {} and {} in the other",
-                        own.inputs, own.outputs, shape.inputs, shape.outputs
-                    )));
-                }
-            }
-        }
-        Ok(())
-    }
-
     /// The modules of any parent, in the order in which their tensors stand in a file.
     pub(super) fn modules(&self) -> Vec<String> {
         let mut names: Vec<String> = self.all.iter().flat_map(|p| p.modules.keys().cloned()).collect();
@@ -248,19 +176,20 @@ impl Parents {
         names
     }
 
+    /// How large what the parents have on a module is.
+    pub(super) fn sizes(&self, module: &str) -> Sizes {
+        let mut sizes = Sizes::default();
+        for shape in self.all.iter().filter_map(|parent| parent.modules.get(module)) {
+            let (ranks, parents) = (sizes.ranks + shape.rank, sizes.parents + 1);
+            sizes = Sizes { ranks, parents, outputs: shape.outputs, inputs: shape.inputs };
+        }
+        sizes
+    }
+
     /// What the parents have on a module; read from their files.
     pub(super) fn pool(&self, module: &str) -> Result<Pool> {
         let parts = self.all.iter().zip(&self.weights).map(|(parent, weight)| parent.part(module, *weight));
         Ok(Pool { path: module.into(), parts: parts.filter_map(Result::transpose).collect::<Result<_>>()? })
-    }
-}
-
-/// The hash of the `tokenizer.json` beside an adapter, if there is one.
-fn tokenizer(folder: &Path) -> Result<Option<Vec<u8>>> {
-    let path: PathBuf = folder.join("tokenizer.json");
-    match path.is_file() {
-        true => Ok(Some(Sha256::digest(lorimer_model::files::read_bounded(&path, MAX_TOKENIZER)?).to_vec())),
-        false => Ok(None),
     }
 }
 

@@ -155,6 +155,6 @@ fn knots(pool: &Pool, settings: &Settings) -> Result<Made> {
         }
         _ => Made::new(&a, &b)?,
     };
-    made.told.insert("directions".into(), json!(kept));
+    made.report.insert("directions".into(), json!(kept));
     Ok(made)
 }

@@ -12,7 +12,7 @@ use serde_json::json;
 
 use super::entry::{Combination, Kind, Weights};
 use super::settings::{Basis, Features, Gauge, Norm, Settings};
-use super::site::{Made, Part, Pool};
+use super::site::{GRAM_ROWS, Made, Part, Pool};
 use crate::error::{Error, Result};
 use crate::step::site_seed;
 use clusters::Points;
@@ -92,17 +92,28 @@ fn gram(rows: &[Vec<f64>]) -> Result<Vec<f64>> {
 }
 
 /// How alike the A halves of different parents are: the mean, over units, of the largest |cosine| to another parent's unit. None with one
-/// parent.
+/// parent. Inner products are formed some rows at a time.
 fn likeness(units: &[Unit], inputs: usize) -> Result<Option<f64>> {
-    let halves: Vec<Vec<f64>> = units.iter().map(|u| u.values[..inputs].to_vec()).collect();
-    let (inner, n) = (gram(&halves)?, units.len());
-    let cosine = |i: usize, j: usize| {
-        let size = (inner[i * n + i] * inner[j * n + j]).sqrt();
-        if size > 0.0 { (inner[i * n + j] / size).abs() } else { 0.0 }
-    };
-    let others = |i: usize| (0..n).filter(move |j| units[*j].parent != units[i].parent);
-    let largest: Vec<f64> = (0..n).filter_map(|i| others(i).map(|j| cosine(i, j)).reduce(f64::max)).collect();
-    Ok((!largest.is_empty()).then(|| largest.iter().sum::<f64>() / largest.len() as f64))
+    let n = units.len();
+    let halves: Vec<f64> = units.iter().flat_map(|unit| &unit.values[..inputs]).copied().collect();
+    let halves = Tensor::from_vec(halves, (n, inputs), &Device::Cpu)?;
+    let (turned, sizes) = (halves.t()?.contiguous()?, halves.sqr()?.sum(1)?.to_vec1::<f64>()?);
+    let (mut sum, mut count) = (0.0, 0usize);
+    for first in (0..n).step_by(GRAM_ROWS) {
+        let rows = GRAM_ROWS.min(n - first);
+        let inner = halves.narrow(0, first, rows)?.matmul(&turned)?.flatten_all()?.to_vec1::<f64>()?;
+        for (i, inner) in (first..).zip(inner.chunks_exact(n)) {
+            let cosine = |j: usize| {
+                let size = (sizes[i] * sizes[j]).sqrt();
+                if size > 0.0 { (inner[j] / size).abs() } else { 0.0 }
+            };
+            let others = (0..n).filter(|j| units[*j].parent != units[i].parent);
+            if let Some(largest) = others.map(cosine).reduce(f64::max) {
+                (sum, count) = (sum + largest, count + 1);
+            }
+        }
+    }
+    Ok((count > 0).then(|| sum / count as f64))
 }
 
 fn lego(pool: &Pool, settings: &Settings) -> Result<Made> {
@@ -148,11 +159,11 @@ fn lego(pool: &Pool, settings: &Settings) -> Result<Made> {
     let mut made = Made::new(&a, &Tensor::from_vec(b, (outputs, k), &Device::Cpu)?)?;
     sizes.sort_unstable_by(|a, b| b.cmp(a));
     let least = factors.iter().copied().fold(f64::INFINITY, f64::min);
-    made.told.insert("cluster_sizes".into(), json!(sizes));
-    made.told.insert("inertia".into(), json!(found.inertia));
-    made.told.insert("smallest_factor".into(), json!(least));
+    made.report.insert("cluster_sizes".into(), json!(sizes));
+    made.report.insert("inertia".into(), json!(found.inertia));
+    made.report.insert("smallest_factor".into(), json!(least));
     if let Some(likeness) = likeness(&all, inputs)? {
-        made.told.insert("likeness".into(), json!(likeness));
+        made.report.insert("likeness".into(), json!(likeness));
     }
     Ok(made)
 }
