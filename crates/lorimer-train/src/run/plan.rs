@@ -15,6 +15,7 @@ use serde::Serialize;
 
 use crate::data::encode::Example;
 use crate::error::Result;
+use crate::run::attention::AttentionGradient;
 use crate::run::frozen::FrozenCache;
 use crate::run::trainer::TrainSettings;
 
@@ -109,6 +110,8 @@ pub struct Request<'a> {
     pub objective: bool,
     /// What becomes of frozen lower layers' output.
     pub frozen_cache: FrozenCache,
+    /// How gradients of attention are computed.
+    pub attention_gradient: AttentionGradient,
 }
 
 /// Peak memory by what it is for, in bytes.
@@ -238,7 +241,17 @@ pub fn plan(request: &Request<'_>) -> Result<Plan> {
     // With a router: the hidden states of the pass before.
     let activations = rows.saturating_mul(row + if router.is_some() { h } else { 0 });
     let one_layer = |(q, kv, _, inner): (u64, u64, u64, u64)| 5 * h + 4 * inner + q + 2 * kv;
-    let backward = rows.saturating_mul((0..layers).map(|i| one_layer(widths(i))).max().unwrap_or(0));
+    let mut backward = rows.saturating_mul((0..layers).map(|i| one_layer(widths(i))).max().unwrap_or(0));
+    if let Some(own) = request.attention_gradient.low_rank() {
+        // Each thread has the sums of a head, and queries' gradients are put together once all of them are there.
+        let (mut sums, mut queries) = (0, 0);
+        for layer in &c.layers {
+            sums = sums.max(own.rule().numbers(layer.head_dim)? as u64);
+            queries = queries.max(layer.q_width() as u64);
+        }
+        let threads = rayon::current_num_threads() as u64;
+        backward = backward.saturating_add(threads * sums).saturating_add(rows.saturating_mul(queries));
+    }
     let chunk = (CHUNK_BYTES as u64 / (4 * c.vocabulary.max(1) as u64)).clamp(1, work.predicting.max(1) as u64);
     let logits = chunk * c.vocabulary as u64;
     // Whole parameters beside the adapter.

@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use candle_core::{Tensor, TensorId, Var};
 use lorimer_adapter::methods::OptimizerChoice;
+use lorimer_adapter::step::site_seed;
 use lorimer_adapter::training::callback::{self, Callback, Idle, RunShape};
 use lorimer_adapter::training::{Moment, Optimizer, ParamGroup};
 use lorimer_adapter::{Adapter, Attached, Named, Role, RouteTotals, Step};
@@ -17,6 +18,7 @@ use serde::Serialize;
 
 use crate::data::encode::Example;
 use crate::error::{Error, Result};
+use crate::run::attention;
 use crate::run::checkpoint::{Checkpoint, State};
 use crate::run::evaluate::{Evaluation, evaluate};
 use crate::run::frozen::FrozenLower;
@@ -178,9 +180,12 @@ impl Run<'_> {
         let modules = self.adapter.sites(self.model);
         let has_units = self.adapter.blocks().any(|(_, delta)| delta.unit_router().is_some());
         let (mut state, mut best) = self.resumed(optimizer.as_mut())?;
+        let attached = Attached::one(self.adapter);
+        if state.step == 0 {
+            self.check_low_rank(&attached, &parameters)?;
+        }
         let mut log = Log::open(self.folder, &state.history)?;
         let mut outcome = Outcome { steps: state.step, ..Default::default() };
-        let attached = Attached::one(self.adapter);
         let lower = match s.repeats(self.train.len()) {
             true => {
                 let (cache, all) = (s.step.frozen_cache, self.train.len());
@@ -206,10 +211,14 @@ impl Run<'_> {
             let last_norm = state.history.iter().rev().find_map(|r| r.gradient_norm).unwrap_or(0.0);
             let mut layers = 0.0;
             let mut routes = has_units.then(RouteTotals::default);
+            let low_rank = s.attention_gradient.low_rank();
+            let low_rank =
+                low_rank.map(|own| own.at_step(state.step, site_seed(s.seed, &format!("check {}", state.step))));
             for (m, places) in micro.iter().enumerate() {
                 let rows: Vec<&Example> = places.iter().map(|&i| &self.train[i]).collect();
-                let seed = lorimer_adapter::step::site_seed(s.seed, &format!("step {} micro {m}", state.step));
+                let seed = site_seed(s.seed, &format!("step {} micro {m}", state.step));
                 let on = attached.at(Step { training: Some(seed), rank });
+                let on = low_rank.as_ref().map_or_else(|| on.clone(), |how| on.with_low_rank_attention(how));
                 let scale = 1.0 / supervised.max(1) as f64;
                 let own: usize = rows.iter().map(|e| e.targets().count()).sum();
                 let mut layer_done = |sums: &mut Gradients| -> Result<()> {
@@ -262,7 +271,7 @@ impl Run<'_> {
             outcome.tokens += tokens;
             outcome.supervised_tokens += supervised;
             outcome.seconds += clock.elapsed().as_secs_f64();
-            let record = Record {
+            let mut record = Record {
                 step: state.step,
                 loss: Some(loss),
                 regularizer: objective.is_some().then_some(auxiliary),
@@ -274,6 +283,9 @@ impl Run<'_> {
                 gradient_norm: Some(norm),
                 ..Default::default()
             };
+            if let Some(how) = &low_rank {
+                attention::record(&how.meter.totals(), &mut record);
+            }
             log.write(&record)?;
             progress(Event::Step { record: &record, tokens });
             state.history.push(record);
@@ -330,6 +342,24 @@ impl Run<'_> {
         restore(self.adapter, &found.parameters)?;
         optimizer.restore(&found.optimizer)?;
         Ok((found.state, found.best))
+    }
+
+    /// Refuses low-rank gradients of attention that no head would take, by forwards and backwards of the first step's rows, before anything is written.
+    fn check_low_rank(&self, attached: &Attached<'_>, parameters: &[(String, &Var)]) -> Result<()> {
+        let s = self.settings;
+        let Some(own) = s.attention_gradient.low_rank() else { return Ok(()) };
+        let how = own.at_step(0, s.seed);
+        // Not as in training: what is counted there does not hear of it.
+        let on = attached.with_low_rank_attention(&how);
+        for places in s.rows(0, self.train.len(), &mut None) {
+            let rows: Vec<&Example> = places.iter().map(|&i| &self.train[i]).collect();
+            let (inputs, mut sums) = (StepInputs::default(), Gradients::default());
+            accumulate(self.model, &on, parameters, &rows, 1.0, s.step, inputs, &mut sums)?;
+            if how.meter.totals().low_rank > 0 {
+                break;
+            }
+        }
+        own.check_use(&how.meter.totals(), self.model.dtype())
     }
 
     /// What the evaluation rows say after a step, and its record.

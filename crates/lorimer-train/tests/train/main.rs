@@ -10,6 +10,7 @@ mod authors;
 mod dynamics;
 mod goldens;
 mod llava_mole;
+mod low_rank;
 mod pruning;
 mod quantize;
 mod reproductions;

@@ -11,6 +11,7 @@ use lorimer::model::base::open_weights;
 use lorimer::model::files::{MAX_JSON_BYTES, read_json};
 use lorimer::model::pull::{PullOptions, pull};
 use lorimer::model::{Config, DecoderConfig, LoadDtype};
+use lorimer::train::run::attention::AttentionGradient;
 use lorimer::train::run::frozen::FrozenCache;
 use lorimer::train::run::plan::{Request, Work, plan};
 use lorimer::train::{EncodeOptions, TrainSettings};
@@ -46,6 +47,9 @@ pub struct PlanRun {
     /// Passes over the data
     #[arg(long, default_value_t = 1.0, help_heading = "Training", visible_alias = "num-train-epochs")]
     epochs: f64,
+    /// Gradients of attention, as in `lorimer train`
+    #[arg(long, value_name = "NAME[:KEY=VALUE,…]", default_value = "exact", help_heading = "Training")]
+    attention_grad: AttentionGradient,
     #[command(flatten)]
     step: StepArgs,
     #[command(flatten)]
@@ -76,7 +80,7 @@ impl PlanRun {
             return self.run_pruned(ratio, method.as_ref(), global);
         }
         let (prepared, pulled) = common::prepare_base(&self.model, global)?;
-        prepared.config.decoder("`lorimer plan`")?;
+        self.attention_grad.check_model(prepared.config.decoder("`lorimer plan`")?)?;
         let rows = match &self.data {
             Some(path) => {
                 let options = EncodeOptions { max_length: self.max_length, ..Default::default() };
@@ -103,6 +107,7 @@ impl PlanRun {
             objective: method.training().objective.is_some(),
             method: method.as_ref(),
             batch_size: self.batch_size,
+            attention_gradient: self.attention_grad,
             work: Box::new(work),
         };
         let limit = self.step.memory_limit.or_else(free_memory);
@@ -193,6 +198,7 @@ impl PlanRun {
             false => open_weights(&pulled.path, LoadDtype::F32)?.0,
         };
         let whole = config.decoder("`lorimer plan`")?.clone();
+        self.attention_grad.check_model(&whole)?;
         let layers = pruned_shapes(&whole.layers, ratio, (self.pruned.keep_first, self.pruned.keep_last))?;
         let (bytes, head_bytes) = weight_bytes(self.model.dtype)?;
         let side = |config: DecoderConfig| -> Result<Side> {
@@ -209,6 +215,7 @@ impl PlanRun {
                 optimizer: self.step.optimizer_of(method),
                 objective: method.training().objective.is_some(),
                 frozen_cache: FrozenCache::Off,
+                attention_gradient: self.attention_grad,
             })?;
             let trainable_parameters = plan.trainable_parameters;
             Ok(Side { parameters, base_bytes, peak_bytes: plan.peak_bytes, trainable_parameters })
