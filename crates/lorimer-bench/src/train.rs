@@ -265,6 +265,7 @@ impl BenchTrain {
             method: method.as_ref(),
             batch_size: size,
             objective: false,
+            attention_gradient: Default::default(),
             work: Box::new(|batch_size| Work::of_rows(&rows, &settings(batch_size), independent)),
         };
         let (plan, checkpointing) = self.step.decide(&planned, self.step.memory_limit)?;

@@ -9,6 +9,7 @@ use lorimer_adapter::methods::{self, Entry, OptimizerChoice};
 use lorimer_adapter::training::Adam;
 use lorimer_adapter::{Method, StoredAdapter};
 use lorimer_model::{LoadDtype, Prepared};
+use lorimer_train::run::attention::AttentionGradient;
 use lorimer_train::run::frozen::FrozenCache;
 use lorimer_train::run::plan::{Plan, Request, Work, plan};
 use lorimer_train::run::step::StepOptions;
@@ -292,6 +293,8 @@ pub struct Planned<'a> {
     pub batch_size: usize,
     /// Whether there is a further term of the loss.
     pub objective: bool,
+    /// How gradients of attention are computed.
+    pub attention_gradient: AttentionGradient,
     /// The work with so many rows in a micro-batch.
     pub work: Box<dyn Fn(usize) -> Work + 'a>,
 }
@@ -362,6 +365,7 @@ impl StepArgs {
             optimizer,
             objective: run.objective,
             frozen_cache: self.frozen_cache(),
+            attention_gradient: run.attention_gradient,
         })?)
     }
 

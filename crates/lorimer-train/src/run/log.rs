@@ -33,6 +33,18 @@ pub struct Record {
     /// Share of gates that are open (SoRA).
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub open_gates: Option<f64>,
+    /// Share of attention heads, in rows of more than a tile, whose gradient was low-rank and not exact (`--attention-grad lowrank`).
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub low_rank_heads: Option<f64>,
+    /// The largest of their bounds of |q·k|/√d.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub low_rank_score: Option<f64>,
+    /// Where low-rank gradients were held against exact ones: the largest relative error.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub low_rank_error: Option<f64>,
+    /// The largest error of an entry as a share of its bound.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub low_rank_bound: Option<f64>,
     /// Rank of the step (DyLoRA).
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub rank: Option<usize>,
@@ -60,6 +72,10 @@ impl Record {
             ("train/regularizer", self.regularizer),
             ("train/router_balance", self.router_balance),
             ("train/open_gates", self.open_gates),
+            ("train/low_rank_heads", self.low_rank_heads),
+            ("train/low_rank_score", self.low_rank_score),
+            ("train/low_rank_error", self.low_rank_error),
+            ("train/low_rank_bound", self.low_rank_bound),
             ("train/rank", self.rank.map(|r| r as f64)),
             ("train/learning_rate", self.learning_rate),
             ("train/gradient_norm", self.gradient_norm),

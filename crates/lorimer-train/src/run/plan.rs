@@ -15,6 +15,7 @@ use serde::Serialize;
 
 use crate::data::encode::Example;
 use crate::error::Result;
+use crate::run::attention::AttentionGradient;
 use crate::run::frozen::FrozenCache;
 use crate::run::trainer::TrainSettings;
 
@@ -109,6 +110,8 @@ pub struct Request<'a> {
     pub objective: bool,
     /// What becomes of frozen lower layers' output.
     pub frozen_cache: FrozenCache,
+    /// How gradients of attention are computed.
+    pub attention_gradient: AttentionGradient,
 }
 
 /// Peak memory by what it is for, in bytes.
@@ -308,13 +311,24 @@ impl<'a> Adapted<'a> {
         row + if self.router.is_some() { h } else { 0 }
     }
 
-    /// Floats of each row that one layer's backward holds beside them.
-    fn held_in_backward(&self) -> u64 {
+    /// Floats that one layer's backward holds beside them, of so many rows.
+    fn held_in_backward(&self, rows: u64) -> Result<u64> {
         let one = |layer: &LayerShape| {
             let (q, kv, inner) = (layer.q_width() as u64, layer.kv_width() as u64, layer.inner as u64);
             5 * self.shape.hidden as u64 + 4 * inner + q + 2 * kv
         };
-        self.shape.layers.iter().map(one).max().unwrap_or(0)
+        let mut held = rows.saturating_mul(self.shape.layers.iter().map(one).max().unwrap_or(0));
+        if let Some(own) = self.request.attention_gradient.low_rank() {
+            // Each thread has the sums of a head, and queries' gradients are put together once all of them are there.
+            let (mut sums, mut queries) = (0, 0);
+            for layer in &self.shape.layers {
+                sums = sums.max(own.rule().numbers(layer.head_dim)? as u64);
+                queries = queries.max(layer.q_width() as u64);
+            }
+            let threads = rayon::current_num_threads() as u64;
+            held = held.saturating_add(threads * sums).saturating_add(rows.saturating_mul(queries));
+        }
+        Ok(held)
     }
 
     /// Numbers of logits of one chunk of rows, and of what an auxiliary loss makes of a block of them.
@@ -374,7 +388,7 @@ pub fn plan(request: &Request<'_>) -> Result<Plan> {
         gradients: 4 * adapted.gradients(&parameters)?,
         optimizer: parameters.state as u64,
         activations: rows.saturating_mul(adapted.kept()).saturating_mul(4),
-        backward: rows.saturating_mul(adapted.held_in_backward()).saturating_mul(4),
+        backward: adapted.held_in_backward(rows)?.saturating_mul(4),
         logits: 4 * adapted.logits(),
         frozen_cache: adapted.frozen_cache(),
     };

@@ -8,6 +8,7 @@ use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::run::attention::AttentionGradient;
 use crate::run::schedule::Shape;
 use crate::run::step::StepOptions;
 
@@ -49,6 +50,9 @@ pub struct TrainSettings {
     /// Label smoothing in training, as transformers defines it: so much of the loss is the mean over the vocabulary. Evaluations have none.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub label_smoothing: f64,
+    /// How gradients of attention are computed.
+    #[serde(default, skip_serializing_if = "AttentionGradient::is_exact")]
+    pub attention_gradient: AttentionGradient,
     /// Seed of initialisation, data order and dropout.
     pub seed: u64,
     /// Whether rows are taken in a new random order every epoch.
@@ -78,6 +82,7 @@ impl Default for TrainSettings {
             adamw: AdamWConfig::default(),
             max_grad_norm: 1.0,
             label_smoothing: 0.0,
+            attention_gradient: AttentionGradient::Exact,
             seed: 0,
             shuffle: true,
             eval_steps: None,
@@ -115,6 +120,7 @@ impl TrainSettings {
         if self.warmup_ratio > 0.0 && self.warmup_steps > 0 {
             return fail("--warmup-steps and --warmup-ratio say the same thing twice; give one of them".into());
         }
+        self.attention_gradient.check()?;
         if self.max_steps == Some(0) || self.eval_steps == Some(0) {
             return fail("--max-steps and --eval-steps should be at least 1".into());
         }

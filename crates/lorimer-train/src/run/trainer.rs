@@ -165,6 +165,10 @@ impl Run<'_> {
         let (s, total) = (self.settings, self.settings.total_steps(self.train.len()));
         let mut updater = Updater::new(self.model, self.adapter, s, self.train.len())?;
         let (mut state, mut best) = self.resumed(updater.optimizer())?;
+        if state.step == 0 {
+            let micro = s.rows(0, self.train.len(), &mut None);
+            updater.check_low_rank(StepRows { train: self.train, micro: &micro, lower: None })?;
+        }
         let mut log = Log::open(self.folder, &state.history)?;
         let mut outcome = Outcome { steps: state.step, ..Default::default() };
         let attached = Attached::one(self.adapter);

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use candle_core::{Tensor, TensorId, Var};
 use lorimer_adapter::methods::OptimizerChoice;
+use lorimer_adapter::step::site_seed;
 use lorimer_adapter::training::callback::{self, Callback, Idle, RunShape};
 use lorimer_adapter::training::objective::Objective;
 use lorimer_adapter::training::optimizer::Module;
@@ -11,10 +12,11 @@ use lorimer_adapter::training::{Moment, Optimizer, ParamGroup};
 use lorimer_adapter::{Adapter, Attached, Named, Role, RouteTotals, Step};
 use lorimer_model::BaseModel;
 use lorimer_model::decoder::EMBEDDING;
-use lorimer_tensor::Gradients;
+use lorimer_tensor::{CheckedGradient, Gradients};
 
 use crate::data::encode::Example;
 use crate::error::{Error, Result};
+use crate::run::attention;
 use crate::run::frozen::FrozenLower;
 use crate::run::log::Record;
 use crate::run::optimize;
@@ -46,6 +48,8 @@ pub(crate) struct Taken {
     pub rate: f64,
     /// Its rank, where one is sampled.
     pub rank: Option<usize>,
+    /// Low-rank gradients of attention, where they are asked for.
+    pub low_rank: Option<CheckedGradient>,
     /// Routes of blocks' units.
     pub routes: Option<RouteTotals>,
     /// Rows of data.
@@ -211,6 +215,8 @@ impl<'a> Updater<'a> {
         let mut routes = self.router_balance.map(|weight| (RouteTotals::default(), weight / examples.max(1) as f64));
         let mut taken =
             Taken { rate, rank: rank.map(|r| r.rank), examples, supervised_tokens: supervised, ..Default::default() };
+        let low_rank = s.attention_gradient.low_rank();
+        let low_rank = low_rank.map(|own| own.at_step(step, site_seed(s.seed, &format!("check {step}"))));
         let how = |name: &str| groups.of(step, name);
         let (optimizer, mut layers) = (self.optimizer.as_mut(), 0.0);
         let mut layer_done = |sums: &mut Gradients| -> Result<()> {
@@ -225,8 +231,9 @@ impl<'a> Updater<'a> {
         };
         for (m, places) in micro.iter().enumerate() {
             let rows: Vec<&Example> = places.iter().map(|&i| &train[i]).collect();
-            let seed = lorimer_adapter::step::site_seed(s.seed, &format!("step {step} micro {m}"));
+            let seed = site_seed(s.seed, &format!("step {step} micro {m}"));
             let on = self.attached.at(Step { training: Some(seed), rank });
+            let on = low_rank.as_ref().map_or_else(|| on.clone(), |how| on.with_low_rank_attention(how));
             let own: usize = rows.iter().map(|e| e.targets().count()).sum();
             let inputs = StepInputs {
                 lower: lower.map(|lower| (lower, places.as_slice())),
@@ -242,12 +249,13 @@ impl<'a> Updater<'a> {
             taken.computed_tokens += found.computed;
         }
         taken.routes = routes.map(|(totals, _)| totals);
+        taken.low_rank = low_rank;
         Ok((taken, layers))
     }
 
     /// The log's record of the step after which `step` steps are taken.
     pub fn record(&self, step: usize, taken: &Taken) -> Result<Record> {
-        Ok(Record {
+        let mut record = Record {
             step,
             loss: Some(taken.loss),
             regularizer: self.objective.is_some().then_some(taken.auxiliary),
@@ -258,7 +266,30 @@ impl<'a> Updater<'a> {
             learning_rate: Some(taken.rate),
             gradient_norm: Some(taken.gradient_norm),
             ..Default::default()
-        })
+        };
+        if let Some(how) = &taken.low_rank {
+            attention::record(&how.meter.totals(), &mut record);
+        }
+        Ok(record)
+    }
+
+    /// Refuses low-rank gradients of attention that no head would take, by forwards and backwards of the first step's rows, before anything is
+    /// written.
+    pub fn check_low_rank(&self, StepRows { train, micro, .. }: StepRows<'_>) -> Result<()> {
+        let s = self.settings;
+        let Some(own) = s.attention_gradient.low_rank() else { return Ok(()) };
+        let how = own.at_step(0, s.seed);
+        // Not as in training: what is counted there does not hear of it.
+        let on = self.attached.with_low_rank_attention(&how);
+        for places in micro {
+            let rows: Vec<&Example> = places.iter().map(|&i| &train[i]).collect();
+            let (inputs, mut sums) = (StepInputs::default(), Gradients::default());
+            accumulate(self.model, &on, &self.parameters, &rows, 1.0, s.step, inputs, &mut sums)?;
+            if how.meter.totals().low_rank > 0 {
+                break;
+            }
+        }
+        own.check_use(&how.meter.totals(), self.model.dtype())
     }
 }
 

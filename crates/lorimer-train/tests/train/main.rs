@@ -11,6 +11,7 @@ mod dynamics;
 mod goldens;
 mod grouped;
 mod llava_mole;
+mod low_rank;
 mod pruning;
 mod quantize;
 mod reproductions;

@@ -11,6 +11,7 @@ use lorimer::model::base::open_weights;
 use lorimer::model::files::{MAX_JSON_BYTES, read_json};
 use lorimer::model::pull::{PullOptions, pull};
 use lorimer::model::{Config, DecoderConfig, LoadDtype};
+use lorimer::train::run::attention::AttentionGradient;
 use lorimer::train::run::plan::{Plan, Request, Work, plan};
 use lorimer::train::{EncodeOptions, TrainSettings};
 use serde_json::{Value, json};
@@ -45,6 +46,9 @@ pub struct PlanRun {
     /// Passes over the data
     #[arg(long, default_value_t = 1.0, help_heading = "Training", visible_alias = "num-train-epochs")]
     epochs: f64,
+    /// Gradients of attention, as in `lorimer train`
+    #[arg(long, value_name = "NAME[:KEY=VALUE,…]", default_value = "exact", help_heading = "Training")]
+    attention_grad: AttentionGradient,
     #[command(flatten)]
     step: StepArgs,
     #[command(flatten)]
@@ -75,7 +79,7 @@ impl PlanRun {
             return self.run_pruned(ratio, method.as_ref(), global);
         }
         let (prepared, pulled) = common::prepare_base(&self.model, global)?;
-        prepared.config.decoder("`lorimer plan`")?;
+        self.attention_grad.check_model(prepared.config.decoder("`lorimer plan`")?)?;
         let rows = match &self.data {
             Some(path) => {
                 let options = EncodeOptions { max_length: self.max_length, ..Default::default() };
@@ -102,6 +106,7 @@ impl PlanRun {
             objective: method.training().objective.is_some(),
             method: method.as_ref(),
             batch_size: self.batch_size,
+            attention_gradient: self.attention_grad,
             work: Box::new(work),
         };
         let limit = self.step.memory_limit.or_else(free_memory);
@@ -200,6 +205,7 @@ impl PlanRun {
             false => open_weights(&pulled.path, LoadDtype::F32)?.0,
         };
         let whole = config.decoder("`lorimer plan`")?.clone();
+        self.attention_grad.check_model(&whole)?;
         let layers = pruned_shapes(&whole.layers, ratio, (self.pruned.keep_first, self.pruned.keep_last))?;
         let (bytes, head_bytes) = weight_bytes(self.model.dtype)?;
         let limit = self.step.memory_limit;
@@ -219,6 +225,7 @@ impl PlanRun {
                     optimizer: self.step.optimizer_of(method),
                     objective: method.training().objective.is_some(),
                     frozen_cache: self.step.frozen_cache(),
+                    attention_gradient: self.attention_grad,
                 })
             };
             let (mut plan, mut checkpointing) = (with(self.step.checkpoints())?, self.step.checkpoints());

@@ -9,6 +9,7 @@ use lorimer::adapter::Adapter;
 use lorimer::adapter::methods::ObjectiveChoice;
 use lorimer::adapter::training::AdamWConfig;
 use lorimer::train::data::Format;
+use lorimer::train::run::attention::AttentionGradient;
 use lorimer::train::run::plan::Work;
 use lorimer::train::run::schedule::Shape;
 use lorimer::train::{EncodeOptions, Event, Outcome, Session, TooLong, TrainSettings};
@@ -109,6 +110,10 @@ pub struct Train {
     /// Further terms of the loss: ba-lora, with settings behind it (ba-lora:lambda1=1e-4,task=nlu) [default: the method's own]
     #[arg(long, value_name = "NAME[:KEY=VALUE,…]", help_heading = "Training")]
     objective: Option<ObjectiveChoice>,
+    /// Gradients of attention: exact, or lowrank (experimental) where a bound of the scores allows it, with settings behind it
+    /// (lowrank:degree=2,tolerance=0.01,tile=64,check_steps=100)
+    #[arg(long, value_name = "NAME[:KEY=VALUE,…]", default_value = "exact", help_heading = "Training")]
+    attention_grad: AttentionGradient,
     /// Limit on the gradient's norm; 0 for none
     #[arg(long, default_value_t = 1.0, help_heading = "Training")]
     max_grad_norm: f64,
@@ -157,7 +162,7 @@ impl Train {
         let mut settings = self.settings(lr);
         settings.check()?;
         let (prepared, pulled) = common::prepare_base(&self.model, global)?;
-        prepared.config.decoder("`lorimer train`")?;
+        self.attention_grad.check_model(prepared.config.decoder("`lorimer train`")?)?;
         let options = self.encoding();
         let (train, _) = common::load_data(&self.data, &prepared.text, &options)?;
         let eval = match &self.eval_data {
@@ -174,6 +179,7 @@ impl Train {
             method: method.as_ref(),
             batch_size: settings.batch_size,
             objective: settings.objective.is_some() || method.training().objective.is_some(),
+            attention_gradient: settings.attention_gradient,
             work: Box::new(|batch_size| Work::of_rows(&train, &with(batch_size), independent)),
         })?;
         let how = if checkpointing { ", computing layers again in the backward" } else { "" };
@@ -229,6 +235,7 @@ impl Train {
             adamw: AdamWConfig { weight_decay: self.weight_decay, ..Default::default() },
             max_grad_norm: self.max_grad_norm,
             label_smoothing: self.label_smoothing,
+            attention_gradient: self.attention_grad,
             seed: self.seed,
             shuffle: !self.no_shuffle,
             eval_steps: self.eval_steps,
@@ -320,6 +327,18 @@ pub fn progress(global: Global) -> impl FnMut(Event<'_>) {
             let rate = tokens as f64 / clock.elapsed().as_secs_f64().max(1e-9);
             bar.set_message(format!("{:.4}  {rate:.0} tokens/s", record.loss.unwrap_or_default()));
             bar.set_position(record.step as u64);
+            if let (Some(heads), Some(error), Some(bound)) =
+                (record.low_rank_heads, record.low_rank_error, record.low_rank_bound)
+            {
+                bar.suspend(|| {
+                    tracing::info!(
+                        "step {}: low-rank attention gradients in {:.0} % of heads; one of each block held against the exact one: relative error up to {error:.1e}, {:.0} % of its bound",
+                        record.step,
+                        100.0 * heads,
+                        100.0 * bound
+                    );
+                });
+            }
             if bar.is_hidden() && (record.step % (total / 20).max(1) == 0 || record.step == total) {
                 tracing::info!(
                     "step {}/{total}: loss {:.4}, {rate:.0} tokens/s",

@@ -4,6 +4,7 @@ mod common;
 #[path = "../../../../tests/support/tiny.rs"]
 mod tiny;
 
+mod attention_grad;
 mod cli;
 mod combine;
 mod cpu;
