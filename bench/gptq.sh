@@ -1,12 +1,15 @@
 #!/bin/sh
-# Held-out loss of a base in 4 bits: groups rounded to the nearest and as GPTQ does, beside NF4 and f32. What is there is not done again.
+# Held-out loss of a base in 4 bits: groups rounded to the nearest and as GPTQ does, beside NF4 and f32. It is that of all tokens of texts: the one answer of a
+# row says little of what a base lost. What is there is not done again.
 # usage: bench/gptq.sh LORIMER MODEL FOLDER
 set -e
 lorimer=$1 model=$2 folder=$3
 mkdir -p "$folder"
 task=${TASK:-movies} group=${GROUP:-64}
 head -128 "data/sentiment-$task.train.jsonl" > "$folder/calibration.jsonl"
-head -120 "data/sentiment-$task.valid.jsonl" > "$folder/valid.jsonl"
+head -120 "data/sentiment-$task.valid.jsonl" |
+  python3 -c 'import json, sys
+for line in sys.stdin: print(json.dumps({"text": json.loads(line)["messages"][0]["content"]}))' > "$folder/valid.jsonl"
 # base NAME FLAGS…
 base() {
   name=$1
