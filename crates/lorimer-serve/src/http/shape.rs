@@ -81,6 +81,18 @@ fn reason(finish: FinishReason) -> &'static str {
     }
 }
 
+/// Log-probabilities by the tokens' texts, the likeliest first: of two tokens with one text the likelier, but that of the token that was drawn
+/// where it is one of them.
+fn by_text(drawn: (String, f32), top: Vec<(u32, f32)>, text: impl Fn(u32) -> String) -> Value {
+    let mut map = Map::new();
+    for (id, p) in top {
+        let text = text(id);
+        let p = if text == drawn.0 { drawn.1 } else { p };
+        map.entry(text).or_insert_with(|| json!(p));
+    }
+    Value::Object(map)
+}
+
 impl Shape {
     /// What goes around the answers to prompts of so many tokens.
     pub fn new(app: &App, kind: Kind, common: &Common, prompt_tokens: usize, logprobs: bool) -> Self {
@@ -156,7 +168,11 @@ impl Shape {
             }
             Kind::Completion => {
                 // The first token of a prompt has nothing that it could follow.
-                let top = |t: &Token| t.log_probability.map_or(Value::Null, |_| self.by_text(app, Self::top(t, false)));
+                let text = |id: u32| self.token(app, id).0;
+                let top = |t: &Token| match t.log_probability {
+                    None => Value::Null,
+                    Some(own) => by_text((text(t.token), own), Self::top(t, false), text),
+                };
                 json!({
                     "text_offset": offsets,
                     "tokens": tokens.iter().map(|t| self.token(app, t.token).0).collect::<Vec<_>>(),
@@ -165,15 +181,6 @@ impl Shape {
                 })
             }
         }
-    }
-
-    /// Log-probabilities by the tokens' texts; of two tokens with one text the likelier.
-    fn by_text(&self, app: &App, top: Vec<(u32, f32)>) -> Value {
-        let mut map = Map::new();
-        for (id, p) in top {
-            map.entry(self.token(app, id).0).or_insert_with(|| json!(p));
-        }
-        Value::Object(map)
     }
 
     /// Where a piece's tokens stand, the prompt's first.
@@ -267,6 +274,17 @@ impl Before {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// To be seen to fail: the likelier of two tokens with one text, whichever was drawn.
+    #[test]
+    fn the_drawn_token_is_listed_though_another_has_its_text() {
+        let text = |id: u32| if id < 2 { "a".to_string() } else { id.to_string() };
+        let top = vec![(0, -0.5), (7, -1.0), (1, -2.0)];
+        let listed = |drawn: (u32, f32)| by_text((text(drawn.0), drawn.1), top.clone(), text);
+        assert_eq!(listed((1, -2.0)).to_string(), r#"{"a":-2.0,"7":-1.0}"#);
+        assert_eq!(listed((0, -0.5)).to_string(), r#"{"a":-0.5,"7":-1.0}"#);
+        assert_eq!(listed((7, -1.0)).to_string(), r#"{"a":-0.5,"7":-1.0}"#);
+    }
 
     #[test]
     fn places_are_those_of_letters() {
