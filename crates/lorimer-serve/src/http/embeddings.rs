@@ -9,7 +9,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use candle_core::{Result as TensorResult, Tensor};
 use lorimer_model::embed::{EmbedOptions, embed_tokens, encode};
-use lorimer_model::{Adaptation, Base, Projection, Site};
+use lorimer_model::{Adaptation, Projection, Site};
 use lorimer_tensor::{Addition, Group, Paged, Segmented, project_segmented};
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -68,8 +68,17 @@ impl EmbeddingsRequest {
         Ok(request)
     }
 
+    /// Refuses texts that are too long whatever their tokens are.
+    fn check(&self, app: &App) -> Result<(), ApiError> {
+        match self.truncate_prompt_tokens {
+            None => app.fits("input", self.input.longest().0),
+            // Only their beginnings are encoded.
+            Some(_) => Ok(()),
+        }
+    }
+
     /// Tokens of every text.
-    fn tokens(&self, base: &Base, options: &EmbedOptions) -> Result<Vec<Vec<u32>>, ApiError> {
+    fn tokens(&self, app: &App, options: &EmbedOptions) -> Result<Vec<Vec<u32>>, ApiError> {
         let most = match self.truncate_prompt_tokens {
             None | Some(-1) => options.max_tokens,
             Some(n) => usize::try_from(n).ok().filter(|n| (1..=options.max_tokens).contains(n)).ok_or_else(|| {
@@ -80,14 +89,26 @@ impl EmbeddingsRequest {
         // One more than the model takes tells that a text is too long.
         let cut = if self.truncate_prompt_tokens.is_some() { most } else { most + 1 };
         let options = EmbedOptions { max_tokens: cut, ..options.clone() };
-        let encoded = |texts: &[String]| encode(&base.text, texts, &options);
+        let encoded = |texts: &[String]| {
+            let beginnings: Vec<&str> = texts.iter().map(|text| beginning(text, app.longest)).collect();
+            let all = encode(&app.base.text, &beginnings, &options)?;
+            // What was not encoded counts only where that has tokens for all places.
+            let whole = |((text, beginning), ids): ((&String, &&str), &Vec<u32>)| {
+                text.len() == beginning.len() || ids.len() >= most
+            };
+            let lacks = texts.iter().zip(&beginnings).zip(&all).position(|one| !whole(one));
+            Ok((all, lacks.map(|i| texts[i].len())))
+        };
         let all = match &self.input {
             Prompt::Text(text) => encoded(std::slice::from_ref(text)),
             Prompt::Texts(texts) => encoded(texts),
-            Prompt::Tokens(ids) => Ok(vec![ids.clone()]),
-            Prompt::ManyTokens(all) => Ok(all.clone()),
+            Prompt::Tokens(ids) => Ok((vec![ids.clone()], None)),
+            Prompt::ManyTokens(all) => Ok((all.clone(), None)),
         };
-        let mut all = all.map_err(|e| ApiError::field("input", e.to_string()))?;
+        let (mut all, lacking) = all.map_err(|e: lorimer_model::Error| ApiError::field("input", e.to_string()))?;
+        if let Some(bytes) = lacking {
+            app.fits("input", bytes)?;
+        }
         for (i, ids) in all.iter_mut().enumerate() {
             if self.truncate_prompt_tokens.is_some() {
                 ids.truncate(most);
@@ -119,6 +140,12 @@ impl EmbeddingsRequest {
         }
         Ok(())
     }
+}
+
+/// A text's first letters, of so many bytes at most.
+fn beginning(text: &str, bytes: usize) -> &str {
+    let end = (0..=bytes.min(text.len())).rev().find(|&at| text.is_char_boundary(at));
+    &text[..end.unwrap_or(0)]
 }
 
 /// A vector in the form that a request asks for.
@@ -177,10 +204,11 @@ pub async fn embeddings(State(app): State<Arc<App>>, Body(fields): Body<Fields>)
         return Err(super::error::stopping());
     }
     let request = EmbeddingsRequest::read(fields)?;
+    request.check(&app)?;
     let named = Common { model: request.model.clone(), ..Default::default() }.adapters(&app)?;
     let (adapters, _) = app.adapters(named).await?;
-    let (base, own, encoding) = (app.base.clone(), request.clone(), options.clone());
-    let tokens = app.text.within(move || own.tokens(&base, &encoding)).await?;
+    let (all, own, encoding) = (app.clone(), request.clone(), options.clone());
+    let tokens = app.text.within(move || own.tokens(&all, &encoding)).await?;
     for ids in &tokens {
         app.in_vocabulary("input", ids)?;
     }

@@ -252,7 +252,7 @@ impl Field for Prompt {
 
 impl Prompt {
     /// Bytes of the longest text, and tokens of the longest list.
-    fn longest(&self) -> (usize, usize) {
+    pub(super) fn longest(&self) -> (usize, usize) {
         match self {
             Self::Text(text) => (text.len(), 0),
             Self::Texts(texts) => (texts.iter().map(String::len).max().unwrap_or(0), 0),

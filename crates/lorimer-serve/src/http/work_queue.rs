@@ -160,6 +160,22 @@ mod tests {
         });
     }
 
+    /// What is done in parallel for a large body stays on the threads that yield, as the encoding of many texts. To be seen to fail: large bodies
+    /// read on the runtime's threads, whose parallel parts go to the threads that compute.
+    #[test]
+    fn large_bodies_take_no_thread_of_those_that_compute() {
+        use rayon::prelude::*;
+        runtime().block_on(async {
+            let readers = Readers::new(2, Duration::from_secs(20), "reading");
+            let names = || {
+                let name = |_| std::thread::current().name().unwrap_or_default().to_string();
+                Ok((0..64).into_par_iter().with_max_len(1).map(name).collect::<Vec<String>>())
+            };
+            let found = LARGE.scope(true, async { readers.within(names).await }).await.unwrap();
+            assert!(found.iter().all(|name| name.starts_with("large-")), "{found:?}");
+        });
+    }
+
     /// However many large prompts are read, a small one is read at once.
     #[test]
     fn small_requests_do_not_wait_for_large_ones() {
