@@ -93,14 +93,21 @@ impl Engine<'_> {
         prompts.retain(|(id, _)| self.in_flight.contains_key(id));
         prompts.sort_unstable_by_key(|(id, _)| *id);
         self.again = prompts.into();
+        // Nobody has the tokens of one that the account has lost.
+        let mut lost: Vec<u64> = self.in_flight.keys().copied().collect();
+        lost.retain(|id| self.again.binary_search_by_key(id, |(id, _)| *id).is_err());
+        for id in lost {
+            self.in_flight.remove(&id);
+            self.events.push(Event::Failed(id, Failure::Defect(problem.to_string())));
+        }
     }
 
     /// Takes in the next of the requests that are to go on after a failure, once those before it have had a step.
     fn take_one_again(&mut self) {
         let Some((id, prompt)) = self.again.pop_front() else { return };
+        self.at = Some(id);
         let Some(in_flight) = self.in_flight.get(&id) else { return };
         let (asked, arrived) = (self.asked(in_flight, prompt), in_flight.arrived);
-        self.at = Some(id);
         self.batching.restore(id, asked, arrived);
     }
 

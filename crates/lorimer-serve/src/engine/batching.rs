@@ -100,10 +100,6 @@ fn job(id: u64, asked: &Asked, arrived: f64) -> Job {
     }
 }
 
-/// The beginning of a prompt with which, in tests, deciding on a step fails.
-#[cfg(test)]
-pub(crate) const FAULT: [u32; 5] = [7; 5];
-
 /// Requests, pages and decisions.
 pub struct Batching {
     geometry: Geometry,
@@ -161,8 +157,27 @@ impl Batching {
         self.sequences.insert(id, sequence);
     }
 
+    #[cfg(test)]
+    fn seeded_faults(&mut self) {
+        use crate::engine::fault::Fault;
+        let lost = self.sequences.iter().find(|(_, s)| Fault::Lost.is_in(&s.tokens)).map(|(id, _)| *id);
+        if let Some(id) = lost {
+            self.sequences.remove(&id);
+            panic!("a seeded fault");
+        }
+        for s in self.sequences.values() {
+            Fault::Step.fail(&s.tokens);
+            Fault::Rebuild.fail(&s.tokens);
+            if s.tokens.len() >= s.prompt + Fault::LATER {
+                Fault::Later.fail(&s.tokens);
+            }
+        }
+    }
+
     /// The prompts of all requests, by number.
     pub fn into_prompts(self) -> Vec<(u64, Vec<u32>)> {
+        #[cfg(test)]
+        self.sequences.values().for_each(|s| crate::engine::fault::Fault::Rebuild.fail(&s.tokens));
         let prompt = |(id, mut s): (u64, Sequence)| {
             s.tokens.truncate(s.prompt);
             (id, s.tokens)
@@ -221,7 +236,7 @@ impl Batching {
     /// Decides on a step at time `now` and sees to its pages: adapters of requests that are let in, and new blocks of tokens.
     pub fn step(&mut self, now: f64) -> Step {
         #[cfg(test)]
-        assert!(!self.sequences.values().any(|s| s.tokens.starts_with(&FAULT)), "a seeded fault");
+        self.seeded_faults();
         let Self { sequences, prefix, pages, counted, .. } = self;
         let plan = self.scheduler.plan(now, |job| {
             let Some((s, prefix)) = sequences.get_mut(&job.id).filter(|s| !s.whole).zip(prefix.as_mut()) else {

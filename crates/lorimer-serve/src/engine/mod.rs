@@ -8,6 +8,8 @@ pub mod adapter_cache;
 mod advance;
 pub mod batched;
 pub mod batching;
+#[cfg(test)]
+pub(crate) mod fault;
 pub mod kept;
 pub mod pool;
 pub mod prefix;
@@ -17,6 +19,7 @@ pub mod simulate;
 pub mod worker;
 pub mod workload;
 
+use std::any::Any;
 use std::collections::{HashMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -104,6 +107,15 @@ pub enum Event {
     Failed(u64, Failure),
 }
 
+impl Event {
+    /// The request that it is about.
+    pub fn id(&self) -> u64 {
+        match self {
+            Self::Prompt(id, ..) | Self::Token(id, ..) | Self::Refused(id, _) | Self::Failed(id, _) => *id,
+        }
+    }
+}
+
 /// Why a request could not be computed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Failure {
@@ -122,10 +134,15 @@ impl std::fmt::Display for Failure {
 
 /// Runs a part of a step; what a panic said, in place of a result.
 fn caught<T>(f: impl FnOnce() -> T) -> std::result::Result<T, String> {
-    catch_unwind(AssertUnwindSafe(f)).map_err(|panic| match panic.downcast_ref::<&str>() {
+    catch_unwind(AssertUnwindSafe(f)).map_err(panic_text)
+}
+
+/// What a panic said.
+pub(crate) fn panic_text(panic: Box<dyn Any + Send>) -> String {
+    match panic.downcast_ref::<&str>() {
         Some(text) => (*text).to_string(),
         None => panic.downcast_ref::<String>().cloned().unwrap_or_else(|| "a panic that says nothing".into()),
-    })
+    }
 }
 
 /// What is kept of a request beside its tokens and pages.
@@ -231,28 +248,45 @@ impl<'m> Engine<'m> {
     }
 
     /// Takes a request at time `now` (seconds, of any clock that does not go back). Gives its number; the refusal where the queue is full or
-    /// the pool could never hold it.
-    pub fn submit(&mut self, mut request: Request, now: f64) -> Result<std::result::Result<u64, Refusal>> {
-        self.check(&request)?;
+    /// the pool could never hold it. One that makes the engine fail has a number too, and the next step tells so.
+    ///
+    /// # Errors
+    ///
+    /// Says what of the request cannot be served as it is.
+    pub fn submit(&mut self, request: Request, now: f64) -> Result<std::result::Result<u64, Refusal>> {
         let id = self.next;
         self.next += 1;
+        let problem = match caught(|| self.prepare(request, now)) {
+            Ok(Err(error)) => return Err(error),
+            Ok(Ok((in_flight, asked))) => match caught(|| self.batching.submit(id, asked, now)) {
+                Ok(Ok(())) => {
+                    self.in_flight.insert(id, in_flight);
+                    return Ok(Ok(id));
+                }
+                Ok(Err(refusal)) => return Ok(Err(refusal)),
+                Err(problem) => {
+                    self.rebuild(&problem);
+                    problem
+                }
+            },
+            // Nothing was changed yet.
+            Err(problem) => problem,
+        };
+        self.events.push(Event::Failed(id, Failure::Defect(problem)));
+        Ok(Ok(id))
+    }
+
+    /// A request that can be served, and how it is scheduled.
+    fn prepare(&self, mut request: Request, now: f64) -> Result<(InFlight, Asked)> {
+        #[cfg(test)]
+        fault::Fault::Submit.fail(&request.prompt);
+        self.check(&request)?;
         let rng = ChaCha8Rng::seed_from_u64(request.seed);
         let (limit, expected) = self.length_of(&request);
         let prompt = std::mem::take(&mut request.prompt);
         let in_flight = InFlight { request, arrived: now, limit, expected, reported: 0, answer: Vec::new(), rng };
         let asked = self.asked(&in_flight, prompt);
-        match caught(|| self.batching.submit(id, asked, now)) {
-            Ok(Ok(())) => {
-                self.in_flight.insert(id, in_flight);
-                Ok(Ok(id))
-            }
-            Ok(Err(refusal)) => Ok(Err(refusal)),
-            Err(problem) => {
-                self.rebuild(&problem);
-                self.events.push(Event::Failed(id, Failure::Defect(problem)));
-                Ok(Ok(id))
-            }
-        }
+        Ok((in_flight, asked))
     }
 
     /// A request as it is scheduled: what it has of its answer is computed like a prompt.
@@ -359,6 +393,10 @@ impl<'m> Engine<'m> {
 
     /// Figures of now.
     pub fn state(&mut self) -> EngineState {
+        #[cfg(test)]
+        self.in_flight.keys().filter_map(|id| self.batching.sequence(*id)).for_each(|s| {
+            fault::Fault::Figures.fail(&s.tokens);
+        });
         let counted = self.batching.counted();
         let adapters = self.batching.adapters().figures();
         let (adapter_pages, count, loads, evictions) =
@@ -384,7 +422,7 @@ impl<'m> Engine<'m> {
 
     /// Seconds after which a refused client may try again.
     pub fn retry_after(&mut self, now: f64) -> f64 {
-        self.batching.scheduler().retry_after(now)
+        caught(|| self.batching.scheduler().retry_after(now)).unwrap_or(1.0)
     }
 
     /// One step: the scheduler's plan, one forward, a token for each request that has come so far.

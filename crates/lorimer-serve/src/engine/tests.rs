@@ -4,7 +4,7 @@ use std::path::Path;
 
 use lorimer_model::{Base, OpenOptions};
 
-use super::batching::FAULT;
+use super::fault::Fault;
 use super::*;
 
 /// Where the account of requests and pages fails with one of them, that one is found and told, and the others get the tokens that they
@@ -34,7 +34,7 @@ fn requests_outlive_a_failing_account() {
         let (mut answers, mut failed, mut steps) = (vec![Vec::new(); 4], Vec::new(), 0);
         while !engine.is_idle() {
             if steps == 5 && fault {
-                let id = engine.submit(request(FAULT.to_vec(), 9), 5.0).unwrap().unwrap();
+                let id = engine.submit(request(Fault::Step.prompt(), 9), 5.0).unwrap().unwrap();
                 assert_eq!(id, 4);
             }
             steps += 1;

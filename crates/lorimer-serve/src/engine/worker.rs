@@ -1,9 +1,10 @@
 //! The engine on a thread of its own, fed from anywhere.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError, TryRecvError};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use lorimer_model::Base;
@@ -11,7 +12,7 @@ use serde::Serialize;
 use tokio::sync::{mpsc as channel, oneshot};
 
 use crate::engine::scheduler::Refusal;
-use crate::engine::{AtWork, Engine, EngineSettings, EngineState, Event, Failure, Request, Token};
+use crate::engine::{AtWork, Engine, EngineSettings, EngineState, Event, Failure, Request, Token, caught};
 use crate::error::Result;
 use crate::generation::generate::FinishReason;
 
@@ -47,6 +48,8 @@ pub enum Declined {
     Refused(Refusal, f64),
     /// The server is shutting down.
     Stopping,
+    /// The engine failed, with what it said.
+    Failed(String),
 }
 
 enum Command {
@@ -135,6 +138,9 @@ pub struct Worker {
     figures: Arc<Mutex<Figures>>,
     stopping: Arc<AtomicBool>,
     most_adapters: usize,
+    thread: Arc<JoinHandle<()>>,
+    /// Why the thread has ended, if it has and could say so.
+    ended: Arc<OnceLock<String>>,
 }
 
 /// A request under way; dropping it takes it out of the engine.
@@ -176,18 +182,28 @@ impl Drop for Ticket {
 
 impl Worker {
     /// Starts the thread.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the engine cannot be set up so, or the thread not be started.
     pub fn start(base: Arc<Base>, settings: EngineSettings) -> Result<Self> {
         // What cannot be set up is told here.
         Engine::new(base.model(), settings.clone())?;
+        Self::start_unchecked(base, settings)
+    }
+
+    pub(crate) fn start_unchecked(base: Arc<Base>, settings: EngineSettings) -> Result<Self> {
         let (commands, inbox) = mpsc::channel();
         let policy = &settings.policy;
         let most_adapters = policy.max_adapters.unwrap_or(usize::MAX).min(policy.max_running);
-        let worker = Self { commands, figures: Arc::default(), stopping: Arc::default(), most_adapters };
-        let (figures, stopping) = (worker.figures.clone(), worker.stopping.clone());
-        let run = move || Loop { base: &base, settings, inbox, figures, stopping, in_flight: Default::default() }.run();
+        let shared = (Arc::default(), Arc::default(), Arc::default());
+        let (figures, stopping, ended) = shared.clone();
+        let run =
+            move || Loop { base: &base, settings, inbox, figures, stopping, ended, in_flight: HashMap::new() }.run();
         let thread = std::thread::Builder::new().name("engine".into()).spawn(run);
-        thread.map_err(|e| crate::Error::Pool(format!("the engine's thread cannot be started: {e}")))?;
-        Ok(worker)
+        let thread = thread.map_err(|e| crate::Error::Pool(format!("the engine's thread cannot be started: {e}")))?;
+        let (figures, stopping, ended) = shared;
+        Ok(Self { commands, figures, stopping, most_adapters, thread: Arc::new(thread), ended })
     }
 
     /// Hands a request to the engine.
@@ -199,9 +215,21 @@ impl Worker {
         let (sender, receiver) = channel::channel(QUEUE);
         let answered = Arc::<AtomicBool>::default();
         let sent = self.commands.send(Command::Submit(Box::new(request), reply, sender, answered.clone()));
-        sent.map_err(|_| Declined::Stopping)?;
-        let id = answer.await.map_err(|_| Declined::Stopping)??;
+        sent.map_err(|_| self.gone())?;
+        let id = answer.await.map_err(|_| self.gone())??;
         Ok(Ticket { id, answered, receiver, commands: self.commands.clone(), over: false })
+    }
+
+    /// Why a request was not heard.
+    fn gone(&self) -> Declined {
+        let while_taking = || "the engine failed while it took the request, and is made anew".to_string();
+        Declined::Failed(self.problem().unwrap_or_else(while_taking))
+    }
+
+    /// Why no requests can be served any more, if the engine's thread has ended.
+    pub fn problem(&self) -> Option<String> {
+        let why = self.ended.get().cloned();
+        why.or_else(|| self.thread.is_finished().then(|| "the engine's thread has ended".to_string()))
     }
 
     /// Most adapters that can be at work at a time: there are no slots, so that is a bound on requests.
@@ -232,6 +260,8 @@ struct InFlight {
     answered: Arc<AtomicBool>,
     arrived: f64,
     last: Option<f64>,
+    #[cfg(test)]
+    prompt: Vec<u32>,
 }
 
 impl InFlight {
@@ -252,33 +282,52 @@ struct Loop<'a> {
     inbox: mpsc::Receiver<Command>,
     figures: Arc<Mutex<Figures>>,
     stopping: Arc<AtomicBool>,
-    in_flight: std::collections::HashMap<u64, InFlight>,
+    ended: Arc<OnceLock<String>>,
+    in_flight: HashMap<u64, InFlight>,
 }
 
 impl Loop<'_> {
+    /// Runs until nobody can hand in requests any more, or no engine can be made.
     fn run(mut self) {
         let clock = Instant::now();
-        let mut restarts = 0;
         loop {
-            let Ok(mut engine) = Engine::new(self.base.model(), self.settings.clone()) else { return };
-            // The engine sees to what fails in a step. Where it fails at that, it costs the requests of this moment, not the server.
-            let ended = catch_unwind(AssertUnwindSafe(|| self.serve(&mut engine, clock)));
-            if ended.is_ok() {
-                return;
+            let engine = caught(|| Engine::new(self.base.model(), self.settings.clone()).map_err(|e| e.to_string()));
+            let mut engine = match engine.and_then(|engine| engine) {
+                Ok(engine) => engine,
+                Err(problem) => {
+                    let problem = format!("the engine cannot be started, so the server has to be: {problem}");
+                    tracing::error!("{problem}");
+                    // Before those who still ask are told that nobody hears them.
+                    return self.ended.set(problem).unwrap_or_default();
+                }
+            };
+            // The engine and what is done for one request see to what fails there. Where they fail at that, it costs the requests of this moment,
+            // not the server.
+            match caught(|| self.serve(&mut engine, clock)) {
+                Ok(()) => return,
+                Err(problem) => self.lose_all(&problem),
             }
-            restarts += 1;
-            tracing::error!(
-                "the engine failed and was made anew; the {} requests under way are lost",
-                self.in_flight.len()
-            );
-            let mut lost = 0;
-            for (_, in_flight) in self.in_flight.drain() {
-                lost += 1;
-                let _ = in_flight
-                    .sender
-                    .try_send(StreamItem::Failed(Failure::Defect("the engine failed; ask again".into())));
-            }
-            self.change(|f| (f.restarts, f.failed) = (restarts, f.failed + lost));
+        }
+    }
+
+    /// Tells all requests that they are lost.
+    fn lose_all(&mut self, problem: &str) {
+        let lost = self.in_flight.len();
+        tracing::error!("the engine failed and is made anew; the {lost} requests under way are lost: {problem}");
+        self.change(|f| (f.restarts, f.failed) = (f.restarts + 1, f.failed + lost as u64));
+        for (_, in_flight) in self.in_flight.drain() {
+            let why = format!("the engine failed, and is made anew ({problem}); ask again");
+            let _ = in_flight.sender.try_send(StreamItem::Failed(Failure::Defect(why)));
+        }
+    }
+
+    /// Ends one request, which could not be told what came of a step.
+    fn lose(&mut self, engine: &mut Engine<'_>, id: u64, problem: String) {
+        tracing::error!("request {id} failed: {problem}");
+        engine.cancel(id);
+        if let Some(in_flight) = self.in_flight.remove(&id) {
+            self.change(|f| f.failed += 1);
+            let _ = in_flight.sender.try_send(StreamItem::Failed(Failure::Defect(problem)));
         }
     }
 
@@ -312,8 +361,11 @@ impl Loop<'_> {
             }
             if reported.elapsed() >= FIGURES {
                 reported = Instant::now();
-                let (state, adapters) = (engine.state(), engine.at_work());
-                self.change(|f| (f.engine, f.adapters) = (state, adapters));
+                // No answer depends on figures.
+                match caught(|| (engine.state(), engine.at_work())) {
+                    Ok((state, adapters)) => self.change(|f| (f.engine, f.adapters) = (state, adapters)),
+                    Err(problem) => tracing::error!("the engine's figures are those of before: {problem}"),
+                }
             }
             if engine.is_idle() {
                 continue;
@@ -322,7 +374,10 @@ impl Loop<'_> {
             let now = clock.elapsed().as_secs_f64();
             waiting_only = events.is_empty() && engine.running() == 0;
             for event in events {
-                self.report(engine, event, now);
+                let id = event.id();
+                if let Err(problem) = caught(|| self.report(engine, event, now)) {
+                    self.lose(engine, id, problem);
+                }
             }
         }
     }
@@ -337,6 +392,8 @@ impl Loop<'_> {
             }
             Command::Submit(request, reply, sender, answered) => {
                 let stopping = self.stopping.load(Ordering::Relaxed);
+                #[cfg(test)]
+                let prompt = request.prompt.clone();
                 let taken = match (!stopping).then(|| engine.submit(*request, now)) {
                     None => Err(Declined::Stopping),
                     Some(Err(error)) => Err(Declined::Invalid(error.to_string())),
@@ -351,7 +408,15 @@ impl Loop<'_> {
                 let waits = reply.send(taken).is_ok();
                 match id {
                     Some(id) if waits => {
-                        _ = self.in_flight.insert(id, InFlight { sender, answered, arrived: now, last: None })
+                        let in_flight = InFlight {
+                            sender,
+                            answered,
+                            arrived: now,
+                            last: None,
+                            #[cfg(test)]
+                            prompt,
+                        };
+                        self.in_flight.insert(id, in_flight);
                     }
                     Some(id) => engine.cancel(id),
                     None => {}
@@ -371,6 +436,8 @@ impl Loop<'_> {
             }
         };
         let Some(in_flight) = self.in_flight.get_mut(&id) else { return };
+        #[cfg(test)]
+        crate::engine::fault::Fault::Report.fail(&in_flight.prompt);
         let over = !matches!(item, StreamItem::Token(_, None) | StreamItem::Prompt(_, None));
         let mut figures = self.figures.lock().unwrap_or_else(PoisonError::into_inner);
         match &item {

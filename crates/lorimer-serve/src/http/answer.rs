@@ -1,13 +1,15 @@
 //! Requests under way: from tokens to pieces of text, for one or several choices at a time.
 
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 
+use futures_util::FutureExt;
 use lorimer_model::Base;
 use tokio::sync::mpsc;
 
-use super::error::{ApiError, failed, refused, stopping, too_slow};
+use super::error::{ApiError, cut_off, failed, refused, too_slow};
 use crate::engine::worker::{StreamItem, Ticket, Worker};
-use crate::engine::{Request, Token};
+use crate::engine::{Failure, Request, Token, panic_text};
 use crate::generation::generate::FinishReason;
 use crate::generation::stream::{TextOptions, TextStream, context};
 
@@ -49,7 +51,15 @@ impl Answers {
         for (index, request) in requests.into_iter().enumerate() {
             let prompt = context(&base.text, &request.prompt).to_vec();
             let ticket = worker.submit(request).await?;
-            tokio::spawn(follow(ticket, base.clone(), (prompt, options.clone()), index, sender.clone()));
+            let (id, sender) = (ticket.id(), sender.clone());
+            let following = follow(ticket, base.clone(), (prompt, options.clone()), index, sender.clone());
+            tokio::spawn(async move {
+                if let Err(panic) = AssertUnwindSafe(following).catch_unwind().await {
+                    let problem = panic_text(panic);
+                    tracing::error!("request {id} failed: {problem}");
+                    let _ = sender.send(Err(failed(id, &Failure::Defect(problem)))).await;
+                }
+            });
         }
         Ok(Self { pieces, open })
     }
@@ -59,7 +69,7 @@ impl Answers {
         if self.open == 0 {
             return None;
         }
-        let piece = self.pieces.recv().await.unwrap_or_else(|| Err(stopping()));
+        let piece = self.pieces.recv().await.unwrap_or_else(|| Err(cut_off()));
         match &piece {
             Ok(piece) if piece.finish.is_some() => self.open -= 1,
             Ok(_) => {}
@@ -77,6 +87,8 @@ async fn follow(
     index: usize,
     sender: mpsc::Sender<Result<Piece, ApiError>>,
 ) {
+    #[cfg(test)]
+    crate::engine::fault::Fault::Text.fail(&prompt);
     let mut stream = TextStream::new(&base.text, &options, &prompt);
     let mut piece = Piece { index, ..Default::default() };
     loop {
@@ -103,8 +115,9 @@ async fn follow(
                 let _ = sender.send(Err(too_slow())).await;
                 return;
             }
+            // The engine has ended.
             None => {
-                let _ = sender.send(Err(stopping())).await;
+                let _ = sender.send(Err(cut_off())).await;
                 return;
             }
         };

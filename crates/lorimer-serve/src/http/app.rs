@@ -187,14 +187,15 @@ impl App {
         }
         let tokens = self.base.model().shape().cached_positions();
         let message = format!(
-            "a prompt of {bytes} bytes cannot fit into the {tokens} tokens that the model is made for; shorten it"
+            "a text of {bytes} bytes cannot fit into the {tokens} tokens that the model is made for; shorten it"
         );
         Err(ApiError::field(field, message))
     }
 
-    /// What is wrong with the place that the adapters come from.
+    /// What is wrong with the place that the adapters come from, and with the engine.
     pub(super) fn problems(&self) -> Vec<String> {
-        self.store.as_ref().map(|store| store.problems()).unwrap_or_default()
+        let store = self.store.as_ref().map(|store| store.problems()).unwrap_or_default();
+        store.into_iter().chain(self.worker.problem()).collect()
     }
 
     pub(super) fn needed_store(&self) -> Result<&Arc<Store>, ApiError> {

@@ -142,8 +142,20 @@ impl From<Declined> for ApiError {
             Declined::Invalid(message) => Self::invalid(message),
             Declined::Refused(refusal, retry_after) => refused(refusal, retry_after),
             Declined::Stopping => stopping(),
+            Declined::Failed(problem) => engine_failed(&problem),
         }
     }
+}
+
+/// What could not be heard of the engine, through no fault of a request.
+pub fn engine_failed(problem: &str) -> ApiError {
+    let message = format!("{problem}; the server's log has more");
+    ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "engine_failed", message)
+}
+
+/// An answer that is not whole, though nothing was told of why.
+pub fn cut_off() -> ApiError {
+    engine_failed("the answer broke off")
 }
 
 /// A client that does not take its answer.

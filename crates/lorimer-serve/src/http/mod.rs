@@ -48,10 +48,17 @@ use self::timed::Timed;
 const MAX_HEAD: usize = 32 << 10;
 /// Seconds in which the head of a request has to come.
 const HEAD_SECONDS: u64 = 15;
-/// Seconds for which a client may take nothing of its answer.
-const WRITE_SECONDS: u64 = 30;
-/// Most connections at a time.
-const MAX_CONNECTIONS: usize = 4096;
+/// Bounds of connections.
+const BOUNDS: Bounds = Bounds { connections: 4096, patience: Duration::from_secs(30) };
+
+/// Bounds of connections.
+#[derive(Clone, Copy)]
+struct Bounds {
+    /// Most at a time.
+    connections: usize,
+    /// How long a client may take nothing of its answer.
+    patience: Duration,
+}
 
 async fn inference(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
     let keys = match &app.keys.api {
@@ -73,13 +80,18 @@ async fn administration(State(app): State<Arc<App>>, request: Request, next: Nex
     }
 }
 
-#[utoipa::path(get, path = "/health", tag = "operation", responses((status = 200, description = "New requests are taken", body = Object), (status = 503, description = "The server is stopping", body = error::Failure)))]
+#[utoipa::path(get, path = "/health", tag = "operation", responses((status = 200, description = "New requests are taken", body = Object), (status = 503, description = "The server is stopping, or its engine has ended", body = error::Failure)))]
 async fn health(State(app): State<Arc<App>>) -> Response {
-    match app.worker.is_stopping() {
-        true => error::stopping().into_response(),
-        // A place of adapters that cannot be reached is no reason to start this server anew.
-        false => axum::Json(json!({ "status": "ok", "problems": app.problems() })).into_response(),
+    if app.worker.is_stopping() {
+        return error::stopping().into_response();
     }
+    if let Some(problem) = app.worker.problem() {
+        // Only a new start helps.
+        let status = StatusCode::SERVICE_UNAVAILABLE;
+        return ApiError { status, ..error::engine_failed(&problem) }.into_response();
+    }
+    // A place of adapters that cannot be reached is no reason to start this server anew.
+    axum::Json(json!({ "status": "ok", "problems": app.problems() })).into_response()
 }
 
 async fn page() -> Response {
@@ -170,18 +182,18 @@ pub async fn serve(
     shutdown: impl Future<Output = ()>,
     grace: Duration,
 ) -> std::io::Result<()> {
-    serve_at_most(MAX_CONNECTIONS, listener, app, shutdown, grace).await
+    serve_within(BOUNDS, listener, app, shutdown, grace).await
 }
 
-async fn serve_at_most(
-    most: usize,
+async fn serve_within(
+    bounds: Bounds,
     listener: TcpListener,
     app: Arc<App>,
     shutdown: impl Future<Output = ()>,
     grace: Duration,
 ) -> std::io::Result<()> {
     let router = router(app.clone());
-    let connections = Arc::new(Semaphore::new(most));
+    let connections = Arc::new(Semaphore::new(bounds.connections));
     let graceful = GracefulShutdown::new();
     let mut builder = hyper::server::conn::http1::Builder::new();
     builder.timer(TokioTimer::new()).header_read_timeout(Duration::from_secs(HEAD_SECONDS)).max_buf_size(MAX_HEAD);
@@ -206,7 +218,7 @@ async fn serve_at_most(
             }
         };
         let _ = stream.set_nodelay(true);
-        let stream = Timed::new(stream, Duration::from_secs(WRITE_SECONDS));
+        let stream = Timed::new(stream, bounds.patience);
         let service = MapRequest::new(router.clone(), move |mut request: hyper::Request<hyper::body::Incoming>| {
             request.extensions_mut().insert(Peer(peer));
             request
@@ -234,76 +246,4 @@ pub fn address(host: &str, port: u16) -> Result<SocketAddr, String> {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::path::Path;
-    use std::time::Instant;
-
-    use lorimer_model::{Base, OpenOptions};
-    use tokio::net::TcpStream;
-
-    use super::*;
-    use crate::engine::worker::{StreamItem, Worker};
-    use crate::engine::{EngineSettings, Request as Asked};
-    use crate::generation::sampling::Sampling;
-
-    fn runtime() -> tokio::runtime::Runtime {
-        tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap()
-    }
-
-    fn app() -> Arc<App> {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/goldens/tiny-llama");
-        let base = Arc::new(Base::prepare(&path, &OpenOptions::default()).unwrap().load().unwrap());
-        let settings = EngineSettings { pool_bytes: 4 << 20, ..Default::default() };
-        let worker = Worker::start(base.clone(), settings).unwrap();
-        App::new(base, "tiny".into(), None, worker, Keys::default(), true)
-    }
-
-    #[test]
-    fn the_end_is_heard_while_every_connection_is_taken() {
-        runtime().block_on(async {
-            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-            let address = listener.local_addr().unwrap();
-            let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
-            let stopped = async move { _ = stopped.await };
-            let server = tokio::spawn(serve_at_most(2, listener, app(), stopped, Duration::from_millis(200)));
-            let mut taken = Vec::new();
-            for _ in 0..4 {
-                taken.push(TcpStream::connect(address).await.unwrap());
-            }
-            tokio::time::sleep(Duration::from_millis(100)).await;
-            stop.send(()).unwrap();
-            tokio::time::timeout(Duration::from_secs(5), server).await.expect("it ends").unwrap().unwrap();
-        });
-    }
-
-    /// Whoever does not take his answer loses it, and the engine keeps no more of it than its queue.
-    #[test]
-    fn an_answer_that_nobody_takes_is_given_up() {
-        runtime().block_on(async {
-            let app = app();
-            let request = Asked {
-                prompt: vec![3, 4, 5],
-                adapters: vec![],
-                max_tokens: Some(500),
-                sampling: Sampling::default(),
-                seed: 0,
-                stop: vec![],
-                log_probabilities: None,
-                of_prompt: false,
-                tenant: Default::default(),
-                names: vec![],
-            };
-            let mut ticket = app.worker.submit(request).await.unwrap();
-            let begun = Instant::now();
-            while app.worker.figures().cancelled == 0 {
-                assert!(begun.elapsed() < Duration::from_secs(60), "{:?}", app.worker.figures());
-                tokio::time::sleep(Duration::from_millis(20)).await;
-            }
-            let mut items = Vec::new();
-            while let Some(one) = ticket.next().await {
-                items.push(one);
-            }
-            assert!(items.len() < 500 && items.last() == Some(&StreamItem::TooSlow), "{}", items.len());
-        });
-    }
-}
+mod tests;

@@ -109,7 +109,7 @@ async fn respond(
     let mut answers = Answers::start(&app.worker, &app.base, requests, common.text()).await?;
     if common.stream == Some(true) {
         // Refusals are known with the first piece, and then still have a status of their own.
-        let first = answers.next().await.unwrap_or_else(|| Err(super::error::stopping()))?;
+        let first = answers.next().await.unwrap_or_else(|| Err(super::error::cut_off()))?;
         let options = common.stream_options.unwrap_or_default();
         return Ok(stream(app.clone(), shape, answers, first, (choices, wanted.each), options, before));
     }
