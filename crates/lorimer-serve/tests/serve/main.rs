@@ -8,6 +8,7 @@ mod blocks;
 mod capabilities;
 mod engine;
 mod families;
+mod memory;
 mod progress;
 mod requests;
 mod shapes;
