@@ -14,6 +14,7 @@ use lorimer::adapter::{self, methods, targets};
 use lorimer::model::LoadDtype;
 use lorimer::model::base::open_weights;
 use lorimer::model::decoder::config::DecoderConfig;
+use lorimer::model::embed::EmbedOptions;
 use lorimer::model::text::chat::{ChatTemplate, MAX_TEXT};
 use lorimer::model::weights::gguf::Gguf;
 use lorimer::prelude::{Base, OpenOptions, StoredAdapter};
@@ -147,7 +148,7 @@ pub fn template(bytes: &[u8]) {
     assert!(begun.elapsed() < PATIENCE, "a template took {:?}", begun.elapsed());
 }
 
-/// A whole server of the tiny base with one adapter, without a network.
+/// A whole server of a tiny base with one adapter, without a network.
 struct Server {
     app: Arc<App>,
     runtime: tokio::runtime::Runtime,
@@ -155,40 +156,51 @@ struct Server {
 }
 
 impl Server {
-    fn start() -> Self {
-        let base = Base::open(&goldens("tiny-llama"), &OpenOptions::default()).expect("a base");
+    fn start(base: &str, adapter: &str) -> Self {
+        let base = Base::open(&goldens(base), &OpenOptions::default()).expect("a base");
+        let positions = base.model().shape().max_positions;
+        let embed = EmbedOptions::of_folder(&base.path, positions).expect("options of an encoder, if it is one");
         let folder = tempfile::tempdir().expect("a folder");
         let own = folder.path().join("a");
         std::fs::create_dir(&own).expect("a folder");
         for file in ["adapter_config.json", "adapter_model.safetensors"] {
-            std::fs::copy(goldens("adapters/lora").join(file), own.join(file)).expect("a file");
+            std::fs::copy(goldens(adapter).join(file), own.join(file)).expect("a file");
         }
         let store = Store::open(StoreSettings::new(folder.path())).expect("a store");
         let runtime = tokio::runtime::Runtime::new().expect("a runtime");
         let base = Arc::new(base);
         let worker = Worker::start(base.clone(), EngineSettings { pool_bytes: 4 << 20, ..Default::default() });
         let worker = worker.expect("an engine");
-        let app = App::new(base, "tiny".into(), Some(Arc::new(store)), worker, Keys::default(), true);
+        let store = Some(Arc::new(store));
+        let app = App::embedding((base, embed), "tiny".into(), store, worker, Keys::default(), true);
         Self { app, runtime, _folder: folder }
     }
 }
 
 /// Calls that take bodies.
-pub const CALLS: [(&str, &str); 6] = [
+pub const CALLS: [(&str, &str); 7] = [
     ("POST", "/v1/chat/completions"),
     ("POST", "/v1/completions"),
     ("POST", "/v1/load_lora_adapter"),
     ("POST", "/v1/unload_lora_adapter"),
     ("PUT", "/v1/adapters/b"),
     ("DELETE", "/v1/adapters/b"),
+    ("POST", EMBEDDINGS),
 ];
+
+/// The call that a server of an encoder answers.
+const EMBEDDINGS: &str = "/v1/embeddings";
 
 /// Any bytes as the body of a call; the first byte chooses which. Status and answer.
 pub fn http(bytes: &[u8]) -> Option<(u16, String)> {
-    static SERVER: OnceLock<Server> = OnceLock::new();
-    let server = SERVER.get_or_init(Server::start);
+    static DECODER: OnceLock<Server> = OnceLock::new();
+    static ENCODER: OnceLock<Server> = OnceLock::new();
     let (call, body) = bytes.split_first()?;
     let (method, path) = CALLS[usize::from(*call) % CALLS.len()];
+    let server = match path {
+        EMBEDDINGS => ENCODER.get_or_init(|| Server::start("tiny-bert", "family-adapters/bert")),
+        _ => DECODER.get_or_init(|| Server::start("tiny-llama", "adapters/lora")),
+    };
     let request = Request::builder()
         .method(Method::from_bytes(method.as_bytes()).expect("a method"))
         .uri(Uri::from_static(path))

@@ -139,13 +139,17 @@ fn bodies_of_requests() {
         body(3, json!({ "lora_name": "b" })),
         body(4, json!({ "path": "a", "mode": "upsert" })),
         body(4, json!({ "path": "a", "mode": "swap", "content_id": "sha256:x" })),
+        body(6, json!({ "input": "some words", "encoding_format": "base64", "dimensions": 8, "user": "u" })),
+        body(6, json!({ "input": ["some words", "others"], "model": "a", "truncate_prompt_tokens": 5 })),
+        body(6, json!({ "input": [[2, 7, 9], [5]], "model": "tiny", "truncate_prompt_tokens": -1 })),
+        body(6, json!({ "input": "word ".repeat(2000), "truncate_prompt_tokens": 9 })),
         body(5, json!({})),
         [&[0][..], "[".repeat(20_000).as_bytes()].concat(),
         [&[0][..], br#"{"messages": [{"role": "user", "content": ""#, "a".repeat(100_000).as_bytes(), br#""}]}"#]
             .concat(),
     ];
     // The whole ones are served, or this template or store does not have what they ask for.
-    for seed in &seeds[..10] {
+    for seed in seeds[..10].iter().chain(&seeds[11..15]) {
         let (status, text) = checks::http(seed).unwrap();
         assert!(
             status == 200 || text.contains("adapter_not_found") || text.contains("the chat template refuses"),
