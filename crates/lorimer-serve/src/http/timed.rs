@@ -82,7 +82,7 @@ mod tests {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
         runtime.block_on(async {
             let (server, mut client) = tokio::io::duplex(16);
-            let mut server = Timed::new(server, Duration::from_millis(100));
+            let mut server = Timed::new(server, Duration::from_secs(1));
             let reader = tokio::spawn(async move {
                 let mut all = Vec::new();
                 while all.len() < 160 {

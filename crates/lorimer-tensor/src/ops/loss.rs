@@ -63,7 +63,7 @@ pub(crate) fn head_loss_and_gradient(
         {
             let logits = frozen_linear(&x.narrow(0, start, targets.len())?.contiguous()?.detach(), head)?;
             with_mut_slice(&logits, |logits: &mut [T]| {
-                let losses = logits.par_chunks_mut(vocabulary).zip(targets).map(|(row, &t)| {
+                let losses = logits.par_chunks_mut(vocabulary.max(1)).zip(targets).map(|(row, &t)| {
                     let (target, mean) = (row[t as usize], mean_of(row, smoothing));
                     let wide_of = |v: T| num_traits::ToPrimitive::to_f64(&v).unwrap_or(f64::NAN);
                     let (max, sum) = wide(|| {
@@ -129,7 +129,7 @@ fn log_sum<T: Real>(row: &[T]) -> (T, T) {
 impl CrossEntropy {
     fn forward<T: Real>(&self, logits: &[T], vocabulary: usize) -> Vec<T> {
         logits
-            .par_chunks(vocabulary)
+            .par_chunks(vocabulary.max(1))
             .zip(&self.targets)
             .map(|(row, &t)| {
                 let (max, log) = log_sum(row);
@@ -144,8 +144,8 @@ impl CrossEntropy {
         let (_, vocabulary) = logits.dims2()?;
         with_slices([logits, grad], |[logits, grad]: [&[T]; 2]| {
             let mut d = vec![T::zero(); logits.len()];
-            d.par_chunks_mut(vocabulary)
-                .zip(logits.par_chunks(vocabulary))
+            d.par_chunks_mut(vocabulary.max(1))
+                .zip(logits.par_chunks(vocabulary.max(1)))
                 .zip(grad.par_iter().zip(&self.targets))
                 .for_each(|((d, row), (&g, &t))| {
                     let (max, log) = log_sum(row);

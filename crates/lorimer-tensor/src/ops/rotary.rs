@@ -75,7 +75,7 @@ pub(crate) struct Rotary {
 impl Rotary {
     pub(crate) fn new(x: &Tensor, table: &RotaryTable) -> Result<Self> {
         let (rows, width) = x.dims2()?;
-        if rows != table.rows || width % table.head.max(1) != 0 {
+        if rows != table.rows || width % table.head.max(1) != 0 || (table.head == 0 && width > 0) {
             candle_core::bail!(
                 "rotary: x is ({rows}, {width}) but the table has {} rows for heads of {}",
                 table.rows,

@@ -1,7 +1,9 @@
 //! Every operation at its edges: no row and one, no column and one, no segment and one, on a tape and without, against sums written
 //! out. A chunk of a prompt whose rows' logits nobody needs is a product of no rows; each of these sizes occurs in a real batch.
 
+mod attention_maps;
 mod others;
+mod single_rows;
 
 use std::sync::Arc;
 

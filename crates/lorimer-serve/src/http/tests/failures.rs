@@ -76,7 +76,10 @@ fn an_engine_that_is_made_anew_serves_on() {
         let (expected, _) = beside(&app, None).await;
         for restarts in 1..3 {
             let (found, heard) = beside(&app, Some(&completion(Fault::Rebuild.prompt(), false))).await;
-            assert!(found.iter().all(|answer| answer.as_ref().is_err_and(|why| why.contains("a seeded fault"))));
+            // Who had all of his answer by then has it.
+            let told =
+                |answer: &Result<Vec<u32>, String>| answer.as_ref().is_err_and(|why| why.contains("a seeded fault"));
+            assert!(found.iter().zip(&expected).all(|(answer, whole)| told(answer) || answer == whole), "{found:?}");
             let heard = heard.unwrap();
             let (status, code, message) = error(&heard);
             assert_eq!((status, code), (500, "computation_failed"), "{message}");
