@@ -12,3 +12,4 @@ pub mod keys;
 pub mod load;
 pub(crate) mod mixture;
 pub mod store;
+pub(crate) mod streamed;

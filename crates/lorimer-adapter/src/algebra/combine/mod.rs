@@ -14,7 +14,6 @@ mod parents;
 pub mod settings;
 pub mod site;
 mod svd;
-mod write;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -28,12 +27,12 @@ use crate::error::{Error, Result};
 use crate::file::convert::peft_config;
 use crate::file::dialects::peft;
 use crate::file::store::{CONFIG_FILE, MANIFEST_FILE, Manifest, WEIGHTS_FILE};
+use crate::file::streamed::{TensorWriter, carrying, content_id_of};
 pub use entry::{Combination, Kind, Weights};
-use parents::{Parent, Parents, content_id_of, method_of};
+use parents::{Parent, Parents, method_of};
 use settings::Settings;
 use site::Made;
 pub use svd::clamp;
-use write::TensorWriter;
 
 /// Every combination, in the order of the help.
 pub const COMBINATIONS: &[Combination] = &[
@@ -180,22 +179,6 @@ pub fn combine(request: &Request<'_>, mut progress: impl FnMut(usize, usize, &st
     Ok(Combined { output: request.output.display().to_string(), ..made.ok_or_else(none)? })
 }
 
-/// Writes by a function of `lorimer-model`, whose errors cannot hold this crate's: what `carry` is given is what comes out.
-fn carrying(
-    write: impl FnOnce(&mut dyn FnMut(Error) -> lorimer_model::Error) -> lorimer_model::Result<()>,
-) -> Result<()> {
-    let mut carried = None;
-    let written = write(&mut |error| {
-        let text = error.to_string();
-        carried = Some(error);
-        lorimer_model::Error::Unsupported(text)
-    });
-    match carried {
-        Some(error) => Err(error),
-        None => Ok(written?),
-    }
-}
-
 /// What is known of the result when its tensors are written.
 #[derive(Default)]
 struct Account {
@@ -249,7 +232,7 @@ fn fill(
         })
     })?;
     let none = || Error::Refused("there is no adapter to combine".into());
-    let first = &parents.all.first().ok_or_else(none)?.stored;
+    let first = &parents.all.first().ok_or_else(none)?.file.stored;
     let is_lora = !matches!(combination.kind, Kind::Tensors);
     let config = match is_lora {
         true => {
@@ -268,7 +251,7 @@ fn fill(
     let told = told(parents, &modules);
     let content_id = content_id_of(folder)?;
     let error = (account.whole > 0.0).then(|| (account.wrong / account.whole).sqrt());
-    let manifests = || parents.all.iter().filter_map(|p| p.stored.manifest.as_ref());
+    let manifests = || parents.all.iter().filter_map(|p| p.file.stored.manifest.as_ref());
     let manifest = Manifest {
         format: 1,
         content_id: content_id.clone(),
@@ -301,7 +284,7 @@ fn fill(
 fn told(parents: &Parents, modules: &[String]) -> Vec<ParentTold> {
     let one = |(parent, weight): (&Parent, &f64)| ParentTold {
         name: parent.name(),
-        content_id: parent.content_id.clone(),
+        content_id: parent.file.content_id.clone(),
         weight: *weight,
         missing: modules.iter().filter(|m| !parent.modules.contains_key(*m)).count(),
     };
@@ -312,7 +295,7 @@ fn told(parents: &Parents, modules: &[String]) -> Vec<ParentTold> {
 fn averaged_config(parents: &Parents, first: &Map<String, Value>) -> Map<String, Value> {
     let mut config = first.clone();
     let seed = |map: &Map<String, Value>| map.get("a_seed").cloned().unwrap_or_default();
-    if parents.all.iter().any(|p| seed(&p.stored.config) != seed(first)) {
+    if parents.all.iter().any(|p| seed(&p.file.stored.config) != seed(first)) {
         config.insert("a_seed".into(), Value::Null);
     }
     config
@@ -325,7 +308,7 @@ fn write_means(
     progress: &mut dyn FnMut(usize, usize, &str),
 ) -> Result<()> {
     let names: Vec<String> =
-        parents.all.first().map(|p| p.stored.tensors.keys().cloned().collect()).unwrap_or_default();
+        parents.all.first().map(|p| p.file.stored.tensors.keys().cloned().collect()).unwrap_or_default();
     let mut out = TensorWriter::new(file, path, &names)?;
     for (done, name) in names.iter().enumerate() {
         out.push(name, &average::tensor(parents, name)?)?;
