@@ -16,6 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use lorimer_adapter::file::store::CONFIG_FILE;
+use lorimer_adapter::pruning::BaseRecord;
 use lorimer_model::files::check_writable;
 use serde::Serialize;
 
@@ -55,6 +56,8 @@ pub struct StoreSettings {
     pub conversion_rank: usize,
     /// The base's chat template and the texts of its special tokens, so that adapters may have templates of their own.
     pub chat: Option<ChatDefaults>,
+    /// The base's folder with the record of what it is pruned from, which an adapter's own must be; None: only shapes tell.
+    pub base: Option<BaseRecord>,
 }
 
 /// What the base has for chats.
@@ -80,6 +83,7 @@ impl StoreSettings {
             max_names: 200_000,
             conversion_rank: 64,
             chat: None,
+            base: None,
         }
     }
 }
@@ -300,7 +304,10 @@ impl Store {
 
     /// A message without the paths of this machine.
     fn without_root(&self, message: &str) -> String {
-        message.replace(&format!("{}/", self.root.display()), "")
+        let base = self.settings.base.as_ref().and_then(|base| base.folder().parent());
+        let folders = [Some(self.root.as_path()), base.filter(|base| base.file_name().is_some())];
+        let without = |message: String, folder: &Path| message.replace(&format!("{}/", folder.display()), "");
+        folders.into_iter().flatten().fold(message.to_string(), without)
     }
 
     /// What there is, by name.

@@ -119,7 +119,7 @@ impl Convert {
 
     fn to_lora(&self, stored: &StoredAdapter, global: Global) -> Result<ExitCode> {
         let (base, pulled) = common::open_base(&self.model, global)?;
-        let adapter = Adapter::load_whole(base.model(), stored)?;
+        let adapter = common::attach(&base, stored)?;
         let from = self.input.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
         write_lora(&base, &pulled, (&adapter, stored.manifest.as_ref()), &from, self.rank, &self.output, global)
     }

@@ -44,7 +44,7 @@ impl Extract {
         let (base, pulled) = common::open_base(&self.model, global)?;
         if folder.join(CONFIG_FILE).exists() {
             let stored = StoredAdapter::read(&folder)?;
-            let adapter = Adapter::load_whole(base.model(), &stored)?;
+            let adapter = common::attach(&base, &stored)?;
             return write_lora(
                 &base,
                 &pulled,

@@ -138,6 +138,9 @@ impl Store {
         }
         let stored = StoredAdapter::read_changing(folder, self.settings.max_file_bytes, &self.root)
             .map_err(|e| invalid(e.to_string()))?;
+        if let Some(base) = &self.settings.base {
+            base.check(&stored).map_err(|e| invalid(e.to_string()))?;
+        }
         let content = stored.content_id().map_err(|e| invalid(e.to_string()))?;
         let template = self.template(&stored).map_err(|e| invalid(e.to_string()))?;
         let golden = stored.manifest.as_ref().map(|m| m.golden.clone()).unwrap_or_default();
