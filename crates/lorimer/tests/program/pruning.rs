@@ -122,6 +122,7 @@ fn an_adapter_of_a_pruned_model_runs_on_the_whole_one() {
         vec!["extract", &own, "--model", &other, "--rank", "4", "--output", &out],
         vec!["eval", "--model", &other, "--adapter", &own, "--data", &f.data, "--rank", "all"],
         vec!["train", "--model", &other, "--adapter", &own, "--data", &f.data, "--output", &out, "--max-steps", "1"],
+        vec!["inspect", &own, "--text", "up", "--model", &other],
     ] {
         let told = error(&used);
         assert!(told.contains("ids of pruning.json differ"), "{used:?}: {told}");
