@@ -263,7 +263,8 @@ pub(crate) fn read_settings(folder: &Path) -> Result<(Map<String, Value>, Option
     if !folder.join(CONFIG_FILE).is_file() {
         return invalid("is no adapter folder: it has no adapter_config.json");
     }
-    let config: Map<String, Value> = read_json(&folder.join(CONFIG_FILE), MAX_CONFIG_BYTES)?;
+    let mut config: Map<String, Value> = read_json(&folder.join(CONFIG_FILE), MAX_CONFIG_BYTES)?;
+    crate::file::dialects::flylora::from_authors(&mut config);
     if config.get("fan_in_fan_out") == Some(&Value::Bool(true)) {
         tracing::warn!(
             "`{}` sets fan_in_fan_out, which is for layers that the base does not have; it is taken as false, as PEFT takes it",
