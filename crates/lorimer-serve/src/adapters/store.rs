@@ -21,6 +21,7 @@ use lorimer_model::files::check_writable;
 use serde::Serialize;
 
 use self::stamp::{FileStamp, Stamp};
+use crate::adapters::found::Found;
 use crate::adapters::hosted::{Conversion, Hosted};
 use crate::adapters::mirror::Mirror;
 use crate::adapters::names::refuse;
@@ -262,18 +263,18 @@ impl Store {
         Ok(found.iter().filter_map(|folder| Some(folder.strip_prefix(&self.root).ok()?.to_path_buf())).collect())
     }
 
-    /// What `path` stands for below the root or in the object store, and the folder to read it from. `now`: what was found before does not do.
-    fn locate(&self, path: &Path, now: bool) -> Result<(PathBuf, PathBuf), StoreError> {
+    /// What `path` stands for below the root or in the object store, and the folders to read it from. `now`: what was found before does not do.
+    fn locate(&self, path: &Path, now: bool) -> Result<(PathBuf, Found), StoreError> {
         let Some(mirror) = &self.mirror else {
             let below = self.confine(path)?;
-            let folder = self.root.join(&below);
-            return Ok((below, folder));
+            let found = Found::in_folder(self.root.join(&below));
+            return Ok((below, found));
         };
         let shown = path.to_string_lossy();
         match check_name(&shown) {
             Err(_) => refuse(Code::PathRefused, format!("`{}` is no path in the object store", shown.escape_debug())),
             Ok(()) => match if now { mirror.fetch_now(path)? } else { mirror.fetch(path)? } {
-                Some(folder) => Ok((path.to_path_buf(), folder)),
+                Some(found) => Ok((path.to_path_buf(), found)),
                 None => refuse(Code::AdapterNotFound, format!("there is no adapter `{shown}` in the object store")),
             },
         }
