@@ -94,20 +94,25 @@ pub fn combination(bytes: &[u8]) {
 
 /// Any bytes as `pruning.json`, as they are and with the id of their content, and an adapter that was trained on the pruned model of the goldens.
 pub fn pruning(bytes: &[u8]) {
-    static ADAPTER: OnceLock<StoredAdapter> = OnceLock::new();
-    let stored = ADAPTER.get_or_init(|| StoredAdapter::read(&goldens("pruning/small")).expect("an adapter"));
+    let trained = goldens("pruning/small");
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("pruning.json");
     let with = |bytes: &[u8]| {
         std::fs::write(&path, bytes).expect("a file");
         match adapter::Pruning::read(&path) {
-            Ok(record) => match recover(stored, &record, true) {
-                Ok(found) => {
-                    let numbers = |s: &StoredAdapter| s.tensors.values().map(|t| t.elem_count()).sum::<usize>();
-                    assert!(numbers(&found) <= 64 * numbers(stored), "{} numbers", numbers(&found));
+            Ok(record) => {
+                let output = folder.path().join("recovered");
+                match recover(&trained, &record, true, &output) {
+                    Ok(found) => {
+                        assert!(found.parameters <= 64 * found.trained_parameters, "{} numbers", found.parameters);
+                        std::fs::remove_dir_all(&output).expect("a folder");
+                    }
+                    Err(error) => {
+                        assert!(!output.exists(), "a refused recovery left a folder");
+                        sentence(&error.to_string());
+                    }
                 }
-                Err(error) => sentence(&error.to_string()),
-            },
+            }
             Err(error) => sentence(&error.to_string()),
         }
     };

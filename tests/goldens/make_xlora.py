@@ -47,6 +47,8 @@ CASES = {
     "temperature": dict(layerwise_scalings=True, softmax_temperature=0.4),
     "global_weight": dict(layerwise_scalings=True, global_scaling_weight=1.7),
     "pass_value": dict(layerwise_scalings=True, scaling_pass_value=0.3, global_scaling_weight=1.7),
+    # The weight of its head is 0, so that λ is the bias's, whatever the token.
+    "constant": dict(layerwise_scalings=True, global_scaling_weight=1.7),
 }
 ids = torch.randint(3, 259, (2, 11), generator=torch.Generator().manual_seed(11))
 
@@ -178,6 +180,9 @@ for number, (name, settings) in enumerate(CASES.items()):
     with torch.no_grad():
         for p in head.parameters():
             p.normal_(0, 0.3)
+        if name == "constant":
+            head[0].weight.zero_()
+            head[0].bias.mul_(4)
     save(model, folder)
     # PEFT reads it as it was.
     logits = model(ids).logits

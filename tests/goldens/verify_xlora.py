@@ -159,6 +159,21 @@ for name, settings in SETTINGS.items():
     sets = [part for key, value in settings.items() for part in ("--set", f"{key}={json.dumps(value)}")]
     folder = train(f"xlora-{name}", mixed, "--method", "xlora", *experts, *sets)
     worst = max(worst, compare_manifest(name, folder, tiny))
+# Fixed gates in the place of the head's: the sum of the experts' changes, each times its gate and global_scaling_weight.
+gates, plain = [0.2, 0.5, 0.3], AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+for gate, name in zip(gates, EXPERTS):
+    expert = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32), work / name)
+    for key, module in expert.base_model.model.named_modules():
+        if hasattr(module, "lora_A"):
+            plain.get_submodule(key).weight.data += 0.5 * gate * module.get_delta_weight("default")
+subprocess.run([sys.argv[1], "convert", work / "xlora-weight", "--to", "lora", "--gates", ",".join(map(str, gates)), "--model", tiny, "--output", work / "fixed", "-q"],
+               check=True, stdout=subprocess.DEVNULL)
+fixed = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32), work / "fixed").eval()
+tokens = torch.tensor([list(range(3, 40))])
+with torch.no_grad():
+    apart = difference(fixed(tokens).logits[0], plain.eval()(tokens).logits[0])
+print(f"{'fixed gates':24} logits differ by {apart:.2e}")
+worst = max(worst, apart)
 # One expert and the softmax: that adapter itself.
 folder = train("xlora-one", mixed, "--method", "xlora", *experts[:2])
 worst = max(worst, compare_manifest("one expert", folder, tiny))

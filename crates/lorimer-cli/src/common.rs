@@ -180,11 +180,16 @@ pub fn parse_adapter(text: &str) -> Result<(PathBuf, f64), String> {
     Ok((PathBuf::from(text), 1.0))
 }
 
+/// Attaches an adapter, which must belong to this base where it says to which, fit, be whole and do something.
+pub fn attach(base: &Base, stored: &StoredAdapter) -> Result<Adapter> {
+    check_record(stored, &base.path, &base.model().shape().layers)?;
+    Ok(Adapter::load_whole(base.model(), stored)?)
+}
+
 /// Reads and attaches adapters, each of which must fit, be whole and do something.
 pub fn open_adapters(base: &Base, adapters: &[(PathBuf, f64)]) -> Result<Vec<(Adapter, f64)>> {
     let open = |(path, weight): &(PathBuf, f64)| -> Result<(Adapter, f64)> {
         let stored = StoredAdapter::read(path)?;
-        check_record(&stored, &base.path, &base.model().shape().layers)?;
         if let Some(template) = stored.manifest.as_ref().and_then(|m| m.chat_template.as_ref())
             && base.text.template_source().is_none_or(|t| t != template)
         {
@@ -193,7 +198,7 @@ pub fn open_adapters(base: &Base, adapters: &[(PathBuf, f64)]) -> Result<Vec<(Ad
                 path.display()
             );
         }
-        Ok((Adapter::load_whole(base.model(), &stored)?, *weight))
+        Ok((attach(base, &stored)?, *weight))
     };
     adapters.iter().map(open).collect()
 }

@@ -6,6 +6,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use lorimer::adapter::pruning::BaseRecord;
 use lorimer::prelude::*;
 use lorimer::serve::http::{App, Keys, address, serve};
 use lorimer::serve::{EngineSettings, Store, StoreSettings, Worker};
@@ -13,7 +14,9 @@ use lorimer::serve::{EngineSettings, Store, StoreSettings, Worker};
 fn main() -> anyhow::Result<()> {
     let pulled = pull("smollm2-135m", PullOptions::default())?;
     let base = Arc::new(Base::open(&pulled.path, &OpenOptions::default())?);
-    let store = Arc::new(Store::open(StoreSettings::new("runs"))?);
+    // An adapter of a pruned model is served on that model only.
+    let record = BaseRecord::of(&base.path, &base.model().shape().layers)?;
+    let store = Arc::new(Store::open(StoreSettings { base: Some(record), ..StoreSettings::new("runs") })?);
     println!("adapters: {}", store.list().iter().map(|a| a.name.as_str()).collect::<Vec<_>>().join(", "));
     let worker = Worker::start(base.clone(), EngineSettings::default())?;
     // Only this machine reaches it, so that it needs no keys.

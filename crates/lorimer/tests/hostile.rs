@@ -309,8 +309,9 @@ fn records_of_pruning() {
     let kept = serde_json::from_slice(&std::fs::read(common::goldens("pruning/kept.json")).unwrap()).unwrap();
     let record = lorimer::adapter::Pruning::new(config, identity, ("rand", json!({ "seed": 1 })), kept).unwrap();
     let whole = serde_json::to_vec(&record).unwrap();
-    let stored = lorimer::prelude::StoredAdapter::read(&common::goldens("pruning/small")).unwrap();
-    assert!(lorimer::adapter::algebra::recover::recover(&stored, &record, true).is_ok());
+    let (trained, folder) = (common::goldens("pruning/small"), tempfile::tempdir().unwrap());
+    let output = folder.path().join("recovered");
+    assert!(lorimer::adapter::algebra::recover::recover(&trained, &record, true, &output).is_ok());
     let sizes = ["1", "2", "8", "1024", "65536", "1048576", "16777216", "4294967296", "4611686018427387904"];
     try_all(&[whole.clone()], &[&WORDS[..], &sizes[..]].concat(), 3000, checks::pruning);
     // Every number of it by every size.

@@ -29,9 +29,8 @@ pub(crate) fn is_mixture(config: &Map<String, Value>) -> bool {
     config.get("peft_type").and_then(Value::as_str) == Some("XLORA")
 }
 
-/// The folders of an adapter's parts, in the order of their numbers (a file that PEFT saved has `10` before `2`): absolute, else from the
-/// folder itself, else from the current one.
-pub(crate) fn part_folders(folder: &Path, config: &Map<String, Value>) -> Result<Vec<PathBuf>> {
+/// What a configuration calls an adapter's parts, in the order of their numbers (a file that PEFT saved has `10` before `2`).
+pub(crate) fn part_names(folder: &Path, config: &Map<String, Value>) -> Result<Vec<String>> {
     if !is_mixture(config) {
         return Ok(Vec::new());
     }
@@ -40,16 +39,24 @@ pub(crate) fn part_folders(folder: &Path, config: &Map<String, Value>) -> Result
     if named.len() > MAX_PARTS {
         return Err(invalid(folder, format!("names {} experts, at most {MAX_PARTS} are read", named.len())));
     }
-    let part = |number: usize| {
-        let Some(path) = named.get(&number.to_string()) else {
+    let part = |number: usize| match named.get(&number.to_string()) {
+        Some(path) => Ok(path.as_str().unwrap_or_default().to_string()),
+        None => {
             let keys: Vec<String> = named.keys().take(8).map(|k| k.chars().take(30).collect()).collect();
             let most = named.len() - 1;
-            return Err(invalid(
+            Err(invalid(
                 folder,
                 format!("`adapters` should be numbered \"0\" to \"{most}\", found {}", keys.join(", ").escape_debug()),
-            ));
-        };
-        let path = Path::new(path.as_str().unwrap_or_default());
+            ))
+        }
+    };
+    (0..named.len()).map(part).collect()
+}
+
+/// The folders of an adapter's parts, in their order: absolute, else from the folder itself, else from the current one.
+pub(crate) fn part_folders(folder: &Path, config: &Map<String, Value>) -> Result<Vec<PathBuf>> {
+    let part = |(number, path): (usize, String)| {
+        let path = Path::new(&path);
         let tried = [folder.join(path), path.to_path_buf()];
         let found = tried.into_iter().find(|p| !path.as_os_str().is_empty() && p.is_dir());
         found.ok_or_else(|| {
@@ -57,7 +64,7 @@ pub(crate) fn part_folders(folder: &Path, config: &Map<String, Value>) -> Result
             invalid(folder, format!("its expert {number} should be at `{}`, where no folder is", shown.escape_debug()))
         })
     };
-    (0..named.len()).map(part).collect()
+    part_names(folder, config)?.into_iter().enumerate().map(part).collect()
 }
 
 /// A configuration whose parts are named by their way from the folder that it is written into.

@@ -12,4 +12,5 @@ pub mod keys;
 pub mod load;
 pub(crate) mod mixture;
 pub mod store;
+pub(crate) mod streamed;
 pub mod writer;

@@ -117,26 +117,33 @@ impl StoredAdapter {
     /// Fails if the folder is no adapter in PEFT's form, if a file is damaged or too large, or if a tensor holds values that are not
     /// finite.
     pub fn read(folder: &Path) -> Result<Self> {
-        Self::read_with(folder, SafetensorsFile::open, None)
+        Self::read_with(folder, SafetensorsFile::open, None, None)
     }
 
     /// [`Self::read`] for a folder that others may change meanwhile, with tensors of at most `limit` bytes. Adapters that it is made of must
-    /// lie in the folder `root`, which is an absolute path without links.
+    /// lie in the folder `root`, which is an absolute path without links. `parts`: their folders in their order, where those are not what its
+    /// configuration calls them.
     ///
     /// # Errors
     ///
-    /// Fails as [`Self::read`] does, if the tensors take more than `limit` bytes, and if it is made of adapters elsewhere.
-    pub fn read_changing(folder: &Path, limit: u64, root: &Path) -> Result<Self> {
-        Self::read_with(folder, |path| SafetensorsFile::read(path, limit), Some(root))
+    /// Fails as [`Self::read`] does, if the tensors take more than `limit` bytes, and if it is made of adapters elsewhere or of another number of them.
+    pub fn read_changing(folder: &Path, limit: u64, root: &Path, parts: Option<&[PathBuf]>) -> Result<Self> {
+        Self::read_with(folder, |path| SafetensorsFile::read(path, limit), Some(root), parts)
     }
 
     fn read_with(
         folder: &Path,
         open: impl Fn(&Path) -> lorimer_model::Result<SafetensorsFile>,
         root: Option<&Path>,
+        parts: Option<&[PathBuf]>,
     ) -> Result<Self> {
         let mut stored = Self::read_alone(folder, &open)?;
-        for (number, part) in mixture::part_folders(folder, &stored.config)?.into_iter().enumerate() {
+        let folders = match parts {
+            Some(parts) if parts.len() == mixture::part_names(folder, &stored.config)?.len() => parts.to_vec(),
+            Some(_) => return Err(lorimer_model::Error::invalid(folder, "changed while it was read").into()),
+            None => mixture::part_folders(folder, &stored.config)?,
+        };
+        for (number, part) in folders.into_iter().enumerate() {
             let files = [WEIGHTS_FILE, CONFIG_FILE, MANIFEST_FILE].map(|name| part.join(name));
             let inside = |path: &Path, root: &Path| path.canonicalize().is_ok_and(|real| real.starts_with(root));
             if root.is_some_and(|root| files.iter().any(|file| file.exists() && !inside(file, root))) {
@@ -252,6 +259,24 @@ impl ContentHash {
     }
 }
 
+/// What the configuration of a folder calls the adapters that its adapter is made of, in their order; most are made of none.
+///
+/// # Errors
+///
+/// Fails if the folder is no adapter in PEFT's form, or if they are not numbered.
+pub fn part_names(folder: &Path) -> Result<Vec<String>> {
+    mixture::part_names(folder, &read_settings(folder)?.0)
+}
+
+/// The folders of the adapters that a folder's adapter is made of, in their order.
+///
+/// # Errors
+///
+/// Fails as [`part_names`] does, or if one is not there.
+pub fn part_folders(folder: &Path) -> Result<Vec<PathBuf>> {
+    mixture::part_folders(folder, &read_settings(folder)?.0)
+}
+
 /// `adapter_config.json` and, where there is one, `lorimer.json` of a folder that has tensors beside them.
 pub(crate) fn read_settings(folder: &Path) -> Result<(Map<String, Value>, Option<Manifest>)> {
     let invalid = |problem: &str| Err(lorimer_model::Error::invalid(folder, problem).into());
@@ -263,7 +288,8 @@ pub(crate) fn read_settings(folder: &Path) -> Result<(Map<String, Value>, Option
     if !folder.join(CONFIG_FILE).is_file() {
         return invalid("is no adapter folder: it has no adapter_config.json");
     }
-    let config: Map<String, Value> = read_json(&folder.join(CONFIG_FILE), MAX_CONFIG_BYTES)?;
+    let mut config: Map<String, Value> = read_json(&folder.join(CONFIG_FILE), MAX_CONFIG_BYTES)?;
+    crate::file::dialects::flylora::from_authors(&mut config);
     if config.get("fan_in_fan_out") == Some(&Value::Bool(true)) {
         tracing::warn!(
             "`{}` sets fan_in_fan_out, which is for layers that the base does not have; it is taken as false, as PEFT takes it",

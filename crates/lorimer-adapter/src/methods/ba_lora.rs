@@ -41,6 +41,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::entry::{Entry, Part, Served};
+use super::largest::largest_places;
 use super::lora::{FLAGS, Lora, LoraConfig, lora_file};
 use crate::error::{Error, Result};
 use crate::method::Method;
@@ -272,15 +273,7 @@ pub fn largest(z: &Tensor, k: usize) -> candle_core::Result<Tensor> {
     let (n, c) = z.dims2()?;
     let k = k.min(c);
     let values = z.detach().to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
-    let row = |row: &[f64]| -> Vec<u32> {
-        let mut order: Vec<u32> = (0..c as u32).collect();
-        if k < c {
-            order.select_nth_unstable_by(k, |&i, &j| row[j as usize].total_cmp(&row[i as usize]));
-        }
-        order.truncate(k);
-        order
-    };
-    let places: Vec<u32> = values.par_chunks(c.max(1)).flat_map_iter(row).collect();
+    let places: Vec<u32> = values.par_chunks(c.max(1)).flat_map_iter(|row| largest_places(row, k)).collect();
     z.contiguous()?.gather(&Tensor::from_vec(places, (n, k), z.device())?, 1)
 }
 

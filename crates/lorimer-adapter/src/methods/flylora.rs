@@ -13,7 +13,8 @@
 //! included: up to 32 times a step with their script. Rows are not shared between sequences in training, so that every token counts once.
 //!
 //! Which ranks act depends on the token, so no fixed weight gives the same (but for k = r): it cannot be merged, and is served as it is. The
-//! authors' files say `LORA` with a tensor `lora_topk_bias` a module; stock PEFT refuses them, and so does Lorimer, by the key `bias_u`.
+//! authors' files say `LORA`, with `bias_u` and `top_k` in the configuration and a tensor `lora_topk_bias` a module. They are read, and written again as
+//! `FLYLORA`; stock PEFT refuses both. What they do not say is whether gradients went through A: going on from one keeps them.
 //!
 //! Trainable parameters of a projection: `outputs · r`.
 //!
@@ -46,6 +47,7 @@ use super::routing::{Balance, check_choice, check_rate, choose, top_k};
 use crate::delta::{Change, Delta, GatedLowRank, LowRank};
 use crate::dropout::{Dropout, check_dropout};
 use crate::error::{Error, Result};
+use crate::file::dialects::flylora::moved_base;
 use crate::file::keys::FileKeys;
 use crate::method::{Method, ParameterSource};
 use crate::parameter::{Parameter, Role};
@@ -59,8 +61,6 @@ const PEFT_KEYS: PeftKeys = PeftKeys {
         "init_lora_weights",
         "loftq_config",
         "megatron_core",
-        "rank_pattern",
-        "alpha_pattern",
         "corda_config",
         "eva_config",
         "use_qalora",
@@ -69,6 +69,9 @@ const PEFT_KEYS: PeftKeys = PeftKeys {
     ],
     refused: &[
         ("use_dora", "makes it DoRA"),
+        ("rank_pattern", "asks for other ranks"),
+        ("alpha_pattern", "asks for other α"),
+        ("lora_bias", "adds a bias to B"),
         ("use_rslora", "scales by α/√r"),
         ("megatron_config", "is for the layers of Megatron"),
         ("modules_to_save", "brings whole modules"),
@@ -95,7 +98,14 @@ pub const ENTRY: Entry = Entry {
     ],
     build: |settings| FlyLora::checked(configure("flylora", settings)?),
     recognises: |config| config.get("peft_type").and_then(Value::as_str) == Some("FLYLORA"),
-    from_file: |config| FlyLora::checked(from_peft_json("flylora", config, &PEFT_KEYS)?),
+    from_file: |config| {
+        if moved_base(config) {
+            return Err(Error::Config(
+                "adapter_config.json has a start that moved the base (init_lora_weights), from which the adapter counts; a FlyLoRA whose A was drawn by lot (`sparse`, `gaussian`) is read".into(),
+            ));
+        }
+        FlyLora::checked(from_peft_json("flylora", config, &PEFT_KEYS)?)
+    },
 };
 
 /// FlyLoRA's settings.

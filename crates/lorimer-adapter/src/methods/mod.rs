@@ -17,6 +17,7 @@ pub mod flylora;
 pub mod full;
 pub mod galore;
 pub mod hydra;
+mod largest;
 pub mod llava_mole;
 pub mod loldu;
 pub mod lora;

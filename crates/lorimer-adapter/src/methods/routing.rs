@@ -9,23 +9,13 @@ use rayon::prelude::*;
 
 use crate::error::{Error, Result};
 use crate::method::ParameterSource;
+use crate::methods::largest::largest_places;
 use crate::step::Step;
 
-/// Sets the places of the `k` largest scores to `true`, the lowest place first where scores are equal. An error where a score is no number.
-pub(crate) fn choose<T: PartialOrd + Copy>(scores: &[T], k: usize, chosen: &mut [bool]) -> bool {
+/// Sets the places of the `k` largest scores to `true`, the lowest place first where scores are equal.
+pub(crate) fn choose<T: PartialOrd + Copy>(scores: &[T], k: usize, chosen: &mut [bool]) {
     chosen.fill(false);
-    let mut places: Vec<usize> = (0..scores.len()).collect();
-    let mut ordered = true;
-    let order = |a: &usize, b: &usize| {
-        let found = scores[*b].partial_cmp(&scores[*a]);
-        ordered &= found.is_some();
-        found.unwrap_or(std::cmp::Ordering::Equal).then(a.cmp(b))
-    };
-    if k < places.len() {
-        places.select_nth_unstable_by(k, order);
-    }
-    places.iter().take(k).for_each(|&place| chosen[place] = true);
-    ordered
+    largest_places(scores, k).into_iter().for_each(|place| chosen[place as usize] = true);
 }
 
 /// One where a score (rows, rank) is among the `k` largest of its row, else zero; and how many rows chose each rank.
@@ -36,12 +26,12 @@ pub(crate) fn top_k(scores: &Tensor, k: usize) -> TensorResult<(Tensor, Vec<u64>
     let width = rank.max(1);
     let all = mask.par_chunks_mut(width).zip(values.par_chunks(width)).map(|(mask, scores)| {
         let mut chosen = vec![false; rank];
-        let ordered = choose(scores, k, &mut chosen);
+        choose(scores, k, &mut chosen);
         mask.iter_mut().zip(&chosen).for_each(|(m, chosen)| *m = f64::from(u8::from(*chosen)));
-        ordered && scores.iter().all(|s| !s.is_nan())
+        scores.iter().all(|s| !s.is_nan())
     });
     if !all.reduce(|| true, |a, b| a && b) {
-        return Err(NotFinite::error("a score that ranks are chosen by is not a number"));
+        return Err(NotFinite::error("a score that ranks or experts are chosen by is not a number"));
     }
     let mut counts = vec![0u64; rank];
     for row in mask.chunks(width) {
@@ -118,14 +108,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_lowest_place_wins_where_scores_are_equal() {
-        let mut chosen = [false; 5];
-        assert!(choose(&[1.0, 2.0, 2.0, 2.0, 0.0], 2, &mut chosen));
+    fn what_was_chosen_before_is_forgotten() {
+        let mut chosen = [true; 5];
+        choose(&[1.0, 2.0, 2.0, 2.0, 0.0], 2, &mut chosen);
         assert_eq!(chosen, [false, true, true, false, false]);
-        assert!(choose(&[0.0; 5], 3, &mut chosen));
-        assert_eq!(chosen, [true, true, true, false, false]);
-        assert!(choose(&[3.0, 1.0, 2.0, 5.0, 4.0], 5, &mut chosen));
-        assert_eq!(chosen, [true; 5]);
     }
 
     #[test]

@@ -17,8 +17,10 @@
 //! way to each expert. `lorimer.json` has each expert's content id and the projections' order, and another expert at the same place is refused.
 //! PEFT 0.20 and 0.21 leave layers of the head out when they save it; such a file is refused. The authors' folders (`xlora_config.json`) are read.
 //!
-//! λ depends on the token, so no fixed weight gives the same: it cannot be merged or converted. It is decoded with two caches of keys and values, one
-//! a pass; since λ of a token depends on the tokens before it only, that is exact.
+//! λ depends on the token, so no fixed weight gives the same, and it cannot be merged. `lorimer convert MIXTURE --to lora --gates mean --data rows.jsonl`
+//! writes a static mixture: the experts' factors one after another with fixed λ (its means over the rows, projection by projection; `uniform`; or numbers), an
+//! ordinary LoRA of rank Σrᵢ, and tells the loss of both on the rows. `lorimer inspect MIXTURE --text "…"` shows λ. It is decoded with two caches of keys and
+//! values, one a pass; since λ of a token depends on the tokens before it only, that is exact.
 //!
 //! Trainable parameters: depth 1 `(hidden + 1) · m`; else `(hidden + 1) z + (depth − 2)(z + 1) z + (z + 1) m`, with z = `xlora_size` and m = n, or n times
 //! the number of projections.

@@ -5,5 +5,5 @@ pub mod record;
 pub mod units;
 
 pub use origin::PrunedFrom;
-pub use record::{PRUNING_FILE, Pruning, check_record, record_beside};
+pub use record::{BaseRecord, PRUNING_FILE, Pruning, check_record, record_beside};
 pub use units::{Axis, KeptLayer, Kind, Span, spans};

@@ -1,6 +1,6 @@
 //! `pruning.json`: which units of a base a smaller model keeps.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use lorimer_model::decoder::DecoderConfig;
 use lorimer_model::decoder::config::sites_of;
@@ -253,30 +253,66 @@ fn elsewhere(stored: &StoredAdapter, pruned: &PrunedFrom) -> Error {
     ))
 }
 
-/// Refuses an adapter of a smaller model beside a model whose record is another or none, and one of a whole base on a smaller model. An adapter
-/// without `lorimer.json` says nothing of its base.
+/// The folder of a base and what the record in it says, for adapters to be held against: read once for many.
+#[derive(Clone, Debug)]
+pub struct BaseRecord {
+    folder: PathBuf,
+    /// None: the base is no pruned model, or says nothing of it.
+    pruned: Option<PrunedFrom>,
+}
+
+impl BaseRecord {
+    /// Of a base's folder or file, whose layers are these.
+    ///
+    /// # Errors
+    ///
+    /// Fails if there is a record that cannot be read, or that is of other layers.
+    pub fn of(folder: &Path, layers: &[LayerShape]) -> Result<Self> {
+        let pruned = match folder.is_dir() {
+            true => record_beside(folder, layers)?.map(|pruning| pruning.identity()),
+            false => None,
+        };
+        Ok(Self { folder: folder.to_path_buf(), pruned })
+    }
+
+    /// The base's folder or file.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// Refuses an adapter of a smaller model beside a model whose record is another or none, and one of a whole base on a smaller model. An adapter
+    /// without `lorimer.json` says nothing of its base.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the two do not belong together.
+    pub fn check(&self, stored: &StoredAdapter) -> Result<()> {
+        let Some(base) = stored.manifest.as_ref().and_then(|m| m.base.as_ref()) else { return Ok(()) };
+        match (&base.pruned, &self.pruned) {
+            (Some(own), Some(here)) if own.pruning != here.pruning => Err(Error::Mismatch(format!(
+                "`{}` was trained on another pruned model than `{}`: the ids of pruning.json differ",
+                stored.path.display(),
+                self.folder.display()
+            ))),
+            (Some(own), None) => Err(elsewhere(stored, own)),
+            (None, Some(here)) if base.fingerprint == here.fingerprint => Err(Error::Mismatch(format!(
+                "`{}` was trained on the whole base, `{}` is a pruned model of it",
+                stored.path.display(),
+                self.folder.display()
+            ))),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// [`BaseRecord::check`] of one adapter.
 ///
 /// # Errors
 ///
 /// Fails if the two do not belong together, or if the record cannot be read.
 pub fn check_record(stored: &StoredAdapter, folder: &Path, layers: &[LayerShape]) -> Result<()> {
-    let Some(base) = stored.manifest.as_ref().and_then(|m| m.base.as_ref()) else { return Ok(()) };
-    let here = match folder.is_dir() {
-        true => record_beside(folder, layers)?,
-        false => None,
-    };
-    match (&base.pruned, here) {
-        (Some(own), Some(here)) if own.pruning != here.id => Err(Error::Mismatch(format!(
-            "`{}` was trained on another pruned model than `{}`: the ids of pruning.json differ",
-            stored.path.display(),
-            folder.display()
-        ))),
-        (Some(own), None) => Err(elsewhere(stored, own)),
-        (None, Some(here)) if base.fingerprint == here.base.fingerprint => Err(Error::Mismatch(format!(
-            "`{}` was trained on the whole base, `{}` is a pruned model of it",
-            stored.path.display(),
-            folder.display()
-        ))),
-        _ => Ok(()),
+    match stored.manifest.as_ref().and_then(|m| m.base.as_ref()) {
+        None => Ok(()),
+        Some(_) => BaseRecord::of(folder, layers)?.check(stored),
     }
 }

@@ -88,7 +88,8 @@ fn inspect_load_convert_merge_and_resize_find_the_same_modules() {
         assert!(accounting.complete() && accounting.used.len() == stored.tensors.len(), "{name}: {accounting:?}");
         assert_eq!(adapter.deltas().map(|(path, _)| path.to_string()).collect::<BTreeSet<_>>(), ours, "{name}");
         assert_eq!(modules(&adapter.to_stored("tiny").unwrap()), ours, "{name} written again");
-        if method.blocks().is_some() {
+        // What depends on the token is no fixed change.
+        if method.blocks().is_some() || stored.config["peft_type"] == "FLYLORA" {
             assert!(to_lora(base.as_ref(), &adapter, None, "tiny").is_err(), "{name}");
             continue;
         }
@@ -113,6 +114,7 @@ fn whole_parameters_are_no_modules() {
         ("family-adapters/gemma3_norms", 12, 13),
         ("family-adapters/bert_bias", 6, 6),
         ("lora_xs", 4, 0),
+        ("flylora", 4, 0),
         ("loraplus", 14, 14),
     ] {
         let report = inspect(&StoredAdapter::read(&goldens().join(name)).unwrap()).unwrap();

@@ -1,6 +1,7 @@
 //! Methods and their configurations against PEFT, Python, torch and their authors' code.
 
 use candle_core::{DType, Tensor};
+use lorimer_adapter::Role;
 use lorimer_model::weights::SafetensorsFile;
 use serde_json::Value;
 
@@ -226,6 +227,45 @@ fn projections_equal_the_authors_code() {
         for (key, var) in delta.trainable() {
             near(&format!("the gradient of {key}"), found.get(var.as_tensor()).unwrap(), &get(&format!("grad.{key}")));
         }
+    }
+}
+
+/// What the authors of FlyLoRA save is a file of type LORA with two more keys and one more tensor a module, which is a buffer (see
+/// tests/goldens/make_flylora.py). To be seen to fail: their d left out, or every rank acting.
+#[test]
+fn flylora_folders_of_the_authors_are_read() {
+    let model = tiny("tiny-llama");
+    let stored = StoredAdapter::read(&folder("flylora")).unwrap();
+    assert_eq!(stored.config["peft_type"], "FLYLORA");
+    let adapter = Adapter::load_whole(&model, &stored).unwrap();
+    let golden = Golden::open("flylora");
+    let of = |adapter: &Adapter| logits(&model, &Attached::one(adapter), &golden.tokens());
+    let d = distance(&of(&adapter), &golden.get("logits"));
+    assert!(d < 1e-5, "{d:e}");
+    // d is honoured, is no trained parameter, and is not moved by a forward.
+    let buffers: Vec<_> = adapter.named().into_iter().filter(|p| p.role == Role::Buffer).collect();
+    assert!(buffers.len() == 4 && adapter.trainable().iter().all(|(name, _)| name.ends_with("lora_B")));
+    assert_eq!(distance(&of(&adapter), &of(&adapter)), 0.0);
+    // Written again it is ours, and gives the same.
+    let out = tempfile::tempdir().unwrap();
+    adapter.to_stored("tiny-llama").unwrap().write(out.path(), None).unwrap();
+    let again = Adapter::load_whole(&model, &StoredAdapter::read(out.path()).unwrap()).unwrap();
+    assert_eq!(distance(&of(&again), &of(&adapter)), 0.0);
+    buffers.iter().for_each(|p| p.var.set(&p.var.zeros_like().unwrap()).unwrap());
+    assert!(distance(&of(&adapter), &golden.get("logits")) > 0.1);
+    // What their configuration may ask for and the file's tensors do not say.
+    for (key, value, says) in [
+        ("init_lora_weights", serde_json::json!("pissa_niter_4"), "moved the base"),
+        ("alpha_pattern", serde_json::json!({ "q_proj": 3 }), "`alpha_pattern`"),
+        ("rank_pattern", serde_json::json!({ "q_proj": 3 }), "`rank_pattern`"),
+        ("use_rslora", true.into(), "`use_rslora`"),
+        ("top_k", 9.into(), "top_k = 9"),
+        ("bias_u", serde_json::json!(-1.0), "bias_u = -1"),
+    ] {
+        let mut changed = stored.clone();
+        changed.config.insert(key.into(), value);
+        let error = Adapter::load(&model, &changed).err().unwrap().to_string();
+        assert!(error.contains(says) && error.lines().count() == 1, "{key}: {error}");
     }
 }
 

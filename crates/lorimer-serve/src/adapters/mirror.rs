@@ -2,11 +2,12 @@
 //!
 //! An adapter is what lies below PREFIX/NAME/ with an `adapter_config.json`. Its files are fetched when it is first asked for, into a folder
 //! named after their entity tags, and again when those change; what was fetched survives the process. Only the few files that an adapter
-//! has are fetched, up to the bound on files.
+//! has are fetched, up to the bound on files. Adapters that it is made of are fetched with it, each as the adapter of the store that it is.
 //!
 //! Nobody waits for the store who can do without: what was looked at within [`KNOWN`] is used as it is, and looked at again beside the
 //! request. While the store does not answer, what is here is served, and it is asked again after a second, two, four … up to a minute.
 
+mod parts;
 mod remote;
 
 use std::collections::HashMap;
@@ -23,6 +24,7 @@ use object_store::{
 };
 use url::Url;
 
+use crate::adapters::found::Found;
 use crate::adapters::names::{Code, StoreError, check_name};
 use crate::adapters::registry::{self, Registry, Written};
 
@@ -61,6 +63,8 @@ pub struct Mirror {
 /// What the threads that fetch have too.
 struct Shared {
     store: Box<dyn ObjectStore>,
+    /// The URL that it was opened by.
+    address: String,
     prefix: Key,
     root: PathBuf,
     /// The folder that the URL names, if it is one of this machine: its names change under a lock.
@@ -73,10 +77,17 @@ struct Shared {
     any_news: AtomicBool,
 }
 
+/// An adapter as it was fetched: its folder, and the names of the adapters that it is made of.
+#[derive(Clone)]
+struct Fetched {
+    folder: PathBuf,
+    parts: Vec<PathBuf>,
+}
+
 /// Where an adapter was found.
 struct Looked {
     when: Instant,
-    folder: PathBuf,
+    fetched: Fetched,
     /// Whether somebody looks again.
     again: bool,
 }
@@ -174,6 +185,7 @@ impl Mirror {
         }
         let shared = Shared {
             store,
+            address: address.to_string(),
             prefix,
             root,
             local: (url.scheme() == "file").then(|| url.to_file_path().ok()).flatten(),
@@ -286,11 +298,18 @@ impl Mirror {
         })
     }
 
-    /// The folder of an adapter that was looked at within [`KNOWN`]; beyond [`FRESH`] it is looked at again beside this.
-    pub fn current(&self, path: &Path) -> Option<PathBuf> {
+    /// The folders of an adapter that was looked at within [`KNOWN`]; beyond [`FRESH`] it is looked at again beside this.
+    pub fn current(&self, path: &Path) -> Option<Found> {
         let mut looked = lock(&self.shared.looked);
-        let found = looked.get_mut(path)?;
+        let found = looked.get(path)?;
         let age = found.when.elapsed();
+        // Whoever looks at it looks at its parts.
+        let parts = found.fetched.parts.iter().map(|part| {
+            let found = looked.get(part).filter(|found| found.when.elapsed() < KNOWN)?;
+            Some(found.fetched.folder.clone())
+        });
+        let parts = parts.collect::<Option<_>>()?;
+        let found = looked.get_mut(path)?;
         if age >= KNOWN {
             return None;
         }
@@ -304,28 +323,29 @@ impl Mirror {
                 let _ = shared.look_and_note(&path).await;
             });
         }
-        Some(found.folder.clone())
+        Some(Found { folder: found.fetched.folder.clone(), parts })
     }
 
-    /// The folder below [`Self::root`] with what the store has for an adapter, fetched where it is not there; None if the store has none.
+    /// The folders below [`Self::root`] with what the store has for an adapter and for those that it is made of, fetched where they are not there; None
+    /// if the store has none.
     ///
     /// # Errors
     ///
-    /// Fails if the name is not valid, if its files are too large to be read, or if the store does not answer and nothing was
-    /// fetched before.
-    pub fn fetch(&self, path: &Path) -> Result<Option<PathBuf>, StoreError> {
-        if let Some(folder) = self.current(path) {
-            return Ok(Some(folder));
+    /// Fails if the name is not valid, if files are too large to be read, if the store lacks an adapter that it is made of, or if the store does not
+    /// answer and nothing was fetched before.
+    pub fn fetch(&self, path: &Path) -> Result<Option<Found>, StoreError> {
+        if let Some(found) = self.current(path) {
+            return Ok(Some(found));
         }
         let name = path.to_string_lossy();
         check_name(&name)?;
-        let here = lock(&self.shared.looked).get(path).map(|l| l.folder.clone()).or_else(|| self.shared.kept(&name));
+        let here = self.shared.kept_whole(path);
         let longest = if here.is_some() { SHORT } else { LONG };
-        match (self.wait(longest, self.shared.look_and_note(path)), here) {
-            (Err(error), Some(here)) if error.code == Code::StoreFailed => {
+        match (self.wait(longest, self.shared.look_whole(path)), here) {
+            (Err(error), Some((found, names))) if error.code == Code::StoreFailed => {
                 tracing::warn!("{error}; `{name}` is served as it was fetched before");
-                self.shared.note(path, Some(&here));
-                Ok(Some(here))
+                self.shared.note_kept(path, &found, names);
+                Ok(Some(found))
             }
             (found, _) => found,
         }
@@ -335,15 +355,14 @@ impl Mirror {
     ///
     /// # Errors
     ///
-    /// Fails if the name is not valid, if its files are too large to be read, or if the store does not answer.
-    pub fn fetch_now(&self, path: &Path) -> Result<Option<PathBuf>, StoreError> {
+    /// Fails if the name is not valid, if files are too large to be read, if the store lacks an adapter that it is made of, or if the store does not
+    /// answer.
+    pub fn fetch_now(&self, path: &Path) -> Result<Option<Found>, StoreError> {
         check_name(&path.to_string_lossy())?;
-        self.wait(LONG, self.shared.look_and_note(path))
+        self.wait(LONG, self.shared.look_whole(path))
     }
 }
 
 fn first_line(error: &Error) -> String {
     error.to_string().lines().next().unwrap_or_default().to_string()
 }
-
-impl Shared {}

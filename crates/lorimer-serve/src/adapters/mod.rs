@@ -1,5 +1,6 @@
 //! The adapters that a server has: their names and files, where those come from, and each as the engine serves it.
 
+pub mod found;
 pub mod hosted;
 pub mod mirror;
 pub mod names;

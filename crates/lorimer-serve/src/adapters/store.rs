@@ -16,10 +16,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use lorimer_adapter::file::store::CONFIG_FILE;
+use lorimer_adapter::pruning::BaseRecord;
 use lorimer_model::files::check_writable;
 use serde::Serialize;
 
 use self::stamp::{FileStamp, Stamp};
+use crate::adapters::found::Found;
 use crate::adapters::hosted::{Conversion, Hosted};
 use crate::adapters::mirror::Mirror;
 use crate::adapters::names::refuse;
@@ -55,6 +57,8 @@ pub struct StoreSettings {
     pub conversion_rank: usize,
     /// The base's chat template and the texts of its special tokens, so that adapters may have templates of their own.
     pub chat: Option<ChatDefaults>,
+    /// The base's folder with the record of what it is pruned from, which an adapter's own must be; None: only shapes tell.
+    pub base: Option<BaseRecord>,
 }
 
 /// What the base has for chats.
@@ -80,6 +84,7 @@ impl StoreSettings {
             max_names: 200_000,
             conversion_rank: 64,
             chat: None,
+            base: None,
         }
     }
 }
@@ -258,18 +263,18 @@ impl Store {
         Ok(found.iter().filter_map(|folder| Some(folder.strip_prefix(&self.root).ok()?.to_path_buf())).collect())
     }
 
-    /// What `path` stands for below the root or in the object store, and the folder to read it from. `now`: what was found before does not do.
-    fn locate(&self, path: &Path, now: bool) -> Result<(PathBuf, PathBuf), StoreError> {
+    /// What `path` stands for below the root or in the object store, and the folders to read it from. `now`: what was found before does not do.
+    fn locate(&self, path: &Path, now: bool) -> Result<(PathBuf, Found), StoreError> {
         let Some(mirror) = &self.mirror else {
             let below = self.confine(path)?;
-            let folder = self.root.join(&below);
-            return Ok((below, folder));
+            let found = Found::in_folder(self.root.join(&below));
+            return Ok((below, found));
         };
         let shown = path.to_string_lossy();
         match check_name(&shown) {
             Err(_) => refuse(Code::PathRefused, format!("`{}` is no path in the object store", shown.escape_debug())),
             Ok(()) => match if now { mirror.fetch_now(path)? } else { mirror.fetch(path)? } {
-                Some(folder) => Ok((path.to_path_buf(), folder)),
+                Some(found) => Ok((path.to_path_buf(), found)),
                 None => refuse(Code::AdapterNotFound, format!("there is no adapter `{shown}` in the object store")),
             },
         }
@@ -300,7 +305,10 @@ impl Store {
 
     /// A message without the paths of this machine.
     fn without_root(&self, message: &str) -> String {
-        message.replace(&format!("{}/", self.root.display()), "")
+        let base = self.settings.base.as_ref().and_then(|base| base.folder().parent());
+        let folders = [Some(self.root.as_path()), base.filter(|base| base.file_name().is_some())];
+        let without = |message: String, folder: &Path| message.replace(&format!("{}/", folder.display()), "");
+        folders.into_iter().flatten().fold(message.to_string(), without)
     }
 
     /// What there is, by name.

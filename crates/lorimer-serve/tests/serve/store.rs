@@ -355,3 +355,65 @@ fn ten_thousand_hostile_folders() {
     }
     assert!(good > 100 && bad > 3000, "{good} were served, {bad} refused");
 }
+
+/// A mixture below the root, in a folder or in an object store (here a folder named by its URL): its experts are read with it and counted as what they
+/// take in it; one that changes or goes is noticed. To be seen to fail: a stamp without the parts; a mirror that fetches the mixture alone.
+#[test]
+fn a_mixture_is_read_with_its_experts_and_follows_them() {
+    let model = model();
+    for mirrored in [false, true] {
+        let (root, cache) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let at = |name: &str| root.path().join(name);
+        let part = |i: u64| {
+            write(&model, &at(&format!("experts/{i}")), r#"{"r": 2}"#, i + 1);
+            StoredAdapter::read(&at(&format!("experts/{i}"))).unwrap().into_part().unwrap()
+        };
+        let parts = [part(0), part(1)];
+        for (name, layerwise) in [("team/mixed", true), ("other", false)] {
+            let settings = serde_json::json!({ "layerwise_scalings": layerwise, "init": "peft" });
+            let mut method = methods::build("xlora", settings.as_object().unwrap()).unwrap();
+            method.take_parts(&parts).unwrap();
+            let mixture = Adapter::attach(&model, method, 3).unwrap();
+            mixture.to_stored("tiny").unwrap().write(&at(name), None).unwrap();
+        }
+        let address = mirrored.then(|| format!("file://{}", root.path().display()));
+        let folder = if mirrored { cache.path() } else { root.path() };
+        let settings = StoreSettings { address, ..StoreSettings::new(folder) };
+        let store = Store::open(settings.clone()).unwrap();
+        assert_eq!(store.list().len(), 4);
+        let first = store.get(&model, "team/mixed").unwrap();
+        let numbers: usize = parts.iter().flat_map(|part| part.tensors.values()).map(|t| t.elem_count()).sum();
+        assert!(first.router.is_some() && first.bytes() > 4 * numbers, "{mirrored}: {} {numbers}", first.bytes());
+        assert_eq!(store.host(), (first.bytes().next_multiple_of(1024), 1));
+        assert!(Arc::ptr_eq(&first, &store.get(&model, "team/mixed").unwrap()), "read once");
+        // An expert is an adapter of its own as well; where memory is short, one gives way to the other.
+        let tight =
+            Store::open(StoreSettings { host_bytes: first.bytes().next_multiple_of(1024), ..settings }).unwrap();
+        for name in ["team/mixed", "experts/0", "other", "team/mixed"] {
+            tight.get(&model, name).unwrap();
+            assert!(tight.host().0 <= first.bytes().next_multiple_of(1024) && tight.host().1 == 1, "{name}");
+        }
+        // Another expert under the old name: this mixture does not say which it was trained with, so it is served with the new one.
+        write(&model, &at("experts/1"), r#"{"r": 3}"#, 9);
+        let end = std::time::Instant::now() + std::time::Duration::from_secs(30);
+        let now = loop {
+            let now = store.get(&model, "team/mixed").unwrap();
+            if now.content_id != first.content_id {
+                break now;
+            }
+            assert!(std::time::Instant::now() < end, "{mirrored}: the old expert is served on");
+            std::thread::sleep(std::time::Duration::from_millis(200));
+        };
+        assert_eq!(now.rank, 5);
+        // One that is not there.
+        std::fs::remove_dir_all(at("experts/1")).unwrap();
+        let fresh = tempfile::tempdir().unwrap();
+        let folder = if mirrored { fresh.path() } else { root.path() };
+        let address = mirrored.then(|| format!("file://{}", root.path().display()));
+        let again = Store::open(StoreSettings { address, ..StoreSettings::new(folder) }).unwrap();
+        let error = again.get(&model, "other").map(|h| h.content_id.clone()).unwrap_err();
+        assert_eq!(error.code, Code::AdapterInvalid);
+        assert!(error.message.contains("expert 1 should be at `../experts/1`"), "{error}");
+        assert!(!error.message.contains(&root.path().display().to_string()), "{error}");
+    }
+}

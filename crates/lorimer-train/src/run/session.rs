@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicBool;
 
 use lorimer_adapter::file::card::card;
 use lorimer_adapter::file::store::CONFIG_FILE;
-use lorimer_adapter::pruning::{PrunedFrom, record_beside};
+use lorimer_adapter::pruning::{PrunedFrom, check_record, record_beside};
 use lorimer_adapter::{Adapter, Attached, BaseIdentity, CalibrationStats, Golden, Manifest, Method, StoredAdapter};
 use lorimer_model::Base;
 use lorimer_model::pull::own_cache;
@@ -85,6 +85,7 @@ impl Session<'_> {
             // What was read is not kept beside the adapter.
             Some(folder) => {
                 let stored = StoredAdapter::read(folder)?;
+                check_record(&stored, &self.base.path, &self.base.model().shape().layers)?;
                 begun_from = Some(stored.content_id()?);
                 Adapter::load_whole(self.base.model(), &stored)?
             }

@@ -243,6 +243,24 @@ fn kept_golden() -> Vec<KeptLayer> {
     serde_json::from_value(crate::support::json(&folder("pruning/kept.json"))).unwrap()
 }
 
+/// What recovering an adapter writes; nothing where it is refused.
+fn recovered(stored: &StoredAdapter, pruning: &Pruning, unverified: bool) -> Result<StoredAdapter, String> {
+    let out = tempfile::tempdir().unwrap();
+    let (from, to) = (out.path().join("small"), out.path().join("whole"));
+    stored.write(&from, None).unwrap();
+    let told = recover(&from, pruning, unverified, &to).map_err(|e| {
+        assert_eq!(std::fs::read_dir(out.path()).unwrap().count(), 1, "something was written: {e}");
+        e.to_string()
+    })?;
+    let whole = StoredAdapter::read(&to).unwrap();
+    let numbers = |s: &StoredAdapter| s.tensors.values().map(Tensor::elem_count).sum::<usize>();
+    assert_eq!((told.tensors, told.parameters), (whole.tensors.len(), numbers(&whole)));
+    assert_eq!(told.trained_parameters, numbers(stored));
+    assert_eq!(whole.manifest.as_ref().unwrap().content_id, whole.content_id().unwrap());
+    assert!(recover(&from, pruning, unverified, &to).unwrap_err().to_string().contains("exists"));
+    Ok(whole)
+}
+
 /// A copy of a base's weights with the dropped units zeroed.
 fn masked_base(base: &Path, pruning: &Pruning) -> Decoder {
     let file = SafetensorsFile::open(&base.join("model.safetensors")).unwrap();
@@ -288,7 +306,7 @@ fn slicing_and_recovery_are_those_of_transformers_and_peft() {
     let on_small = logits(&smaller, &Attached::one(&adapter), &tokens);
     near(&on_small, "small", 1e-4);
 
-    let recovered = recover(&stored, &pruning, true).unwrap();
+    let recovered = recovered(&stored, &pruning, true).unwrap();
     let theirs = StoredAdapter::read(&folder("pruning/recovered")).unwrap();
     assert_eq!(recovered.tensors.keys().collect::<Vec<_>>(), theirs.tensors.keys().collect::<Vec<_>>());
     for (name, t) in &recovered.tensors {
@@ -338,7 +356,8 @@ fn a_ratio_of_nothing_changes_nothing() {
     let adapter = Adapter::attach(&model, methods::build("lora", &Map::new()).unwrap(), 0).unwrap();
     crate::tiny::move_all(&adapter);
     let stored = adapter.to_stored("base").unwrap();
-    assert_eq!(recover(&stored, &pruning, true).unwrap().tensor_bytes().unwrap(), stored.tensor_bytes().unwrap());
+    let same = recovered(&stored, &pruning, true).unwrap();
+    assert_eq!(same.tensor_bytes().unwrap(), stored.tensor_bytes().unwrap());
 }
 
 /// A record that was changed, of another seed, of another base, or hostile, is refused in a sentence; so are adapters that are not its own.
@@ -391,7 +410,7 @@ fn records_and_adapters_that_do_not_belong_together_are_refused() {
     }
     let stored = StoredAdapter::read(&folder("pruning/small")).unwrap();
     let refused = |stored: &StoredAdapter, pruning: &Pruning, unverified: bool| {
-        recover(stored, pruning, unverified).unwrap_err().to_string()
+        recovered(stored, pruning, unverified).unwrap_err()
     };
     assert!(refused(&stored, &pruning, false).contains("no lorimer.json"));
     // Other units of the same shapes: only ids tell.
@@ -400,11 +419,11 @@ fn records_and_adapters_that_do_not_belong_together_are_refused() {
     others[0].heads = vec![0, 1];
     let other = record(&base, others);
     assert_ne!(other.id, pruning.id);
-    let mut ours = recover(&stored, &pruning, true).unwrap();
+    let mut ours = recovered(&stored, &pruning, true).unwrap();
     ours.tensors.clone_from(&stored.tensors);
     assert!(refused(&ours, &pruning, false).contains("no pruned model"));
     identity_set(&mut ours, &pruning);
-    assert!(recover(&ours, &pruning, false).is_ok());
+    assert!(recovered(&ours, &pruning, false).is_ok());
     assert!(refused(&ours, &other, false).contains("another pruned model"));
     // The small adapter on the whole base.
     let error = Adapter::load_whole(&tiny("tiny-llama"), &ours).err().unwrap().to_string();

@@ -7,6 +7,7 @@ use std::time::Instant;
 use anyhow::{Result, anyhow, bail};
 use clap::Args;
 use lorimer::adapter::algebra::resize::{largest_rank, resize};
+use lorimer::adapter::pruning::check_record;
 use lorimer::adapter::{Adapter, Attached, StoredAdapter};
 use lorimer::model::Base;
 use lorimer::train::data::Format;
@@ -112,6 +113,7 @@ impl Eval {
     ) -> Result<ExitCode> {
         let [(folder, 1.0)] = &self.adapter[..] else { bail!("--rank wants one --adapter, at weight 1") };
         let stored = StoredAdapter::read(folder)?;
+        check_record(&stored, &base.path, &base.model().shape().layers)?;
         let most = largest_rank(&stored)?;
         let ranks: Vec<usize> = match ranks {
             "all" => (1..=most).collect(),

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use anyhow::{Result, bail};
 use candle_core::Tensor;
 use clap::Args;
+use lorimer::adapter::file::export::to_lora;
 use lorimer::adapter::file::store::CONFIG_FILE;
 use lorimer::adapter::{Adapter, StoredAdapter, methods};
 use serde_json::Map;
@@ -44,16 +45,9 @@ impl Extract {
         let (base, pulled) = common::open_base(&self.model, global)?;
         if folder.join(CONFIG_FILE).exists() {
             let stored = StoredAdapter::read(&folder)?;
-            let adapter = Adapter::load_whole(base.model(), &stored)?;
-            return write_lora(
-                &base,
-                &pulled,
-                (&adapter, stored.manifest.as_ref()),
-                &self.tuned,
-                Some(self.rank),
-                &self.output,
-                global,
-            );
+            let adapter = common::attach(&base, &stored)?;
+            let exported = to_lora(base.model(), &adapter, Some(self.rank), &pulled.name)?;
+            return write_lora(exported, stored.manifest.as_ref(), &self.tuned, &self.output, global);
         }
         let own = ModelArgs { model: self.tuned.clone(), dtype: DtypeFlag::F32, tokenizer: None };
         let (tuned, _) = common::open_base(&own, global)?;
@@ -82,6 +76,7 @@ impl Extract {
         if !adapter.has_effect(base.model())? {
             bail!("`{}` equals the base in every targeted projection; there is nothing to extract", self.tuned);
         }
-        write_lora(&base, &pulled, (&adapter, None), &self.tuned, Some(self.rank), &self.output, global)
+        let exported = to_lora(base.model(), &adapter, Some(self.rank), &pulled.name)?;
+        write_lora(exported, None, &self.tuned, &self.output, global)
     }
 }

@@ -3,11 +3,10 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use clap::Args;
+use lorimer::adapter::Pruning;
 use lorimer::adapter::algebra::recover::recover;
-use lorimer::adapter::{Pruning, StoredAdapter};
-use serde_json::json;
 
 use lorimer_cli::{Global, common};
 
@@ -30,27 +29,16 @@ pub struct Recover {
 
 impl Recover {
     pub fn run(self, global: Global) -> Result<ExitCode> {
-        if self.output.exists() {
-            bail!("`{}` exists; choose another --output", self.output.display());
-        }
         let pruning = Pruning::read(&self.pruning)?;
-        let stored = StoredAdapter::read(&self.adapter)?;
-        let recovered = recover(&stored, &pruning, self.unverified)?;
-        recovered.write(&self.output, None)?;
-        let count = |s: &StoredAdapter| s.tensors.values().map(candle_core::Tensor::elem_count).sum::<usize>();
-        let (before, after) = (count(&stored), count(&recovered));
-        let json = json!({
-            "output": self.output, "base": pruning.base.name, "tensors": recovered.tensors.len(),
-            "parameters": after, "trained_parameters": before,
-        });
-        common::print(global, &json, || {
+        let recovered = recover(&self.adapter, &pruning, self.unverified, &self.output)?;
+        common::print(global, &recovered, || {
             format!(
                 "wrote {} tensors to {}: {} numbers for {}, {} of them trained",
-                recovered.tensors.len(),
-                self.output.display(),
-                common::short(after),
-                pruning.base.name,
-                common::short(before)
+                recovered.tensors,
+                recovered.output,
+                common::short(recovered.parameters),
+                recovered.base,
+                common::short(recovered.trained_parameters)
             )
         })
     }

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
 use clap::Args;
+use lorimer::adapter::pruning::BaseRecord;
 use lorimer::model::Base;
 use lorimer::serve::adapters::store::ChatDefaults;
 use lorimer::serve::http::{self, App, Keys};
@@ -179,6 +180,7 @@ impl Serve {
             max_rank: self.max_rank,
             conversion_rank: self.conversion_rank,
             chat: Some(chat),
+            base: Some(BaseRecord::of(&base.path, &base.model().shape().layers)?),
             ..StoreSettings::new(root)
         })
     }

@@ -5,8 +5,8 @@ use std::process::ExitCode;
 
 use anyhow::{Result, bail};
 use clap::Args;
+use lorimer::adapter::StoredAdapter;
 use lorimer::adapter::algebra::switch::{Entries, Switcher};
-use lorimer::adapter::{Adapter, StoredAdapter};
 use lorimer::model::{BaseModel, Frozen};
 use lorimer::serve::{Sampling, generate};
 use rand::{Rng, SeedableRng};
@@ -48,7 +48,7 @@ impl Switch {
         let mut loaded = Vec::new();
         for folder in &self.adapters {
             let stored = StoredAdapter::read(folder)?;
-            let entries = Entries::of(base.model(), &Adapter::load_whole(base.model(), &stored)?)?;
+            let entries = Entries::of(base.model(), &common::attach(&base, &stored)?)?;
             loaded.push((folder.display().to_string(), entries));
         }
         let tokens = match &self.prompt {

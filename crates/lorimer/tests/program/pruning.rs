@@ -119,7 +119,19 @@ fn an_adapter_of_a_pruned_model_runs_on_the_whole_one() {
         error(&["eval", "--model", &other, "--adapter", &own, "--data", &f.data])
             .contains("ids of pruning.json differ")
     );
+    // Whoever uses an adapter looks: to be seen to fail where one does not.
     let (wrong, out) = (format!("{other}/pruning.json"), f.path("out"));
+    for used in [
+        vec!["convert", &own, "--to", "lora", "--model", &other, "--output", &out],
+        vec!["extract", &own, "--model", &other, "--rank", "4", "--output", &out],
+        vec!["eval", "--model", &other, "--adapter", &own, "--data", &f.data, "--rank", "all"],
+        vec!["train", "--model", &other, "--adapter", &own, "--data", &f.data, "--output", &out, "--max-steps", "1"],
+        vec!["inspect", &own, "--text", "up", "--model", &other],
+    ] {
+        let told = error(&used);
+        assert!(told.contains("ids of pruning.json differ"), "{used:?}: {told}");
+        assert!(!Path::new(&out).join("adapter_config.json").exists(), "{used:?}");
+    }
     let refused = error(&["recover", "--adapter", &own, "--pruning", &wrong, "--output", &out]);
     assert!(refused.contains("another pruned model") && !Path::new(&out).exists(), "{refused}");
     let plain = f.path("plain");

@@ -298,3 +298,89 @@ fn only_variables_of_the_store_count() {
     let asked = s3.answered();
     assert!(token(&asked) && !asked.is_empty(), "{asked:?}");
 }
+
+/// A mixture in an object store: its experts are fetched with it, as the adapters of the store that they are, looked at again, and kept for an outage. What
+/// it names elsewhere, or what is not there, is refused by its number. To be seen to fail: a mirror that fetches the mixture alone, or never looks at
+/// experts again.
+#[test]
+fn a_mixture_is_fetched_with_its_experts() {
+    let (s3, cache) = (S3::start(), tempfile::tempdir().unwrap());
+    let cache = cache.path().display().to_string();
+    let files = |name: &str| -> Vec<(&'static str, Vec<u8>)> {
+        let folder = common::goldens("xlora").join(name);
+        let read = |file: &str| std::fs::read(folder.join(file)).unwrap();
+        ["adapter_model.safetensors", "adapter_config.json"].map(|file| (file, read(file))).into()
+    };
+    let named = |adapters: Value| {
+        let mut files = files("layerwise");
+        let mut config: Value = serde_json::from_slice(&files[1].1).unwrap();
+        config["adapters"] = adapters;
+        files[1].1 = config.to_string().into_bytes();
+        files
+    };
+    for expert in ["0", "1", "2"] {
+        upload(&s3, &format!("experts/{expert}"), &files(&format!("experts/{expert}")));
+    }
+    upload(&s3, "mixed", &files("layerwise"));
+    upload(
+        &s3,
+        "team/urls",
+        &named(json!({ "0": "s3://models/adapters/experts/0", "1": "experts/1", "2": "../../experts/2" })),
+    );
+    let server = Server::start(&s3, &cache, &[]);
+    assert_eq!(server.names(), ["experts/0", "experts/1", "experts/2", "mixed", "team/urls"]);
+    // What the code that trains says of the files of this machine.
+    let base = Base::prepare(&common::goldens("tiny-llama"), &OpenOptions::default()).unwrap().load().unwrap();
+    let stored = StoredAdapter::read(&common::goldens("xlora/layerwise")).unwrap();
+    let adapter = Adapter::load_whole(base.model(), &stored).unwrap();
+    let (mut tokens, on) = (vec![1u32, 5, 7], Attached::one(&adapter));
+    for _ in 0..8 {
+        let hidden = base.model().hidden(&Batch::pack([tokens.as_slice()]), &on).unwrap();
+        let last = base.model().logits(&hidden.narrow(0, tokens.len() - 1, 1).unwrap(), &on).unwrap();
+        tokens.push(last.argmax(1).unwrap().to_vec1::<u32>().unwrap()[0]);
+    }
+    let expected = json!(base.text.decode(&tokens[3..], true).unwrap());
+    for name in ["mixed", "team/urls"] {
+        let (status, answer, _) = server.answer(name);
+        assert_eq!((status, &answer["choices"][0]["text"]), (200, &expected), "{name}: {answer}");
+    }
+    let (status, given) = server.give("prod", "mixed", "create");
+    assert_eq!(status, 200, "{given}");
+    // Not there, out of the prefix, another store's, another machine's, and a mixture within a mixture.
+    for (i, (part, says)) in [
+        ("../experts/9", "its expert 1 should be at `../experts/9`, where the object store has no adapter"),
+        ("../../secret", "its expert 1 should be at"),
+        ("s3://other/adapters/experts/0", "its expert 1 should be at"),
+        ("/models/experts/0", "its expert 1 should be at"),
+        ("../mixed", "XLORA"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let name = format!("bad{i}");
+        upload(&s3, &name, &named(json!({ "0": "../experts/0", "1": part, "2": "../experts/2" })));
+        let (status, answer, _) = server.answer(&name);
+        let message = answer["error"]["message"].as_str().unwrap_or_default();
+        assert_eq!((status, answer["error"]["code"].as_str()), (422, Some("adapter_invalid")), "{part}: {answer}");
+        assert!(message.contains(says) && message.lines().count() == 1, "{part}: {message}");
+    }
+    assert_eq!(server.answer("mixed").0, 200, "a mixture within another is still served by itself");
+    // Another expert under its name: PEFT's file does not say which it was, so it is served with that.
+    let content = || {
+        let (_, listed) = server.call("GET", "/v1/adapters", &json!({}));
+        let all = listed["adapters"].as_array().unwrap();
+        all.iter().find(|a| a["name"] == "mixed").unwrap()["content_id"].clone()
+    };
+    let before = content();
+    let mut other = files("experts/1");
+    let end = other[0].1.len();
+    other[0].1[end - 4..].copy_from_slice(&0.5f32.to_le_bytes());
+    upload(&s3, "experts/1", &other);
+    until("the expert that was replaced is served on", 30, || server.answer("mixed").0 == 200 && content() != before);
+    drop(server);
+    // What was fetched serves a new server while the store is down.
+    s3.set(Mood::Down);
+    let server = Server::start(&s3, &cache, &[]);
+    let (status, answer, _) = server.answer("mixed");
+    assert_eq!(status, 200, "{answer}");
+}

@@ -52,7 +52,7 @@ fn meaning(config: &Map<String, Value>) -> BTreeMap<&String, &Value> {
 pub(super) fn check(parents: &Parents) -> Result<()> {
     let Some((first, others)) = parents.all.split_first() else { return Ok(()) };
     for parent in &parents.all {
-        let (method, account) = account_of(&parent.stored)?;
+        let (method, account) = account_of(&parent.file.stored)?;
         account.refuse_unknown(method.name())?;
         if !AVERAGED.contains(&method.name()) {
             return Err(Error::Refused(format!(
@@ -71,14 +71,14 @@ pub(super) fn check(parents: &Parents) -> Result<()> {
                 other.shown()
             )))
         };
-        let (a, b) = (meaning(&first.stored.config), meaning(&other.stored.config));
+        let (a, b) = (meaning(&first.file.stored.config), meaning(&other.file.stored.config));
         if let Some(key) = a.keys().chain(b.keys()).find(|key| a.get(*key) != b.get(*key)) {
             return fail(format!("their adapter_config.json differ in `{key}`"));
         }
         let shape = |s: &StoredAdapter| -> Vec<(String, Vec<usize>)> {
             s.tensors.iter().map(|(name, t)| (name.clone(), t.dims().to_vec())).collect()
         };
-        let (a, b) = (shape(&first.stored), shape(&other.stored));
+        let (a, b) = (shape(&first.file.stored), shape(&other.file.stored));
         if let Some((name, _)) = a.iter().find(|t| !b.contains(t)).or_else(|| b.iter().find(|t| !a.contains(t))) {
             return fail(format!("`{name}` is not in both, or not of one shape"));
         }
@@ -93,7 +93,7 @@ pub(super) fn likeness(parents: &Parents) -> Result<Option<f64>> {
     let (mut sums, mut rows) = (vec![0.0; others.len()], 0usize);
     for name in first.stored().tensors.keys().filter(|name| name.ends_with(".lora_A.weight")) {
         let unit = |parent: &Parent| -> Result<Tensor> {
-            let a = parent.tensor(name)?.to_dtype(DType::F64)?;
+            let a = parent.file.tensor(name)?.to_dtype(DType::F64)?;
             let sizes = a.sqr()?.sum_keepdim(1)?.sqrt()?.maximum(f64::MIN_POSITIVE)?;
             Ok(a.broadcast_div(&sizes)?)
         };
@@ -111,7 +111,7 @@ pub(super) fn tensor(parents: &Parents, name: &str) -> Result<Tensor> {
     let mut sum: Option<Tensor> = None;
     let mut dtype = DType::F32;
     for (parent, weight) in parents.all.iter().zip(&parents.weights) {
-        let own = parent.tensor(name)?;
+        let own = parent.file.tensor(name)?;
         let share = (own.to_dtype(DType::F64)? * *weight)?;
         match sum {
             None => (dtype, sum) = (own.dtype(), Some(share)),

@@ -30,9 +30,10 @@ use crate::file::bytes::Header;
 use crate::file::convert::peft_config;
 use crate::file::dialects::peft;
 use crate::file::store::{CONFIG_FILE, MANIFEST_FILE, Manifest, WEIGHTS_FILE};
+use crate::file::streamed::content_id_of;
 use crate::file::writer::{carrying, write_tensors};
 pub use entry::{Combination, Kind, Weights};
-use parents::{Parent, Parents, content_id_of, method_of};
+use parents::{Parent, Parents, method_of};
 use settings::Settings;
 use site::Made;
 pub use svd::clamp;
@@ -235,7 +236,7 @@ fn fill(
         _ => write_sites(&path, (combination, settings), parents, &mut account, progress)?,
     }
     let none = || Error::Refused("there is no adapter to combine".into());
-    let first = &parents.all.first().ok_or_else(none)?.stored;
+    let first = &parents.all.first().ok_or_else(none)?.file.stored;
     let is_lora = !matches!(combination.kind, Kind::Tensors);
     let config = match is_lora {
         true => peft_config(&account.ranks, bases::name(parents).unwrap_or_default())?,
@@ -256,7 +257,7 @@ fn fill(
     let reports = parent_reports(parents, &modules);
     let content_id = content_id_of(folder)?;
     let error = (account.whole > 0.0).then(|| (account.wrong / account.whole).sqrt());
-    let manifests = || parents.all.iter().filter_map(|p| p.stored.manifest.as_ref());
+    let manifests = || parents.all.iter().filter_map(|p| p.file.stored.manifest.as_ref());
     let manifest = Manifest {
         format: 1,
         content_id: content_id.clone(),
@@ -289,7 +290,7 @@ fn fill(
 fn parent_reports(parents: &Parents, modules: &[String]) -> Vec<ParentReport> {
     let one = |(parent, weight): (&Parent, &f64)| ParentReport {
         name: parent.name(),
-        content_id: parent.content_id.clone(),
+        content_id: parent.file.content_id.clone(),
         weight: *weight,
         missing: modules.iter().filter(|m| !parent.modules.contains_key(*m)).count(),
     };
@@ -303,7 +304,7 @@ fn averaged_config(parents: &Parents, first: &Map<String, Value>) -> Map<String,
         config.insert("base_model_name_or_path".into(), name.into());
     }
     let seed = |map: &Map<String, Value>| map.get("a_seed").cloned().unwrap_or_default();
-    if parents.all.iter().any(|p| seed(&p.stored.config) != seed(first)) {
+    if parents.all.iter().any(|p| seed(&p.file.stored.config) != seed(first)) {
         config.insert("a_seed".into(), Value::Null);
     }
     config
@@ -311,7 +312,7 @@ fn averaged_config(parents: &Parents, first: &Map<String, Value>) -> Map<String,
 
 fn write_means(path: &Path, parents: &Parents, progress: &mut dyn FnMut(usize, usize, &str)) -> Result<()> {
     let names: Vec<String> =
-        parents.all.first().map(|p| p.stored.tensors.keys().cloned().collect()).unwrap_or_default();
+        parents.all.first().map(|p| p.file.stored.tensors.keys().cloned().collect()).unwrap_or_default();
     write_tensors(path, Header::room_for(&names), |out| {
         for (done, name) in names.iter().enumerate() {
             out.push(name, &average::tensor(parents, name)?)?;

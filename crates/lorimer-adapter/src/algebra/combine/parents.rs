@@ -1,13 +1,9 @@
 //! The adapters that are combined: their files, read tensor by tensor.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
 use std::path::Path;
-use std::sync::{Mutex, PoisonError};
 
-use candle_core::{DType, Device, Tensor};
-use lorimer_model::weights::SafetensorsFile;
+use candle_core::{DType, Tensor};
 use serde_json::Value;
 
 use super::memory::Sizes;
@@ -17,7 +13,8 @@ use crate::error::{Error, Result};
 use crate::file::convert::low_ranks;
 use crate::file::dialects::peft;
 use crate::file::load::account_of;
-use crate::file::store::{ContentHash, StoredAdapter, WEIGHTS_FILE, check_finite, checked_names, read_settings};
+use crate::file::store::StoredAdapter;
+use crate::file::streamed::StreamedAdapter;
 
 /// Factors of one module in a file.
 #[derive(Clone, Copy, Debug)]
@@ -28,89 +25,38 @@ pub(super) struct Shape {
     pub scaling: f64,
 }
 
-/// One adapter's file: its settings and the shapes of its tensors in memory, the tensors on disk.
+/// One adapter that is combined.
 pub(super) struct Parent {
-    /// Configuration, manifest, and tensors that have the file's shapes and no numbers.
-    pub stored: StoredAdapter,
-    /// `sha256:…` over configuration and tensors.
-    pub content_id: String,
+    /// Its folder, read tensor by tensor.
+    pub file: StreamedAdapter,
     /// Its modules' factors.
     pub modules: BTreeMap<String, Shape>,
-    header: SafetensorsFile,
-    data: Mutex<File>,
-    data_start: u64,
 }
 
 impl Parent {
-    /// Opens a folder, reads all of it once for its content id, and keeps its shapes.
+    /// Opens a folder.
     pub(super) fn open(folder: &Path) -> Result<Self> {
-        let (config, manifest) = read_settings(folder)?;
-        let path = folder.join(WEIGHTS_FILE);
-        let header = SafetensorsFile::open(&path)?;
-        let names = checked_names(&header)?;
-        let io = |action| lorimer_model::Error::io(action, &path);
-        let data = File::open(&path).map_err(io("read"))?;
-        let length = data.metadata().map_err(io("read"))?.len();
-        let Some(data_start) = length.checked_sub(header.metadata.data_len() as u64) else {
-            return Err(lorimer_model::Error::invalid(&path, "changed while it was read").into());
-        };
-        let stored = StoredAdapter { path: folder.into(), config, tensors: BTreeMap::new(), manifest, parts: vec![] };
-        stored.refuse_mixture("combined with others")?;
-        let (data, modules) = (Mutex::new(data), BTreeMap::new());
-        let mut parent = Self { stored, content_id: String::new(), modules, header, data, data_start };
-        let mut hash = ContentHash::new(&parent.stored.config, &[]);
-        for name in names {
-            let (dtype, shape, bytes) = parent.bytes(&name)?;
-            let tensor = Tensor::from_raw_buffer(&bytes, dtype, &shape, &Device::Cpu)?;
-            check_finite(&parent.header.path, &name, &tensor)?;
-            hash.tensor(&name, dtype, &shape, &bytes);
-            let empty = Tensor::zeros((), dtype, &Device::Cpu)?.broadcast_as(shape)?;
-            parent.stored.tensors.insert(name, empty);
-        }
-        parent.content_id = hash.finish();
-        Ok(parent)
-    }
-
-    /// Type, shape and bytes of a tensor.
-    fn bytes(&self, name: &str) -> Result<(DType, Vec<usize>, Vec<u8>)> {
-        let path = &self.header.path;
-        let none = || lorimer_model::Error::invalid(path, format!("has no tensor `{name}`"));
-        let info = self.header.metadata.info(name).ok_or_else(none)?;
-        // The header was checked against the file's length, so the span is inside of it.
-        let (start, end) = info.data_offsets;
-        let (dtype, shape, _) = self.header.tensor(name)?.ok_or_else(none)?;
-        let mut bytes = vec![0; end - start];
-        let mut file = self.data.lock().unwrap_or_else(PoisonError::into_inner);
-        let io = |action| lorimer_model::Error::io(action, path);
-        file.seek(SeekFrom::Start(self.data_start + start as u64)).map_err(io("read"))?;
-        file.read_exact(&mut bytes).map_err(io("read"))?;
-        Ok((dtype, shape, bytes))
-    }
-
-    /// A tensor in its own type.
-    pub(super) fn tensor(&self, name: &str) -> Result<Tensor> {
-        let (dtype, shape, bytes) = self.bytes(name)?;
-        Ok(Tensor::from_raw_buffer(&bytes, dtype, &shape, &Device::Cpu)?)
+        Ok(Self { file: StreamedAdapter::open(folder, "combined with others")?, modules: BTreeMap::new() })
     }
 
     /// How it is called in messages.
     pub(super) fn shown(&self) -> String {
-        self.stored.path.display().to_string()
+        self.file.stored.path.display().to_string()
     }
 
     /// The folder's own name.
     pub(super) fn name(&self) -> String {
-        self.stored.path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default()
+        self.file.stored.path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default()
     }
 
     /// What its files say.
     pub(super) fn stored(&self) -> &StoredAdapter {
-        &self.stored
+        &self.file.stored
     }
 
     /// A text of its configuration.
     pub(super) fn text(&self, key: &str) -> Option<&str> {
-        self.stored.config.get(key).and_then(Value::as_str)
+        self.file.stored.config.get(key).and_then(Value::as_str)
     }
 
     /// Finds its modules, all of which must be plain low-rank factors; with `gated`, FlyLoRA's and SMoRA's too, with every rank acting.
@@ -118,13 +64,13 @@ impl Parent {
         let name = self.shown();
         let kind = self.text("peft_type").unwrap_or_default();
         let found = match (gated, kind) {
-            (true, "FLYLORA" | "SRMOLE") => dense_factors(&self.stored)?,
+            (true, "FLYLORA" | "SRMOLE") => dense_factors(&self.file.stored)?,
             (false, "FLYLORA" | "SRMOLE") => {
                 return Err(Error::Refused(format!(
                     "`{name}` chooses its ranks by the token, which no fixed change does: --method dense takes all its ranks as acting, --method tensors averages its tensors, and a weighted sum is served or evaluated with --adapter"
                 )));
             }
-            _ => low_ranks(&self.stored).map_err(|e| Error::Refused(format!("`{name}`: {e}")))?,
+            _ => low_ranks(&self.file.stored).map_err(|e| Error::Refused(format!("`{name}`: {e}")))?,
         };
         for (module, low) in found {
             let ((rank, inputs), (outputs, other)) = (low.a.dims2()?, low.b.dims2()?);
@@ -142,7 +88,7 @@ impl Parent {
 
     /// Refuses a file that lacks all tensors of a module which its configuration names.
     fn check_targets(&self) -> Result<()> {
-        let Some(Value::Array(names)) = self.stored.config.get("target_modules") else { return Ok(()) };
+        let Some(Value::Array(names)) = self.file.stored.config.get("target_modules") else { return Ok(()) };
         let held = |name: &str| self.modules.keys().any(|m| m == name || m.ends_with(&format!(".{name}")));
         match names.iter().filter_map(Value::as_str).find(|name| *name != "all-linear" && !held(name)) {
             None => Ok(()),
@@ -156,7 +102,8 @@ impl Parent {
     /// Its change of a module, if it has one.
     fn part(&self, module: &str, weight: f64) -> Result<Option<Part>> {
         let Some(shape) = self.modules.get(module) else { return Ok(None) };
-        let read = |key| -> Result<Tensor> { Ok(self.tensor(&peft::tensor_name(module, key))?.to_dtype(DType::F32)?) };
+        let read =
+            |key| -> Result<Tensor> { Ok(self.file.tensor(&peft::tensor_name(module, key))?.to_dtype(DType::F32)?) };
         Ok(Some(Part { a: read("lora_A.weight")?, b: read("lora_B.weight")?, scaling: shape.scaling, weight }))
     }
 }
@@ -191,11 +138,6 @@ impl Parents {
         let parts = self.all.iter().zip(&self.weights).map(|(parent, weight)| parent.part(module, *weight));
         Ok(Pool { path: module.into(), parts: parts.filter_map(Result::transpose).collect::<Result<_>>()? })
     }
-}
-
-/// The content id of a file that has just been written.
-pub(super) fn content_id_of(folder: &Path) -> Result<String> {
-    Ok(Parent::open(folder)?.content_id)
 }
 
 /// The method's name of an adapter.

@@ -7,6 +7,7 @@ use lorimer_model::weights::gguf::{module_from_gguf, module_to_gguf};
 
 use crate::error::{Error, Result};
 
+pub(crate) mod flylora;
 pub(crate) mod lora_xs;
 pub mod mlx;
 pub mod peft;

@@ -7,6 +7,7 @@ use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 
 use crate::error::Result;
+use crate::methods::largest::largest_places;
 
 /// The diagonal, then whole rows and columns in turn in a random order, until there are k.
 pub(super) fn structured(k: usize, (outputs, inputs): (usize, usize), rng: &mut ChaCha8Rng) -> Vec<u32> {
@@ -41,13 +42,8 @@ pub(super) fn structured(k: usize, (outputs, inputs): (usize, usize), rng: &mut 
 /// Flat positions of the k largest magnitudes; of equal ones the first.
 pub(super) fn largest(t: &Tensor, k: usize) -> Result<Vec<u32>> {
     let values = t.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
-    let mut order: Vec<u32> = (0..values.len() as u32).collect();
-    let by = |a: &u32, b: &u32| values[*b as usize].abs().total_cmp(&values[*a as usize].abs()).then(a.cmp(b));
-    if k < order.len() {
-        order.select_nth_unstable_by(k, by);
-        order.truncate(k);
-    }
-    Ok(order)
+    let magnitudes: Vec<f64> = values.into_iter().map(f64::abs).collect();
+    Ok(largest_places(&magnitudes, k))
 }
 
 /// Rising positions as differences in groups of 7 bits, the lowest first.

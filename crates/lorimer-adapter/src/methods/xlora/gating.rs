@@ -1,6 +1,8 @@
 //! From a head's logits to gates.
 
-use candle_core::{D, DType, Device, Result, Tensor};
+use candle_core::{D, Result, Tensor};
+
+use crate::methods::routing::top_k;
 
 /// How weights come out of the head's numbers, and which of them count.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -52,7 +54,7 @@ impl Gating {
     pub fn kept(&self, scalings: &Tensor) -> Result<Tensor> {
         let n = scalings.dim(D::Minus1)?;
         let kept = match self.top_k.filter(|&k| k < n) {
-            Some(k) => (scalings * largest(scalings, k)?)?,
+            Some(k) => (scalings * top_k(scalings, k)?.0)?,
             None => scalings.clone(),
         };
         match self.softmax_top_k {
@@ -60,19 +62,4 @@ impl Gating {
             false => Ok(kept),
         }
     }
-}
-
-/// 1 at the k largest numbers of each row of the last dimension, the first of equal ones; else 0.
-fn largest(x: &Tensor, k: usize) -> Result<Tensor> {
-    let n = x.dim(D::Minus1)?;
-    let values = x.detach().to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
-    let mut mask = vec![0f64; values.len()];
-    let mut order: Vec<usize> = Vec::with_capacity(n);
-    for (values, mask) in values.chunks_exact(n.max(1)).zip(mask.chunks_exact_mut(n.max(1))) {
-        order.clear();
-        order.extend(0..n);
-        order.sort_by(|&a, &b| values[b].total_cmp(&values[a]));
-        order[..k.min(n)].iter().for_each(|&i| mask[i] = 1.0);
-    }
-    Tensor::from_vec(mask, x.shape(), &Device::Cpu)?.to_dtype(x.dtype())
 }

@@ -1,12 +1,15 @@
 //! Calls to an object store, with deadlines and what is known of outages.
 
+use super::parts::names_of_part;
 use super::{
-    FAILURES, LATE, Looked, MAX_TEXT, MOST_WAIT, NAMES, PATIENCE, Shared, TRIES, failed, first_line, is_answer, lock,
+    FAILURES, Fetched, LATE, Looked, MAX_TEXT, MOST_WAIT, NAMES, PATIENCE, Shared, TRIES, failed, first_line,
+    is_answer, lock,
 };
+use crate::adapters::found::Found;
 use crate::adapters::names::{Code, StoreError, check_name};
 use crate::adapters::registry::{self, REGISTRY_FILE, Registry};
 use futures_util::{StreamExt, TryStreamExt};
-use lorimer_adapter::file::store::{CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE};
+use lorimer_adapter::file::store::{CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE, part_names};
 use lorimer_model::files::{create_folder, write_atomic, write_json};
 use object_store::path::Path as Key;
 use object_store::{Error, GetOptions, ObjectMeta, ObjectStore, ObjectStoreExt, UpdateVersion};
@@ -250,21 +253,54 @@ impl Shared {
         entries.filter(whole).max_by_key(|e| e.metadata().and_then(|m| m.modified()).ok()).map(|e| e.path())
     }
 
-    pub(super) fn note(&self, path: &Path, found: Option<&Path>) {
+    /// What was fetched last of an adapter and of those that it is made of, if all of it is here, with the names of the parts.
+    pub(super) fn kept_whole(&self, path: &Path) -> Option<(Found, Vec<PathBuf>)> {
+        let name = path.to_string_lossy();
+        let folder = lock(&self.looked).get(path).map(|l| l.fetched.folder.clone()).or_else(|| self.kept(&name))?;
+        let (mut parts, mut names) = (Vec::new(), Vec::new());
+        for part in part_names(&folder).ok()? {
+            let kept = |name: String| Some((PathBuf::from(&name), self.kept(&name)?));
+            let (name, folder) = names_of_part(&name, &part, &self.address).into_iter().find_map(kept)?;
+            names.push(name);
+            parts.push(folder);
+        }
+        Some((Found { folder, parts }, names))
+    }
+
+    pub(super) fn note(&self, path: &Path, found: Option<Fetched>) {
         let mut looked = lock(&self.looked);
         match found {
-            Some(folder) => {
-                let new = Looked { when: Instant::now(), folder: folder.to_path_buf(), again: false };
-                looked.insert(path.to_path_buf(), new);
+            Some(fetched) => {
+                looked.insert(path.to_path_buf(), Looked { when: Instant::now(), fetched, again: false });
             }
             None => _ = looked.remove(path),
         }
     }
 
-    pub(super) async fn look_and_note(&self, path: &Path) -> Result<Option<PathBuf>, StoreError> {
-        let found = self.look(&path.to_string_lossy()).await;
+    /// Notes an adapter that another is made of. One that is made of others itself is left to those who look at it: it can be no part.
+    fn note_part(&self, path: &Path, folder: &Path) {
+        if part_names(folder).is_ok_and(|parts| parts.is_empty()) {
+            self.note(path, Some(Fetched { folder: folder.to_path_buf(), parts: Vec::new() }));
+        }
+    }
+
+    /// What was fetched before is taken to be what the store has.
+    pub(super) fn note_kept(&self, path: &Path, found: &Found, names: Vec<PathBuf>) {
+        names.iter().zip(&found.parts).for_each(|(name, folder)| self.note_part(name, folder));
+        self.note(path, Some(Fetched { folder: found.folder.clone(), parts: names }));
+    }
+
+    /// Looks at an adapter and at those that it is made of: where their files are now.
+    pub(super) async fn look_whole(&self, path: &Path) -> Result<Option<Found>, StoreError> {
+        let Some((fetched, parts)) = self.look_and_note(path).await? else { return Ok(None) };
+        Ok(Some(Found { folder: fetched.folder, parts }))
+    }
+
+    /// The same, with the names of the parts and their folders.
+    pub(super) async fn look_and_note(&self, path: &Path) -> Result<Option<(Fetched, Vec<PathBuf>)>, StoreError> {
+        let found = self.look_with_parts(&path.to_string_lossy()).await;
         match &found {
-            Ok(found) => self.note(path, found.as_deref()),
+            Ok(found) => self.note(path, found.as_ref().map(|(fetched, _)| fetched.clone())),
             // What was there is there still, and is looked at again after a while.
             Err(_) => {
                 if let Some(looked) = lock(&self.looked).get_mut(path) {
@@ -275,6 +311,30 @@ impl Shared {
         found
     }
 
+    async fn look_with_parts(&self, name: &str) -> Result<Option<(Fetched, Vec<PathBuf>)>, StoreError> {
+        let Some(folder) = self.look(name).await? else { return Ok(None) };
+        let invalid = |message: String| StoreError { code: Code::AdapterInvalid, message };
+        let parts = part_names(&folder).map_err(|e| invalid(e.to_string()))?;
+        let each = parts.iter().enumerate().map(|(number, part)| async move {
+            for tried in names_of_part(name, part, &self.address) {
+                if let Some(folder) = self.look(&tried).await? {
+                    let tried = PathBuf::from(tried);
+                    self.note_part(&tried, &folder);
+                    return Ok((tried, folder));
+                }
+            }
+            let shown: String = part.chars().take(120).collect();
+            Err(invalid(format!(
+                "`{name}`: its expert {number} should be at `{}`, where the object store has no adapter; put it there, or name it by its way from the adapter's own place (`../expert`)",
+                shown.escape_debug()
+            )))
+        });
+        let found = futures_util::future::try_join_all(each).await?;
+        let (parts, folders) = found.into_iter().unzip();
+        Ok(Some((Fetched { folder, parts }, folders)))
+    }
+
+    /// The folder of one adapter without its parts.
     pub(super) async fn look(&self, name: &str) -> Result<Option<PathBuf>, StoreError> {
         let files = [CONFIG_FILE, WEIGHTS_FILE, MANIFEST_FILE];
         let heads = files.map(|file| async move {

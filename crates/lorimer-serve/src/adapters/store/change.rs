@@ -126,9 +126,9 @@ impl Store {
         check_name(name)?;
         self.catch_up();
         self.allowed(&self.lock(), name, how)?;
-        let (path, folder) = self.locate(path, true)?;
-        let stamp = Stamp::of(&folder);
-        let hosted = self.aside(|| self.load(model, &folder))?;
+        let (path, files) = self.locate(path, true)?;
+        let stamp = Stamp::of(&files);
+        let hosted = self.aside(|| self.load(model, &files))?;
         let mut given = None;
         let decide = |inner: &Inner, registry: &mut Registry| {
             // Again, since others may have come before.

@@ -2,6 +2,7 @@
 
 use super::stamp::Stamp;
 use super::{Inner, Named, Store, UNIT};
+use crate::adapters::found::Found;
 use crate::adapters::hosted::Hosted;
 use crate::adapters::names::{Code, StoreError, check_name, refuse};
 use lorimer_adapter::file::store::{CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE};
@@ -40,14 +41,16 @@ impl Store {
                 let found = match removed {
                     true => None,
                     false => match self.locate(own, false) {
-                        // That a store does not answer is not that it has nothing.
-                        Err(error) if matches!(error.code, Code::StoreFailed | Code::LimitExceeded) => {
+                        // That a store does not answer, or has it in part, is not that it has nothing.
+                        Err(error)
+                            if matches!(error.code, Code::StoreFailed | Code::LimitExceeded | Code::AdapterInvalid) =>
+                        {
                             return Err(error);
                         }
                         found => found.ok(),
                     },
                 };
-                if !found.is_some_and(|(below, folder)| below == own && folder.join(CONFIG_FILE).is_file()) {
+                if !found.is_some_and(|(below, found)| below == own && found.folder.join(CONFIG_FILE).is_file()) {
                     return refuse(Code::AdapterNotFound, unknown(name));
                 }
                 let named = Named { path: own.to_path_buf(), read: None };
@@ -66,11 +69,11 @@ impl Store {
             }
             inner.loading.remove(name);
         }
-        let (_, folder) = located?;
-        let stamp = Stamp::of(&folder);
+        let (_, files) = located?;
+        let stamp = Stamp::of(&files);
         let read = find().and_then(|n| n.read);
-        if let (Some((then, content)), Some(now)) = (read, stamp)
-            && then.surely(&now)
+        if let (Some((then, content)), Some(now)) = (read, &stamp)
+            && then.surely(now)
         {
             let mut inner = self.lock();
             inner.account.touch(&content);
@@ -79,7 +82,7 @@ impl Store {
                 return Ok(hosted);
             }
         }
-        let loaded = self.aside(|| self.load(model, &folder));
+        let loaded = self.aside(|| self.load(model, &files));
         let mut inner = self.lock();
         drop(guard);
         inner.loading.remove(name);
@@ -94,16 +97,18 @@ impl Store {
     /// The adapter of a name if it is in memory and its files have not changed.
     pub fn cached(&self, name: &str) -> Option<Arc<Hosted>> {
         self.catch_up();
-        let (path, (then, content)) = {
+        let (now, (then, content)) = {
             let inner = self.lock();
             let named = inner.names.get(name)?;
-            let folder = match &self.mirror {
+            let read = named.read.clone()?;
+            // Which parts it has stands in its configuration, which is one of the files that are looked at.
+            let now = match &self.mirror {
                 Some(mirror) => mirror.current(&named.path)?,
-                None => self.root.join(&named.path),
+                None => Found { folder: self.root.join(&named.path), parts: read.0.found().parts.clone() },
             };
-            (folder, named.read.clone()?)
+            (now, read)
         };
-        if !then.surely(&Stamp::of(&path)?) {
+        if !then.surely(&Stamp::of(&now)?) {
             return None;
         }
         let mut inner = self.lock();
@@ -122,8 +127,9 @@ impl Store {
         Some(hosted)
     }
 
-    /// Reads an adapter folder into its served form.
-    pub(super) fn load(&self, model: &(dyn BaseModel + Sync), folder: &Path) -> Result<Arc<Hosted>, StoreError> {
+    /// Reads an adapter's folders into its served form.
+    pub(super) fn load(&self, model: &(dyn BaseModel + Sync), files: &Found) -> Result<Arc<Hosted>, StoreError> {
+        let folder = &files.folder;
         let invalid = |e: String| StoreError { code: Code::AdapterInvalid, message: self.without_root(&e) };
         // Links inside the folder may not lead out either.
         let names = [WEIGHTS_FILE, CONFIG_FILE, MANIFEST_FILE, "xlora_config.json", "xlora_classifier.safetensors"];
@@ -136,8 +142,13 @@ impl Store {
                 );
             }
         }
-        let stored = StoredAdapter::read_changing(folder, self.settings.max_file_bytes, &self.root)
+        // What an object store calls them is no folder here.
+        let parts = self.mirror.as_ref().map(|_| files.parts.as_slice());
+        let stored = StoredAdapter::read_changing(folder, self.settings.max_file_bytes, &self.root, parts)
             .map_err(|e| invalid(e.to_string()))?;
+        if let Some(base) = &self.settings.base {
+            base.check(&stored).map_err(|e| invalid(e.to_string()))?;
+        }
         let content = stored.content_id().map_err(|e| invalid(e.to_string()))?;
         let template = self.template(&stored).map_err(|e| invalid(e.to_string()))?;
         let golden = stored.manifest.as_ref().map(|m| m.golden.clone()).unwrap_or_default();

@@ -1,5 +1,6 @@
 //! Whether an adapter's files may have changed since they were read.
 
+use crate::adapters::found::Found;
 use lorimer_adapter::file::store::{CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE};
 use std::path::Path;
 use std::time::{Duration, SystemTime};
@@ -35,10 +36,11 @@ impl FileStamp {
     }
 }
 
-/// The files of an adapter at a time: whether they may have changed since.
-#[derive(Clone, Copy, Debug)]
+/// The files of an adapter, and of those that it is made of, at a time: whether they may have changed since.
+#[derive(Clone, Debug)]
 pub(super) struct Stamp {
-    files: [Option<FileStamp>; 3],
+    found: Found,
+    files: Vec<Option<FileStamp>>,
     taken: SystemTime,
 }
 
@@ -46,16 +48,24 @@ impl Stamp {
     /// Coarsest unit in which file systems tell times.
     const UNIT: Duration = Duration::from_secs(2);
 
-    pub(super) fn of(folder: &Path) -> Option<Self> {
+    pub(super) fn of(found: &Found) -> Option<Self> {
         let taken = SystemTime::now();
-        let files = [WEIGHTS_FILE, CONFIG_FILE, MANIFEST_FILE].map(|name| FileStamp::of(&folder.join(name)));
-        (files[0].is_some() && files[1].is_some()).then_some(Self { files, taken })
+        let of =
+            |folder: &Path| [WEIGHTS_FILE, CONFIG_FILE, MANIFEST_FILE].map(|name| FileStamp::of(&folder.join(name)));
+        let files: Vec<_> = found.folders().flat_map(of).collect();
+        let whole = files.chunks(3).all(|own| own[0].is_some() && own[1].is_some());
+        whole.then(|| Self { found: found.clone(), files, taken })
+    }
+
+    /// Where the files are.
+    pub(super) fn found(&self) -> &Found {
+        &self.found
     }
 
     /// Whether the files are those of `now`. Where they were changed just before this stamp was taken, they may have been changed again within
     /// the same unit of time, and only their content tells.
     pub(super) fn surely(&self, now: &Self) -> bool {
         let settled = |file: &FileStamp| file.changed().is_some_and(|changed| changed + Self::UNIT < self.taken);
-        self.files == now.files && self.files.iter().flatten().all(settled)
+        self.found == now.found && self.files == now.files && self.files.iter().flatten().all(settled)
     }
 }

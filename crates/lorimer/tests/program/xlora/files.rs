@@ -175,8 +175,8 @@ fn files_hold_the_mixture_and_know_their_experts() {
     assert_eq!(distance(&logits(&model, &Attached::one(&loaded), &rows), &expected), 0.0);
     // A server reads experts below its root only.
     let root = out.path().canonicalize().unwrap();
-    assert!(StoredAdapter::read_changing(&folder, 1 << 20, &root).is_ok());
-    let outside = StoredAdapter::read_changing(&folder, 1 << 20, &root.join("mixed")).err().unwrap().to_string();
+    assert!(StoredAdapter::read_changing(&folder, 1 << 20, &root, None).is_ok());
+    let outside = StoredAdapter::read_changing(&folder, 1 << 20, &root.join("mixed"), None).err().unwrap().to_string();
     assert!(outside.contains("expert 0 lies outside of the folder of adapters"), "{outside}");
     // Moved elsewhere it is the same content; with two experts exchanged it is another, which the manifest refuses.
     let moved = out.path().join("elsewhere");

@@ -1,6 +1,7 @@
 //! X-LoRA: PEFT's own numbers (see tests/goldens/make_xlora.py), what a mixture has to be, and its files.
 
 mod files;
+mod gates;
 mod laws;
 mod program;
 
@@ -25,7 +26,7 @@ use serde_json::{Value, json};
 
 use crate::{common, tiny};
 
-const CASES: [&str; 13] = [
+const CASES: [&str; 14] = [
     "layerwise",
     "shared",
     "depth2_shared",
@@ -39,6 +40,7 @@ const CASES: [&str; 13] = [
     "temperature",
     "global_weight",
     "pass_value",
+    "constant",
 ];
 
 fn goldens(name: &str) -> PathBuf {
