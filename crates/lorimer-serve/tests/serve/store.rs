@@ -376,6 +376,8 @@ fn a_mixture_is_read_with_its_experts_and_follows_them() {
             let mixture = Adapter::attach(&model, method, 3).unwrap();
             mixture.to_stored("tiny").unwrap().write(&at(name), None).unwrap();
         }
+        // Long enough ago for times to tell that a file is the same, so that not only content does.
+        std::thread::sleep(std::time::Duration::from_millis(2300));
         let address = mirrored.then(|| format!("file://{}", root.path().display()));
         let folder = if mirrored { cache.path() } else { root.path() };
         let settings = StoreSettings { address, ..StoreSettings::new(folder) };
