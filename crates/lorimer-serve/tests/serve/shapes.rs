@@ -154,7 +154,7 @@ fn served(model: &Decoder, adapter: &Adapter, tokens: &[u32]) {
     let policy = Policy { batch_tokens: 8, ..Default::default() };
     let mut engine = Engine::new(model, EngineSettings { pool_bytes: 1 << 20, policy, prefix_cache: true }).unwrap();
     let asked = |i: usize| {
-        let adapters = (i % 2 == 0).then(|| (hosted.clone(), 1.0)).into_iter().collect();
+        let adapters = i.is_multiple_of(2).then(|| (hosted.clone(), 1.0)).into_iter().collect();
         request(tokens[..[12, 7, 3][i % 3]].to_vec(), adapters, 20)
     };
     let answers = answered(&mut engine, &(0..6).map(asked).collect::<Vec<_>>(), 3);
