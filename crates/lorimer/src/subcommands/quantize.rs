@@ -73,9 +73,9 @@ pub struct Quantize {
     /// Rank of the adapter, with lq-lora and loftq [default: 64]
     #[arg(long, short)]
     rank: Option<usize>,
-    /// Alpha of the adapter; its change is multiplied by alpha/rank
-    #[arg(long, default_value_t = 16.0)]
-    alpha: f64,
+    /// Alpha of the adapter, with lq-lora and loftq; its change is multiplied by alpha/rank [default: 16]
+    #[arg(long)]
+    alpha: Option<f64>,
     /// Rows whose gradients weight the error (Fisher information), with lq-lora or loftq
     #[arg(long, value_name = "FILE")]
     fisher: Option<PathBuf>,
@@ -85,21 +85,21 @@ pub struct Quantize {
     /// Most rows of --fisher or --calibration [default: 512, 128]
     #[arg(long)]
     samples: Option<usize>,
-    /// Longest sequence of --fisher or --calibration in tokens
-    #[arg(long, default_value_t = 1024)]
-    max_length: usize,
+    /// Longest sequence of --fisher or --calibration in tokens [default: 1024]
+    #[arg(long)]
+    max_length: Option<usize>,
     /// Form of the rows of --fisher or --calibration: messages, alpaca, sharegpt, prompt-completion, text [default: told by the keys]
     #[arg(long)]
     data_format: Option<RowFormat>,
-    /// Configurations that lq-lora chooses from
-    #[arg(long, value_enum, default_value = "small")]
-    grid: GridFlag,
+    /// Configurations that lq-lora chooses from [default: small]
+    #[arg(long, value_enum)]
+    grid: Option<GridFlag>,
     /// Most steps of a matrix's decomposition [default: 100 for lq-lora, 5 for loftq]
     #[arg(long)]
     steps: Option<usize>,
-    /// Seed of the randomised SVD
-    #[arg(long, default_value_t = 0)]
-    seed: u64,
+    /// Seed of the randomised SVD, with lq-lora and loftq [default: 0]
+    #[arg(long)]
+    seed: Option<u64>,
     /// How the weights are written [default: lorimer-nf; gptq with rtn and gptq]
     #[arg(long, value_enum)]
     format: Option<FormatFlag>,
@@ -141,13 +141,13 @@ impl Quantize {
             method,
             bits: self.bits.unwrap_or(if method.has_groups() { 4.0 } else { 3.0 }),
             rank: self.rank.unwrap_or(if method.repairs() { 64 } else { 0 }),
-            alpha: self.alpha,
+            alpha: self.alpha.unwrap_or(16.0),
             grid: match self.grid {
-                GridFlag::Small => Grid::Small,
-                GridFlag::Paper => Grid::Paper,
+                None | Some(GridFlag::Small) => Grid::Small,
+                Some(GridFlag::Paper) => Grid::Paper,
             },
             steps: self.steps.unwrap_or(if method == Method::LqLora { 100 } else { 5 }),
-            seed: self.seed,
+            seed: self.seed.unwrap_or(0),
             format,
             groups: (method.has_groups() || self.group_size.is_some() || self.asym).then_some(groups),
         })
@@ -167,10 +167,34 @@ impl Quantize {
         }
     }
 
+    /// Refuses flags that the method has no use for.
+    fn refuse_idle(&self, method: Method, rows: bool) -> Result<()> {
+        let repairs = "a low-rank change, which only lq-lora and loftq make";
+        let of_rows = "rows, which --fisher or --calibration gives";
+        let idle = [
+            ("--alpha", self.alpha.is_some() && !method.repairs(), repairs),
+            ("--steps", self.steps.is_some() && !method.repairs(), repairs),
+            ("--seed", self.seed.is_some() && !method.repairs(), repairs),
+            (
+                "--grid",
+                self.grid.is_some() && method != Method::LqLora,
+                "several configurations, which only lq-lora chooses from",
+            ),
+            ("--samples", self.samples.is_some() && !rows, of_rows),
+            ("--max-length", self.max_length.is_some() && !rows, of_rows),
+            ("--data-format", self.data_format.is_some() && !rows, of_rows),
+        ];
+        match idle.iter().find(|(_, idle, _)| *idle) {
+            Some((flag, _, what)) => bail!("{flag} is of {what}; leave it out with `--method {}`", method.name()),
+            None => Ok(()),
+        }
+    }
+
     pub fn run(self, global: Global) -> Result<ExitCode> {
         let settings = self.settings()?;
         settings.check()?;
         let rows_of = self.rows(settings.method)?;
+        self.refuse_idle(settings.method, rows_of.is_some())?;
         if let Some(dense) = &self.export_dense
             && (dense.exists() || *dense == self.output)
         {
@@ -183,7 +207,7 @@ impl Quantize {
             Some((path, samples)) => {
                 let options = EncodeOptions {
                     format: self.data_format,
-                    max_length: self.max_length,
+                    max_length: self.max_length.unwrap_or(1024),
                     too_long: TooLong::Cut,
                     train_on_prompt: false,
                     skip_bad_rows: false,
