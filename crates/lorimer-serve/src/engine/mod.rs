@@ -254,11 +254,11 @@ impl<'m> Engine<'m> {
     ///
     /// Says what of the request cannot be served as it is.
     pub fn submit(&mut self, request: Request, now: f64) -> Result<std::result::Result<u64, Refusal>> {
+        let prepared = caught(|| self.prepare(request, now)).map_or_else(|problem| Ok(Err(problem)), |r| r.map(Ok))?;
         let id = self.next;
         self.next += 1;
-        let problem = match caught(|| self.prepare(request, now)) {
-            Ok(Err(error)) => return Err(error),
-            Ok(Ok((in_flight, asked))) => match caught(|| self.batching.submit(id, asked, now)) {
+        let problem = match prepared {
+            Ok((in_flight, asked)) => match caught(|| self.batching.submit(id, asked, now)) {
                 Ok(Ok(())) => {
                     self.in_flight.insert(id, in_flight);
                     return Ok(Ok(id));
