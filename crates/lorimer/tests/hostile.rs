@@ -313,7 +313,7 @@ fn records_of_pruning() {
     let output = folder.path().join("recovered");
     assert!(lorimer::adapter::algebra::recover::recover(&trained, &record, true, &output).is_ok());
     let sizes = ["1", "2", "8", "1024", "65536", "1048576", "16777216", "4294967296", "4611686018427387904"];
-    try_all(&[whole.clone()], &[&WORDS[..], &sizes[..]].concat(), 3000, checks::pruning);
+    try_all(std::slice::from_ref(&whole), &[&WORDS[..], &sizes[..]].concat(), 3000, checks::pruning);
     // Every number of it by every size.
     let text = String::from_utf8(whole).unwrap();
     let starts = text.match_indices([':', '[', ',']).map(|(i, _)| i + 1);

@@ -24,8 +24,9 @@ fn bytes(out: &str) -> Vec<u8> {
 /// Rows of one letter, whose attention scores are small in the tiny model.
 fn fixture() -> Fixture {
     let mut f = Fixture::new();
-    let row =
-        |i: usize| serde_json::json!({ "text": if i % 2 == 0 { "a" } else { "0" }.repeat(8 + i) }).to_string() + "\n";
+    let row = |i: usize| {
+        serde_json::json!({ "text": if i.is_multiple_of(2) { "a" } else { "0" }.repeat(8 + i) }).to_string() + "\n"
+    };
     f.data = f.path("letters.jsonl");
     std::fs::write(&f.data, (0..16).map(row).collect::<String>()).unwrap();
     f
