@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::common::{Fixture, lorimer, text};
@@ -27,13 +27,18 @@ fn files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
     found
 }
 
-/// Runs until `begun` is there, then sends a signal.
-fn interrupted(mut command: Command, begun: &Path, signal: &str) -> Output {
-    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+/// Waits until a run has made a file, or ends, or takes too long.
+fn wait_until(child: &mut Child, begun: &Path) {
     let patience = Instant::now() + Duration::from_secs(120);
     while !begun.exists() && child.try_wait().unwrap().is_none() && Instant::now() < patience {
         std::thread::sleep(Duration::from_millis(1));
     }
+}
+
+/// Runs until `begun` is there, then sends a signal.
+fn interrupted(mut command: Command, begun: &Path, signal: &str) -> Output {
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    wait_until(&mut child, begun);
     assert!(Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap().success());
     child.wait_with_output().unwrap()
 }
@@ -101,9 +106,7 @@ fn a_second_signal_ends_it_at_once() {
     let all = ["quantize", "--model", &f.model, "--method", "gptq", "--group-size", "16", "--calibration", &many];
     let all = [&all[..], &["--samples", "900", "--output", &out]].concat();
     let mut child = lorimer(&all).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
-    while !f.folder.path().join("out.partial/identity.json").exists() {
-        std::thread::sleep(Duration::from_millis(1));
-    }
+    wait_until(&mut child, &f.folder.path().join("out.partial/identity.json"));
     for _ in 0..2 {
         let _ = Command::new("kill").args(["-INT", &child.id().to_string()]).status();
         std::thread::sleep(Duration::from_millis(20));
