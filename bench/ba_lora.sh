@@ -1,7 +1,9 @@
 #!/bin/sh
 # BA-LoRA's card: trained on film reviews of which 30 % have a random label, what becomes of the other three domains?
+# Runs that are there are not made again.
 # usage: bench/ba_lora.sh LORIMER MODEL FOLDER
 set -e
+mkdir -p "$3"
 python3 - "$3" <<'PY'
 import json, random, sys
 rows = [json.loads(line) for line in open("data/sentiment-movies.train.jsonl")]
@@ -15,7 +17,9 @@ PY
 train() {
   name=$1
   shift
-  "$lorimer" train --model "$model" --data "$folder/noisy.jsonl" --max-steps 100 --warmup-steps 5 --overwrite --json -q --output "$folder/$name" "$@" > "$folder/$name.json"
+  [ -f "$folder/$name.json" ] && return
+  "$lorimer" train --model "$model" --data "$folder/noisy.jsonl" --max-steps 100 --warmup-steps 5 --overwrite --json -q --output "$folder/$name" "$@" > "$folder/new"
+  mv "$folder/new" "$folder/$name.json"
 }
 lorimer=$1 model=$2 folder=$3
 train lora --method lora --rank 8 --lr 2e-3
@@ -26,9 +30,11 @@ train ba-lora-2 --method ba-lora --rank 8 --lr 5e-4 --set version=2
 train ba-lora-1000 --method ba-lora --rank 8 --lr 5e-4 --set lambda1=0.1 --set lambda2=0.3 --set lambda3=0.1
 for domain in movies tweets products news; do
   data="--model $model --data data/sentiment-$domain.valid.jsonl --limit 160 --json -q"
-  "$lorimer" eval $data > "$folder/base-$domain.json"
+  [ -f "$folder/base-$domain.json" ] || "$lorimer" eval $data > "$folder/base-$domain.json"
   for name in lora pissa ba-lora ba-lora-2 ba-lora-1000; do
-    "$lorimer" eval $data --adapter "$folder/$name" > "$folder/$name-$domain.json"
+    [ -f "$folder/$name-$domain.json" ] && continue
+    "$lorimer" eval $data --adapter "$folder/$name" > "$folder/new"
+    mv "$folder/new" "$folder/$name-$domain.json"
   done
 done
 python3 - "$folder" <<'PY'

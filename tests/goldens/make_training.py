@@ -253,6 +253,37 @@ def lora_pro():
     return golden
 
 
+def lora_pro_light():
+    """mrflogs/LoRA-Pro at a5de2f4: `step_efficient` in `peta/optim.py`, the release before the one of `lora_pro`: AdamW on the adjusted gradients."""
+    torch.manual_seed(18)
+    outputs, inputs, r, scaling, rate, decay, delta = 6, 8, 3, 2.0, 5e-3, 0.1, 1e-8
+    target = torch.randn(outputs, inputs, dtype=torch.float64)
+    start = torch.randn(r, inputs, dtype=torch.float64) * 0.5
+    golden = {"target": target, "a": start, "scaling": torch.tensor(scaling), "rate": torch.tensor(rate, dtype=torch.float64),
+              "decay": torch.tensor(decay, dtype=torch.float64)}
+    eye = torch.eye(r, dtype=torch.float64)
+    for kind in ("zero", "moved"):
+        b = torch.zeros(outputs, r, dtype=torch.float64) if kind == "zero" else torch.randn(outputs, r, dtype=torch.float64) * 0.3
+        golden[f"{kind}.b"] = b.clone()
+        pair, moments = [start.clone(), b], [[torch.zeros_like(t), torch.zeros_like(t)] for t in (start, b)]
+        for step in range(1, 9):
+            a, b = pair
+            g = scaling * b @ a - target
+            plain_a, plain_b = scaling * b.T @ g, scaling * g @ a.T
+            aa, bb = torch.linalg.pinv(a @ a.T + delta * eye), torch.linalg.pinv(b.T @ b + delta * eye)
+            # BᵀB X + X A Aᵀ = −s⁻²(BᵀB + δ)⁻¹ g_A Aᵀ, as one system of equations.
+            system = torch.kron(b.T @ b, eye) + torch.kron(eye, a @ a.T)
+            x = torch.linalg.solve(system, -(bb @ plain_a @ a.T).reshape(-1) / scaling ** 2).reshape(r, r)
+            left = torch.eye(outputs, dtype=torch.float64) - b @ bb @ b.T
+            adjusted = bb @ plain_a / scaling ** 2 + x @ a, left @ plain_b @ aa / scaling ** 2 - b @ x
+            for i, (g, (m, v)) in enumerate(zip(adjusted, moments)):
+                m.mul_(0.9).add_(0.1 * g)
+                v.mul_(0.999).add_(0.001 * g * g)
+                pair[i] = (1 - rate * decay) * pair[i] - rate * (m / (1 - 0.9 ** step)) / (v.sqrt() / math.sqrt(1 - 0.999 ** step) + 1e-8)
+            golden |= {f"{kind}.{step}.a": pair[0].clone(), f"{kind}.{step}.b": pair[1].clone()}
+    return golden
+
+
 def adam8bit():
     """bitsandbytes 0.50.2's own AdamW8bit, on the CPU: forty steps, and which parameters keep 32 bits."""
     import bitsandbytes as bnb
@@ -298,6 +329,6 @@ def label_smoothing():
 
 if __name__ == "__main__":
     out.mkdir(exist_ok=True)
-    for make in (lora_sb, sora, ba_lora, dylora, lora_pro, adam8bit, label_smoothing):
+    for make in (lora_sb, sora, ba_lora, dylora, lora_pro, lora_pro_light, adam8bit, label_smoothing):
         if len(sys.argv) == 1 or make.__name__ in sys.argv[1:]:
             save_file({k: t.contiguous() for k, t in make().items()}, out / f"{make.__name__}.safetensors")

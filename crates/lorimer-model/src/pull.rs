@@ -19,7 +19,7 @@ mod download;
 mod hub;
 
 use cache::HubId;
-pub use cache::{hub_cache, own_cache};
+pub use cache::{hub_cache, own_cache, snapshot_folder};
 use download::{bar, check_sha256};
 
 /// A short name for a model.

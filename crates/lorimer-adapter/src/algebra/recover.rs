@@ -18,6 +18,7 @@ use crate::file::load::account_of;
 use crate::file::store::{CONFIG_FILE, MANIFEST_FILE, Manifest, StoredAdapter, WEIGHTS_FILE};
 use crate::file::streamed::{StreamedAdapter, content_id_of};
 use crate::file::writer::{carrying, write_tensors};
+use crate::methods::lora::LoraConfig;
 use crate::pruning::units::layer_of;
 use crate::pruning::{Axis, Pruning, spans};
 use crate::targets::Matcher;
@@ -122,17 +123,19 @@ struct Place {
 /// The tensors of the result by name, which is the name in the adapter's file too, and where they go; None: they are copied.
 fn places(stored: &StoredAdapter, pruning: &Pruning, account: &FileAccount) -> Result<BTreeMap<String, Option<Place>>> {
     let (sites, whole) = (pruning.kept_sites(), pruning.layers());
+    let config = LoraConfig::from_file(&stored.config)?;
     let mut placed = BTreeMap::new();
     for site in &sites {
         let Some(own) = account.modules.get(&site.path) else { continue };
         for (key, tensor) in own {
             // B (outputs, r) has the rows, A (r, inputs) the columns.
+            let rank = config.rank(&site.path)?;
             let (axis, expected) = match key.as_str() {
-                "lora_B.weight" => (Axis::Rows, site.outputs),
-                _ => (Axis::Columns, site.inputs),
+                "lora_B.weight" => (Axis::Rows, [site.outputs, rank]),
+                _ => (Axis::Columns, [rank, site.inputs]),
             };
-            if tensor.dims().len() != 2 || tensor.dim(axis.dim())? != expected {
-                let text = format!("has shape {:?}, the pruned model has {expected} there", tensor.dims());
+            if tensor.dims() != expected {
+                let text = format!("has shape {:?}, rank {rank} on the pruned model takes {expected:?}", tensor.dims());
                 return mismatch(stored, format!("`{}.{key}` {text}", site.path));
             }
             placed.insert(peft::tensor_name(&site.path, key), Some(Place { site: site.clone(), axis }));

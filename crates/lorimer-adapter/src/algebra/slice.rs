@@ -19,8 +19,9 @@ use super::merge::{Merged, merge_to_folder};
 use crate::error::{Error, Result};
 use crate::file::bytes::raw_bytes;
 use crate::file::load::account_of;
-use crate::file::store::{BaseIdentity, StoredAdapter};
+use crate::file::store::StoredAdapter;
 use crate::methods::loraprune::MASK;
+use crate::pruning::origin::BaseIdentity;
 use crate::pruning::units::{groups, layer_of, share_of};
 use crate::pruning::{KeptLayer, Kind, PRUNING_FILE, Pruning};
 

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Component, Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
+use lorimer_model::pull::snapshot_folder;
 use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
@@ -53,15 +54,23 @@ pub(crate) fn part_names(folder: &Path, config: &Map<String, Value>) -> Result<V
     (0..named.len()).map(part).collect()
 }
 
-/// The folders of an adapter's parts, in their order: absolute, else from the folder itself, else from the current one.
+/// The folders of an adapter's parts, in their order: absolute, else from the folder itself, else from the current one, else the snapshot of
+/// a hub id in the hub's cache.
 pub(crate) fn part_folders(folder: &Path, config: &Map<String, Value>) -> Result<Vec<PathBuf>> {
-    let part = |(number, path): (usize, String)| {
-        let path = Path::new(&path);
+    let part = |(number, name): (usize, String)| {
+        let (path, cached) = (Path::new(&name), snapshot_folder(&name));
         let tried = [folder.join(path), path.to_path_buf()];
-        let found = tried.into_iter().find(|p| !path.as_os_str().is_empty() && p.is_dir());
+        let found = tried.into_iter().chain(cached.clone()).find(|p| !name.is_empty() && p.is_dir());
         found.ok_or_else(|| {
-            let shown: String = path.display().to_string().chars().take(120).collect();
-            invalid(folder, format!("its expert {number} should be at `{}`, where no folder is", shown.escape_debug()))
+            let shown: String = name.chars().take(120).collect();
+            let fetch = match cached {
+                Some(_) => {
+                    format!("; if it is on the hub, `hf download {shown}` fetches it into the cache that is read here")
+                }
+                None => String::new(),
+            };
+            let shown = shown.escape_debug();
+            invalid(folder, format!("its expert {number} should be at `{shown}`, where no folder is{fetch}"))
         })
     };
     part_names(folder, config)?.into_iter().enumerate().map(part).collect()

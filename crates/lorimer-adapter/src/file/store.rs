@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 use crate::file::frozen::FrozenParts;
 use crate::file::mixture;
 use crate::part::Part;
-use crate::pruning::PrunedFrom;
+use crate::pruning::origin::BaseIdentity;
 
 /// Largest `adapter_config.json` and `lorimer.json`.
 const MAX_CONFIG_BYTES: u64 = 4 << 20;
@@ -40,20 +40,6 @@ pub struct Golden {
     pub first: usize,
     /// log p of each token from `first` on, given those before it.
     pub log_probabilities: Vec<f32>,
-}
-
-/// Which base an adapter belongs to.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct BaseIdentity {
-    /// Hub id or path.
-    pub name: String,
-    /// `sha256:…` over the weights (see `Weights::fingerprint`).
-    pub fingerprint: String,
-    /// `llama`, `qwen2` …
-    pub model_type: String,
-    /// Of a base that is a pruned model with its `pruning.json`: which, and the whole base that it is a part of.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub pruned: Option<PrunedFrom>,
 }
 
 /// `lorimer.json`.
@@ -177,7 +163,8 @@ impl StoredAdapter {
     pub fn into_part(self) -> Result<Part> {
         let content_id = self.content_id()?;
         let path = self.path.canonicalize().unwrap_or(self.path);
-        Ok(Part { path, config: self.config, tensors: self.tensors, content_id })
+        let base = self.manifest.and_then(|manifest| manifest.base);
+        Ok(Part { path, config: self.config, tensors: self.tensors, content_id, base })
     }
 
     /// Refuses an adapter made of others, where one weight a projection is wanted. `what`: `merged`.

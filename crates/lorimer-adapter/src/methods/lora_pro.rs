@@ -8,7 +8,8 @@
 //!
 //! Variants: `light` (AdamW on ĝ) and `full` (AdamW's moments of g̃ itself, (outputs, inputs) each; what they give is projected back to A and
 //! B by the same formulas, and A and B take a plain step along it). `full` is what the authors' repository runs, with SGD at 2e-5, its default here;
-//! `light` takes LoRA's rates. δ = 1e-8 stands on the diagonals of both matrices that are inverted, as there: it holds steps back while B is small.
+//! `light` is the repository's first release (`step_efficient`) and takes LoRA's rates. δ = 1e-8 stands on the diagonals of both matrices that
+//! are inverted, as there: it holds steps back while B is small.
 //! Beside the repository: the scaling is the adapter's own where it writes 16/8; moments are corrected for their bias from the first step on, where
 //! it counts from 2 (its first steps are 0.74, 0.79, … of these); gradients are clipped before the moments, where it clips the step.
 //!

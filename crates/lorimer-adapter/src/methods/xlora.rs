@@ -14,7 +14,7 @@
 //!
 //! Experts are named by `--adapter`, in the order of λ: `lorimer train --method xlora --adapter a/ --adapter b/ --set layerwise_scalings=true`. They must
 //! be plain LoRAs; a projection that an expert lacks is left out for it, and its λ goes to nobody. The file is PEFT's: the head's tensors, and the
-//! way to each expert. `lorimer.json` has each expert's content id and the projections' order, and another expert at the same place is refused.
+//! way to each expert, or its name on the hub, which is looked up in the hub's cache. `lorimer.json` has each expert's content id and the projections' order, and another expert at the same place is refused.
 //! PEFT 0.20 and 0.21 leave layers of the head out when they save it; such a file is refused. The authors' folders (`xlora_config.json`) are read.
 //!
 //! λ depends on the token, so no fixed weight gives the same, and it cannot be merged. `lorimer convert MIXTURE --to lora --gates mean --data rows.jsonl`

@@ -4,6 +4,6 @@ pub mod origin;
 pub mod record;
 pub mod units;
 
-pub use origin::PrunedFrom;
-pub use record::{BaseRecord, PRUNING_FILE, Pruning, check_record, record_beside};
+pub use origin::{BaseIdentity, PrunedFrom};
+pub use record::{BaseRecord, PRUNING_FILE, Pruning, check_parts, check_record, record_beside};
 pub use units::{Axis, KeptLayer, Kind, Span, spans};

@@ -1,4 +1,4 @@
-//! What an adapter says of the smaller model that it was trained on.
+//! What an adapter says of the base that it was trained on.
 
 use serde::{Deserialize, Serialize};
 
@@ -13,4 +13,18 @@ pub struct PrunedFrom {
     pub fingerprint: String,
     /// Query heads, key-value heads and channels of each layer of the smaller model.
     pub layers: Vec<[usize; 3]>,
+}
+
+/// Which base an adapter belongs to.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct BaseIdentity {
+    /// Hub id or path.
+    pub name: String,
+    /// `sha256:…` over the weights (see `Weights::fingerprint`).
+    pub fingerprint: String,
+    /// `llama`, `qwen2` …
+    pub model_type: String,
+    /// Of a base that is a pruned model with its `pruning.json`: which, and the whole base that it is a part of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pruned: Option<PrunedFrom>,
 }

@@ -11,10 +11,11 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
-use super::origin::PrunedFrom;
+use super::origin::{BaseIdentity, PrunedFrom};
 use super::units::KeptLayer;
 use crate::error::{Error, Result};
-use crate::file::store::{BaseIdentity, StoredAdapter};
+use crate::file::store::StoredAdapter;
+use crate::part::Part;
 
 /// The file beside the smaller model.
 pub const PRUNING_FILE: &str = "pruning.json";
@@ -231,24 +232,37 @@ pub fn record_beside(folder: &Path, layers: &[LayerShape]) -> Result<Option<Prun
     }
 }
 
+/// An adapter, or one that another is made of, and the base that it was trained on.
+type OnBase<'a> = (&'a Path, &'a BaseIdentity);
+
+fn of_parts(parts: &[Part]) -> impl Iterator<Item = OnBase<'_>> {
+    parts.iter().filter_map(|part| Some((part.path.as_path(), part.base.as_ref()?)))
+}
+
+/// An adapter and those that it is made of, as far as they say what their base was.
+fn bases(stored: &StoredAdapter) -> impl Iterator<Item = OnBase<'_>> {
+    let own = stored.manifest.as_ref().and_then(|m| m.base.as_ref());
+    own.map(|base| (stored.path.as_path(), base)).into_iter().chain(of_parts(&stored.parts))
+}
+
 /// Refuses an adapter of a smaller model on a model of other layers: what it was trained on is not there.
 ///
 /// # Errors
 ///
 /// Fails if it is one.
 pub(crate) fn refuse_elsewhere(stored: &StoredAdapter, layers: &[LayerShape]) -> Result<()> {
-    let base = stored.manifest.as_ref().and_then(|m| m.base.as_ref());
-    match base.and_then(|base| base.pruned.as_ref()) {
-        Some(pruned) if pruned.layers != triples(layers) => Err(elsewhere(stored, pruned)),
+    let other = |(path, base): OnBase<'_>| match base.pruned.as_ref() {
+        Some(pruned) if pruned.layers != triples(layers) => Err(elsewhere(path, pruned)),
         _ => Ok(()),
-    }
+    };
+    bases(stored).try_for_each(other)
 }
 
-fn elsewhere(stored: &StoredAdapter, pruned: &PrunedFrom) -> Error {
+fn elsewhere(adapter: &Path, pruned: &PrunedFrom) -> Error {
     let name: String = pruned.name.chars().take(80).collect();
     Error::Mismatch(format!(
         "`{}` was trained on a pruned model of `{}`, which this base is not; `lorimer recover` makes it an adapter for the whole one",
-        stored.path.display(),
+        adapter.display(),
         name.escape_debug()
     ))
 }
@@ -280,24 +294,27 @@ impl BaseRecord {
         &self.folder
     }
 
-    /// Refuses an adapter of a smaller model beside a model whose record is another or none, and one of a whole base on a smaller model. An adapter
-    /// without `lorimer.json` says nothing of its base.
+    /// Refuses an adapter of a smaller model beside a model whose record is another or none, and one of a whole base on a smaller model; so for the
+    /// adapters that it is made of. An adapter without `lorimer.json` says nothing of its base.
     ///
     /// # Errors
     ///
     /// Fails if the two do not belong together.
     pub fn check(&self, stored: &StoredAdapter) -> Result<()> {
-        let Some(base) = stored.manifest.as_ref().and_then(|m| m.base.as_ref()) else { return Ok(()) };
+        bases(stored).try_for_each(|on| self.check_one(on))
+    }
+
+    fn check_one(&self, (adapter, base): OnBase<'_>) -> Result<()> {
         match (&base.pruned, &self.pruned) {
             (Some(own), Some(here)) if own.pruning != here.pruning => Err(Error::Mismatch(format!(
                 "`{}` was trained on another pruned model than `{}`: the ids of pruning.json differ",
-                stored.path.display(),
+                adapter.display(),
                 self.folder.display()
             ))),
-            (Some(own), None) => Err(elsewhere(stored, own)),
+            (Some(own), None) => Err(elsewhere(adapter, own)),
             (None, Some(here)) if base.fingerprint == here.fingerprint => Err(Error::Mismatch(format!(
                 "`{}` was trained on the whole base, `{}` is a pruned model of it",
-                stored.path.display(),
+                adapter.display(),
                 self.folder.display()
             ))),
             _ => Ok(()),
@@ -311,8 +328,21 @@ impl BaseRecord {
 ///
 /// Fails if the two do not belong together, or if the record cannot be read.
 pub fn check_record(stored: &StoredAdapter, folder: &Path, layers: &[LayerShape]) -> Result<()> {
-    match stored.manifest.as_ref().and_then(|m| m.base.as_ref()) {
+    match bases(stored).next() {
         None => Ok(()),
         Some(_) => BaseRecord::of(folder, layers)?.check(stored),
     }
+}
+
+/// [`BaseRecord::check`] of adapters that a new one is to be made of.
+///
+/// # Errors
+///
+/// Fails if one does not belong to the base, or if the record cannot be read.
+pub fn check_parts(parts: &[Part], folder: &Path, layers: &[LayerShape]) -> Result<()> {
+    if of_parts(parts).next().is_none() {
+        return Ok(());
+    }
+    let record = BaseRecord::of(folder, layers)?;
+    of_parts(parts).try_for_each(|on| record.check_one(on))
 }

@@ -140,7 +140,8 @@ impl Runner<'_> {
     fn kept(&self, job: &Job<'_>) -> Option<RunResult> {
         let path = self.path(job, "json");
         let found = path.is_file().then(|| read_json::<RunResult>(&path, 16 << 20).ok()).flatten()?;
-        (found.spec == job.1).then_some(found)
+        let whole = !job.1.is_expert || found.error.is_some() || self.folder.join(job.1.adapter(job.0)).is_dir();
+        (found.spec == job.1 && whole).then_some(found)
     }
 
     /// Makes a run. None where it was interrupted.
@@ -168,8 +169,13 @@ impl Runner<'_> {
             bail!("the run `{name}` failed ({status}); its error stands above");
         }
         let _ = std::fs::remove_file(&given);
-        let _ = std::fs::remove_dir_all(&work);
         let found: RunResult = read_json(&path, 16 << 20)?;
+        if job.1.is_expert && found.error.is_none() {
+            let adapter = self.folder.join(job.1.adapter(job.0));
+            let _ = std::fs::remove_dir_all(&adapter);
+            std::fs::rename(&work, &adapter).with_context(|| format!("cannot write `{}`", adapter.display()))?;
+        }
+        let _ = std::fs::remove_dir_all(&work);
         let mut progress = self.progress.lock().expect("no run panics");
         (progress.done, progress.made) = (progress.done + 1, progress.made + 1);
         let (done, total) = (progress.done, progress.total);
@@ -193,7 +199,17 @@ impl Compare {
         let spec = read_spec(&self.file)?;
         let folder = self.output.join("runs");
         create_folder(&folder)?;
-        let total = spec.tasks.len() + spec.methods.len() * spec.tasks.len() * spec.seeds.len();
+        let mut experts: Vec<(String, RunSpec)> = Vec::new();
+        for &seed in &spec.seeds {
+            let wanted = spec.methods.iter().flat_map(|m| spec.expert_runs(Some(m), seed));
+            wanted.for_each(|job| {
+                if !experts.contains(&job) {
+                    experts.push(job)
+                }
+            });
+        }
+        let runs = spec.methods.len() * spec.tasks.len() * spec.seeds.len();
+        let total = spec.tasks.len() + experts.len() + runs;
         let runner = Runner {
             folder: &folder,
             jobs: self.jobs.into(),
@@ -205,6 +221,9 @@ impl Compare {
         let bases: Vec<Job<'_>> = spec.tasks.iter().map(|task| ("base", spec.run(task, None, 1.0, 0))).collect();
         let mut report = Report::default();
         report.base = runner.results(&bases)?.into_iter().flatten().collect();
+        // Before the runs that mix them, which are not begun while one is missing.
+        let experts: Vec<Job<'_>> = experts.iter().map(|(line, run)| (line.as_str(), run.clone())).collect();
+        let experts = runner.results(&experts)?.into_iter().flatten().count();
         let sweeps = spec.sweep(&runner)?;
         let mut rates: BTreeMap<&str, f64> = BTreeMap::new();
         for method in &spec.methods {
@@ -229,7 +248,7 @@ impl Compare {
         let found = runner.results(&jobs)?;
         report.runs = jobs.iter().zip(found).filter_map(|((line, _), run)| Some((line.to_string(), run?))).collect();
         let total = runner.progress.lock().expect("no run panics").total;
-        let missing = total - report.base.len() - report.sweeps.len() - report.runs.len();
+        let missing = total - report.base.len() - experts - report.sweeps.len() - report.runs.len();
         report.finish(&spec, &rates);
         let text = markdown(&spec, &report);
         write_json(&self.output.join("results.json"), &report.json())?;

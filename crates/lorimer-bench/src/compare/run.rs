@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use anyhow::{Error, Result, bail};
 use clap::Args;
-use lorimer_adapter::file::store::WEIGHTS_FILE;
+use lorimer_adapter::file::store::{StoredAdapter, WEIGHTS_FILE};
 use lorimer_adapter::{Adapter, Attached, methods};
 use lorimer_model::files::{read_json, write_json};
 use lorimer_model::{Adaptation, Base, Frozen};
@@ -98,6 +98,14 @@ impl CompareRun {
             write_json(&self.result, &result)?;
             return Ok(ExitCode::SUCCESS);
         };
+        let beside = self.spec.parent().unwrap_or(Path::new("."));
+        if let Some(missing) = spec.experts.iter().find(|name| !beside.join(name).is_dir()) {
+            result.error = Some(format!("its expert `{missing}` has no adapter"));
+            write_json(&self.result, &result)?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        let part = |name: &String| StoredAdapter::read(&beside.join(name))?.into_part();
+        let parts = spec.experts.iter().map(part).collect::<lorimer_adapter::Result<Vec<_>>>()?;
         let mut session = Session {
             base: &base,
             base_name: &pulled.name,
@@ -117,7 +125,9 @@ impl CompareRun {
         let clock = Instant::now();
         let mut started = None;
         let mut train = |session: &Session<'_>| {
-            session.run(methods::build(method, &spec.set)?, |event| {
+            let mut method = methods::build(method, &spec.set)?;
+            method.take_parts(&parts)?;
+            session.run(method, |event| {
                 if let Event::Begin { .. } = event {
                     started.get_or_insert(clock.elapsed().as_secs_f64());
                 }

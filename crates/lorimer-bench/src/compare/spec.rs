@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, bail};
 use lorimer_adapter::methods;
 use lorimer_model::files::read_bounded;
 use serde::{Deserialize, Serialize};
@@ -107,6 +107,23 @@ pub struct MethodSpec {
     pub lr: Option<f64>,
     /// Rates to sweep over, in place of the sweep's.
     pub rates: Option<Vec<f64>>,
+    /// What it mixes, if it is a mixture (`xlora`).
+    pub experts: Option<Experts>,
+}
+
+/// The experts of a mixture: LoRAs trained first, one a task, with the seed of the run that mixes them.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Experts {
+    /// The tasks by name, in the experts' order.
+    pub tasks: Vec<String>,
+    /// Settings of the LoRAs.
+    #[serde(default)]
+    pub set: Map<String, Value>,
+    /// Their learning rate [default: LoRA's].
+    pub lr: Option<f64>,
+    /// Their steps [default: the comparison's].
+    pub steps: Option<usize>,
 }
 
 impl MethodSpec {
@@ -162,6 +179,12 @@ pub struct RunSpec {
     /// Label smoothing in training.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub label_smoothing: Option<f64>,
+    /// Folders, beside the run's, of the adapters that it mixes.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub experts: Vec<String>,
+    /// Whether others mix it, so that its adapter stays.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub is_expert: bool,
 }
 
 /// What a run gave.
@@ -215,9 +238,18 @@ impl RunResult {
 }
 
 impl RunSpec {
+    /// Folder of its adapter where that stays.
+    pub fn adapter(&self, line: &str) -> String {
+        format!("{}.adapter", self.name(line))
+    }
+
     /// A file name that tells what it is.
     pub fn name(&self, line: &str) -> String {
-        let kind = if self.held_out.is_some() { "sweep" } else { "run" };
+        let kind = match self.held_out {
+            _ if self.is_expert => "expert",
+            Some(_) => "sweep",
+            None => "run",
+        };
         let name = format!("{kind}-{}-{line}-lr{:e}-s{}", self.task.name, self.lr, self.seed);
         name.chars().map(|c| if c.is_ascii_alphanumeric() || matches!(c, '-' | '.') { c } else { '_' }).collect()
     }
@@ -250,7 +282,15 @@ pub fn read_spec(path: &Path) -> Result<Spec> {
         return fail(format!("two methods are called `{}`", twice[0]));
     }
     for m in &spec.methods {
-        methods::build(m.method(), &m.set).with_context(|| format!("method `{}`", m.name))?;
+        let built = methods::build(m.method(), &m.set).with_context(|| format!("method `{}`", m.name))?;
+        match &m.experts {
+            Some(_) if !built.mixes() => return fail(format!("`{}` mixes no adapters; leave `experts` out", m.name)),
+            None if built.mixes() => {
+                return fail(format!("`{}` mixes adapters; name their tasks in `experts`", m.name));
+            }
+            None => {}
+            Some(experts) => spec.check_experts(experts).with_context(|| format!("experts of `{}`", m.name))?,
+        }
         let rates = m.rates.iter().flatten().chain(&m.lr);
         if let Some(rate) = rates.into_iter().find(|r| !(r.is_finite() && **r > 0.0)) {
             return fail(format!("the rate {rate} of `{}` should be above 0", m.name));
@@ -276,8 +316,8 @@ impl Spec {
     pub fn run(&self, task: &Task, method: Option<&MethodSpec>, lr: f64, seed: u64) -> RunSpec {
         let mut set = method.map(|m| m.set.clone()).unwrap_or_default();
         if let Some(method) = method {
-            // What changes blocks has no projections to name.
-            if methods::entry(method.method()).is_ok_and(|entry| entry.kind != "block") {
+            // What changes blocks, or mixes adapters, has no projections to name.
+            if method.experts.is_none() && methods::entry(method.method()).is_ok_and(|entry| entry.kind != "block") {
                 set.entry("target_modules").or_insert_with(|| self.target_modules.clone());
             }
             set.extend(self.start_rate(method).filter(|(key, _)| !method.set.contains_key(key)));
@@ -295,6 +335,47 @@ impl Spec {
             batch_size: self.batch_size,
             warmup_steps: self.warmup_ratio.map(|_| self.warmup(self.steps)),
             label_smoothing: Some(self.label_smoothing).filter(|smoothing| *smoothing > 0.0),
+            experts: self.expert_runs(method, seed).iter().map(|(line, run)| run.adapter(line)).collect(),
+            is_expert: false,
+        }
+    }
+
+    /// The runs whose adapters a run of the method with that seed mixes, and their lines. Mixtures whose experts are alike share them.
+    pub fn expert_runs(&self, method: Option<&MethodSpec>, seed: u64) -> Vec<(String, RunSpec)> {
+        let Some(experts) = method.and_then(|m| m.experts.as_ref()) else { return Vec::new() };
+        let task = |name: &String| self.tasks.iter().find(|task| task.name == *name);
+        let lora = MethodSpec {
+            name: "lora".into(),
+            method: None,
+            set: experts.set.clone(),
+            lr: experts.lr,
+            rates: None,
+            experts: None,
+        };
+        let (lr, steps) = (experts.lr.unwrap_or(methods::lora::ENTRY.lr), experts.steps.unwrap_or(self.steps));
+        let settings: String = experts.set.iter().map(|(key, value)| format!("-{key}{value}")).collect();
+        let line = format!("lora{settings}-{steps}");
+        let of = |task| RunSpec {
+            general: None,
+            steps,
+            warmup_steps: self.warmup_ratio.map(|_| self.warmup(steps)),
+            is_expert: true,
+            ..self.run(task, Some(&lora), lr, seed)
+        };
+        experts.tasks.iter().filter_map(task).map(|task| (line.clone(), of(task))).collect()
+    }
+
+    fn check_experts(&self, experts: &Experts) -> Result<()> {
+        methods::build("lora", &experts.set)?;
+        if experts.tasks.is_empty() || experts.steps == Some(0) {
+            bail!("a mixture needs at least one task and one step");
+        }
+        if let Some(name) = experts.tasks.iter().find(|name| !self.tasks.iter().any(|t| t.name == **name)) {
+            bail!("`{name}` is none of the tasks");
+        }
+        match experts.lr.filter(|rate| !(rate.is_finite() && *rate > 0.0)) {
+            Some(rate) => bail!("the rate {rate} should be above 0"),
+            None => Ok(()),
         }
     }
 

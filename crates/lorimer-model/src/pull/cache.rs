@@ -28,6 +28,11 @@ pub fn own_cache() -> PathBuf {
     std::env::var_os("LORIMER_HOME").map_or_else(|| cache_root().join("lorimer"), PathBuf::from)
 }
 
+/// Where the hub's cache has, or would have, the snapshot of a hub id (`owner/name`, with an optional `@revision`). None for other texts.
+pub fn snapshot_folder(id: &str) -> Option<PathBuf> {
+    HubId::parse(id)?.snapshot()
+}
+
 /// `owner/name`, with an optional `@revision`.
 pub(super) struct HubId {
     pub(super) owner: String,
@@ -53,12 +58,17 @@ impl HubId {
         hub_cache().join(format!("models--{}--{}", self.owner, self.name))
     }
 
-    /// A cached snapshot that has all that is needed.
-    pub(super) fn cached(&self) -> Option<PathBuf> {
+    /// Where its snapshot is, if it is cached.
+    fn snapshot(&self) -> Option<PathBuf> {
         let folder = self.folder();
         let commit = fs::read_to_string(folder.join("refs").join(&self.revision));
         let commit = commit.map_or_else(|_| self.revision.clone(), |c| c.trim().to_string());
-        let snapshot = folder.join("snapshots").join(is_plain_file_name(&commit).then_some(commit)?);
+        Some(folder.join("snapshots").join(is_plain_file_name(&commit).then_some(commit)?))
+    }
+
+    /// A cached snapshot that has all that is needed.
+    pub(super) fn cached(&self) -> Option<PathBuf> {
+        let snapshot = self.snapshot()?;
         let has = |name: &str| snapshot.join(name).is_file();
         let whole = match has("model.safetensors.index.json") {
             true => crate::weights::Weights::from_folder(&snapshot, Default::default()).is_ok(),

@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicBool;
 
 use lorimer_adapter::file::card::card;
 use lorimer_adapter::file::store::CONFIG_FILE;
-use lorimer_adapter::pruning::{PrunedFrom, check_record, record_beside};
+use lorimer_adapter::pruning::{PrunedFrom, check_parts, check_record, record_beside};
 use lorimer_adapter::{Adapter, Attached, BaseIdentity, CalibrationStats, Golden, Manifest, Method, StoredAdapter};
 use lorimer_model::Base;
 use lorimer_model::pull::own_cache;
@@ -90,6 +90,7 @@ impl Session<'_> {
                 Adapter::load_whole(self.base.model(), &stored)?
             }
             None => {
+                check_parts(method.parts(), &self.base.path, &self.base.model().shape().layers)?;
                 let stats = self.calibrate(method.as_ref(), &mut progress)?;
                 Adapter::attach_calibrated(self.base.model(), method, &stats, self.settings.seed)?
             }

@@ -9,7 +9,7 @@ use lorimer_adapter::methods::lora_pro::{LoraPro, LoraProOptimizer, Pair};
 use lorimer_adapter::methods::sora::{Rise, SoftThreshold, SoraConfig, Update};
 use lorimer_adapter::methods::{ObjectiveChoice, OptimizerChoice};
 use lorimer_adapter::step::SampledRank;
-use lorimer_adapter::training::{AdamW, AdamWConfig, CallbackKind, Moment, Optimizer, RunShape};
+use lorimer_adapter::training::{AdamW, AdamWConfig, CallbackKind, Moment, Optimizer, ParamGroup, RunShape};
 use lorimer_adapter::{Named, Role};
 use lorimer_model::{Projection, Site};
 use lorimer_tensor::FrozenWeight;
@@ -176,32 +176,37 @@ fn ba_loras_terms_have_their_values_and_gradients() {
     }
 }
 
-/// Eight steps of LoRA-Pro's full variant, from B = 0 and from elsewhere.
+/// Eight steps of LoRA-Pro's variants, from B = 0 and from elsewhere; `light` with weight decay.
 #[test]
-fn lora_pros_full_variant_steps_as_its_authors_code_does() {
-    let golden = Golden::open("lora_pro");
-    let (target, scaling, rate) = (golden.get("target"), golden.number("scaling"), golden.number("rate"));
-    // Its rate is their script's, and not that of the light variant, which takes AdamW's steps in A and B.
+fn lora_pros_variants_step_as_their_authors_code_does() {
+    // The full variant's rate is their script's, and not that of the light one, which takes AdamW's steps in A and B.
     for (variant, expected) in [("full", 2e-5), ("light", 1e-3)] {
         let settings = serde_json::json!({ "variant": variant });
         assert_eq!(methods::learning_rate("lora-pro", settings.as_object().unwrap()).unwrap(), expected);
     }
     assert_eq!("lora-pro-full".parse::<OptimizerChoice>().unwrap().0.learning_rate(), Some(2e-5));
-    for kind in ["zero", "moved"] {
-        let a = Var::from_tensor(golden.get("a")).unwrap();
-        let b = Var::from_tensor(golden.get(&format!("{kind}.b"))).unwrap();
-        let settings = LoraPro { full: true, ..Default::default() };
-        let pairs = vec![Pair { module: "m".into(), scaling }];
-        let mut optimizer = LoraProOptimizer::new(settings, AdamWConfig::default(), pairs);
-        let parameters = [("m.lora_A".to_string(), &a), ("m.lora_B".to_string(), &b)];
-        for step in 1..9 {
-            let g = ((b.matmul(&a).unwrap() * scaling).unwrap() - target).unwrap();
-            let plain = [b.t().unwrap().matmul(&g).unwrap(), g.matmul(&a.t().unwrap()).unwrap()];
-            let gradients = plain.map(|t| Some((t * scaling).unwrap()));
-            optimizer.step(&parameters, &gradients, rate).unwrap();
-            for (name, var) in [("a", &a), ("b", &b)] {
-                let d = distance(var.as_tensor(), golden.get(&format!("{kind}.{step}.{name}")));
-                assert!(d < 1e-6, "{kind}: {name} differs by {d:e} after step {step}");
+    for (file, full) in [("lora_pro", true), ("lora_pro_light", false)] {
+        let golden = Golden::open(file);
+        let (target, scaling, rate) = (golden.get("target"), golden.number("scaling"), golden.number("rate"));
+        let weight_decay = if full { 0.0 } else { golden.number("decay") };
+        let how = |_: &str| Ok(ParamGroup::default());
+        for kind in ["zero", "moved"] {
+            let a = Var::from_tensor(golden.get("a")).unwrap();
+            let b = Var::from_tensor(golden.get(&format!("{kind}.b"))).unwrap();
+            let settings = LoraPro { full, ..Default::default() };
+            let pairs = vec![Pair { module: "m".into(), scaling }];
+            let config = AdamWConfig { weight_decay, ..Default::default() };
+            let mut optimizer = LoraProOptimizer::new(settings, config, pairs);
+            let parameters = [("m.lora_A".to_string(), &a), ("m.lora_B".to_string(), &b)];
+            for step in 1..9 {
+                let g = ((b.matmul(&a).unwrap() * scaling).unwrap() - target).unwrap();
+                let plain = [b.t().unwrap().matmul(&g).unwrap(), g.matmul(&a.t().unwrap()).unwrap()];
+                let gradients = plain.map(|t| Some((t * scaling).unwrap()));
+                optimizer.step_with(&parameters, &gradients, &how, rate).unwrap();
+                for (name, var) in [("a", &a), ("b", &b)] {
+                    let d = distance(var.as_tensor(), golden.get(&format!("{kind}.{step}.{name}")));
+                    assert!(d < 1e-6, "{file}, {kind}: {name} differs by {d:e} after step {step}");
+                }
             }
         }
     }

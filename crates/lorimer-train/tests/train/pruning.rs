@@ -438,6 +438,18 @@ fn records_and_adapters_that_do_not_belong_together_are_refused() {
     assert!(refused(&bone.to_stored("base").unwrap(), &pruning, true).contains("`bone` adapter cannot be recovered"));
     let lora = Adapter::attach(&model, methods::build("lora", &Map::new()).unwrap(), 0).unwrap();
     assert!(refused(&lora.to_stored("base").unwrap(), &pruning, true).contains("has shape"));
+    // A and B that do not go together, and both of a rank that the configuration has not.
+    for ends in [&["lora_A.weight"][..], &["lora_A.weight", "lora_B.weight"]] {
+        let mut other = stored.clone();
+        for (name, t) in other.tensors.iter_mut().filter(|(n, _)| n.contains("layers.1.mlp.up_proj")) {
+            if ends.iter().any(|end| name.ends_with(end)) {
+                let axis = usize::from(name.ends_with("lora_B.weight"));
+                *t = t.narrow(axis, 0, t.dim(axis).unwrap() - 1).unwrap().contiguous().unwrap();
+            }
+        }
+        let told = refused(&other, &pruning, true);
+        assert!(told.contains("rank") && told.contains("up_proj"), "{told}");
+    }
     // A record of another base is not cut by.
     let error = slice_to_folder(&folder("tiny-qwen2"), &[], &pruning, (&out.path().join("x"), LoadDtype::F32), |_| {});
     assert!(error.unwrap_err().to_string().contains("is not of") && !out.path().join("x").exists());

@@ -43,8 +43,14 @@ pub struct PlanRun {
     /// Optimiser steps [default: one epoch of --data, else 100]
     #[arg(long, help_heading = "Training")]
     max_steps: Option<usize>,
-    /// Passes over the data
-    #[arg(long, default_value_t = 1.0, help_heading = "Training", visible_alias = "num-train-epochs")]
+    /// Passes over --data
+    #[arg(
+        long,
+        default_value_t = 1.0,
+        requires = "data",
+        help_heading = "Training",
+        visible_alias = "num-train-epochs"
+    )]
     epochs: f64,
     /// Gradients of attention, as in `lorimer train`
     #[arg(long, value_name = "NAME[:KEY=VALUE,…]", default_value = "exact", help_heading = "Training")]

@@ -104,7 +104,8 @@ fn a_comparison_goes_on_where_it_stopped() {
         "model: {model}\nsteps: 4\nbatch_size: 4\nseeds: [0, 1]\ngeneral: {general}\n\
          tasks:\n  - {{ name: one, data: {data}, eval: {data} }}\n  - {{ name: two, data: {data}, eval: {data}, eval_limit: 6 }}\n\
          sweep: {{ task: one, steps: 3, rates: [1e-3, 1e-2], held_out: 6, extensions: 0 }}\n\
-         methods:\n  - {{ name: lora, set: {{ r: 2 }} }}\n  - {{ name: bat, method: bone, set: {{ r: 8, variant: bat }} }}\n  - {{ name: eva, set: {{ r: 2 }}, lr: 1e-2 }}\n"
+         methods:\n  - {{ name: lora, set: {{ r: 2 }} }}\n  - {{ name: bat, method: bone, set: {{ r: 8, variant: bat }} }}\n  - {{ name: eva, set: {{ r: 2 }}, lr: 1e-2 }}\n  \
+         - {{ name: mixed, method: xlora, lr: 1e-2, experts: {{ tasks: [one, two], set: {{ r: 2 }}, steps: 3 }} }}\n"
     );
     std::fs::write(&file, &spec).unwrap();
     let first = json(&["compare", &file, "--output", &out, "--max-runs", "5"]);
@@ -112,7 +113,10 @@ fn a_comparison_goes_on_where_it_stopped() {
     let all = json(&["compare", &file, "--output", &out]);
     assert_eq!(all["missing_runs"], 0);
     let methods = all["methods"].as_array().unwrap();
-    assert_eq!(methods.len(), 3);
+    assert_eq!(methods.len(), 4);
+    // Two experts for each seed stay beside the runs that mix them.
+    let kept = std::fs::read_dir(Path::new(&out).join("runs")).unwrap();
+    assert_eq!(kept.filter(|e| e.as_ref().unwrap().path().extension().is_some_and(|e| e == "adapter")).count(), 4);
     for m in methods {
         assert_eq!(m["runs"], 4);
         for key in ["accuracy", "loss", "forgetting", "seconds", "peak_bytes", "trainable_parameters", "file_bytes"] {
@@ -129,6 +133,16 @@ fn a_comparison_goes_on_where_it_stopped() {
     assert!(page.matches("<svg").count() == 2 && page.contains("Pareto"));
     std::fs::write(&file, spec.replace("name: bat, method: bone", "name: bat, method: bones")).unwrap();
     assert!(error(&["compare", &file, "--output", &out]).contains("bones"));
+    for (old, new, told) in [
+        ("tasks: [one, two]", "tasks: [three]", "`three` is none of the tasks"),
+        ("method: xlora", "method: lora", "`mixed` mixes no adapters"),
+        (", experts: { tasks: [one, two], set: { r: 2 }, steps: 3 }", "", "name their tasks in `experts`"),
+    ] {
+        assert!(spec.contains(old));
+        std::fs::write(&file, spec.replace(old, new)).unwrap();
+        let found = error(&["compare", &file, "--output", &out]);
+        assert!(found.contains(told), "{found}");
+    }
     std::fs::write(&file, spec.replace("seeds: [0, 1]", "seed: [0]")).unwrap();
     assert!(error(&["compare", &file, "--output", &out]).contains("is no comparison"));
 }

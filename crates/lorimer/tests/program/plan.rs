@@ -87,6 +87,10 @@ fn the_plan_comes_within_a_tenth_and_its_proposals_fit() {
     let peak = free["peak_bytes"].as_u64().unwrap();
     assert!(parts <= peak && peak < parts * 11 / 10);
 
+    // Passes over no data mean nothing.
+    let told = run(&["plan", "--model", &model, "--epochs", "2"]);
+    assert!(!told.status.success() && String::from_utf8_lossy(&told.stderr).contains("--data"), "{told:?}");
+
     // Less than that: layers are computed again. Less than that takes: what fits is proposed, and fits.
     let again = json_of(&[&plan[..], &["--checkpointing", "on"]].concat())["peak_bytes"].as_u64().unwrap();
     let between = ((peak + again) / 2).to_string();

@@ -9,7 +9,7 @@ use sha2::{Digest, Sha256};
 
 use super::parents::{Parent, Parents, Shape};
 use crate::error::{Error, Result};
-use crate::file::store::BaseIdentity;
+use crate::pruning::origin::BaseIdentity;
 
 /// Largest `tokenizer.json` beside an adapter that is compared.
 const MAX_TOKENIZER: u64 = 64 << 20;

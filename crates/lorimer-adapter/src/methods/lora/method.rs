@@ -81,7 +81,10 @@ impl Method for Lora {
     }
 
     fn components(&self, site: &Site) -> Result<usize> {
-        Ok(self.eva().map_or(0, |eva| eva.most(self.config.rank(&site.path).unwrap_or(0))))
+        match self.eva() {
+            Some(eva) => Ok(eva.most(self.config.rank(&site.path)?)),
+            None => Ok(0),
+        }
     }
 
     fn allocate(&self, explained: &[(&Site, &[f64])]) -> Result<Vec<usize>> {

@@ -269,3 +269,41 @@ fn what_cannot_be_mixed_is_refused() {
     let x = Tensor::zeros((2, 16), DType::F64, &Device::Cpu).unwrap();
     assert!(Attached::one(&adapter).project(site, base, &x).is_err());
 }
+
+/// An expert that is named by its hub id is found in the hub's cache; one that is not there is named with what fetches it.
+#[test]
+fn experts_are_found_in_the_hubs_cache() {
+    let home = tempfile::tempdir().unwrap();
+    let (mixture, cache) = (home.path().join("mixture"), home.path().join("hub/models--owner--zero"));
+    std::fs::create_dir_all(&mixture).unwrap();
+    std::fs::copy(case("constant").join("adapter_model.safetensors"), mixture.join("adapter_model.safetensors"))
+        .unwrap();
+    let config = std::fs::read(case("constant").join("adapter_config.json")).unwrap();
+    let mut config: Value = serde_json::from_slice(&config).unwrap();
+    for number in ["1", "2"] {
+        config["adapters"][number] = case("experts").join(number).canonicalize().unwrap().display().to_string().into();
+    }
+    config["adapters"]["0"] = "owner/zero".into();
+    std::fs::write(mixture.join("adapter_config.json"), config.to_string()).unwrap();
+    let inspect = || {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_lorimer"));
+        command.env("HF_HOME", home.path()).env_remove("HF_HUB_CACHE").arg("inspect").arg(&mixture).output().unwrap()
+    };
+    let before = inspect();
+    let told = String::from_utf8_lossy(&before.stderr).into_owned();
+    assert!(!before.status.success() && told.contains("`hf download owner/zero` fetches it"), "{told}");
+    // The layout of Python's huggingface_hub, whose snapshots are links.
+    let snapshot = cache.join("snapshots/0123");
+    for folder in ["refs", "blobs", "snapshots/0123"] {
+        std::fs::create_dir_all(cache.join(folder)).unwrap();
+    }
+    std::fs::write(cache.join("refs/main"), "0123\n").unwrap();
+    for file in ["adapter_config.json", "adapter_model.safetensors"] {
+        let blob = cache.join("blobs").join(file);
+        std::fs::copy(case("experts").join("0").join(file), &blob).unwrap();
+        std::os::unix::fs::symlink(&blob, snapshot.join(file)).unwrap();
+    }
+    let after = inspect();
+    let told = String::from_utf8_lossy(&after.stdout).into_owned();
+    assert!(after.status.success() && told.contains("snapshots/0123"), "{told}{after:?}");
+}
