@@ -2,7 +2,7 @@
 # FlyLoRA's and SMoRA's small reproductions. FlyLoRA: adapters of two tasks trained apart, then averaged; does the loss rise less than LoRA's?
 # SMoRA: one adapter on two unlike tasks mixed; are ranks as experts of their own (partition 1) no worse than whole LoRAs as experts (partition 8)?
 # Controls: LoRA of the same rank, and a router that stays as it began.
-# usage: bench/routed.sh LORIMER MODEL FOLDER [SEED …]      then bench/routed.py FOLDER
+# usage: bench/routed.sh LORIMER MODEL FOLDER [SEED …]      then bench/routed.py FOLDER      PARTS=smora: only that half
 set -e
 lorimer=$1 model=$2 folder=$3
 shift 3
@@ -29,7 +29,10 @@ measure() {
 fly="--method flylora --rank 32 --alpha 64 --set top_k=8 --lr 2e-3"
 lora="--rank 32 --alpha 64 --lr 5e-4"
 smora="--method smora --rank 64 --alpha 16 --set activate_r=8 --lr 1e-3"
-for seed in ${@:-0 1 2}; do
+parts=${PARTS:-fly smora}
+seeds=${*:-0 1 2}
+case $parts in *fly*) half=$seeds ;; *) half= ;; esac
+for seed in $half; do
   for task in sentiment-movies wordnet-define; do
     train fly-$task-$seed --data "$folder/$task.jsonl" --max-steps 30 $fly
     train lora-$task-$seed --data "$folder/$task.jsonl" --max-steps 30 $lora
@@ -43,7 +46,8 @@ for seed in ${@:-0 1 2}; do
     done
   done
 done
-for seed in ${@:-0 1 2}; do
+case $parts in *smora*) half=$seeds ;; *) half= ;; esac
+for seed in $half; do
   train smora-1-$seed --data "$folder/mixed.jsonl" --max-steps 60 $smora
   train smora-8-$seed --data "$folder/mixed.jsonl" --max-steps 60 $smora --set rank_partition=8
   train smora-fixed-$seed --data "$folder/mixed.jsonl" --max-steps 60 $smora --set train_router=false

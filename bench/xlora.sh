@@ -1,9 +1,10 @@
 #!/bin/sh
 # X-LoRA's small reproduction: two LoRAs trained apart, a head trained on both tasks mixed, and controls.
-# usage: bench/xlora.sh LORIMER MODEL FOLDER [SEED …]      then bench/xlora.py FOLDER
+# usage: bench/xlora.sh LORIMER MODEL FOLDER [SEED …]      then bench/xlora.py FOLDER      HEADS="bias shared": only these
 set -e
 lorimer=$1 model=$2 folder=$3
 shift 3
+seeds=${*:-0 1 2}
 mkdir -p "$folder"
 for task in kind define; do
   head -n 1000 data/wordnet-$task.train.jsonl > "$folder/$task.jsonl"
@@ -33,20 +34,21 @@ mix() {
   train $head-$seed --data "$folder/mixed.jsonl" --method xlora --adapter "$folder/kind-$seed" --adapter "$folder/define-$seed" --lr 5e-4 "$@"
   measure $head-$seed --adapter "$folder/$head-$seed"
 }
-for seed in ${@:-0 1 2}; do
+for seed in $seeds; do
   for task in kind define; do
     train $task-$seed --data "$folder/$task.jsonl" --rank 8 --lr 2e-3 --max-steps 40
     measure $task-$seed --adapter "$folder/$task-$seed"
   done
   measure uniform-$seed --adapter "$folder/kind-$seed=0.5" --adapter "$folder/define-$seed=0.5"
-  mix layerwise --set layerwise_scalings=true
 done
-for seed in ${@:-0 1 2}; do
-  mix bias --set layerwise_scalings=true --set bias_only=true
-done
-for seed in ${@:-0 1 2}; do
-  mix shared
-done
-for seed in ${@:-0 1 2}; do
-  mix depth2 --set layerwise_scalings=true --set xlora_depth=2 --set xlora_size=64
+for head in ${HEADS:-layerwise bias shared depth2}; do
+  case $head in
+    layerwise) set -- --set layerwise_scalings=true ;;
+    bias) set -- --set layerwise_scalings=true --set bias_only=true ;;
+    shared) set -- ;;
+    depth2) set -- --set layerwise_scalings=true --set xlora_depth=2 --set xlora_size=64 ;;
+  esac
+  for seed in $seeds; do
+    mix $head "$@"
+  done
 done

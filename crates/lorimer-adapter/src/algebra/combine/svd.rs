@@ -130,20 +130,23 @@ fn knots(pool: &Pool, settings: &Settings) -> Result<Made> {
     let b = pool.parts.iter().map(|part| part.b.to_dtype(DType::F64)).collect::<candle_core::Result<Vec<_>>>()?;
     let (q, r) = qr(&Tensor::cat(&b, 1)?)?;
     let (_, inputs) = pool.sides()?;
-    // Row i of the core: all parents' coordinates along column i of Q.
-    let (mut core, mut first) = (Vec::new(), 0);
+    // ΔWᵢ = Q Rᵢ Aᵢ. With Aᵢ = Lᵢ Pᵢ for orthonormal rows Pᵢ, [R₁A₁ … RₙAₙ] has the left singular vectors and values of [R₁L₁ … RₙLₙ].
+    let (mut along, mut sizes, mut first) = (Vec::new(), Vec::new(), 0);
     for part in &pool.parts {
-        core.push(r.narrow(1, first, part.rank())?.contiguous()?.matmul(&scaled(part)?)?);
+        let (own, a) = (r.narrow(1, first, part.rank())?.contiguous()?, scaled(part)?);
+        let (_, upper) = qr(&a.t()?.contiguous()?)?;
+        sizes.push(own.matmul(&upper.t()?.contiguous()?)?);
+        along.push((own, a));
         first += part.rank();
     }
-    // U of the core: its transpose is tall, so QR first.
-    let (_, rt) = qr(&Tensor::cat(&core, 1)?.t()?.contiguous()?)?;
-    let (u, s, _) = svd(&rt.t()?.contiguous()?)?;
+    let (u, s, _) = svd(&Tensor::cat(&sizes, 1)?)?;
     // As the authors do with directions of no size.
     let kept = s.to_vec1::<f64>()?.iter().filter(|s| **s > 1e-5).count().max(1);
     let u = u.narrow(1, 0, kept)?.contiguous()?;
     let turned = u.t()?.contiguous()?;
-    let coordinates = core.iter().map(|c| turned.matmul(c)).collect::<candle_core::Result<Vec<_>>>()?;
+    // Row i: a parent's coordinates along column i of Q U.
+    let coordinates = |(own, a): &(Tensor, Tensor)| turned.matmul(own)?.matmul(a)?.to_dtype(DType::F32);
+    let coordinates = along.iter().map(coordinates).collect::<candle_core::Result<Vec<_>>>()?;
     let weighted: Vec<(&Tensor, f64)> = coordinates.iter().zip(&pool.parts).map(|(c, p)| (c, p.weight)).collect();
     let mut random = generator(settings, &pool.path);
     let a = merged(&weighted, Elements::Ties, settings, &mut random)?;
