@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
 """Checks the documentation without mdbook: every link of docs/SUMMARY.md leads to a page, every page of docs/ is in it once, pages link to nothing
-outside docs/ (which the book does not hold), and every relative link of docs/ and of the files in the root resolves, its heading included.
+outside docs/ (which the book does not hold), and every relative link of docs/ and of the files in the root resolves, its heading included. And that no
+crate has examples in its documentation, or unit tests, which its Cargo.toml keeps from being run.
 """
 
 import re
 import sys
+import tomllib
 import unicodedata
 from collections import Counter
 from pathlib import Path
@@ -32,8 +34,21 @@ def anchors(path):
     return names
 
 
+def untested():
+    """Sources that hold what their crate's Cargo.toml says is not there."""
+    for manifest in sorted(ROOT.glob("crates/*/Cargo.toml")):
+        said = tomllib.loads(manifest.read_text())
+        library = said.get("lib", {})
+        for key, mark, what in [("doctest", r"(?m)^\s*//[/!] ```", "an example"), ("test", r"(?m)^\s*#\[test\]", "a unit test")]:
+            if library.get(key, True):
+                continue
+            for source in sorted((manifest.parent / "src").rglob("*.rs")):
+                if re.search(mark, source.read_text()):
+                    yield f"{source.relative_to(ROOT)} has {what}, which `{key} = false` in {manifest.relative_to(ROOT)} keeps from being run"
+
+
 def main():
-    problems = []
+    problems = list(untested())
     pages = sorted(p for p in DOCS.rglob("*.md") if p.name != "SUMMARY.md")
     listed = Counter((DOCS / link).resolve() for link in LINK.findall(prose(DOCS / "SUMMARY.md")))
     for page, times in listed.items():
