@@ -1,6 +1,6 @@
 //! Element-wise rules on whole changes, brought to a rank afterwards: PEFT's `…_svd`.
 //!
-//! A parent's (outputs, inputs) change is made some rows at a time and never kept: once to find the limit of its magnitudes, once to be pruned
+//! A parent's (outputs, inputs) change is made some rows at a time and never kept: twice to find the limit of its magnitudes, once to be pruned
 //! and mixed. Only the mixed change is whole.
 
 use candle_core::{Result as TensorResult, Tensor};
@@ -9,7 +9,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::json;
 
-use super::elements::{Elements, Limit, drop_at_random, generator, limit, mix, prune};
+use super::elements::{Elements, Limit, drop_at_random, generator, limit_of_blocks, mix, prune};
 use super::entry::{Combination, Kind, Weights};
 use super::settings::Settings;
 use super::site::{Made, Part, Pool, matrix, values};
@@ -117,11 +117,14 @@ fn whole(pool: &Pool, settings: &Settings, rule: Elements) -> Result<Made> {
 }
 
 fn limit_of(part: &Part, blocks: &[(usize, usize)], density: f64) -> Result<Limit> {
-    let mut magnitudes = Vec::new();
-    for &(first, count) in blocks {
-        magnitudes.extend(rows(part, first, count)?.into_iter().map(f32::abs));
-    }
-    Ok(limit(&mut magnitudes, density))
+    let count = part.b.dim(0)? * part.a.dim(1)?;
+    let each = |take: &mut dyn FnMut(&[f32])| -> TensorResult<()> {
+        for &(first, count) in blocks {
+            take(&rows(part, first, count)?);
+        }
+        Ok(())
+    };
+    Ok(limit_of_blocks(count, density, each)?)
 }
 
 /// U, S and Vᵀ of a rank: exactly up to [`EXACT_SIDE`], by subspace iteration beyond.

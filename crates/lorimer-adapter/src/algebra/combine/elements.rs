@@ -1,7 +1,7 @@
 //! Element-wise rules on a list of tensors of one shape: task arithmetic, magnitude pruning, TIES (arXiv 2306.01708) and DARE (arXiv
 //! 2311.03099), as PEFT's `merge_utils` computes them; and the combinations that apply them to A and to B.
 
-use candle_core::Tensor;
+use candle_core::{Result as TensorResult, Tensor};
 
 use super::entry::{Combination, Kind, Weights};
 use super::settings::{MajoritySign, Settings};
@@ -86,7 +86,7 @@ pub(super) fn generator(settings: &Settings, path: &str) -> TorchGenerator {
 }
 
 /// What is kept of values by magnitude: those above a limit, and the first of those that are equal to it.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Limit {
     above: f32,
     equal: usize,
@@ -105,6 +105,39 @@ pub(super) fn limit(magnitudes: &mut [f32], density: f64) -> Limit {
     let above = *nth;
     let strictly = larger.iter().filter(|v| **v > above).count();
     Limit { above, equal: keep - strictly }
+}
+
+/// [`limit`] of values that are made in blocks, twice, and never all kept: first counted by the upper bits of their magnitudes, then only those
+/// with the bits of the limit compared. `each` hands every block to what it is given; `count` is the number of all values.
+pub(super) fn limit_of_blocks(
+    count: usize,
+    density: f64,
+    each: impl Fn(&mut dyn FnMut(&[f32])) -> TensorResult<()>,
+) -> TensorResult<Limit> {
+    let keep = (density * count as f64) as usize;
+    if density >= 1.0 || keep >= count {
+        return Ok(Limit { above: -1.0, equal: 0 });
+    }
+    if keep == 0 {
+        return Ok(Limit { above: f32::INFINITY, equal: 0 });
+    }
+    // Magnitudes rise with their bits; the sign's is gone.
+    let bin = |value: f32| (value.abs().to_bits() >> 15) as usize;
+    let mut counts = vec![0usize; 1 << 16];
+    each(&mut |values| values.iter().for_each(|v| counts[bin(*v)] += 1))?;
+    let mut larger = 0;
+    let found = (0..counts.len()).rev().find(|&i| {
+        larger += counts[i];
+        larger >= keep
+    });
+    let found = found.unwrap_or(0);
+    larger -= counts[found];
+    let mut near = Vec::with_capacity(counts[found]);
+    each(&mut |values| near.extend(values.iter().filter(|v| bin(**v) == found).map(|v| v.abs())))?;
+    let (above_it, nth, _) = near.select_nth_unstable_by(keep - larger - 1, |a, b| b.total_cmp(a));
+    let above = *nth;
+    let strictly = larger + above_it.iter().filter(|v| **v > above).count();
+    Ok(Limit { above, equal: keep - strictly })
 }
 
 /// Zeroes what is not kept; `limit` counts down the equal ones.
@@ -135,21 +168,31 @@ pub(super) fn drop_at_random(values: &mut [f32], density: f64, random: &mut Torc
 pub(super) fn mix(all: &[Vec<f32>], weights: &[f64], rule: Elements, majority: MajoritySign) -> Vec<f32> {
     let count = all.first().map_or(0, Vec::len);
     let weights: Vec<f32> = weights.iter().map(|w| *w as f32).collect();
-    let one = |i: usize| -> f32 {
-        if !rule.elects() {
-            return all.iter().zip(&weights).map(|(values, w)| values[i] * w).sum();
+    let mut sums = vec![0f32; count];
+    if !rule.elects() {
+        for (values, w) in all.iter().zip(&weights) {
+            sums.iter_mut().zip(values).for_each(|(sum, v)| *sum += v * w);
         }
-        let sign = |v: f32| if v > 0.0 { 1i32 } else { -i32::from(v < 0.0) };
-        let positive = match majority {
-            MajoritySign::Total => all.iter().map(|values| values[i]).sum::<f32>() >= 0.0,
-            MajoritySign::Frequency => all.iter().map(|values| sign(values[i])).sum::<i32>() >= 0,
-        };
-        let wanted = if positive { 1 } else { -1 };
-        let agree = all.iter().zip(&weights).filter(|(values, _)| sign(values[i]) == wanted);
-        let (sum, n) = agree.fold((0f32, 0u32), |(sum, n), (values, w)| (sum + values[i] * w, n + 1));
-        sum / n.max(1) as f32
-    };
-    (0..count).map(one).collect()
+        return sums;
+    }
+    let mut majorities = vec![0f32; count];
+    for values in all {
+        let places = majorities.iter_mut().zip(values);
+        match majority {
+            MajoritySign::Total => places.for_each(|(m, v)| *m += v),
+            MajoritySign::Frequency => places.for_each(|(m, &v)| *m += f32::from(v > 0.0) - f32::from(v < 0.0)),
+        }
+    }
+    let mut counts = vec![0f32; count];
+    for (values, w) in all.iter().zip(&weights) {
+        for (((sum, n), &m), &v) in sums.iter_mut().zip(&mut counts).zip(&majorities).zip(values) {
+            let agrees = if m >= 0.0 { v > 0.0 } else { v < 0.0 };
+            *sum += if agrees { v * w } else { 0.0 };
+            *n += f32::from(agrees);
+        }
+    }
+    sums.iter_mut().zip(counts).for_each(|(sum, n)| *sum /= n.max(1.0));
+    sums
 }
 
 /// A rule on tensors of one shape (rows, columns) with their weights.
@@ -195,4 +238,37 @@ pub(super) fn factors(pool: &Pool, settings: &Settings, rule: Elements) -> Resul
     let a = merged(&a, rule, settings, &mut random)?;
     let b = merged(&b, rule, settings, &mut random)?;
     Made::new(&a, &b)
+}
+
+#[cfg(test)]
+mod tests {
+    use rand::{Rng, SeedableRng};
+
+    use super::*;
+
+    /// Few values many times over and of all sizes, so that limits fall among equal ones and among those of equal upper bits.
+    #[test]
+    fn a_limit_does_not_depend_on_blocks() {
+        let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(3);
+        for case in 0..200 {
+            let kinds = rng.random_range(1..40);
+            let pool: Vec<f32> = (0..kinds)
+                .map(|i| match case % 3 {
+                    0 => 1.0 + i as f32 * f32::EPSILON,
+                    1 => rng.random_range(-1.0..1.0f32).powi(9),
+                    _ => [0.0, -0.0, 1e-40, -3.5, f32::MAX][i % 5],
+                })
+                .collect();
+            let values: Vec<f32> =
+                (0..rng.random_range(1..300)).map(|_| pool[rng.random_range(0..pool.len())]).collect();
+            for density in [0.0, 0.01, 0.3, 0.5, 0.999, 1.0] {
+                let whole = limit(&mut values.iter().map(|v| v.abs()).collect::<Vec<_>>(), density);
+                let found = limit_of_blocks(values.len(), density, |take| {
+                    values.chunks(7).for_each(|block| take(block));
+                    Ok(())
+                });
+                assert_eq!(found.unwrap(), whole, "case {case}, density {density}");
+            }
+        }
+    }
 }
