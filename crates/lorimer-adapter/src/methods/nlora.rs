@@ -17,7 +17,7 @@
 //! Files hold what is trained; slices of W are found again from the base and held against a hash.
 //!
 //! Meant for: a start from W that costs r³ instead of a singular value decomposition. Each variant wants a rate of its own: the pseudo-inverse makes
-//! the gradients of `nlora` large, so that it takes 5e-6 where `slora` takes 1e-3 and `inttune`, whose N alone moves, 1e-2 (at 5e-6 it hardly learns).
+//! the gradients of `nlora` large, so that it takes 5e-6 where `slora` takes 1e-3 and `inttune`, whose N alone moves, 0.04/r (at 5e-6 it hardly learns).
 //! With `start=code` `nlora` takes 1e-3. The authors' scripts have 2e-4 for all, at rank 128 on a model of 7B.
 //!
 //! Step time: LoRA's of rank r (slora, inttune) or 2r (nlora, whose start is subtracted).
@@ -241,7 +241,8 @@ impl Method for Nlora {
     fn learning_rate(&self) -> Option<f64> {
         match (self.config.variant, self.config.start) {
             (Variant::Slora, _) => Some(1e-3),
-            (Variant::Inttune, _) => Some(1e-2),
+            // Sweeps at ranks 8, 16 and 64 end at 1e-2 (5e-3 as good), 2e-3 and 5e-4.
+            (Variant::Inttune, _) => Some(0.04 / self.config.r as f64),
             (Variant::Nlora, Start::Code) => Some(1e-3),
             // The registry's line: the pseudo-inverse makes gradients large.
             (Variant::Nlora, Start::Paper) => None,

@@ -202,10 +202,12 @@ fn variants_train_at_rates_of_their_own() {
         (vec!["--set", "variant=slora"], 1e-3),
         (vec!["--set", "variant=inttune"], 1e-2),
         (vec!["--set", "variant=inttune", "--set", "start=code"], 1e-2),
+        (vec!["--set", "variant=inttune", "--rank", "8"], 5e-3),
     ] {
         let run = f.path("run");
         let mut all = vec!["train", "--model", &f.model, "--data", &f.data, "--output", &run, "--overwrite"];
-        all.extend(["--method", "nlora", "--rank", "4", "--max-steps", "1"]);
+        all.extend(["--method", "nlora", "--max-steps", "1"]);
+        all.extend(if settings.contains(&"--rank") { &[][..] } else { &["--rank", "4"][..] });
         all.extend(&settings);
         json(&all);
         let told: serde_json::Value =
@@ -215,7 +217,7 @@ fn variants_train_at_rates_of_their_own() {
     let page = ok(&["methods", "--docs", &f.path("docs")]);
     assert!(page.contains("nlora"));
     let page = std::fs::read_to_string(f.path("docs/nlora.md")).unwrap();
-    assert!(page.contains("5e-6; `slora`: 1e-3; `inttune`: 1e-2"), "{page}");
+    assert!(page.contains("5e-6; `slora`: 1e-3; `inttune`: 5e-3"), "{page}");
 }
 
 /// A sweep goes on past the edges of its grid by itself, so often as it may, and says so; a rate that runs away is a result, in the sweep and in
