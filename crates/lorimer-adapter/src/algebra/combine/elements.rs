@@ -264,7 +264,9 @@ mod tests {
             for density in [0.0, 0.01, 0.3, 0.5, 0.999, 1.0] {
                 let whole = limit(&mut values.iter().map(|v| v.abs()).collect::<Vec<_>>(), density);
                 let found = limit_of_blocks(values.len(), density, |take| {
-                    values.chunks(7).for_each(|block| take(block));
+                    for block in values.chunks(7) {
+                        take(block);
+                    }
                     Ok(())
                 });
                 assert_eq!(found.unwrap(), whole, "case {case}, density {density}");
