@@ -65,7 +65,8 @@ pub(crate) fn part_folders(folder: &Path, config: &Map<String, Value>) -> Result
             let shown: String = name.chars().take(120).collect();
             let fetch = match cached {
                 Some(_) => {
-                    format!("; if it is on the hub, `hf download {shown}` fetches it into the cache that is read here")
+                    let id = shown.replace('@', " --revision ");
+                    format!("; if it is on the hub, `hf download {id}` fetches it into the cache that is read here")
                 }
                 None => String::new(),
             };

@@ -10,7 +10,7 @@ use lorimer_adapter::algebra::slice::{identity_of, kept_by_masks, pruned_shapes,
 use lorimer_adapter::methods::loraprune::score::surrogate;
 use lorimer_adapter::methods::loraprune::{LoraPruneConfig, sparsity};
 use lorimer_adapter::pruning::units::{KeptLayer, groups};
-use lorimer_adapter::pruning::{PRUNING_FILE, Pruning};
+use lorimer_adapter::pruning::{PRUNING_FILE, Pruning, check_parts};
 use lorimer_adapter::training::RunShape;
 use lorimer_model::base::open_weights;
 use lorimer_model::weights::{SafetensorsFile, Weights};
@@ -427,6 +427,11 @@ fn records_and_adapters_that_do_not_belong_together_are_refused() {
     assert!(refused(&ours, &other, false).contains("another pruned model"));
     // The small adapter on the whole base.
     let error = Adapter::load_whole(&tiny("tiny-llama"), &ours).err().unwrap().to_string();
+    assert!(error.contains("lorimer recover"), "{error}");
+    // So as an expert of a mixture, of which its own record tells.
+    let parts = [ours.clone().into_part().unwrap()];
+    let whole = tiny("tiny-llama");
+    let error = check_parts(&parts, &base, &whole.shape().layers).unwrap_err().to_string();
     assert!(error.contains("lorimer recover"), "{error}");
     // A site that is missing, another method, another shape.
     let mut missing = stored.clone();
