@@ -30,10 +30,10 @@ train ba-lora-2 --method ba-lora --rank 8 --lr 5e-4 --set version=2
 train ba-lora-1000 --method ba-lora --rank 8 --lr 5e-4 --set lambda1=0.1 --set lambda2=0.3 --set lambda3=0.1
 for domain in movies tweets products news; do
   data="--model $model --data data/sentiment-$domain.valid.jsonl --limit 160 --json -q"
-  [ -f "$folder/base-$domain.json" ] || "$lorimer" eval $data > "$folder/base-$domain.json"
-  for name in lora pissa ba-lora ba-lora-2 ba-lora-1000; do
+  for name in base lora pissa ba-lora ba-lora-2 ba-lora-1000; do
     [ -f "$folder/$name-$domain.json" ] && continue
-    "$lorimer" eval $data --adapter "$folder/$name" > "$folder/new"
+    case $name in base) adapter= ;; *) adapter="--adapter $folder/$name" ;; esac
+    "$lorimer" eval $data $adapter > "$folder/new"
     mv "$folder/new" "$folder/$name-$domain.json"
   done
 done
