@@ -312,8 +312,9 @@ fn prompts_are_scored_as_transformers_scores_them() {
     assert_eq!((&none["choices"][0]["text"], &none["usage"]["completion_tokens"]), (&json!(""), &json!(0)));
     assert_eq!(none["choices"][0]["finish_reason"], "length");
     // With `n` each choice has its prompt's.
-    let ask =
-        json!({ "prompt": ["up 3", "x"], "n": 2, "echo": true, "logprobs": 0, "max_tokens": 2, "temperature": 1 });
+    let ask = json!({
+        "prompt": ["up 3", "x"], "n": 2, "echo": true, "logprobs": 0, "max_tokens": 2, "temperature": 1, "ignore_eos": true,
+    });
     let all = server.post("/v1/completions", &ask).json();
     let counts = all["choices"].as_array().unwrap().iter().map(|c| c["logprobs"]["tokens"].as_array().unwrap().len());
     assert_eq!(counts.collect::<Vec<_>>(), [6, 6, 3, 3]);
