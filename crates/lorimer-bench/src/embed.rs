@@ -82,7 +82,7 @@ impl BenchEmbed {
             .collect();
         let json = json!({
             "texts": texts.len(), "rounds": ours, "sentences_per_second": own,
-            "threads": std::thread::available_parallelism().map_or(1, usize::from), "peers": peers,
+            "threads": rayon::current_num_threads(), "peers": peers,
         });
         common::print(global, &json, || {
             let mut out =

@@ -265,7 +265,7 @@ impl BenchServe {
         }
         let (rows, peers) = measured?;
         let machine = json!({
-            "threads": std::thread::available_parallelism().map_or(1, |n| n.get()),
+            "threads": rayon::current_num_threads(),
             "os": std::env::consts::OS, "arch": std::env::consts::ARCH,
         });
         common::print(global, &json!({ "rows": rows, "machine": machine, "peers": peers }), || {

@@ -187,7 +187,7 @@ impl BenchTrain {
             rows.push(medians(&ours));
             peers.extend(theirs.iter().map(|theirs| against(work, &ours, theirs)));
         }
-        let machine = json!({ "threads": std::thread::available_parallelism().map_or(1, usize::from), "os": std::env::consts::OS, "arch": std::env::consts::ARCH });
+        let machine = json!({ "threads": rayon::current_num_threads(), "os": std::env::consts::OS, "arch": std::env::consts::ARCH });
         let result = json!({ "rows": rows, "machine": machine, "peers": peers });
         common::print(global, &result, || shown(&rows, &peers))
     }

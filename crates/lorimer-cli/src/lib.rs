@@ -18,4 +18,7 @@ pub struct Global {
     /// Say more on stderr
     #[arg(long, short, global = true, conflicts_with = "quiet")]
     pub verbose: bool,
+    /// Threads for arithmetic [default: RAYON_NUM_THREADS, else as many as the machine has processors]
+    #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub threads: Option<u16>,
 }

@@ -155,8 +155,7 @@ impl Runner<'_> {
             command.arg("--quiet");
         }
         if self.jobs > 1 {
-            let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
-            command.env("RAYON_NUM_THREADS", (threads / self.jobs).max(1).to_string());
+            command.env("RAYON_NUM_THREADS", (rayon::current_num_threads() / self.jobs).max(1).to_string());
         }
         let status = command.stdin(Stdio::null()).stdout(Stdio::null()).status().context("cannot start a run")?;
         if self.stop.load(Ordering::Relaxed) || status.code() == Some(130) {

@@ -176,7 +176,7 @@ impl Store {
                 format!("there is no folder `{shown}`; `--adapters` wants the folder of adapters"),
             );
         };
-        let threads = std::thread::available_parallelism().map_or(1, |n| n.get().div_ceil(4));
+        let threads = rayon::current_num_threads().div_ceil(4);
         let loaders = rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("loader-{i}"));
         // Threads that compute come first.
         #[cfg(target_os = "linux")]

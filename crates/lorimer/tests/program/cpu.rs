@@ -35,6 +35,24 @@ fn a_level_that_is_none_is_refused_by_name() {
     }
 }
 
+/// The flag, then the variable, then the machine; what is no number of threads is refused, or (in the variable, which others read too) passed over.
+#[test]
+fn threads_are_as_many_as_are_asked_for() {
+    let threads = |flags: &[&str], variable: &str| {
+        let out = lorimer(&[&["methods", "-v"], flags].concat()).env("RAYON_NUM_THREADS", variable).output().unwrap();
+        let said = text(&out.stderr);
+        let before = said.split(" threads, peak memory").next().unwrap_or_default();
+        (out.status.code(), before.rsplit(' ').next().unwrap_or_default().parse::<usize>().ok())
+    };
+    let all = std::thread::available_parallelism().unwrap().get();
+    assert_eq!(threads(&["--threads", "3"], "5"), (Some(0), Some(3)));
+    assert_eq!(threads(&[], "5"), (Some(0), Some(5)));
+    for none in ["", "0", "many"] {
+        assert_eq!(threads(&[], none), (Some(0), Some(all)), "{none}");
+        assert_eq!(threads(&["--threads", none], "5").0, Some(2), "{none}");
+    }
+}
+
 /// Training and evaluation give the same numbers with every set of kernels, within the order of sums in f32.
 #[test]
 fn kernels_of_every_level_agree() {

@@ -128,6 +128,15 @@ fn until(what: &str, seconds: u64, is: impl Fn() -> bool) {
 /// all is well when it comes back. To be seen to fail: `Store::held` and `Mirror::current` that both give nothing.
 #[test]
 fn an_outage_costs_only_what_was_not_fetched() {
+    outage(Mood::Down);
+}
+
+#[test]
+fn a_store_that_swallows_calls_costs_only_what_was_not_fetched() {
+    outage(Mood::Swallows);
+}
+
+fn outage(mood: Mood) {
     let (s3, cache) = (S3::start(), tempfile::tempdir().unwrap());
     let cache = cache.path().display().to_string();
     let files = [adapter(1), adapter(2), adapter(3)];
@@ -140,30 +149,28 @@ fn an_outage_costs_only_what_was_not_fetched() {
     assert_eq!(status, 200, "{a}");
     let text = a["choices"][0]["text"].clone();
     assert_eq!(server.answer("b").0, 200);
-    for mood in [Mood::Down, Mood::Swallows] {
-        s3.set(mood);
-        s3.answered();
-        // Long enough to be looked at again several times, and for the store to be given up.
-        for _ in 0..6 {
-            let (status, a, seconds) = server.answer("a");
-            assert_eq!((status, &a["choices"][0]["text"]), (200, &text), "{a}");
-            assert!(seconds < 1.5, "{mood:?}: an adapter in memory waited {seconds} s");
-            std::thread::sleep(Duration::from_millis(700));
-        }
-        let (status, c, _) = server.answer("c");
-        let message = c["error"]["message"].as_str().unwrap_or_default();
-        assert_eq!((status, c["error"]["code"].as_str()), (503, Some("store_failed")), "{c}");
-        assert!(message.contains("the object store does not answer"), "{message}");
-        let (status, given) = server.give("x", "a", "create");
-        assert_eq!((status, given["error"]["code"].as_str()), (503, Some("store_failed")), "{given}");
-        until("the outage is told", 30, || {
-            let (status, health) = server.health();
-            status == 200 && health["problems"][0].as_str().is_some_and(|p| p.contains("object store"))
-        });
-        assert!(s3.answered().is_empty(), "the store was down");
-        s3.set(Mood::Answers);
-        until("the store is asked again", 40, || server.health().1["problems"].as_array().unwrap().is_empty());
+    s3.set(mood);
+    s3.answered();
+    // Long enough to be looked at again several times, and for the store to be given up.
+    for _ in 0..6 {
+        let (status, a, seconds) = server.answer("a");
+        assert_eq!((status, &a["choices"][0]["text"]), (200, &text), "{a}");
+        assert!(seconds < 1.5, "{mood:?}: an adapter in memory waited {seconds} s");
+        std::thread::sleep(Duration::from_millis(700));
     }
+    let (status, c, _) = server.answer("c");
+    let message = c["error"]["message"].as_str().unwrap_or_default();
+    assert_eq!((status, c["error"]["code"].as_str()), (503, Some("store_failed")), "{c}");
+    assert!(message.contains("the object store does not answer"), "{message}");
+    let (status, given) = server.give("x", "a", "create");
+    assert_eq!((status, given["error"]["code"].as_str()), (503, Some("store_failed")), "{given}");
+    until("the outage is told", 30, || {
+        let (status, health) = server.health();
+        status == 200 && health["problems"][0].as_str().is_some_and(|p| p.contains("object store"))
+    });
+    assert!(s3.answered().is_empty(), "the store was down");
+    s3.set(Mood::Answers);
+    until("the store is asked again", 40, || server.health().1["problems"].as_array().unwrap().is_empty());
     assert_eq!(server.answer("c").0, 200);
     assert_eq!(server.give("x", "a", "create").1["persisted"], json!(true));
 }
