@@ -8,6 +8,7 @@ use lorimer_cli::Global;
 
 pub mod compare;
 pub mod embed;
+pub mod kernels;
 pub mod limits;
 pub mod measure;
 pub mod plan;
@@ -16,6 +17,7 @@ pub mod switch;
 pub mod train;
 
 use embed::BenchEmbed;
+use kernels::BenchKernels;
 use plan::BenchPlan;
 use serve::BenchServe;
 use switch::BenchSwitch;
@@ -38,6 +40,8 @@ enum What {
     Switch(BenchSwitch),
     /// Embedding: texts/s
     Embed(BenchEmbed),
+    /// Projections from each way of storage, beside what memory and arithmetic allow
+    Kernels(BenchKernels),
     /// Serving: requests/s, tokens/s and latency, for any number of adapters
     Serve(Box<BenchServe>),
 }
@@ -50,6 +54,7 @@ impl Bench {
             What::Plan(bench) => bench.run(global),
             What::Switch(bench) => bench.run(global),
             What::Embed(v) => v.run(global),
+            What::Kernels(v) => v.run(global),
             What::Serve(v) => v.run(global),
         }
     }

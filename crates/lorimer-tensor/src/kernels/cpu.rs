@@ -7,13 +7,15 @@ use std::sync::OnceLock;
 /// The variable that lowers the level.
 pub const VARIABLE: &str = "LORIMER_CPU";
 
-/// How far the processor's vector instructions are used. Each level has those before it.
+/// How far the processor's vector instructions are used. Each level has those before it, but for AVX-VNNI.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Level {
     /// What every processor of this target has.
     Plain,
-    /// AVX2 and FMA: registers of 256 bits.
+    /// AVX2, FMA and F16C: registers of 256 bits.
     Avx2,
+    /// AVX-VNNI: sums of products of whole numbers in registers of 256 bits. Processors with the levels above it need not have it.
+    AvxVnni,
     /// AVX-512F: registers of 512 bits.
     Avx512,
     /// AVX-512 BW and VNNI: products of bytes too.
@@ -21,8 +23,13 @@ pub enum Level {
 }
 
 impl Level {
-    const ALL: [(&str, Self); 4] =
-        [("plain", Self::Plain), ("avx2", Self::Avx2), ("avx512", Self::Avx512), ("vnni", Self::Vnni)];
+    const ALL: [(&str, Self); 5] = [
+        ("plain", Self::Plain),
+        ("avx2", Self::Avx2),
+        ("avxvnni", Self::AvxVnni),
+        ("avx512", Self::Avx512),
+        ("vnni", Self::Vnni),
+    ];
 
     /// The level of a name. Fails with a sentence that has the names.
     pub fn parse(name: &str) -> Result<Self, String> {
@@ -33,15 +40,23 @@ impl Level {
         })
     }
 
+    /// Its name, as [`VARIABLE`] has it.
+    pub fn name(self) -> &'static str {
+        Self::ALL.into_iter().find(|(_, level)| *level == self).map_or("plain", |(name, _)| name)
+    }
+
     /// What the processor has.
     fn detect() -> Self {
         #[cfg(target_arch = "x86_64")]
         {
-            if !(is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma")) {
+            if !(is_x86_feature_detected!("avx2")
+                && is_x86_feature_detected!("fma")
+                && is_x86_feature_detected!("f16c"))
+            {
                 return Self::Plain;
             }
             if !is_x86_feature_detected!("avx512f") {
-                return Self::Avx2;
+                return if has_avx_vnni() { Self::AvxVnni } else { Self::Avx2 };
             }
             if !(is_x86_feature_detected!("avx512bw") && is_x86_feature_detected!("avx512vnni")) {
                 return Self::Avx512;
@@ -53,11 +68,24 @@ impl Level {
     }
 }
 
+fn has_avx_vnni() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    {
+        is_x86_feature_detected!("avxvnni")
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
 fn chosen() -> &'static Result<Level, String> {
     static CHOSEN: OnceLock<Result<Level, String>> = OnceLock::new();
     CHOSEN.get_or_init(|| match std::env::var_os(VARIABLE) {
         None => Ok(Level::detect()),
-        Some(name) => Level::parse(&name.to_string_lossy()).map(|most| most.min(Level::detect())),
+        Some(name) => Level::parse(&name.to_string_lossy()).map(|most| match most.min(Level::detect()) {
+            // A processor with AVX-512 need not have it.
+            Level::AvxVnni if !has_avx_vnni() => Level::Avx2,
+            lower => lower,
+        }),
     })
 }
 
@@ -86,7 +114,7 @@ mod tests {
         assert!(Level::Plain < Level::Avx2 && Level::Avx512 < Level::Vnni);
         for bad in ["", "AVX2", "avx", "sse9", "vnni "] {
             let problem = Level::parse(bad).unwrap_err();
-            assert!(problem.contains("plain, avx2, avx512, vnni") && problem.contains(bad), "{problem}");
+            assert!(problem.contains("plain, avx2, avxvnni, avx512, vnni") && problem.contains(bad), "{problem}");
         }
     }
 }

@@ -255,18 +255,24 @@ mod tests {
     #[test]
     fn few_rows_do_not_show_in_each_other() -> Result<()> {
         let (outputs, inputs) = (70, 100);
-        let (x, w) = (values((32, inputs), 1), values((outputs, inputs), 2));
+        let (x, w) = (values((64, inputs), 1), values((outputs, inputs), 2));
         let of = |x: &[f32], rows: usize| {
             let terms = vec![Term::forward(x, inputs, Right::Slice(&w, inputs))];
             Ok::<_, candle_core::Error>(run(vec![Product::new((rows, outputs), terms)])?.remove(0))
         };
         #[cfg(target_arch = "x86_64")]
-        let few = if kernel::has_512() { 32 } else { 4 };
+        let few = if kernel::available() { kernel::FEW_ROWS } else { 1 };
         #[cfg(not(target_arch = "x86_64"))]
         let few = 1;
-        let together = of(&x[..few * inputs], few)?;
-        for row in 0..few {
-            assert_eq!(of(&x[row * inputs..][..inputs], 1)?, together[row * outputs..][..outputs], "row {row}");
+        for many in [few, few / 2, 7.min(few), 1] {
+            let together = of(&x[..many * inputs], many)?;
+            for row in 0..many {
+                assert_eq!(
+                    of(&x[row * inputs..][..inputs], 1)?,
+                    together[row * outputs..][..outputs],
+                    "row {row} of {many}"
+                );
+            }
         }
         Ok(())
     }

@@ -8,6 +8,7 @@ use std::ops::Range;
 use candle_core::Result;
 use half::f16;
 
+use crate::kernels::wide::wide;
 use crate::storage::bits;
 use crate::storage::levels::check_count;
 
@@ -220,7 +221,15 @@ impl Affine {
             let count = (self.group - at % self.group).min(out.len() - done);
             let (scale, zero) = of(at / self.group);
             let out = &mut out[done..][..count];
-            bits::each(codes, 4, at, count, |i, code| out[i] = scale * (f32::from(code) - zero));
+            let whole = if at.is_multiple_of(2) { count / 32 } else { 0 };
+            wide(|| {
+                let codes = &codes[at / 2..].as_chunks::<16>().0[..whole];
+                for (out, codes) in out.as_chunks_mut::<32>().0.iter_mut().zip(codes) {
+                    out.iter_mut().zip(bits::fours(codes)).for_each(|(out, q)| *out = scale * (f32::from(q) - zero));
+                }
+            });
+            let (rest, whole) = (&mut out[whole * 32..], whole * 32);
+            bits::each(codes, 4, at + whole, count - whole, |i, code| rest[i] = scale * (f32::from(code) - zero));
             done += count;
         }
     }
@@ -233,7 +242,17 @@ mod tests {
     /// To be seen to fail: `at % self.group` left out.
     #[test]
     fn groups_are_found_from_anywhere() -> Result<()> {
-        let (outputs, inputs, group) = (3, 11, 4);
+        groups_of((3, 11, 4))?;
+        groups_of((3, 203, 70))?;
+        let (scales, code) = (vec![f16::ONE; 9], |_, _| 0);
+        let zeros = vec![0; 9];
+        assert!(Affine::new((3, 11), code, (scales.clone(), zeros.clone()), (5, None)).is_ok());
+        assert!(Affine::new((3, 11), code, (scales.clone(), zeros.clone()), (6, None)).is_err());
+        assert!(Affine::new((3, 11), code, (scales, zeros), (4, Some(vec![3; 11]))).is_err());
+        Ok(())
+    }
+
+    fn groups_of((outputs, inputs, group): (usize, usize, usize)) -> Result<()> {
         let scales: Vec<f16> = (0..9).map(|i| f16::from_f32(0.5 + i as f32)).collect();
         let zeros: Vec<u8> = (0..9).map(|i| i as u8 * 2 % 17).collect();
         let code = |o: usize, i: usize| ((o * 5 + i * 7) % 16) as u8;
@@ -254,9 +273,6 @@ mod tests {
                 }
             }
         }
-        assert!(Affine::new((3, 11), code, (scales.clone(), zeros.clone()), (5, None)).is_ok());
-        assert!(Affine::new((3, 11), code, (scales.clone(), zeros.clone()), (6, None)).is_err());
-        assert!(Affine::new((3, 11), code, (scales, zeros), (4, Some(vec![3; 11]))).is_err());
         Ok(())
     }
 

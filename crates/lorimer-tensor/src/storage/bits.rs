@@ -46,6 +46,16 @@ pub fn each(stream: &[u8], bits: usize, at: usize, count: usize, put: impl FnMut
     }
 }
 
+/// 32 numbers of 4 bits.
+#[inline(always)]
+pub fn fours(bytes: &[u8; 16]) -> [u8; 32] {
+    let mut numbers = [0; 32];
+    for (two, &byte) in numbers.as_chunks_mut::<2>().0.iter_mut().zip(bytes) {
+        *two = [byte >> 4, byte & 15];
+    }
+    numbers
+}
+
 /// `UNIT` numbers fill `BYTES` bytes.
 #[inline(always)]
 fn units<const BITS: usize, const UNIT: usize, const BYTES: usize>(

@@ -2,6 +2,7 @@
 
 pub mod affine;
 pub mod bits;
+mod blocks;
 pub mod blockwise;
 pub mod levels;
 pub mod mapped;
@@ -13,15 +14,14 @@ use std::ops::{Deref, Range};
 use std::sync::Arc;
 
 use candle_core::quantized::GgmlDType;
-use candle_core::quantized::k_quants::{
-    BlockQ2K, BlockQ3K, BlockQ4_0, BlockQ4_1, BlockQ4K, BlockQ5_0, BlockQ5_1, BlockQ5K, BlockQ6K, BlockQ8_0, BlockQ8_1,
-    BlockQ8K, GgmlType,
-};
 use candle_core::{CpuStorage, DType, Device, Layout, Result, Storage, Tensor};
+use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use rayon::prelude::*;
 
+use crate::kernels::wide::wide;
 use affine::Affine;
+pub use blocks::Blocks;
 use levels::Levels;
 use normal_float::NfConfig;
 use panels::Panels;
@@ -41,94 +41,17 @@ pub enum FrozenWeight {
     Panels(Arc<Panels>),
 }
 
-/// GGUF blocks of a matrix, row by row.
-#[derive(Debug)]
-pub struct Blocks {
-    bytes: Vec<u8>,
-    shape: (usize, usize),
-    dtype: GgmlDType,
-}
-
-impl Blocks {
-    fn row_bytes(&self) -> usize {
-        self.shape.1 / self.dtype.block_size() * self.dtype.type_size()
-    }
-
-    /// Whether weights are 4 (or 8) bits with half-precision numbers for 32 of them, which [`Panels`] keep exactly.
-    fn affine_bits(&self) -> Option<usize> {
-        match self.dtype {
-            GgmlDType::Q4_0 | GgmlDType::Q4_1 => Some(4),
-            GgmlDType::Q8_0 => Some(8),
-            _ => None,
-        }
-    }
-
-    /// A block of a matrix that has [`Self::affine_bits`].
-    fn affine(&self, row: usize, block: usize) -> panels::Block {
-        let bytes = &self.bytes[row * self.row_bytes() + block * self.dtype.type_size()..][..self.dtype.type_size()];
-        let half = |at: usize| f16::from_le_bytes([bytes[at], bytes[at + 1]]);
-        let d = half(0);
-        let nibbles = |bytes: &[u8]| std::array::from_fn(|i| if i < 16 { bytes[i] & 15 } else { bytes[i - 16] >> 4 });
-        match self.dtype {
-            GgmlDType::Q4_0 => panels::Block { codes: nibbles(&bytes[2..]), d, m: f16::from_f32(-8.0 * d.to_f32()) },
-            GgmlDType::Q4_1 => panels::Block { codes: nibbles(&bytes[4..]), d, m: half(2) },
-            _ => panels::Block {
-                codes: std::array::from_fn(|i| bytes[2 + i].wrapping_add(128)),
-                d,
-                m: f16::from_f32(-128.0 * d.to_f32()),
-            },
-        }
-    }
-
-    /// Columns of a row as f32; the first is a multiple of the block's size.
-    fn expand(&self, row: usize, columns: Range<usize>, out: &mut [f32]) {
-        fn run<B: GgmlType>(bytes: &[u8], out: &mut [f32]) {
-            for (bytes, out) in bytes.chunks_exact(size_of::<B>()).zip(out.chunks_exact_mut(B::BLCK_SIZE)) {
-                // SAFETY: `bytes` has the size of a block, and every pattern of bytes is one: blocks are `repr(C)` out of
-                // integers and half-precision numbers.
-                let block = unsafe { bytes.as_ptr().cast::<B>().read_unaligned() };
-                B::to_float(&[block], out);
-            }
-        }
-        let start = row * self.row_bytes() + columns.start / self.dtype.block_size() * self.dtype.type_size();
-        let bytes = &self.bytes[start..];
-        let out = &mut out[..columns.len()];
-        match self.dtype {
-            GgmlDType::F32 => run::<f32>(bytes, out),
-            GgmlDType::F16 => run::<f16>(bytes, out),
-            GgmlDType::BF16 => run::<bf16>(bytes, out),
-            GgmlDType::Q4_0 => run::<BlockQ4_0>(bytes, out),
-            GgmlDType::Q4_1 => run::<BlockQ4_1>(bytes, out),
-            GgmlDType::Q5_0 => run::<BlockQ5_0>(bytes, out),
-            GgmlDType::Q5_1 => run::<BlockQ5_1>(bytes, out),
-            GgmlDType::Q8_0 => run::<BlockQ8_0>(bytes, out),
-            GgmlDType::Q8_1 => run::<BlockQ8_1>(bytes, out),
-            GgmlDType::Q2K => run::<BlockQ2K>(bytes, out),
-            GgmlDType::Q3K => run::<BlockQ3K>(bytes, out),
-            GgmlDType::Q4K => run::<BlockQ4K>(bytes, out),
-            GgmlDType::Q5K => run::<BlockQ5K>(bytes, out),
-            GgmlDType::Q6K => run::<BlockQ6K>(bytes, out),
-            GgmlDType::Q8K => run::<BlockQ8K>(bytes, out),
-        }
-    }
-}
-
 impl FrozenWeight {
     /// The raw GGUF bytes of an `(outputs, inputs)` matrix.
     pub fn from_ggml(dtype: GgmlDType, bytes: &[u8], shape: (usize, usize)) -> Result<Self> {
-        let (outputs, inputs) = shape;
+        let inputs = shape.1;
         if !inputs.is_multiple_of(dtype.block_size()) {
             candle_core::bail!(
                 "a {dtype:?} row holds blocks of {} values, and {inputs} inputs do not divide into them",
                 dtype.block_size()
             );
         }
-        let blocks = Blocks { bytes: bytes.to_vec(), shape, dtype };
-        if bytes.len() != outputs * blocks.row_bytes() {
-            let row_bytes = blocks.row_bytes();
-            candle_core::bail!("{outputs} rows of {row_bytes} bytes expected, found {} bytes", bytes.len());
-        }
-        Ok(Self::Quantised(Arc::new(blocks)))
+        Ok(Self::Quantised(Arc::new(Blocks::new(dtype, bytes.to_vec(), shape)?)))
     }
 
     /// The weight in NF4 with double quantisation.
@@ -172,7 +95,7 @@ impl FrozenWeight {
     pub fn dims(&self) -> Result<(usize, usize)> {
         match self {
             Self::Dense(w) => w.dims2(),
-            Self::Quantised(blocks) => Ok(blocks.shape),
+            Self::Quantised(blocks) => Ok(blocks.shape()),
             Self::Levels(packed) => Ok(packed.shape()),
             Self::Affine(packed) => Ok(packed.shape()),
             Self::Panels(packed) => Ok(packed.shape()),
@@ -214,7 +137,7 @@ impl FrozenWeight {
     pub fn bytes(&self) -> usize {
         match self {
             Self::Dense(w) => w.elem_count() * w.dtype().size_in_bytes(),
-            Self::Quantised(blocks) => blocks.bytes.len(),
+            Self::Quantised(blocks) => blocks.bytes(),
             Self::Levels(packed) => packed.bytes(),
             Self::Affine(packed) => packed.bytes(),
             Self::Panels(packed) => packed.bytes(),
@@ -225,7 +148,7 @@ impl FrozenWeight {
     pub fn storage_name(&self) -> String {
         match self {
             Self::Dense(w) => w.dtype().as_str().to_string(),
-            Self::Quantised(blocks) => format!("{:?}", blocks.dtype),
+            Self::Quantised(blocks) => format!("{:?}", blocks.dtype()),
             Self::Levels(packed) => packed.name().to_string(),
             Self::Affine(_) => "affine4".to_string(),
             Self::Panels(packed) => format!("int{}", packed.bits()),
@@ -306,7 +229,7 @@ impl View<'_> {
             Self::F64(w, inputs) => of(w.len(), *inputs),
             Self::F16(w, inputs) => of(w.len(), *inputs),
             Self::Bf16(w, inputs) => of(w.len(), *inputs),
-            Self::Blocks(blocks) => blocks.shape,
+            Self::Blocks(blocks) => blocks.shape(),
             Self::Levels(packed) => packed.shape(),
             Self::Affine(packed) => packed.shape(),
             Self::Panels(packed) => packed.shape(),
@@ -316,7 +239,7 @@ impl View<'_> {
     /// Columns that can only be expanded together.
     pub(crate) fn granule(&self) -> usize {
         match self {
-            Self::Blocks(blocks) => blocks.dtype.block_size(),
+            Self::Blocks(blocks) => blocks.dtype().block_size(),
             // Any column will do; whole blocks save scales.
             Self::Levels(packed) => packed.block().min(64),
             Self::Panels(_) => panels::BLOCK,
@@ -331,8 +254,11 @@ impl View<'_> {
         match self {
             Self::F32(w, inputs) => out[..columns.len()].copy_from_slice(&w[part(*inputs)]),
             Self::F64(w, inputs) => out.iter_mut().zip(&w[part(*inputs)]).for_each(|(o, &v)| *o = v as f32),
-            Self::F16(w, inputs) => out.iter_mut().zip(&w[part(*inputs)]).for_each(|(o, v)| *o = v.to_f32()),
-            Self::Bf16(w, inputs) => out.iter_mut().zip(&w[part(*inputs)]).for_each(|(o, v)| *o = v.to_f32()),
+            Self::F16(w, inputs) => w[part(*inputs)].convert_to_f32_slice(&mut out[..columns.len()]),
+            Self::Bf16(w, inputs) => {
+                let bits = |(o, v): (&mut f32, &bf16)| *o = f32::from_bits(u32::from(v.to_bits()) << 16);
+                wide(|| out.iter_mut().zip(&w[part(*inputs)]).for_each(bits));
+            }
             Self::Blocks(blocks) => blocks.expand(row, columns, out),
             Self::Levels(packed) => packed.expand(row, columns, out),
             Self::Affine(packed) => packed.expand(row, columns, out),

@@ -11,6 +11,8 @@
 
 mod multiply;
 #[cfg(target_arch = "x86_64")]
+mod pairs;
+#[cfg(target_arch = "x86_64")]
 mod vnni;
 
 pub use multiply::available;
@@ -154,6 +156,8 @@ impl Panels {
 /// Activations in two bytes: (rows, blocks, 2, 32) of p and r, and s/256 and s·(Σp + Σr/256) of every block.
 struct Rounded {
     values: Vec<i8>,
+    /// 256 p + r, each four in the order 0, 2, 1, 3; none unless [`Self::pair`] was called.
+    pairs: Vec<i16>,
     scales: Vec<[f32; 2]>,
     blocks: usize,
 }
@@ -161,8 +165,12 @@ struct Rounded {
 impl Rounded {
     fn new(x: &[f32], inputs: usize) -> Self {
         let (rows, blocks) = (x.len() / inputs.max(1), inputs.div_ceil(BLOCK));
-        let mut rounded =
-            Self { values: vec![0; rows * blocks * 2 * BLOCK], scales: vec![[0.0; 2]; rows * blocks], blocks };
+        let mut rounded = Self {
+            values: vec![0; rows * blocks * 2 * BLOCK],
+            pairs: Vec::new(),
+            scales: vec![[0.0; 2]; rows * blocks],
+            blocks,
+        };
         let parts = rounded
             .values
             .par_chunks_mut((blocks * 2 * BLOCK).max(1))
@@ -178,6 +186,28 @@ impl Rounded {
             });
         });
         rounded
+    }
+
+    /// Puts the two bytes of each activation together.
+    #[cfg(target_arch = "x86_64")]
+    fn pair(&mut self) {
+        self.pairs = vec![0; self.values.len() / 2];
+        let row = (self.blocks * BLOCK).max(1);
+        let parts = self.pairs.par_chunks_mut(row).zip(self.values.par_chunks(2 * row)).with_min_len(8);
+        parts.for_each(|(pairs, values)| {
+            wide(|| {
+                for (pairs, values) in pairs.chunks_exact_mut(BLOCK).zip(values.chunks_exact(2 * BLOCK)) {
+                    let (first, second) = values.split_at(BLOCK);
+                    let mut all = [0i16; BLOCK];
+                    for ((all, &p), &r) in all.iter_mut().zip(first).zip(second) {
+                        *all = i16::from(p) * 256 + i16::from(r);
+                    }
+                    for (pairs, four) in pairs.chunks_exact_mut(4).zip(all.chunks_exact(4)) {
+                        pairs.copy_from_slice(&[four[0], four[2], four[1], four[3]]);
+                    }
+                }
+            });
+        });
     }
 }
 
@@ -213,7 +243,7 @@ mod tests {
     use candle_core::quantized::{GgmlDType, QTensor};
     use candle_core::{DType, Device, Tensor};
 
-    use super::multiply::products_by;
+    use super::multiply::{forms, products_by};
     use super::*;
     use crate::check::random;
     use crate::storage::FrozenWeight;
@@ -265,9 +295,9 @@ mod tests {
         Ok(())
     }
 
-    /// Both forms against the product in f64 with the same weights, within what rounding activations can do; and the fast one, where the
-    /// processor has it, against the reference form. To be seen to fail: `whole` of [`plain`] without the second byte of activations, or
-    /// [`vnni`]'s `second` and `first` the other way round.
+    /// The reference form against the product in f64 with the same weights, within what rounding activations can do; the others that the processor
+    /// has against it, and against each other to the bit. To be seen to fail: `whole` of [`plain`] without the second byte of activations,
+    /// [`vnni`]'s `second` and `first` the other way round, or [`Rounded::pair`] in the order 0, 1, 2, 3.
     #[test]
     fn products_are_within_the_rounding_of_activations() -> Result<()> {
         for (rows, outputs, inputs) in [(1, 40, 64), (3, 17, 100), (13, 33, 576), (29, 70, 32), (64, 16, 7)] {
@@ -281,8 +311,12 @@ mod tests {
                 weights.push(panels(&FrozenWeight::from_ggml(GgmlDType::Q4_1, &blocks.data()?, (outputs, inputs))?));
             }
             let all: Vec<&Panels> = weights.iter().map(|w| &**w).collect();
-            let slow = products_by(&x, inputs, &all, false);
-            let fast = available().then(|| products_by(&x, inputs, &all, true));
+            let results: Vec<Vec<Vec<f32>>> =
+                forms().into_iter().map(|form| products_by(&x, inputs, &all, form)).collect();
+            let (slow, fast) = results.split_first().expect("the reference form");
+            for other in fast.iter().skip(1) {
+                assert_eq!(other, &fast[0]);
+            }
             for (i, weight) in all.iter().enumerate() {
                 let mut w = vec![0f32; inputs];
                 for output in 0..outputs {
@@ -300,7 +334,7 @@ mod tests {
                             .sum();
                         let slow = slow[i][row * outputs + output];
                         assert!((f64::from(slow) - exact).abs() <= bound + 1e-5, "{slow} for {exact}, bound {bound}");
-                        if let Some(fast) = &fast {
+                        for fast in fast {
                             let fast = fast[i][row * outputs + output];
                             assert!((fast - slow).abs() <= 1e-5 * (1.0 + slow.abs()), "{fast} for {slow}");
                         }
@@ -308,10 +342,9 @@ mod tests {
                 }
             }
             // A row alone gives the same bits.
-            for (together, by) in [(Some(&slow), false), (fast.as_ref(), true)] {
-                let Some(together) = together else { continue };
+            for (together, form) in results.iter().zip(forms()) {
                 for row in 0..rows {
-                    let alone = products_by(&x[row * inputs..][..inputs], inputs, &all, by);
+                    let alone = products_by(&x[row * inputs..][..inputs], inputs, &all, form);
                     for (alone, together) in alone.iter().zip(together) {
                         assert_eq!(alone[..], together[row * outputs..][..outputs]);
                     }

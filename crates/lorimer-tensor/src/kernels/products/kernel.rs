@@ -14,7 +14,6 @@ use rayon::prelude::*;
 use super::terms::{Product, Right, Term};
 use crate::kernels::cpu::{Level, level};
 use crate::kernels::shared::Shared;
-use crate::kernels::simd::sum2;
 use right::{PANEL, Scratch, plain, right_row};
 
 /// Rows of a tile.
@@ -27,8 +26,10 @@ const DEPTH: usize = 1536;
 const NARROW: usize = 128;
 /// Rows of a task where rows are cut.
 const TASK_ROWS: usize = 96;
-/// Up to this many rows a product is limited by reading the weight, and takes dot products with it unpacked.
-const FEW_ROWS: usize = 4;
+/// Up to this many rows a product takes dot products with the weight unpacked.
+pub(crate) const FEW_ROWS: usize = 64;
+/// Most rows whose dot products are formed at a time, and columns: 12 sums, three of the right side and one of the left.
+const DOTS: (usize, usize) = (4, 3);
 /// Numbers in a line of the cache.
 const LINE: usize = 16;
 /// Rows that packing asks for ahead.
@@ -93,7 +94,7 @@ unsafe fn one(p: &Product<'_, f32>, out: Shared<f32>, task: &Task, scratch: &mut
     let mut keep = p.keep();
     for term in &p.terms {
         let left = term.left[(task.rows.start * term.strides.0).min(term.left.len())..].as_ptr();
-        if term.transposed && rows <= (if use_512 { avx512::FEW_ROWS } else { FEW_ROWS }) && term.strides.1 == 1 {
+        if term.transposed && rows <= FEW_ROWS && term.strides.1 == 1 {
             let (shape, columns) = ((rows, p.columns), task.columns.clone());
             // SAFETY: as this function's.
             unsafe {
@@ -148,7 +149,7 @@ fn prefetch(address: *const f32) {
     }
 }
 
-/// Dot products of few rows with rows of the right side.
+/// Dot products of few rows with rows of the right side. A result does not depend on how many rows there are.
 #[target_feature(enable = "avx2,fma")]
 unsafe fn few(
     term: &Term<'_, f32>,
@@ -160,16 +161,99 @@ unsafe fn few(
     scratch: &mut Scratch,
 ) {
     let depth = term.depth;
-    scratch.expanded.resize(depth, 0.0);
-    for (j, column) in columns.enumerate() {
-        let w = right_row(term.right, column, depth, &mut scratch.expanded);
-        for row in 0..rows {
-            // SAFETY: the caller's shapes.
+    scratch.expanded.resize(scratch.expanded.len().max(DOTS.1 * depth), 0.0);
+    let parts = rows.div_ceil(DOTS.0).max(1);
+    let (height, higher) = (rows / parts, rows % parts);
+    // Reading the weight is what takes the time, so the next rows of it are asked for while these are multiplied.
+    let ahead = plain(term.right).map_or(0, |(_, length)| DOTS.1 * length);
+    for (j, column) in columns.clone().enumerate().step_by(DOTS.1) {
+        let mut rooms = scratch.expanded.chunks_exact_mut(depth.max(1));
+        let n = DOTS.1.min(columns.end - column);
+        let mut w: [&[f32]; DOTS.1] = [&[]; DOTS.1];
+        for (i, w) in w.iter_mut().enumerate() {
+            // A column that is not there repeats the last one, and is not written.
+            let column = column + i.min(n - 1);
+            *w = right_row(term.right, column, depth, rooms.next().unwrap_or_default());
+        }
+        let w = w.map(<[f32]>::as_ptr);
+        let mut row = 0;
+        for part in 0..parts {
+            let m = height + usize::from(part < higher);
+            // SAFETY: the caller's shapes; the right rows are `depth` long.
             unsafe {
-                let x = std::slice::from_raw_parts(left.add(row * term.strides.0), depth);
-                let sum = sum2(x, w, |a, b| a * b);
-                let out = out.add(row * stride + j);
-                *out = if keep { *out + sum } else { sum };
+                let a = left.add(row * term.strides.0);
+                let c = out.add(row * stride + j);
+                let strides = (term.strides.0, stride);
+                macro_rules! dots {
+                    ($($m:literal)*) => {
+                        match (m, part == 0 && ahead > 0) {
+                            $(
+                                ($m, true) => dots::<$m, true>(depth, a, w, c, strides, keep, n, ahead),
+                                ($m, false) => dots::<$m, false>(depth, a, w, c, strides, keep, n, 0),
+                            )*
+                            _ => {}
+                        }
+                    };
+                }
+                dots!(1 2 3 4);
+            }
+            row += m;
+        }
+    }
+}
+
+/// Dot products of M rows with three of the right side, of which `n` count.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+#[allow(clippy::too_many_arguments)]
+unsafe fn dots<const M: usize, const AHEAD: bool>(
+    depth: usize,
+    a: *const f32,
+    b: [*const f32; DOTS.1],
+    c: *mut f32,
+    (a_row, c_row): (usize, usize),
+    keep: bool,
+    n: usize,
+    ahead: usize,
+) {
+    // SAFETY: the caller's pointers hold M rows of `depth` numbers, three rows of the right side, and M rows of n results.
+    unsafe {
+        let mut sums = [[_mm256_setzero_ps(); DOTS.1]; M];
+        let mut d = 0;
+        while d + 8 <= depth {
+            let b: [__m256; DOTS.1] = std::array::from_fn(|j| {
+                if AHEAD && d.is_multiple_of(LINE) {
+                    // A hint: an address outside of memory is ignored.
+                    _mm_prefetch::<_MM_HINT_T0>(b[j].wrapping_add(d + ahead).cast());
+                }
+                _mm256_loadu_ps(b[j].add(d))
+            });
+            for (i, sums) in sums.iter_mut().enumerate() {
+                let a = _mm256_loadu_ps(a.add(i * a_row + d));
+                for (sum, &b) in sums.iter_mut().zip(&b) {
+                    *sum = _mm256_fmadd_ps(a, b, *sum);
+                }
+            }
+            d += 8;
+        }
+        let rest: [i32; 8] = std::array::from_fn(|i| if d + i < depth { -1 } else { 0 });
+        let mask = _mm256_loadu_si256(rest.as_ptr().cast());
+        if d < depth {
+            let b: [__m256; DOTS.1] = std::array::from_fn(|j| _mm256_maskload_ps(b[j].add(d), mask));
+            for (i, sums) in sums.iter_mut().enumerate() {
+                let a = _mm256_maskload_ps(a.add(i * a_row + d), mask);
+                for (sum, &b) in sums.iter_mut().zip(&b) {
+                    *sum = _mm256_fmadd_ps(a, b, *sum);
+                }
+            }
+        }
+        for (i, sums) in sums.iter().enumerate() {
+            for (j, &sum) in sums.iter().enumerate().take(n) {
+                let four = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps::<1>(sum));
+                let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+                let one = _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+                let c = c.add(i * c_row + j);
+                *c = if keep { *c + one } else { one };
             }
         }
     }

@@ -4,37 +4,62 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-#[cfg(target_arch = "x86_64")]
-use super::vnni;
 use super::{BLOCK, PANEL, Panels, Rounded};
+#[cfg(target_arch = "x86_64")]
+use super::{pairs, vnni};
 use crate::kernels::shared::Shared;
 
 /// Panels of a task.
 const TASK: usize = 2;
 
-/// Whether products in whole numbers are fast on this processor: AVX-512 VNNI.
+/// Computes panels of a product; see [`plain`].
+pub(super) type Form = unsafe fn(&Rounded, &Panels, Range<usize>, *mut f32);
+
+/// Whether products in whole numbers are fast on this processor: AVX2 or more.
 pub fn available() -> bool {
+    fast().is_some()
+}
+
+/// The processor's fast form, and whether it takes pairs.
+fn fast() -> Option<(Form, bool)> {
     #[cfg(target_arch = "x86_64")]
     {
-        vnni::available()
+        if vnni::available() {
+            return Some((vnni::panels, false));
+        }
+        pairs::best().map(|form| (form, true))
     }
     #[cfg(not(target_arch = "x86_64"))]
+    None
+}
+
+/// Every form that the processor has, the reference form first.
+#[cfg(test)]
+pub(super) fn forms() -> Vec<(Form, bool)> {
+    let mut all: Vec<(Form, bool)> = vec![(plain, false)];
+    #[cfg(target_arch = "x86_64")]
     {
-        false
+        if vnni::available() {
+            all.push((vnni::panels, false));
+        }
+        all.extend(pairs::all().into_iter().map(|form| (form, true)));
     }
+    all
 }
 
 /// `x Wᵀ` with x (rows, inputs) rounded, for weights of the same inputs; each (rows, outputs). A row's result does not depend on the
 /// others.
 pub(crate) fn products(x: &[f32], inputs: usize, weights: &[&Panels]) -> Vec<Vec<f32>> {
-    products_by(x, inputs, weights, available())
+    products_by(x, inputs, weights, fast().unwrap_or((plain, false)))
 }
 
-/// As [`products`]; `fast` only where the processor can.
-pub(super) fn products_by(x: &[f32], inputs: usize, weights: &[&Panels], fast: bool) -> Vec<Vec<f32>> {
-    assert!(!fast || available(), "AVX-512 VNNI is asked for, and not there");
+/// As [`products`] by a form that the processor has, which takes pairs or not.
+pub(super) fn products_by(x: &[f32], inputs: usize, weights: &[&Panels], (form, pairs): (Form, bool)) -> Vec<Vec<f32>> {
     let rows = x.len() / inputs.max(1);
-    let rounded = Rounded::new(x, inputs);
+    let mut rounded = Rounded::new(x, inputs);
+    if pairs {
+        rounded.pair();
+    }
     let mut outs: Vec<Vec<f32>> = weights.iter().map(|w| vec![0f32; rows * w.shape.0]).collect();
     let shared: Vec<Shared<f32>> = outs.iter_mut().map(|out| Shared(out.as_mut_ptr())).collect();
     let tasks: Vec<(usize, usize)> = weights
@@ -49,13 +74,7 @@ pub(super) fn products_by(x: &[f32], inputs: usize, weights: &[&Panels], fast: b
         );
         let panels = panel..(panel + TASK).min(weights[i].shape.0.div_ceil(PANEL));
         // SAFETY: the result has `rows` rows of `outputs` numbers; every task writes to its own panels' columns.
-        unsafe {
-            #[cfg(target_arch = "x86_64")]
-            if fast {
-                return vnni::panels(&rounded, weights[i], panels, shared[i].at(0));
-            }
-            plain(&rounded, weights[i], panels, shared[i].at(0));
-        }
+        unsafe { form(&rounded, weights[i], panels, shared[i].at(0)) };
     });
     outs
 }

@@ -9,8 +9,6 @@ use crate::kernels::simd::softmax;
 
 /// Most rows of a tile in the 32 registers: 14 rows of two, two of the right side, and one of the left.
 const TILE: usize = 14;
-/// Up to this many rows a product takes dot products with the weight unpacked.
-pub(super) const FEW_ROWS: usize = 32;
 /// Most rows whose dot products are formed at a time, and columns: 24 sums, four rows of the right side and one of the left.
 const DOTS: (usize, usize) = (6, 4);
 
