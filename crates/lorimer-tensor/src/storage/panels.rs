@@ -153,61 +153,88 @@ impl Panels {
     }
 }
 
-/// Activations in two bytes: (rows, blocks, 2, 32) of p and r, and s/256 and s·(Σp + Σr/256) of every block.
+/// Activations in two bytes, and s/256 and s·(Σp + Σr/256) of every block.
 struct Rounded {
-    values: Vec<i8>,
-    /// 256 p + r, each four in the order 0, 2, 1, 3; none unless [`Self::pair`] was called.
-    pairs: Vec<i16>,
+    values: Values,
     scales: Vec<[f32; 2]>,
     blocks: usize,
 }
 
+/// The two bytes p and r of activations.
+enum Values {
+    /// (rows, blocks, 2, 32): p and r of a block.
+    Bytes(Vec<i8>),
+    /// (rows, blocks, 32): 256 p + r, each four in the order 0, 2, 1, 3.
+    Pairs(Vec<i16>),
+}
+
 impl Rounded {
-    fn new(x: &[f32], inputs: usize) -> Self {
+    fn new(x: &[f32], inputs: usize, pairs: bool) -> Self {
         let (rows, blocks) = (x.len() / inputs.max(1), inputs.div_ceil(BLOCK));
-        let mut rounded = Self {
-            values: vec![0; rows * blocks * 2 * BLOCK],
-            pairs: Vec::new(),
-            scales: vec![[0.0; 2]; rows * blocks],
-            blocks,
-        };
-        let parts = rounded
-            .values
-            .par_chunks_mut((blocks * 2 * BLOCK).max(1))
-            .zip(rounded.scales.par_chunks_mut(blocks.max(1)));
-        parts.zip(x.par_chunks(inputs.max(1))).with_min_len(8).for_each(|((values, scales), x)| {
-            wide(|| {
-                for ((values, scale), x) in values.chunks_exact_mut(2 * BLOCK).zip(scales).zip(x.chunks(BLOCK)) {
-                    match <&[f32; BLOCK]>::try_from(x) {
-                        Ok(x) => *scale = round(x, values),
-                        Err(_) => *scale = round(x, values),
+        let mut scales = vec![[0.0; 2]; rows * blocks];
+        let parts = scales.par_chunks_mut(blocks.max(1)).zip(x.par_chunks(inputs.max(1))).with_min_len(8);
+        let values = if pairs {
+            let mut values = vec![0; rows * blocks * BLOCK];
+            parts.zip(values.par_chunks_mut((blocks * BLOCK).max(1))).for_each(|((scales, x), pairs)| {
+                wide(|| {
+                    for ((pairs, scale), x) in pairs.as_chunks_mut().0.iter_mut().zip(scales).zip(x.chunks(BLOCK)) {
+                        let mut values = [0; 2 * BLOCK];
+                        *scale = round_block(x, &mut values);
+                        pair(&values, pairs);
                     }
-                }
+                });
             });
-        });
-        rounded
+            Values::Pairs(values)
+        } else {
+            let mut values = vec![0; rows * blocks * 2 * BLOCK];
+            parts.zip(values.par_chunks_mut((blocks * 2 * BLOCK).max(1))).for_each(|((scales, x), values)| {
+                wide(|| {
+                    for ((values, scale), x) in values.chunks_exact_mut(2 * BLOCK).zip(scales).zip(x.chunks(BLOCK)) {
+                        *scale = round_block(x, values);
+                    }
+                });
+            });
+            Values::Bytes(values)
+        };
+        Self { values, scales, blocks }
     }
 
-    /// Puts the two bytes of each activation together.
-    #[cfg(target_arch = "x86_64")]
-    fn pair(&mut self) {
-        self.pairs = vec![0; self.values.len() / 2];
-        let row = (self.blocks * BLOCK).max(1);
-        let parts = self.pairs.par_chunks_mut(row).zip(self.values.par_chunks(2 * row)).with_min_len(8);
-        parts.for_each(|(pairs, values)| {
-            wide(|| {
-                for (pairs, values) in pairs.chunks_exact_mut(BLOCK).zip(values.chunks_exact(2 * BLOCK)) {
-                    let (first, second) = values.split_at(BLOCK);
-                    let mut all = [0i16; BLOCK];
-                    for ((all, &p), &r) in all.iter_mut().zip(first).zip(second) {
-                        *all = i16::from(p) * 256 + i16::from(r);
-                    }
-                    for (pairs, four) in pairs.chunks_exact_mut(4).zip(all.chunks_exact(4)) {
-                        pairs.copy_from_slice(&[four[0], four[2], four[1], four[3]]);
-                    }
-                }
-            });
-        });
+    /// The bytes; none if these are pairs.
+    fn bytes(&self) -> &[i8] {
+        match &self.values {
+            Values::Bytes(values) => values,
+            Values::Pairs(_) => &[],
+        }
+    }
+
+    /// The pairs; none if these are bytes.
+    fn pairs(&self) -> &[i16] {
+        match &self.values {
+            Values::Pairs(values) => values,
+            Values::Bytes(_) => &[],
+        }
+    }
+}
+
+/// Puts the two bytes of each of 32 activations together.
+#[inline(always)]
+fn pair(values: &[i8; 2 * BLOCK], pairs: &mut [i16; BLOCK]) {
+    let (first, second) = values.split_at(BLOCK);
+    let mut all = [0i16; BLOCK];
+    for ((all, &p), &r) in all.iter_mut().zip(first).zip(second) {
+        *all = i16::from(p) * 256 + i16::from(r);
+    }
+    for (pairs, four) in pairs.as_chunks_mut::<4>().0.iter_mut().zip(all.as_chunks::<4>().0) {
+        *pairs = [four[0], four[2], four[1], four[3]];
+    }
+}
+
+/// [`round`], compiled for whole blocks and for parts of one.
+#[inline(always)]
+fn round_block(x: &[f32], values: &mut [i8]) -> [f32; 2] {
+    match <&[f32; BLOCK]>::try_from(x) {
+        Ok(x) => round(x, values),
+        Err(_) => round(x, values),
     }
 }
 
@@ -297,7 +324,7 @@ mod tests {
 
     /// The reference form against the product in f64 with the same weights, within what rounding activations can do; the others that the processor
     /// has against it, and against each other to the bit. To be seen to fail: `whole` of [`plain`] without the second byte of activations,
-    /// [`vnni`]'s `second` and `first` the other way round, or [`Rounded::pair`] in the order 0, 1, 2, 3.
+    /// [`vnni`]'s `second` and `first` the other way round, or [`pair`] in the order 0, 1, 2, 3.
     #[test]
     fn products_are_within_the_rounding_of_activations() -> Result<()> {
         for (rows, outputs, inputs) in [(1, 40, 64), (3, 17, 100), (13, 33, 576), (29, 70, 32), (64, 16, 7)] {

@@ -56,10 +56,7 @@ pub(crate) fn products(x: &[f32], inputs: usize, weights: &[&Panels]) -> Vec<Vec
 /// As [`products`] by a form that the processor has, which takes pairs or not.
 pub(super) fn products_by(x: &[f32], inputs: usize, weights: &[&Panels], (form, pairs): (Form, bool)) -> Vec<Vec<f32>> {
     let rows = x.len() / inputs.max(1);
-    let mut rounded = Rounded::new(x, inputs);
-    if pairs {
-        rounded.pair();
-    }
+    let rounded = Rounded::new(x, inputs, pairs);
     let mut outs: Vec<Vec<f32>> = weights.iter().map(|w| vec![0f32; rows * w.shape.0]).collect();
     let shared: Vec<Shared<f32>> = outs.iter_mut().map(|out| Shared(out.as_mut_ptr())).collect();
     let tasks: Vec<(usize, usize)> = weights
@@ -86,7 +83,7 @@ pub(super) fn products_by(x: &[f32], inputs: usize, weights: &[&Panels], (form, 
 pub(super) unsafe fn plain(x: &Rounded, weight: &Panels, panels: Range<usize>, out: *mut f32) {
     let outputs = weight.shape.0;
     for output in panels.start * PANEL..(panels.end * PANEL).min(outputs) {
-        for (row, (values, scales)) in x.values.chunks(x.blocks * 2 * BLOCK).zip(x.scales.chunks(x.blocks)).enumerate()
+        for (row, (values, scales)) in x.bytes().chunks(x.blocks * 2 * BLOCK).zip(x.scales.chunks(x.blocks)).enumerate()
         {
             let mut sum = 0f32;
             for (b, (values, [s, offset])) in values.chunks_exact(2 * BLOCK).zip(scales).enumerate() {

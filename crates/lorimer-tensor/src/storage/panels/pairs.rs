@@ -11,6 +11,8 @@ use crate::kernels::cpu::{Level, level};
 
 /// Most rows of a tile. Its sums in f32 are wanted once a block only, so they may lie in memory.
 const TILE: usize = 8;
+/// Bytes that are asked for ahead of those that are read.
+const AHEAD: usize = 24 * size_of::<Line>();
 
 /// The form of this file for the processor's level.
 pub(super) fn best() -> Option<Form> {
@@ -225,19 +227,20 @@ impl Register for Whole {
 unsafe fn run<R: Register>(x: &Rounded, weight: &Panels, panels: Range<usize>, out: *mut f32) {
     let (outputs, blocks) = (weight.shape.0, x.blocks);
     let rows = x.scales.len().checked_div(blocks).unwrap_or(0);
+    assert!(x.pairs().len() == rows * blocks * BLOCK, "product in whole numbers: activations in pairs");
     let tiles = rows.div_ceil(TILE);
     let (height, higher) = (rows / tiles.max(1), rows % tiles.max(1));
-    let mut row = 0;
-    for i in 0..tiles {
-        let m = height + usize::from(i < higher);
-        for register in panels.start * (PANEL / R::LANES)..panels.end * (PANEL / R::LANES) {
-            let (column, part) = (register * R::LANES, register % (PANEL / R::LANES));
-            if column >= outputs {
-                break;
-            }
+    for register in panels.start * (PANEL / R::LANES)..panels.end * (PANEL / R::LANES) {
+        let (column, part) = (register * R::LANES, register % (PANEL / R::LANES));
+        if column >= outputs {
+            break;
+        }
+        let mut row = 0;
+        for i in 0..tiles {
+            let m = height + usize::from(i < higher);
             // SAFETY: the rows are inside of x, the panel inside of the weight, the tile inside of the result.
             unsafe {
-                let pairs = x.pairs.as_ptr().add(row * blocks * BLOCK);
+                let pairs = x.pairs().as_ptr().add(row * blocks * BLOCK);
                 let scales = x.scales.as_ptr().add(row * blocks);
                 let lines = weight.lines.as_ptr().add(column / PANEL * blocks * (weight.codes + 1)).cast::<u8>();
                 let out = (out.add(row * outputs + column), outputs);
@@ -255,8 +258,8 @@ unsafe fn run<R: Register>(x: &Rounded, weight: &Panels, panels: Range<usize>, o
                 }
                 tiles!(1 2 3 4 5 6 7 8);
             }
+            row += m;
         }
-        row += m;
     }
 }
 
@@ -286,7 +289,10 @@ unsafe fn tile<R: Register, const M: usize, const CODES: usize>(
                 };
             }
             for line in 0..CODES {
-                let codes = R::load(lines.add(line * size_of::<Line>() + part * R::LANES * 4));
+                let codes = lines.add(line * size_of::<Line>() + part * R::LANES * 4);
+                // A hint: an address outside of memory is ignored.
+                _mm_prefetch::<_MM_HINT_T0>(codes.wrapping_add(AHEAD).cast());
+                let codes = R::load(codes);
                 if CODES == 8 {
                     add!(R::part::<0>(codes, 0xff), line, 0);
                     add!(R::part::<8>(codes, 0xff), line, 1);

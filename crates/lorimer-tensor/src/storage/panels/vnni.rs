@@ -18,6 +18,7 @@ pub(super) fn available() -> bool {
 pub(super) unsafe fn panels(x: &Rounded, weight: &Panels, panels: Range<usize>, out: *mut f32) {
     let (outputs, blocks) = (weight.shape.0, x.blocks);
     let rows = x.scales.len().checked_div(blocks).unwrap_or(0);
+    assert!(x.bytes().len() == rows * blocks * 2 * BLOCK, "product in whole numbers: activations in bytes");
     let tiles = rows.div_ceil(TILE);
     let (height, higher) = (rows / tiles.max(1), rows % tiles.max(1));
     let mut row = 0;
@@ -28,7 +29,7 @@ pub(super) unsafe fn panels(x: &Rounded, weight: &Panels, panels: Range<usize>, 
             let count = PANEL.min(outputs - column);
             // SAFETY: the rows are inside of x, the panel inside of the weight, the tile inside of the result.
             unsafe {
-                let values = x.values.as_ptr().add(row * blocks * 2 * BLOCK);
+                let values = x.bytes().as_ptr().add(row * blocks * 2 * BLOCK);
                 let scales = x.scales.as_ptr().add(row * blocks);
                 let lines = weight.lines.as_ptr().add(panel * blocks * (weight.codes + 1));
                 let out = out.add(row * outputs + column);
