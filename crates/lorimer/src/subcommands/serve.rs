@@ -156,7 +156,7 @@ impl Serve {
         }
         if matches!(self.model.dtype, common::DtypeFlag::Int8) && !lorimer::tensor::storage::panels::available() {
             bail!(
-                "--dtype int8 multiplies with AVX-512 VNNI, which this processor does not have: take --dtype f32, the fastest here, or stored, bf16, f16 or nf4 for less memory"
+                "--dtype int8 multiplies with AVX2 or more, which this processor does not have: take --dtype f32, the fastest here, or stored, bf16, f16 or nf4 for less memory"
             );
         }
         Ok(())

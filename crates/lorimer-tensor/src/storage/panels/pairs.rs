@@ -9,8 +9,6 @@ use super::multiply::Form;
 use super::{BLOCK, Line, PANEL, Panels, Rounded};
 use crate::kernels::cpu::{Level, level};
 
-/// Most rows of a tile. Its sums in f32 are wanted once a block only, so they may lie in memory.
-const TILE: usize = 8;
 /// Bytes that are asked for ahead of those that are read.
 const AHEAD: usize = 24 * size_of::<Line>();
 
@@ -65,6 +63,8 @@ pub(super) unsafe fn in_512(x: &Rounded, weight: &Panels, panels: Range<usize>, 
 trait Register {
     /// Outputs.
     const LANES: usize;
+    /// Most rows of a tile, whose sums in whole numbers stay in registers. Those in f32 are wanted once a block only.
+    const TILE: usize;
     type Int: Copy;
     type Float: Copy;
     unsafe fn zero() -> Self::Int;
@@ -94,6 +94,7 @@ struct Half<const FUSED: bool>;
 
 impl<const FUSED: bool> Register for Half<FUSED> {
     const LANES: usize = 8;
+    const TILE: usize = 5;
     type Int = __m256i;
     type Float = __m256;
 
@@ -167,6 +168,7 @@ struct Whole;
 
 impl Register for Whole {
     const LANES: usize = 16;
+    const TILE: usize = 8;
     type Int = __m512i;
     type Float = __m512;
 
@@ -228,13 +230,11 @@ unsafe fn run<R: Register>(x: &Rounded, weight: &Panels, panels: Range<usize>, o
     let (outputs, blocks) = (weight.shape.0, x.blocks);
     let rows = x.scales.len().checked_div(blocks).unwrap_or(0);
     assert!(x.pairs().len() == rows * blocks * BLOCK, "product in whole numbers: activations in pairs");
-    let tiles = rows.div_ceil(TILE);
+    let tiles = rows.div_ceil(R::TILE);
     let (height, higher) = (rows / tiles.max(1), rows % tiles.max(1));
-    for register in panels.start * (PANEL / R::LANES)..panels.end * (PANEL / R::LANES) {
-        let (column, part) = (register * R::LANES, register % (PANEL / R::LANES));
-        if column >= outputs {
-            break;
-        }
+    for panel in panels {
+        let column = panel * PANEL;
+        let count = PANEL.min(outputs - column);
         let mut row = 0;
         for i in 0..tiles {
             let m = height + usize::from(i < higher);
@@ -242,76 +242,95 @@ unsafe fn run<R: Register>(x: &Rounded, weight: &Panels, panels: Range<usize>, o
             unsafe {
                 let pairs = x.pairs().as_ptr().add(row * blocks * BLOCK);
                 let scales = x.scales.as_ptr().add(row * blocks);
-                let lines = weight.lines.as_ptr().add(column / PANEL * blocks * (weight.codes + 1)).cast::<u8>();
+                let lines = weight.lines.as_ptr().add(panel * blocks * (weight.codes + 1)).cast::<u8>();
                 let out = (out.add(row * outputs + column), outputs);
-                let at = (part, R::LANES.min(outputs - column));
                 macro_rules! tiles {
                     ($($m:literal)*) => {
-                        match (m, weight.codes) {
+                        match (m, weight.codes, R::LANES == PANEL) {
                             $(
-                                ($m, 8) => tile::<R, $m, 8>(blocks, pairs, scales, lines, out, at),
-                                ($m, _) => tile::<R, $m, 4>(blocks, pairs, scales, lines, out, at),
+                                ($m, 8, true) => tile::<R, $m, 1, 8>(blocks, pairs, scales, lines, out, count),
+                                ($m, _, true) => tile::<R, $m, 1, 4>(blocks, pairs, scales, lines, out, count),
+                                ($m, 8, _) => tile::<R, $m, 2, 8>(blocks, pairs, scales, lines, out, count),
+                                ($m, _, _) => tile::<R, $m, 2, 4>(blocks, pairs, scales, lines, out, count),
                             )*
                             _ => {}
                         }
                     };
                 }
-                tiles!(1 2 3 4 5 6 7 8);
+                match R::TILE {
+                    5 => tiles!(1 2 3 4 5),
+                    _ => tiles!(1 2 3 4 5 6 7 8),
+                }
             }
             row += m;
         }
     }
 }
 
-/// M rows by the `part`th register of a panel, of which `count` outputs are written; CODES lines of codes a block.
+/// M rows by the W registers of a panel, of which `count` outputs are written; CODES lines of codes a block.
 #[inline(always)]
-unsafe fn tile<R: Register, const M: usize, const CODES: usize>(
+unsafe fn tile<R: Register, const M: usize, const W: usize, const CODES: usize>(
     blocks: usize,
     pairs: *const i16,
     scales: *const [f32; 2],
     mut lines: *const u8,
     (out, stride): (*mut f32, usize),
-    (part, count): (usize, usize),
+    count: usize,
 ) {
     // SAFETY: the caller's pointers hold M rows of `blocks` blocks, a panel of as many, and M rows of `count` results.
     unsafe {
-        let mut sums = [R::zero_f32(); M];
+        let mut sums = [[R::zero_f32(); W]; M];
         for b in 0..blocks {
-            let mut whole = [R::zero(); M];
+            let mut whole = [[R::zero(); W]; M];
             macro_rules! add {
-                ($codes:expr, $group:expr, $odd:literal) => {
-                    let codes = $codes;
+                ($codes:ident, $shift:literal, $mask:literal, $group:expr, $odd:literal) => {
+                    let mut part = $codes;
+                    for part in &mut part {
+                        *part = R::part::<$shift>(*part, $mask);
+                    }
                     let at = pairs.add(b * BLOCK + $group * 4 + $odd * 2);
                     for i in 0..M {
                         let pair = at.add(i * blocks * BLOCK).cast::<i32>().read_unaligned();
-                        whole[i] = R::add(whole[i], codes, pair);
+                        for w in 0..W {
+                            whole[i][w] = R::add(whole[i][w], part[w], pair);
+                        }
                     }
                 };
             }
             for line in 0..CODES {
-                let codes = lines.add(line * size_of::<Line>() + part * R::LANES * 4);
+                let at = lines.add(line * size_of::<Line>());
                 // A hint: an address outside of memory is ignored.
-                _mm_prefetch::<_MM_HINT_T0>(codes.wrapping_add(AHEAD).cast());
-                let codes = R::load(codes);
+                _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(AHEAD).cast());
+                let mut codes = [R::zero(); W];
+                for (w, codes) in codes.iter_mut().enumerate() {
+                    *codes = R::load(at.add(w * R::LANES * 4));
+                }
                 if CODES == 8 {
-                    add!(R::part::<0>(codes, 0xff), line, 0);
-                    add!(R::part::<8>(codes, 0xff), line, 1);
+                    add!(codes, 0, 0xff, line, 0);
+                    add!(codes, 8, 0xff, line, 1);
                 } else {
-                    add!(R::part::<0>(codes, 0xf), line, 0);
-                    add!(R::part::<4>(codes, 0xf), line + 4, 0);
-                    add!(R::part::<8>(codes, 0xf), line, 1);
-                    add!(R::part::<12>(codes, 0xf), line + 4, 1);
+                    add!(codes, 0, 0xf, line, 0);
+                    add!(codes, 4, 0xf, line + 4, 0);
+                    add!(codes, 8, 0xf, line, 1);
+                    add!(codes, 12, 0xf, line + 4, 1);
                 }
             }
-            let halves = lines.add(CODES * size_of::<Line>() + part * R::LANES * 2);
-            let (d, m) = (R::halves(halves), R::halves(halves.add(PANEL * 2)));
-            for i in 0..M {
-                sums[i] = R::finish(sums[i], whole[i], d, m, *scales.add(i * blocks + b));
+            for w in 0..W {
+                let halves = lines.add(CODES * size_of::<Line>() + w * R::LANES * 2);
+                let (d, m) = (R::halves(halves), R::halves(halves.add(PANEL * 2)));
+                for i in 0..M {
+                    sums[i][w] = R::finish(sums[i][w], whole[i][w], d, m, *scales.add(i * blocks + b));
+                }
             }
             lines = lines.add((CODES + 1) * size_of::<Line>());
         }
-        for (i, &sum) in sums.iter().enumerate() {
-            R::store(out.add(i * stride), sum, count);
+        for (i, sums) in sums.iter().enumerate() {
+            for (w, &sum) in sums.iter().enumerate() {
+                let column = w * R::LANES;
+                if column < count {
+                    R::store(out.add(i * stride + column), sum, (count - column).min(R::LANES));
+                }
+            }
         }
     }
 }
