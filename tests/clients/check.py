@@ -8,10 +8,13 @@ something is not as it should be.
 """
 import json, os, pathlib, shutil, subprocess, sys, tempfile, time, urllib.error, urllib.request
 
+from typing import Annotated, Literal
+
 import boto3
 from moto.server import ThreadedMotoServer
 from openai import BadRequestError, NotFoundError, OpenAI
 from playwright.sync_api import expect, sync_playwright
+from pydantic import BaseModel, Field
 
 lorimer, chromium = sys.argv[1:3]
 screenshot = sys.argv[3] if len(sys.argv) > 3 else None
@@ -53,6 +56,13 @@ def with_openai(url):
     chunks = list(stream)
     assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == "yes", chunks
     assert chunks[-1].usage == chat.usage, chunks[-1]
+    # Whatever this model would say, what comes is what the class has.
+    class Person(BaseModel):
+        name: Literal["Ada", "Grace"]
+        age: Annotated[int, Field(ge=0, le=99)]
+
+    parsed = client.chat.completions.parse(model="yes-no", messages=ask["messages"], max_tokens=200, temperature=1, seed=1, response_format=Person)
+    assert parsed.choices[0].message.parsed.name in ("Ada", "Grace") and parsed.choices[0].finish_reason == "stop", parsed
     mixed = client.chat.completions.create(model=names[0], extra_body={"lora": [{"id": "yes-no", "scale": 1.0}]}, **ask)
     assert mixed.choices[0].message.content == "yes", mixed
     text = client.completions.create(model="yes-no", prompt=["up 3", "down 3"], max_tokens=4, temperature=0, n=2, logprobs=2, echo=True)

@@ -204,6 +204,7 @@ fn main() -> Result<()> {
             of_prompt: false,
             tenant: Default::default(),
             names: vec![],
+            form: None,
         });
     }
     let together = run(&base, &requests, 32)?;

@@ -7,6 +7,8 @@ use rayon::prelude::*;
 use super::batched::{Batched, Rows, Used};
 use super::batching::Batching;
 use super::pool::Pages;
+use std::sync::PoisonError;
+
 use super::{Engine, Event, Failure, InFlight, Token, caught, log_probabilities};
 use crate::error::{Error, Result};
 use crate::generation::generate::FinishReason;
@@ -39,19 +41,32 @@ fn finite(in_flight: &InFlight, logits: &[f32]) -> std::result::Result<(), Failu
     }))
 }
 
-/// The next token of a request after its prompt and answer, and the random numbers' state after it.
+/// The next token of a request after its prompt and answer, whether the form of the answer is complete with it, and the random numbers' state after it.
 fn next_token(
     in_flight: &InFlight,
     history: (&[u32], &[u32]),
     logits: &[f32],
-) -> std::result::Result<(Token, ChaCha8Rng), Failure> {
+) -> std::result::Result<(Token, bool, ChaCha8Rng), Failure> {
     let request = &in_flight.request;
     finite(in_flight, logits)?;
     let mut rng = in_flight.rng.clone();
-    let token = request.sampling.draw(logits, history, &mut rng);
+    let (token, complete) = match &in_flight.form {
+        None => (request.sampling.draw(logits, history, &mut rng), false),
+        Some(form) => {
+            let mut form = form.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut restricted = logits.to_vec();
+            form.restrict(&mut restricted).map_err(Failure::Form)?;
+            let token = request.sampling.draw(&restricted, history, &mut rng);
+            if restricted.get(token as usize).is_none_or(|l| l.is_infinite()) {
+                let text = "no token that the request allows can follow in the form asked for";
+                return Err(Failure::Form(text.into()));
+            }
+            (token, form.push(token).map_err(Failure::Form)?)
+        }
+    };
     let reported = request.log_probabilities.map(|n| log_probabilities(logits, token, n));
     let (log_probability, top) = reported.map_or((None, Vec::new()), |(own, top)| (Some(own), top));
-    Ok((Token { token, log_probability, top }, rng))
+    Ok((Token { token, log_probability, top }, complete, rng))
 }
 
 impl Engine<'_> {
@@ -219,7 +234,7 @@ impl Engine<'_> {
         };
         let drawn: Vec<_> = rows.par_iter().with_max_len(1).filter_map(one).collect();
         for (id, drawn) in drawn {
-            let (token, rng) = match drawn {
+            let (token, complete, rng) = match drawn {
                 Ok(drawn) => drawn,
                 Err(failure) => {
                     self.fail(id, failure);
@@ -233,6 +248,7 @@ impl Engine<'_> {
             u.answer.push(token.token);
             let reason = match () {
                 () if u.request.stop.contains(&token.token) => Some(FinishReason::Stop),
+                () if complete => Some(FinishReason::Complete),
                 () if u.answer.len() >= u.limit => Some(FinishReason::Length),
                 () => None,
             };

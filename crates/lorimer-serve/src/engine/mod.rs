@@ -22,7 +22,7 @@ pub mod workload;
 use std::any::Any;
 use std::collections::{HashMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use candle_core::DType;
 use lorimer_model::BaseModel;
@@ -32,6 +32,7 @@ use serde::Serialize;
 
 use crate::adapters::hosted::Hosted;
 use crate::error::{Error, Result};
+use crate::generation::form::Constraint;
 use crate::generation::generate::FinishReason;
 use crate::generation::sampling::Sampling;
 use batching::{Asked, Batching};
@@ -81,6 +82,8 @@ pub struct Request {
     pub tenant: Tenant,
     /// Names under which the adapters were asked for, for figures.
     pub names: Vec<String>,
+    /// What the answer is held to.
+    pub form: Option<Constraint>,
 }
 
 /// A token of an answer or a prompt.
@@ -123,11 +126,13 @@ pub enum Failure {
     Defect(String),
     /// With the adapters and weights asked for, or in the base itself, logits are not finite.
     NotFinite(String),
+    /// No token can follow that both the form and the rest of the request allow, or the form takes too long to follow.
+    Form(String),
 }
 
 impl std::fmt::Display for Failure {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let (Self::Defect(text) | Self::NotFinite(text)) = self;
+        let (Self::Defect(text) | Self::NotFinite(text) | Self::Form(text)) = self;
         f.write_str(text)
     }
 }
@@ -158,6 +163,8 @@ struct InFlight {
     /// Tokens that were given out, and the state of the random numbers after them.
     answer: Vec<u32>,
     rng: ChaCha8Rng,
+    /// How far the answer is in its form.
+    form: Option<Mutex<Constraint>>,
 }
 
 /// Names of adapters that requests use, at most some hundred of each.
@@ -284,7 +291,8 @@ impl<'m> Engine<'m> {
         let rng = ChaCha8Rng::seed_from_u64(request.seed);
         let (limit, expected) = self.length_of(&request);
         let prompt = std::mem::take(&mut request.prompt);
-        let in_flight = InFlight { request, arrived: now, limit, expected, reported: 0, answer: Vec::new(), rng };
+        let form = request.form.take().map(Mutex::new);
+        let in_flight = InFlight { request, arrived: now, limit, expected, reported: 0, answer: Vec::new(), rng, form };
         let asked = self.asked(&in_flight, prompt);
         Ok((in_flight, asked))
     }

@@ -24,6 +24,7 @@ fn requests_outlive_a_failing_account() {
         of_prompt: false,
         tenant: Tenant::default(),
         names: vec![],
+        form: None,
     };
     let run = |fault: bool| {
         let settings = EngineSettings { pool_bytes: 1 << 20, ..Default::default() };

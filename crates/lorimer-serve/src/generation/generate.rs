@@ -18,6 +18,8 @@ const PREFILL: usize = 512;
 pub enum FinishReason {
     /// An end-of-turn token or a stop text.
     Stop,
+    /// The form that the answer is held to is complete; the last token is a part of it.
+    Complete,
     /// The limit of tokens.
     Length,
 }

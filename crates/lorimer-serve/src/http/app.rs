@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use axum::http::StatusCode;
@@ -19,6 +19,7 @@ use super::work_queue::{Readers, WorkQueue};
 use crate::adapters::hosted::Hosted;
 use crate::adapters::store::Store;
 use crate::engine::worker::Worker;
+use crate::generation::form::{Constraint, Form, Vocabulary};
 
 /// Bodies that are parsed and prompts that are encoded at a time, of small and of large requests each, and the seconds within which that has
 /// to be done.
@@ -81,6 +82,8 @@ pub struct App {
     pub keys: Keys,
     /// Whether only this machine can reach the server.
     pub loopback: bool,
+    /// The vocabulary as forms of answers see it, from the first such request on.
+    pub(super) vocabulary: OnceLock<Result<Vocabulary, String>>,
     pub(super) started: u64,
     pub(super) random: AtomicU64,
     pub(super) text: Readers,
@@ -134,6 +137,7 @@ impl App {
             embed,
             keys,
             loopback,
+            vocabulary: OnceLock::new(),
             started: now.as_secs(),
             random: AtomicU64::new(now.as_nanos() as u64 ^ (u64::from(std::process::id()) << 32)),
             text: Readers::new(TEXT.0, Duration::from_secs(TEXT.1), "reading the request"),
@@ -159,6 +163,18 @@ impl App {
         }
         let message = format!("`{}` is an encoder and predicts no tokens; ask /v1/embeddings", self.name);
         Err(ApiError::new(StatusCode::BAD_REQUEST, "not_a_decoder", message))
+    }
+
+    /// The beginning of an answer that a field asks to be held to a form.
+    pub(super) async fn begin(self: &Arc<Self>, field: &'static str, form: Form) -> Result<Constraint, ApiError> {
+        let app = self.clone();
+        let begin = move || {
+            let size = app.base.model().shape().vocabulary;
+            let vocabulary = app.vocabulary.get_or_init(|| Vocabulary::new(&app.base.text, size));
+            let begun = vocabulary.as_ref().map_err(String::clone).and_then(|vocabulary| vocabulary.begin(&form));
+            begun.map_err(|problem| ApiError::field(field, format!("`{field}` cannot be followed: {problem}")))
+        };
+        self.text.within(begin).await
     }
 
     /// Refuses tokens that the model does not have.

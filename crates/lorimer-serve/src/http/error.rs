@@ -132,6 +132,7 @@ pub fn failed(id: u64, cause: &Cause) -> ApiError {
     let (status, code) = match cause {
         Cause::Defect(_) => (StatusCode::INTERNAL_SERVER_ERROR, "computation_failed"),
         Cause::NotFinite(_) => (StatusCode::UNPROCESSABLE_ENTITY, "not_finite"),
+        Cause::Form(_) => (StatusCode::UNPROCESSABLE_ENTITY, "form_failed"),
     };
     ApiError::new(status, code, format!("request {id} could not be computed: {cause}"))
 }

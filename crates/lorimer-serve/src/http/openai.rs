@@ -103,7 +103,11 @@ async fn respond(
     let n = common.n.unwrap_or(1);
     let prompt_tokens = prompts.iter().map(|(ids, _)| ids.len()).sum();
     let (ids, before): (Vec<_>, Vec<_>) = prompts.into_iter().unzip();
-    let requests = common.requests(app, ids, &adapters, wanted)?;
+    let form = match common.form()? {
+        Some((field, form)) => Some(app.begin(field, form).await?),
+        None => None,
+    };
+    let requests = common.requests(app, ids, &adapters, (wanted, form))?;
     let choices = requests.len();
     let shape = Shape::new(app, kind, common, prompt_tokens, wanted.log_probabilities.is_some());
     let mut answers = Answers::start(&app.worker, &app.base, requests, common.text()).await?;

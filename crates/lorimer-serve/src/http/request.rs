@@ -1,6 +1,7 @@
 //! What a chat or a completion asks for: every field is honoured, asks for nothing by its value, or is refused by name.
 
 mod ask;
+mod form;
 mod inert;
 
 use std::sync::Arc;
@@ -80,6 +81,24 @@ fields! {
         logit_bias: Map<String, Value>,
         /// The only tokens that may be drawn (vLLM).
         allowed_token_ids: Vec<u32>,
+        /// What the answer is held to: `{"type": "json_object"}`, or `{"type": "json_schema", "json_schema": {"name": …, "schema": …}}`.
+        #[schema(value_type = Option<Object>)]
+        response_format: Value,
+        /// The same with one of `json` (a schema), `json_object`, `regex`, `choice` and `grammar` (in Lark's syntax) (vLLM).
+        #[schema(value_type = Option<Object>)]
+        structured_outputs: Value,
+        /// A JSON schema that the answer fits (vLLM).
+        #[schema(value_type = Option<Object>)]
+        guided_json: Value,
+        /// The same (llama.cpp).
+        #[schema(value_type = Option<Object>)]
+        json_schema: Value,
+        /// A regular expression that the whole answer matches (vLLM).
+        guided_regex: String,
+        /// Texts of which the answer is one (vLLM).
+        guided_choice: Vec<String>,
+        /// A grammar in Lark's syntax that gives the answer (vLLM).
+        guided_grammar: String,
         /// The same seed draws the same tokens.
         seed: i64,
         /// Answers to each prompt, 1 to 16.

@@ -76,7 +76,7 @@ pub fn offsets(text: &TextModel, special: bool, tokens: &[u32], place: &mut Plac
 
 fn reason(finish: FinishReason) -> &'static str {
     match finish {
-        FinishReason::Stop => "stop",
+        FinishReason::Stop | FinishReason::Complete => "stop",
         FinishReason::Length => "length",
     }
 }

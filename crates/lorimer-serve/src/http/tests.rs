@@ -56,6 +56,7 @@ fn plain(prompt: Vec<u32>, max_tokens: usize) -> Asked {
         of_prompt: false,
         tenant: Default::default(),
         names: vec![],
+        form: None,
     }
 }
 

@@ -28,6 +28,7 @@ pub fn request(prompt: Vec<u32>, adapters: Vec<(Arc<Hosted>, f32)>, n: usize) ->
         of_prompt: false,
         tenant: Tenant::default(),
         names: vec![],
+        form: None,
     }
 }
 

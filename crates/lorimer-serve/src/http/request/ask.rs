@@ -5,6 +5,7 @@ use serde_json::Value;
 use super::{Adapters, Common, MAX_ADAPTERS, MAX_BIASES, MAX_CHOICES, MAX_STOPS, Wanted};
 use crate::engine::Request;
 use crate::engine::scheduler::Tenant;
+use crate::generation::form::Constraint;
 use crate::generation::sampling::Sampling;
 use crate::generation::stream::TextOptions;
 use crate::http::app::App;
@@ -165,7 +166,7 @@ impl Common {
         app: &App,
         prompts: Vec<Vec<u32>>,
         adapters: &Adapters,
-        wanted: Wanted,
+        (wanted, form): (Wanted, Option<Constraint>),
     ) -> Result<Vec<Request>, ApiError> {
         let mut stop = if self.ignore_eos == Some(true) { Vec::new() } else { app.base.text.eos_ids.clone() };
         let more = self.stop_token_ids.as_deref().unwrap_or_default();
@@ -189,6 +190,7 @@ impl Common {
                     log_probabilities: wanted.log_probabilities.or(wanted.ranked.then_some(0)),
                     tenant: tenant.clone(),
                     names: adapters.1.clone(),
+                    form: form.clone(),
                 });
             }
         }

@@ -17,14 +17,7 @@ const INERT: &[(&str, &[&str], &str)] = &[
     ("return_token_ids", &["false"], "ask for `logprobs` with `return_tokens_as_token_ids`"),
     ("bad_words", &["[]"], "ban tokens with `logit_bias`"),
     ("priority", &["0"], "requests are served by tenant; see `user`"),
-    ("response_format", &[r#"{"type": "text"}"#], FORM),
-    ("structured_outputs", &[], FORM),
-    ("guided_json", &[], FORM),
-    ("guided_regex", &[], FORM),
-    ("guided_choice", &[], FORM),
-    ("guided_grammar", &[], FORM),
-    ("grammar", &["\"\""], FORM),
-    ("json_schema", &[], FORM),
+    ("grammar", &["\"\""], "give a grammar in Lark's syntax, in `structured_outputs`"),
     ("suffix", &["\"\""], "text is not filled in between"),
     ("store", &["false"], "answers are not stored"),
     ("metadata", &["{}"], "answers are not stored"),
@@ -69,8 +62,6 @@ const INERT: &[(&str, &[&str], &str)] = &[
     ("return_progress", &["false"], "see /metrics"),
     ("post_sampling_probs", &["false"], "log-probabilities are those before sampling"),
 ];
-
-const FORM: &str = "answers are not held to a form";
 
 const SAMPLERS: &str = "see docs/serving.md for how tokens can be drawn";
 

@@ -219,7 +219,7 @@ fn every_field_is_honoured_asks_for_nothing_or_is_refused_by_name() {
             names.extend(document["components"]["schemas"][name]["properties"].as_object().unwrap().keys());
         }
         assert!(names.len() > 25 && names.iter().any(|n| *n == "logit_bias"), "{names:?}");
-        let foreign = ["response_format", "store", "guided_json", "tool_choice_mode", "n_probs"].map(String::from);
+        let foreign = ["suffix", "store", "grammar", "tool_choice_mode", "n_probs"].map(String::from);
         for name in names.into_iter().chain(&foreign) {
             let answer = server.post(path, &with(ask, json!({ name: null })));
             let needed = ["messages", "prompt"].contains(&name.as_str());
@@ -227,8 +227,18 @@ fn every_field_is_honoured_asks_for_nothing_or_is_refused_by_name() {
         }
         for (field, value, param) in [
             ("no_such_field", json!(1), "no_such_field"),
-            ("response_format", json!({ "type": "json_object" }), "response_format"),
-            ("guided_json", json!({}), "guided_json"),
+            ("response_format", json!({ "type": "json" }), "response_format.type"),
+            ("response_format", json!({ "type": "json_schema" }), "response_format.json_schema"),
+            ("response_format", json!({ "type": "json_object", "strictly": true }), "response_format.strictly"),
+            ("response_format", json!({ "type": "json_object", "schema": { "type": "colour" } }), "response_format"),
+            ("structured_outputs", json!({ "structural_tag": "{}" }), "structured_outputs.structural_tag"),
+            ("structured_outputs", json!({ "regex": "a", "json_object": true }), "structured_outputs"),
+            ("structured_outputs", json!({ "choice": [] }), "structured_outputs.choice"),
+            ("guided_json", json!("{"), "guided_json"),
+            ("guided_json", json!([]), "guided_json"),
+            ("guided_regex", json!("a("), "guided_regex"),
+            ("guided_grammar", json!("start: nowhere"), "guided_grammar"),
+            ("grammar", json!("root ::= \"a\""), "grammar"),
             ("store", json!(true), "store"),
             ("suffix", json!(" six"), "suffix"),
             ("mirostat", json!(2), "mirostat"),

@@ -115,3 +115,66 @@ fn tokens_in_log_probabilities_are_bytes_and_stand_among_the_likeliest() {
         assert!(tokens.iter().any(|t| t.as_str().unwrap().starts_with("bytes:\\x")));
     }
 }
+
+/// Whatever the model would say, alone or among others, whole or streamed, with an adapter or without: the answer has the form that is asked for, and ends
+/// where that is complete. To be seen to fail: `Constraint::restrict` that takes nothing out, or a clone that shares its state.
+#[test]
+fn answers_are_held_to_their_form() {
+    let f = Fixture::new();
+    let root = adapters(&f);
+    let server = Server::start(&f, &root, &[]);
+    let schema = json!({
+        "type": "object", "additionalProperties": false, "required": ["name", "age"],
+        "properties": { "name": { "enum": ["Ada", "Grace"] }, "age": { "type": "integer", "minimum": 0, "maximum": 99 } },
+    });
+    let fits = |text: &str| {
+        let found: Value = serde_json::from_str(text).unwrap_or_else(|e| panic!("{e}: {text}"));
+        assert!(["Ada", "Grace"].contains(&found["name"].as_str().unwrap()), "{text}");
+        assert!((0..=99).contains(&found["age"].as_i64().unwrap()) && found.as_object().unwrap().len() == 2, "{text}");
+    };
+    let format = json!({ "type": "json_schema", "json_schema": { "name": "person", "schema": schema, "strict": true } });
+    let asks: Vec<Value> = (0..12)
+        .map(|i| {
+            let model = ["base", "yes-no", "tenant/bone"][i % 3];
+            let ask = json!({ "model": model, "max_tokens": 200, "temperature": 1.5, "seed": i, "n": 1 + i % 2 });
+            match i % 4 {
+                0 => with(&ask, json!({ "response_format": format })),
+                1 => with(&ask, json!({ "guided_json": schema.to_string() })),
+                2 => with(&ask, json!({ "structured_outputs": { "json": schema }, "ignore_eos": true })),
+                _ => with(&ask, json!({ "json_schema": schema })),
+            }
+        })
+        .collect();
+    let texts = |ask: &Value| -> Vec<String> {
+        let answer = server.chat(ask.clone()).json();
+        let choices = answer["choices"].as_array().unwrap_or_else(|| panic!("{answer}"));
+        assert!(choices.iter().all(|c| c["finish_reason"] == "stop"), "{answer}");
+        choices.iter().map(|c| c["message"]["content"].as_str().unwrap().to_string()).collect()
+    };
+    let alone: Vec<Vec<String>> = asks.iter().map(&texts).collect();
+    alone.iter().flatten().for_each(|text| fits(text));
+    std::thread::scope(|scope| {
+        let all: Vec<_> = asks.iter().map(|ask| scope.spawn(|| texts(ask))).collect();
+        let together: Vec<Vec<String>> = all.into_iter().map(|t| t.join().unwrap()).collect();
+        assert_eq!(together, alone);
+    });
+    let streamed = server.chat(with(&asks[0], json!({ "stream": true })));
+    let pieces = events(&streamed.body);
+    let pieces = pieces.iter().filter_map(|e| e["choices"][0]["delta"]["content"].as_str());
+    assert_eq!(pieces.collect::<String>(), alone[0][0]);
+    // Completions too, and other forms.
+    let complete = |more: Value| {
+        let ask = json!({ "prompt": "up 3", "max_tokens": 40, "temperature": 1, "seed": 7 });
+        let answer = server.post("/v1/completions", &with(&ask, more)).json();
+        answer["choices"][0]["text"].as_str().unwrap_or_else(|| panic!("{answer}")).to_string()
+    };
+    assert!(["red", "blue "].contains(&complete(json!({ "guided_choice": ["red", "blue "] })).as_str()));
+    assert!(complete(json!({ "guided_regex": "[a-c]{4}" })).bytes().all(|b| (b'a'..=b'c').contains(&b)));
+    let nested = complete(json!({ "guided_grammar": "start: \"(\" start \")\" | \"x\"" }));
+    assert!(nested.trim_start_matches('(').starts_with('x') || nested.bytes().all(|b| b == b'('), "{nested}");
+    // What a request forbids may be all that its form allows.
+    let ask = json!({ "prompt": "up 3", "max_tokens": 40, "guided_choice": ["red"], "allowed_token_ids": [2] });
+    let answer = server.post("/v1/completions", &ask);
+    assert_eq!((answer.status, answer.code().as_str()), (422, "form_failed"), "{}", answer.body);
+    assert_eq!(server.answer(json!({ "model": "yes-no" })), "yes");
+}

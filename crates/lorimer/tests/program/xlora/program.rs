@@ -68,6 +68,7 @@ fn served_in_steps_of(batch_tokens: usize) {
                 of_prompt: rng.random_range(0..3) == 0,
                 tenant: Tenant { client: "one".into(), user: format!("t{}", which % 3).into() },
                 names: vec![],
+                form: None,
             };
             let of_prompt = request.of_prompt;
             asked.insert(engine.submit(request, now).unwrap().unwrap(), (which, prompt, of_prompt));
@@ -112,6 +113,7 @@ fn served_in_steps_of(batch_tokens: usize) {
         of_prompt: false,
         tenant: Tenant::default(),
         names: vec![],
+        form: None,
     };
     assert!(engine.submit(request.clone(), now).is_err());
     request.adapters = vec![(hosted[0].clone(), 1.0), (hosted[8].clone(), 1.0)];
