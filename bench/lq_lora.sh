@@ -42,10 +42,14 @@ task=${TASK:-movies} steps=${STEPS:-60} rank=64 alpha=16 lr=${LR:-5e-4}
 head -300 "data/sentiment-$task.train.jsonl" > "$folder/rows.jsonl"
 head -120 "data/sentiment-$task.valid.jsonl" > "$folder/valid.jsonl"
 sed -n 301,364p "data/sentiment-$task.train.jsonl" > "$folder/fisher.jsonl"
+wanted() { # ONLY="nf4 lq-2.75": only these bases
+  case " ${ONLY:-$name} " in *" $name "*) ;; *) return 1 ;; esac
+}
 # base NAME FLAGS…: a base, and the held-out loss with its start.
 base() {
   name=$1
   shift
+  wanted || return 0
   [ -s "$folder/$name.quantize.json" ] ||
     { "$lorimer" quantize --model "$model" --output "$folder/$name" --json "$@" > "$folder/$name.tmp" && mv "$folder/$name.tmp" "$folder/$name.quantize.json"; }
   [ -s "$folder/$name.base.json" ] && return
@@ -56,6 +60,8 @@ base() {
 }
 # tune NAME MODEL SEED FLAGS…: as many steps from a start.
 tune() {
+  name=$1
+  wanted || return 0
   name=$1-s$3 from=$2 seed=$3
   shift 3
   [ -s "$folder/$name.tuned.json" ] && return

@@ -11,8 +11,15 @@ use llguidance::{Matcher, ParserFactory};
 use lorimer_model::TextModel;
 use serde_json::{Value, json};
 
-/// Most bytes of a form as it is given.
+/// Most bytes of a schema and of a choice's texts.
 const LONGEST: usize = 256 << 10;
+/// Most bytes of a regular expression, in a schema too, and of a grammar. What one step costs grows with their square.
+const LONGEST_EXPRESSION: usize = 8 << 10;
+
+/// Deepest brackets of a form. Grammars are read and compiled by recursion.
+const DEEPEST: usize = 128;
+/// Bytes of the stack of a thread that compiles a form: rules and references may follow each other in long chains.
+const STACK: usize = 256 << 20;
 
 /// What an answer has to be.
 #[derive(Clone, Debug, PartialEq)]
@@ -33,11 +40,50 @@ impl Form {
         Self::Schema(json!({ "type": "object" }))
     }
 
-    fn length(&self) -> usize {
+    /// Refuses what would take too long to compile or to follow, or recursion too deep.
+    fn check(&self) -> Result<(), String> {
+        let (length, most) = match self {
+            Self::Schema(schema) => (schema.to_string().len(), LONGEST),
+            Self::Choice(texts) => (texts.iter().map(|t| t.len() + 8).sum(), LONGEST),
+            Self::Regex(text) | Self::Lark(text) => (text.len(), LONGEST_EXPRESSION),
+        };
+        if length > most {
+            return Err(format!("it has {length} bytes; at most {most} are taken"));
+        }
+        let depth = self.depth();
+        if depth > DEEPEST {
+            return Err(format!("its brackets are {depth} deep; at most {DEEPEST} are taken"));
+        }
         match self {
-            Self::Schema(schema) => schema.to_string().len(),
-            Self::Regex(text) | Self::Lark(text) => text.len(),
-            Self::Choice(texts) => texts.iter().map(|t| t.len() + 8).sum(),
+            Self::Schema(schema) => bounded(schema),
+            _ => Ok(()),
+        }
+    }
+
+    /// How deep its brackets are; of a schema, its lists and objects.
+    fn depth(&self) -> usize {
+        fn of(value: &Value) -> usize {
+            match value {
+                Value::Array(all) => 1 + all.iter().map(of).max().unwrap_or(0),
+                Value::Object(all) => 1 + all.values().map(of).max().unwrap_or(0),
+                _ => 0,
+            }
+        }
+        match self {
+            Self::Schema(schema) => of(schema),
+            Self::Choice(_) => 0,
+            Self::Regex(text) | Self::Lark(text) => {
+                let (mut depth, mut deepest) = (0usize, 0);
+                for byte in text.bytes() {
+                    match byte {
+                        b'(' | b'[' | b'{' => depth += 1,
+                        b')' | b']' | b'}' => depth = depth.saturating_sub(1),
+                        _ => {}
+                    }
+                    deepest = deepest.max(depth);
+                }
+                deepest
+            }
         }
     }
 
@@ -52,6 +98,39 @@ impl Form {
             Self::Lark(grammar) => TopLevelGrammar::from_lark(grammar.clone()),
         }
     }
+}
+
+/// The largest `multipleOf`, its decimals moved before the point: as many states has the automaton of such numbers.
+const LARGEST_MULTIPLE: u64 = 10_000;
+
+/// Refuses regular expressions of a schema that are too long, and multiples of too large numbers.
+fn bounded(schema: &Value) -> Result<(), String> {
+    match schema {
+        Value::Array(all) => all.iter().try_for_each(bounded),
+        Value::Object(all) => all.iter().try_for_each(|(name, value)| {
+            let texts = match (name.as_str(), value) {
+                ("pattern", Value::String(text)) => vec![text],
+                ("patternProperties", Value::Object(all)) => all.keys().collect(),
+                _ => Vec::new(),
+            };
+            match texts.iter().map(|text| text.len()).find(|&n| n > LONGEST_EXPRESSION) {
+                Some(n) => Err(format!("`{name}` has {n} bytes; at most {LONGEST_EXPRESSION} are taken")),
+                None if name == "multipleOf" && value.is_number() && whole(&value.to_string()) > LARGEST_MULTIPLE => Err(format!(
+                    "`multipleOf` {value} has too many digits; at most {LARGEST_MULTIPLE} is taken, the point left out"
+                )),
+                None => bounded(value),
+            }
+        }),
+        _ => Ok(()),
+    }
+}
+
+/// A decimal number without its point: 125 for 1.25, 1000 for 1e3.
+fn whole(number: &str) -> u64 {
+    let (digits, exponent) = number.split_once(['e', 'E']).unwrap_or((number, "0"));
+    let zeros = exponent.parse::<i32>().map_or(20, |e| e.clamp(0, 20));
+    let digits: String = digits.chars().filter(char::is_ascii_digit).collect();
+    digits.parse::<u64>().map_or(u64::MAX, |n| n.saturating_mul(10u64.saturating_pow(zeros as u32)))
 }
 
 /// A vocabulary as forms see it.
@@ -87,7 +166,10 @@ impl Vocabulary {
         let slices = llguidance::earley::SlicedBiasComputer::general_slices();
         let factory = ParserFactory::new(&tokens, InferenceCapabilities::default(), &slices);
         let mut factory = factory.map_err(|e| e.to_string())?;
-        factory.quiet().limits_mut().verbose_errors = false;
+        let limits = factory.quiet().limits_mut();
+        limits.verbose_errors = false;
+        // A state takes one or two kilobytes, and each request has its own.
+        limits.max_lexer_states = 20_000;
         Ok(Self { factory, ends })
     }
 
@@ -97,11 +179,13 @@ impl Vocabulary {
     ///
     /// Says in one line what of the form cannot be.
     pub fn begin(&self, form: &Form) -> Result<Constraint, String> {
-        if form.length() > LONGEST {
-            return Err(format!("it has {} bytes; at most {LONGEST} are taken", form.length()));
-        }
-        let parser = self.factory.create_parser(form.grammar());
-        let matcher = Matcher::new(parser);
+        form.check()?;
+        let compile = || Matcher::new(self.factory.create_parser(form.grammar()));
+        let compiled = std::thread::scope(|scope| {
+            let thread = std::thread::Builder::new().stack_size(STACK).spawn_scoped(scope, compile);
+            thread.map_err(|e| e.to_string())?.join().map_err(|_| "it cannot be compiled".to_string())
+        });
+        let matcher = compiled?;
         match matcher.get_error() {
             Some(problem) => {
                 // What follows speaks of the library's own settings.
@@ -239,12 +323,92 @@ mod tests {
             Form::Schema(json!({ "type": "colour" })),
             Form::Schema(json!({ "$ref": "https://example.com/a.json" })),
             Form::Schema(json!(3)),
-            Form::Regex("((a{1000}){1000}){1000}".into()),
-            Form::Choice(vec![]),
             Form::Regex(long),
         ] {
-            let problem = vocabulary.begin(&form).unwrap_err();
+            let Err(problem) = vocabulary.begin(&form) else { panic!("{form:?} is taken") };
             assert!(!problem.is_empty() && problem.lines().count() == 1 && problem.len() < 500, "{problem}");
+        }
+    }
+
+    #[test]
+    fn points_are_left_out() {
+        let all = [
+            ("7", 7),
+            ("0.07", 7),
+            ("1.25", 125),
+            ("1e3", 1000),
+            ("2.5e-3", 25),
+            ("1e30", u64::MAX),
+            ("123456789012345678901", u64::MAX),
+        ];
+        all.iter().for_each(|(text, expected)| {
+            assert!(whole(text) == *expected || *expected == u64::MAX && whole(text) > 1 << 60, "{text}")
+        });
+    }
+
+    /// A form that would take long is followed or given up, one token at a time; nobody waits for it.
+    #[test]
+    fn forms_that_explode_are_followed_or_given_up() {
+        let (text, vocabulary) = vocabulary();
+        let letter = text.encode("a", false).unwrap().ids[0];
+        let deep = |depth: usize| {
+            Form::Schema((0..depth).fold(json!({}), |inner, _| json!({ "anyOf": [inner, { "type": "null" }] })))
+        };
+        let references = |count: usize| {
+            let mut all = serde_json::Map::new();
+            for i in 0..count {
+                let next = json!({ "type": "array", "items": { "$ref": format!("#/$defs/a{}", (i + 1) % count) } });
+                all.insert(format!("a{i}"), next);
+            }
+            Form::Schema(json!({ "$defs": all, "$ref": "#/$defs/a0" }))
+        };
+        let straight = |count: usize| {
+            let rules = (0..count).map(|i| format!("r{i}: r{}\n", i + 1)).collect::<String>();
+            Form::Lark(format!("start: r0\n{rules}r{count}: \"a\" r0\n"))
+        };
+        let nested = |open: &str, close: &str, depth: usize| format!("{}a{}", open.repeat(depth), close.repeat(depth));
+        for form in [
+            Form::Regex("((a{1000}){1000}){1000}".into()),
+            Form::Regex("(.*a){200}(.*b){200}(.*c.*d|a*b*){50}".into()),
+            Form::Regex("(a|aa|aaa|aaaa)*(a*)*((a*)*)*b".into()),
+            Form::Lark("start: start start | \"a\" start \"a\" | \"a\" | \"\"".into()),
+            deep(60),
+            deep(120),
+            references(3000),
+            straight(5000),
+            Form::Regex("a".repeat(8000)),
+            Form::Regex("ab|".repeat(2500) + "a"),
+            Form::Regex("a?".repeat(4000)),
+            Form::Regex("(a|b?)".repeat(1300)),
+            Form::Regex("[a-z]*a".repeat(1000)),
+            Form::Lark(format!("start: {}", "\"a\"? ".repeat(1600))),
+            Form::Lark(format!("start: {}", "start? ".repeat(1100))),
+            Form::Schema(json!({ "type": "string", "pattern": "a?".repeat(4000) })),
+            Form::Schema(json!({ "type": "string", "minLength": 1_000_000_000 })),
+            Form::Schema(json!({ "type": "array", "minItems": 1_000_000_000, "items": { "type": "string" } })),
+            Form::Schema(json!({ "enum": (0..20_000).collect::<Vec<i32>>() })),
+            Form::Schema(json!({ "type": "integer", "minimum": 1, "maximum": 999_999_999_999_999u64 })),
+            Form::Schema(json!({ "type": "integer", "multipleOf": 9973 })),
+            Form::Schema(json!({ "type": "integer", "multipleOf": 999_983 })),
+            Form::Schema(json!({ "type": "number", "multipleOf": 0.000_012_345_678 })),
+            Form::Regex(nested("(", ")", 100)),
+            Form::Regex(nested("(", ")*", 100_000)),
+            Form::Lark(format!("start: {}", nested("(\"a\" ", ")", 100).replace('a', "\"a\""))),
+            Form::Lark(format!("start: {}", nested("(", ")", 100_000).replace('a', "\"a\""))),
+            Form::Choice((0..5000).map(|i| format!("a{i}")).collect()),
+        ] {
+            let shown = format!("{form:?}").chars().take(60).collect::<String>();
+            let clock = std::time::Instant::now();
+            let begun = vocabulary.begin(&form);
+            if let Ok(mut constraint) = begun {
+                for _ in 0..30 {
+                    let mut logits = vec![0f32; text.vocabulary()];
+                    if constraint.restrict(&mut logits).is_err() || constraint.push(letter).is_err() {
+                        break;
+                    }
+                }
+            }
+            assert!(clock.elapsed().as_secs() < 5, "{shown}: {:?}", clock.elapsed());
         }
     }
 }

@@ -20,6 +20,8 @@ pub enum FinishReason {
     Stop,
     /// The form that the answer is held to is complete; the last token is a part of it.
     Complete,
+    /// The answer ends, and calls tools.
+    ToolCalls,
     /// The limit of tokens.
     Length,
 }

@@ -4,3 +4,4 @@ pub mod form;
 pub mod generate;
 pub mod sampling;
 pub mod stream;
+pub mod tools;

@@ -12,6 +12,7 @@ use crate::engine::worker::{StreamItem, Ticket, Worker};
 use crate::engine::{Failure, Request, Token, panic_text};
 use crate::generation::generate::FinishReason;
 use crate::generation::stream::{TextOptions, TextStream, context};
+use crate::generation::tools::{Call, CallReader};
 
 /// Pieces that wait for a slow client before its answer waits too.
 const PIECES: usize = 64;
@@ -23,6 +24,8 @@ pub struct Piece {
     pub index: usize,
     /// Text that has become certain.
     pub text: String,
+    /// Calls of tools that have become certain, the first of them with its number among the choice's.
+    pub calls: (usize, Vec<Call>),
     /// Tokens of the prompt whose log-probabilities were asked for.
     pub prompt: Vec<Token>,
     /// The answer's tokens since the piece before.
@@ -45,6 +48,7 @@ impl Answers {
         base: &Arc<Base>,
         requests: Vec<Request>,
         options: TextOptions,
+        calls: Option<CallReader>,
     ) -> Result<Self, ApiError> {
         let (sender, pieces) = mpsc::channel(PIECES);
         let (open, options) = (requests.len(), Arc::new(options));
@@ -52,7 +56,8 @@ impl Answers {
             let prompt = context(&base.text, &request.prompt).to_vec();
             let ticket = worker.submit(request).await?;
             let (id, sender) = (ticket.id(), sender.clone());
-            let following = follow(ticket, base.clone(), (prompt, options.clone()), index, sender.clone());
+            let reading = (prompt, options.clone(), calls.clone());
+            let following = follow(ticket, base.clone(), reading, index, sender.clone());
             tokio::spawn(async move {
                 if let Err(panic) = AssertUnwindSafe(following).catch_unwind().await {
                     let problem = panic_text(panic);
@@ -83,7 +88,7 @@ impl Answers {
 async fn follow(
     mut ticket: Ticket,
     base: Arc<Base>,
-    (prompt, options): (Vec<u32>, Arc<TextOptions>),
+    (prompt, options, mut calls): (Vec<u32>, Arc<TextOptions>, Option<CallReader>),
     index: usize,
     sender: mpsc::Sender<Result<Piece, ApiError>>,
 ) {
@@ -91,6 +96,7 @@ async fn follow(
     crate::engine::fault::Fault::Text.fail(&prompt);
     let mut stream = TextStream::new(&base.text, &options, &prompt);
     let mut piece = Piece { index, ..Default::default() };
+    let mut called = 0;
     loop {
         // A client that goes away while no text comes is noticed too.
         let item = tokio::select! {
@@ -140,7 +146,23 @@ async fn follow(
         piece.text = text + &rest;
         piece.tokens.extend(token);
         piece.finish = if stream.stopped() { Some(FinishReason::Stop) } else { reason };
-        if piece.text.is_empty() && piece.finish.is_none() {
+        if let Some(reader) = &mut calls {
+            let (mut text, mut own) = reader.push(&piece.text);
+            if piece.finish.is_some() {
+                let (rest, more) = reader.finish();
+                text += &rest;
+                own.extend(more);
+            }
+            piece.text = text;
+            piece.calls = (called, own);
+            called += piece.calls.1.len();
+            // An answer that was cut off may lack calls.
+            let whole = matches!(piece.finish, Some(FinishReason::Stop | FinishReason::Complete));
+            if whole && called > 0 {
+                piece.finish = Some(FinishReason::ToolCalls);
+            }
+        }
+        if piece.text.is_empty() && piece.calls.1.is_empty() && piece.finish.is_none() {
             continue;
         }
         let finish = piece.finish;

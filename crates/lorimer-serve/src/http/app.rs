@@ -32,6 +32,9 @@ const LOADS: (usize, u64) = (32, 30);
 /// Most adapters that are asked for and not there yet.
 const MAX_LOADING: usize = 1024;
 
+/// Forms of answers that are compiled at a time, and the seconds within which each has to be.
+const FORMS: (usize, u64) = (2, 20);
+
 /// Requests whose texts become vectors at a time, each on all threads, and the seconds for which one waits.
 const EMBEDS: (usize, u64) = (1, 120);
 
@@ -87,6 +90,7 @@ pub struct App {
     pub(super) started: u64,
     pub(super) random: AtomicU64,
     pub(super) text: Readers,
+    pub(super) forms: WorkQueue,
     pub(super) embeds: WorkQueue,
     pub(super) loads: WorkQueue,
     pub(super) changes: WorkQueue,
@@ -141,6 +145,7 @@ impl App {
             started: now.as_secs(),
             random: AtomicU64::new(now.as_nanos() as u64 ^ (u64::from(std::process::id()) << 32)),
             text: Readers::new(TEXT.0, Duration::from_secs(TEXT.1), "reading the request"),
+            forms: queue(FORMS, "compiling the form of the answer"),
             embeds: queue(EMBEDS, "embedding the texts"),
             loads: queue(LOADS, "loading the adapter"),
             changes: queue(CHANGES, "the change"),
@@ -174,7 +179,7 @@ impl App {
             let begun = vocabulary.as_ref().map_err(String::clone).and_then(|vocabulary| vocabulary.begin(&form));
             begun.map_err(|problem| ApiError::field(field, format!("`{field}` cannot be followed: {problem}")))
         };
-        self.text.within(begin).await
+        self.forms.within(begin).await
     }
 
     /// Refuses tokens that the model does not have.

@@ -18,7 +18,10 @@ use super::fields::Fields;
 use super::prompts::{Given, conversation, prompt, tools};
 use super::request::{Adapters, ChatRequest, Common, CompletionRequest, Prompt, StreamOptions, Wanted};
 use super::shape::{Before, Kind, Place, Shape};
+use crate::generation::form::Form;
 use crate::generation::generate::FinishReason;
+use crate::generation::stream::TextOptions;
+use crate::generation::tools::{CallReader, Dialect};
 
 /// `POST /v1/chat/completions`.
 #[utoipa::path(post, path = "/v1/chat/completions", tag = "inference", request_body = ChatRequest, responses((status = 200, description = "OpenAI's `chat.completion`, or server-sent `chat.completion.chunk` events", body = Object), (status = "4XX", description = "Refused", body = Failure), (status = 503, description = "Overloaded or stopping; `Retry-After` says for how long", body = Failure)))]
@@ -31,7 +34,8 @@ pub async fn chat(State(app): State<Arc<App>>, Body(fields): Body<Fields>) -> Re
     let template = adapters.0.iter().find_map(|(a, _)| a.template.is_some().then(|| a.clone()));
     let (base, common, log_probabilities) = (app.base.clone(), request.common.clone(), request.log_probabilities());
     let (n, own) = (common.n.unwrap_or(1), request.own);
-    let prompt = app
+    let (callable, demanded) = (own.callable(), own.demanded()?);
+    let (prompt, dialect) = app
         .text
         .within(move || {
             let template = match template.as_ref().and_then(|a| a.template.as_ref()) {
@@ -41,15 +45,37 @@ pub async fn chat(State(app): State<Arc<App>>, Body(fields): Body<Fields>) -> Re
                     template.map_err(|e| ApiError::invalid(e.to_string()))?
                 }
             };
+            let dialect = Dialect::of(template.source());
             let text = conversation(template, &own)?;
             let encoded = base.text.encode(&text, request.common.add_special_tokens.unwrap_or(false));
             let mut ids = encoded.map_err(|e| ApiError::field("messages", e.to_string()))?.ids;
             request.common.truncate(&mut ids, base.model().shape().cached_positions());
-            Ok(ids)
+            Ok((ids, dialect))
         })
         .await?;
+    let mut form = common.form()?;
+    if let Some((tools, one)) = demanded {
+        if let Some((field, _)) = form {
+            let message = format!(
+                "`{field}` and a `tool_choice` that demands a call both say what the answer is to be; give one"
+            );
+            return Err(ApiError::field("tool_choice", message));
+        }
+        let dialect = dialect.ok_or_else(|| {
+            ApiError::field(
+                "tool_choice",
+                "the chat template does not say how calls of tools are written, so that none can be demanded",
+            )
+        })?;
+        let calls = dialect.form(&tools, one, &app.base.text);
+        form = Some(("tool_choice", calls.map_err(|problem| ApiError::field("tool_choice", problem))?));
+    }
+    let dialect = dialect.filter(|_| !callable.is_empty());
+    let mut text = common.text();
+    text.special |= dialect.is_some_and(Dialect::is_special);
+    let calls = dialect.map(|dialect| CallReader::new(dialect, &callable));
     let wanted = Wanted { log_probabilities, of_prompt: false, ranked: false, each: n };
-    respond(&app, Kind::Chat, &common, vec![(prompt, Before::default())], adapters, wanted).await
+    respond(&app, Kind::Chat, &common, vec![(prompt, Before::default())], adapters, (wanted, form, text, calls)).await
 }
 
 /// Bytes of the texts in a value.
@@ -89,7 +115,8 @@ pub async fn completions(State(app): State<Arc<App>>, Body(fields): Body<Fields>
     let each = own.best_of.unwrap_or(n);
     let wanted =
         Wanted { log_probabilities: own.logprobs, of_prompt: echo && own.logprobs.is_some(), ranked: each > n, each };
-    respond(&app, Kind::Completion, &common, prompts, adapters, wanted).await
+    let asked = (wanted, common.form()?, common.text(), None);
+    respond(&app, Kind::Completion, &common, prompts, adapters, asked).await
 }
 
 async fn respond(
@@ -98,19 +125,19 @@ async fn respond(
     common: &Common,
     prompts: Vec<(Vec<u32>, Before)>,
     adapters: Adapters,
-    wanted: Wanted,
+    (wanted, form, text, calls): (Wanted, Option<(&'static str, Form)>, TextOptions, Option<CallReader>),
 ) -> Result<Response, ApiError> {
     let n = common.n.unwrap_or(1);
     let prompt_tokens = prompts.iter().map(|(ids, _)| ids.len()).sum();
     let (ids, before): (Vec<_>, Vec<_>) = prompts.into_iter().unzip();
-    let form = match common.form()? {
+    let form = match form {
         Some((field, form)) => Some(app.begin(field, form).await?),
         None => None,
     };
     let requests = common.requests(app, ids, &adapters, (wanted, form))?;
     let choices = requests.len();
     let shape = Shape::new(app, kind, common, prompt_tokens, wanted.log_probabilities.is_some());
-    let mut answers = Answers::start(&app.worker, &app.base, requests, common.text()).await?;
+    let mut answers = Answers::start(&app.worker, &app.base, requests, text, calls).await?;
     if common.stream == Some(true) {
         // Refusals are known with the first piece, and then still have a status of their own.
         let first = answers.next().await.unwrap_or_else(|| Err(super::error::cut_off()))?;
@@ -122,6 +149,7 @@ async fn respond(
         let piece = piece?;
         let of = &mut whole[piece.index];
         of.text.push_str(&piece.text);
+        of.calls.1.extend(piece.calls.1);
         of.prompt.extend(piece.prompt);
         of.tokens.extend(piece.tokens);
         of.finish = of.finish.or(piece.finish);

@@ -3,6 +3,7 @@
 mod ask;
 mod form;
 mod inert;
+mod tools;
 
 use std::sync::Arc;
 
@@ -140,8 +141,8 @@ fields! {
         /// Tools, handed to the chat template.
         #[schema(value_type = Option<Vec<Object>>)]
         tools: Vec<Value>,
-        /// `auto`, or `none` for a prompt without the tools.
-        #[schema(value_type = Option<String>)]
+        /// `auto`, `none` for a prompt without the tools, `required`, or `{"type": "function", "function": {"name": …}}`.
+        #[schema(value_type = Option<Object>)]
         tool_choice: Value,
         /// Whether to tell log-probabilities.
         logprobs: bool,
@@ -311,9 +312,7 @@ impl ChatRequest {
         if own.top_logprobs.is_some_and(|n| n > 0) && own.logprobs != Some(true) {
             return Err(ApiError::field("top_logprobs", "`top_logprobs` is told only where `logprobs` is true"));
         }
-        if let Some(choice) = own.tool_choice.as_ref().filter(|c| *c != "auto" && *c != "none") {
-            return Err(wrong("tool_choice", "\"auto\" or \"none\", since no call can be demanded", choice));
-        }
+        own.demanded()?;
         if own.continue_final_message == Some(true) && own.add_generation_prompt == Some(true) {
             let message = "`continue_final_message` and `add_generation_prompt` cannot both be true: the answer goes on with the last message or begins one";
             return Err(ApiError::field("continue_final_message", message));

@@ -10,6 +10,7 @@ use super::app::App;
 use super::request::Common;
 use crate::engine::Token;
 use crate::generation::generate::FinishReason;
+use crate::generation::tools::Call;
 
 /// How one of the two calls writes its answers.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -77,6 +78,7 @@ pub fn offsets(text: &TextModel, special: bool, tokens: &[u32], place: &mut Plac
 fn reason(finish: FinishReason) -> &'static str {
     match finish {
         FinishReason::Stop | FinishReason::Complete => "stop",
+        FinishReason::ToolCalls => "tool_calls",
         FinishReason::Length => "length",
     }
 }
@@ -214,7 +216,14 @@ impl Shape {
         let of = |(piece, before): &(Piece, &Before)| {
             let mut choice = self.choice(app, piece, before, &mut before.end(), true);
             if self.kind == Kind::Chat {
-                choice.insert("message".into(), json!({ "role": "assistant", "content": piece.text }));
+                let mut message = json!({ "role": "assistant", "content": piece.text });
+                if !piece.calls.1.is_empty() {
+                    message["tool_calls"] = self.calls(piece, false);
+                    if piece.text.is_empty() {
+                        message["content"] = Value::Null;
+                    }
+                }
+                choice.insert("message".into(), message);
             }
             Value::Object(choice)
         };
@@ -222,6 +231,24 @@ impl Shape {
         let mut body = self.envelope(object, choices.iter().map(of).collect());
         body["usage"] = self.usage(generated);
         body
+    }
+
+    /// A piece's calls of tools; in a stream with their places among the choice's.
+    fn calls(&self, piece: &Piece, streamed: bool) -> Value {
+        let (first, calls) = &piece.calls;
+        let id = self.id.rsplit('-').next().unwrap_or_default();
+        let one = |(i, call): (usize, &Call)| {
+            let i = first + i;
+            let mut object = json!({
+                "id": format!("call_{id}_{}_{i}", piece.index), "type": "function",
+                "function": { "name": call.name, "arguments": call.arguments },
+            });
+            if streamed {
+                object["index"] = i.into();
+            }
+            object
+        };
+        calls.iter().enumerate().map(one).collect()
     }
 
     fn event(&self) -> &'static str {
@@ -233,6 +260,9 @@ impl Shape {
         let mut choice = self.choice(app, piece, before, place, first);
         if self.kind == Kind::Chat {
             let mut delta = json!({ "content": piece.text });
+            if !piece.calls.1.is_empty() {
+                delta["tool_calls"] = self.calls(piece, true);
+            }
             if first {
                 delta["role"] = "assistant".into();
             }

@@ -349,3 +349,97 @@ fn an_answer_that_is_not_bounded_goes_to_the_end_of_the_context() {
     let engine = server.get("/v1/state").json()["figures"]["engine"].clone();
     assert!((70..90).contains(&engine["pages"].as_u64().unwrap()), "{engine}");
 }
+
+/// A model that is made to call a tool: the call comes as OpenAI has it, whole and streamed, in the form of the template's family. To be seen to fail: a
+/// piece that is sent without its calls.
+#[test]
+fn tools_are_called_as_the_family_writes_it() {
+    let f = Fixture::new();
+    let model = f.path("model");
+    std::fs::create_dir(&model).unwrap();
+    for file in std::fs::read_dir(&f.model).unwrap().map(|e| e.unwrap().path()) {
+        std::fs::copy(&file, Path::new(&model).join(file.file_name().unwrap())).unwrap();
+    }
+    let f = Fixture { model, ..f };
+    let root = f.path("adapters");
+    std::fs::create_dir(&root).unwrap();
+    let parameters = json!({
+        "type": "object", "required": ["port"], "additionalProperties": false,
+        "properties": { "port": { "enum": ["Brest", "Cork"] }, "hours": { "type": "integer", "minimum": 0, "maximum": 9 } },
+    });
+    let tools = json!([
+        { "type": "function", "function": { "name": "tide", "parameters": parameters } },
+        { "type": "function", "function": { "name": "wind", "parameters": { "type": "object", "properties": {}, "additionalProperties": false } } },
+    ]);
+    let ask = json!({ "messages": [{ "role": "user", "content": "Hi" }], "tools": tools, "max_tokens": 120, "temperature": 1, "seed": 5 });
+    let templates = [
+        "{{ messages[0].content }}{% if tools %}<tool_call>{\"name\"}</tool_call>{% endif %}",
+        "{{ messages[0].content }}{% if tools %}Environment: ipython{% endif %}",
+    ];
+    for template in templates {
+        std::fs::write(Path::new(&f.model).join("chat_template.jinja"), template).unwrap();
+        let server = Server::start(&f, &root, &[]);
+        let chat = |more: Value| server.post("/v1/chat/completions", &with(&ask, more));
+        for choice in [json!("required"), json!({ "type": "function", "function": { "name": "tide" } })] {
+            let answer = chat(json!({ "tool_choice": choice }));
+            assert_eq!(answer.status, 200, "{}", answer.body);
+            let choice_of = answer.json()["choices"][0].clone();
+            // Of `<tool_call>` there may be several, and the last cut off.
+            if choice_of["finish_reason"] == "length" && choice == "required" {
+                continue;
+            }
+            assert_eq!(
+                (&choice_of["finish_reason"], &choice_of["message"]["content"]),
+                (&json!("tool_calls"), &Value::Null),
+                "{answer}",
+                answer = answer.body
+            );
+            let calls = choice_of["message"]["tool_calls"].as_array().unwrap();
+            for call in calls {
+                let arguments: Value = serde_json::from_str(call["function"]["arguments"].as_str().unwrap()).unwrap();
+                let fits = match call["function"]["name"].as_str().unwrap() {
+                    "tide" => ["Brest", "Cork"].contains(&arguments["port"].as_str().unwrap()),
+                    _ => choice == "required" && arguments == json!({}),
+                };
+                assert!(fits && call["type"] == "function", "{call}");
+            }
+            let streamed = events(&chat(json!({ "tool_choice": choice, "stream": true })).body);
+            let told: Vec<Value> = streamed
+                .iter()
+                .filter_map(|e| e["choices"][0]["delta"]["tool_calls"].as_array())
+                .flatten()
+                .cloned()
+                .collect();
+            let functions = |calls: &[Value]| calls.iter().map(|c| c["function"].clone()).collect::<Vec<_>>();
+            assert_eq!(functions(&told), functions(calls));
+            assert!(told.iter().enumerate().all(|(i, call)| call["index"] == i), "{told:?}");
+            let text: String = streamed.iter().filter_map(|e| e["choices"][0]["delta"]["content"].as_str()).collect();
+            assert_eq!(text, "");
+            assert!(streamed.iter().any(|e| e["choices"][0]["finish_reason"] == "tool_calls"));
+        }
+        for (more, param) in [
+            (json!({ "tool_choice": "any" }), "tool_choice"),
+            (json!({ "tool_choice": { "type": "function", "function": { "name": "rain" } } }), "tool_choice"),
+            (json!({ "tool_choice": { "type": "tool" } }), "tool_choice.type"),
+            (json!({ "tool_choice": "required", "tools": [] }), "tool_choice"),
+            (json!({ "tool_choice": "required", "response_format": { "type": "json_object" } }), "tool_choice"),
+        ] {
+            let refused = chat(more.clone());
+            assert_eq!(
+                (refused.status, &refused.json()["error"]["param"]),
+                (400, &json!(param)),
+                "{more}: {}",
+                refused.body
+            );
+        }
+    }
+    std::fs::write(Path::new(&f.model).join("chat_template.jinja"), "{{ messages[0].content }}").unwrap();
+    let server = Server::start(&f, &root, &[]);
+    let refused = server.post("/v1/chat/completions", &with(&ask, json!({ "tool_choice": "required" })));
+    assert!(
+        refused.status == 400 && refused.body.contains("does not say how calls of tools are written"),
+        "{}",
+        refused.body
+    );
+    assert_eq!(server.post("/v1/chat/completions", &ask).status, 200);
+}

@@ -132,7 +132,8 @@ fn answers_are_held_to_their_form() {
         assert!(["Ada", "Grace"].contains(&found["name"].as_str().unwrap()), "{text}");
         assert!((0..=99).contains(&found["age"].as_i64().unwrap()) && found.as_object().unwrap().len() == 2, "{text}");
     };
-    let format = json!({ "type": "json_schema", "json_schema": { "name": "person", "schema": schema, "strict": true } });
+    let format =
+        json!({ "type": "json_schema", "json_schema": { "name": "person", "schema": schema, "strict": true } });
     let asks: Vec<Value> = (0..12)
         .map(|i| {
             let model = ["base", "yes-no", "tenant/bone"][i % 3];
