@@ -153,6 +153,9 @@ impl Panels {
     }
 }
 
+/// Computes panels of a product, as [`multiply`]'s reference form does.
+type Form = unsafe fn(&Rounded, &Panels, Range<usize>, *mut f32);
+
 /// Activations in two bytes, and s/256 and s·(Σp + Σr/256) of every block.
 struct Rounded {
     values: Values,

@@ -4,16 +4,13 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::{BLOCK, PANEL, Panels, Rounded};
+use super::{BLOCK, Form, PANEL, Panels, Rounded};
 #[cfg(target_arch = "x86_64")]
 use super::{pairs, vnni};
 use crate::kernels::shared::Shared;
 
 /// Panels of a task.
 const TASK: usize = 2;
-
-/// Computes panels of a product; see [`plain`].
-pub(super) type Form = unsafe fn(&Rounded, &Panels, Range<usize>, *mut f32);
 
 /// Whether products in whole numbers are fast on this processor: AVX2 or more.
 pub fn available() -> bool {

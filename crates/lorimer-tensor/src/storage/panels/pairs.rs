@@ -5,8 +5,7 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::multiply::Form;
-use super::{BLOCK, Line, PANEL, Panels, Rounded};
+use super::{BLOCK, Form, Line, PANEL, Panels, Rounded};
 use crate::kernels::cpu::{Level, level};
 
 /// Bytes that are asked for ahead of those that are read.
