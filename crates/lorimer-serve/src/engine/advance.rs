@@ -57,7 +57,8 @@ fn next_token(
             let mut restricted = logits.to_vec();
             form.restrict(&mut restricted).map_err(Failure::Form)?;
             let token = request.sampling.draw(&restricted, history, &mut rng);
-            if restricted.get(token as usize).is_none_or(|l| l.is_infinite()) {
+            let allowed = request.sampling.allowed.as_ref().is_none_or(|allowed| allowed.contains(&token));
+            if !allowed || restricted.get(token as usize).is_none_or(|l| l.is_infinite()) {
                 let text = "no token that the request allows can follow in the form asked for";
                 return Err(Failure::Form(text.into()));
             }

@@ -32,6 +32,8 @@ pub enum Form {
     Choice(Vec<String>),
     /// What a context-free grammar in Lark's syntax gives, from `start` on.
     Lark(String),
+    /// What a grammar of ours gives, in which `body` is JSON that fits a schema.
+    Around(String, Value),
 }
 
 impl Form {
@@ -43,7 +45,7 @@ impl Form {
     /// Refuses what would take too long to compile or to follow, or recursion too deep.
     fn check(&self) -> Result<(), String> {
         let (length, most) = match self {
-            Self::Schema(schema) => (schema.to_string().len(), LONGEST),
+            Self::Schema(schema) | Self::Around(_, schema) => (schema.to_string().len(), LONGEST),
             Self::Choice(texts) => (texts.iter().map(|t| t.len() + 8).sum(), LONGEST),
             Self::Regex(text) | Self::Lark(text) => (text.len(), LONGEST_EXPRESSION),
         };
@@ -55,7 +57,18 @@ impl Form {
             return Err(format!("its brackets are {depth} deep; at most {DEEPEST} are taken"));
         }
         match self {
-            Self::Schema(schema) => bounded(schema),
+            Self::Schema(schema) | Self::Around(_, schema) => bounded(schema),
+            // A schema inside of a grammar: its numbers are looked for in the text, which then has to show them.
+            Self::Lark(text) if text.contains("%json") => {
+                if text.contains("\\u") {
+                    return Err("it has a schema with letters written as `\\u…`; write them as they are".into());
+                }
+                text.split("multipleOf").skip(1).try_for_each(|after| {
+                    let number = after.trim_start_matches(|c: char| c == '"' || c == ':' || c.is_whitespace());
+                    let end = number.find(|c: char| !(c.is_ascii_digit() || ".eE+-".contains(c)));
+                    multiple(&number[..end.unwrap_or(number.len())])
+                })
+            }
             _ => Ok(()),
         }
     }
@@ -70,7 +83,7 @@ impl Form {
             }
         }
         match self {
-            Self::Schema(schema) => of(schema),
+            Self::Schema(schema) | Self::Around(_, schema) => of(schema),
             Self::Choice(_) => 0,
             Self::Regex(text) | Self::Lark(text) => {
                 let (mut depth, mut deepest) = (0usize, 0);
@@ -96,6 +109,7 @@ impl Form {
                 TopLevelGrammar::from_lark(format!("start: {}", quoted.join(" | ")))
             }
             Self::Lark(grammar) => TopLevelGrammar::from_lark(grammar.clone()),
+            Self::Around(grammar, schema) => TopLevelGrammar::from_lark(format!("{grammar}\nbody: %json {schema}\n")),
         }
     }
 }
@@ -115,13 +129,21 @@ fn bounded(schema: &Value) -> Result<(), String> {
             };
             match texts.iter().map(|text| text.len()).find(|&n| n > LONGEST_EXPRESSION) {
                 Some(n) => Err(format!("`{name}` has {n} bytes; at most {LONGEST_EXPRESSION} are taken")),
-                None if name == "multipleOf" && value.is_number() && whole(&value.to_string()) > LARGEST_MULTIPLE => Err(format!(
-                    "`multipleOf` {value} has too many digits; at most {LARGEST_MULTIPLE} is taken, the point left out"
-                )),
+                None if name == "multipleOf" && value.is_number() => multiple(&value.to_string()),
                 None => bounded(value),
             }
         }),
         _ => Ok(()),
+    }
+}
+
+/// Refuses a `multipleOf` that is too large; what is no number is not looked at.
+fn multiple(number: &str) -> Result<(), String> {
+    match number.starts_with(|c: char| c.is_ascii_digit()) && whole(number) > LARGEST_MULTIPLE {
+        true => Err(format!(
+            "`multipleOf` {number} has too many digits; at most {LARGEST_MULTIPLE} is taken, the point left out"
+        )),
+        false => Ok(()),
     }
 }
 
@@ -322,11 +344,32 @@ mod tests {
             Form::Lark("start: nowhere".into()),
             Form::Schema(json!({ "type": "colour" })),
             Form::Schema(json!({ "$ref": "https://example.com/a.json" })),
+            Form::Schema(json!({ "type": "integer", "multipleOf": 999_983 })),
+            Form::Lark("start: b\nb: %json {\"type\": \"integer\", \"multipleOf\" : 999983}".into()),
+            Form::Lark("start: b\nb: %json {\"type\": \"integer\", \"multiple\\u004ff\": 999983}".into()),
+            Form::Around("start: body".into(), json!({ "type": "integer", "multipleOf": 1e20 })),
             Form::Schema(json!(3)),
             Form::Regex(long),
         ] {
             let Err(problem) = vocabulary.begin(&form) else { panic!("{form:?} is taken") };
             assert!(!problem.is_empty() && problem.lines().count() == 1 && problem.len() < 500, "{problem}");
+        }
+    }
+
+    /// A grammar of ours can begin with a special token, by its number.
+    #[test]
+    fn special_tokens_begin_a_form() {
+        let (text, vocabulary) = vocabulary();
+        let special =
+            (0..text.vocabulary() as u32).find(|id| text.is_special(*id) && !text.eos_ids.contains(id)).unwrap();
+        let form = Form::Around(format!("start: <[{special}]> body"), json!({ "enum": [7] }));
+        let mut constraint = vocabulary.begin(&form).unwrap();
+        for expected in [special, text.encode("7", false).unwrap().ids[0]] {
+            let mut logits = vec![0f32; text.vocabulary()];
+            constraint.restrict(&mut logits).unwrap();
+            let allowed: Vec<u32> = (0..logits.len() as u32).filter(|&id| logits[id as usize] == 0.0).collect();
+            assert_eq!(allowed, [expected]);
+            constraint.push(expected).unwrap();
         }
     }
 

@@ -58,10 +58,11 @@ impl Dialect {
             schema["x-guidance"] = written.clone();
             schema
         };
-        let grammar = match self {
+        Ok(match self {
             Self::Tagged => {
                 let more = if one { "" } else { " (\"\\n\" call)*" };
-                format!("start: call{more}\ncall: \"{}\\n\" body \"\\n{}\"\nbody: %json {}\n", TAG.0, TAG.1, with(call))
+                let grammar = format!("start: call{more}\ncall: \"{}\\n\" body \"\\n{}\"", TAG.0, TAG.1);
+                Form::Around(grammar, with(call))
             }
             Self::Mistral => {
                 let Some(id) = (0..text.vocabulary() as u32).find(|&id| text.token_bytes(id) == MISTRAL.as_bytes())
@@ -71,11 +72,10 @@ impl Dialect {
                 let most = if one { json!(1) } else { json!(16) };
                 let list = json!({ "type": "array", "minItems": 1, "maxItems": most, "items": call });
                 let before = if text.is_special(id) { format!("<[{id}]>") } else { format!("\"{MISTRAL}\"") };
-                format!("start: {before} list\nlist: %json {}\n", with(list))
+                Form::Around(format!("start: {before} body"), with(list))
             }
-            Self::Llama => format!("start: body\nbody: %json {}\n", with(call)),
-        };
-        Ok(Form::Lark(grammar))
+            Self::Llama => Form::Around("start: body".into(), with(call)),
+        })
     }
 }
 
