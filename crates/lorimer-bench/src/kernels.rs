@@ -36,7 +36,7 @@ pub struct BenchKernels {
     /// Inputs of W: a multiple of 32
     #[arg(long, value_name = "N", default_value_t = 576, value_parser = clap::value_parser!(u32).range(32..=65_536))]
     inputs: u32,
-    /// Only this storage; repeatable
+    /// Only this storage; repeatable [default: all, Q6K where the inputs are a multiple of 256]
     #[arg(long, value_name = "NAME", value_parser = STORAGES)]
     storage: Vec<String>,
 }
@@ -85,6 +85,16 @@ impl BenchKernels {
         let (outputs, inputs) = (self.outputs as usize, self.inputs as usize);
         if !inputs.is_multiple_of(32) {
             bail!("--inputs {inputs} should be a multiple of 32, which blocks hold");
+        }
+        if self.storage.iter().any(|s| s == "Q6K") && !inputs.is_multiple_of(256) {
+            bail!("--storage Q6K holds blocks of 256 inputs; --inputs {inputs} should be a multiple of that");
+        }
+        let largest = self.rows.iter().map(|&r| r as usize * outputs.max(inputs)).fold(outputs * inputs, usize::max);
+        if largest > WEIGHTS / 4 {
+            let most = WEIGHTS / 4;
+            bail!(
+                "a matrix of {largest} numbers is asked for; at most {most}: give fewer --rows, --outputs or --inputs"
+            );
         }
         let names: Vec<&str> =
             STORAGES.into_iter().filter(|n| self.storage.is_empty() || self.storage.iter().any(|s| s == n)).collect();

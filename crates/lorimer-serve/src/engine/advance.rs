@@ -1,5 +1,7 @@
 //! A step of the engine: what runs, its forward, the tokens drawn, and what is done where it fails.
 
+use std::sync::PoisonError;
+
 use candle_core::DType;
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
@@ -7,8 +9,6 @@ use rayon::prelude::*;
 use super::batched::{Batched, Rows, Used};
 use super::batching::Batching;
 use super::pool::Pages;
-use std::sync::PoisonError;
-
 use super::{Engine, Event, Failure, InFlight, Token, caught, log_probabilities};
 use crate::error::{Error, Result};
 use crate::generation::generate::FinishReason;

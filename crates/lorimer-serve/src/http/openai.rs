@@ -15,7 +15,7 @@ use super::app::App;
 use super::body::Body;
 use super::error::{ApiError, Failure};
 use super::fields::Fields;
-use super::prompts::{Given, conversation, prompt, tools};
+use super::prompts::{Given, conversation, prompt};
 use super::request::{Adapters, ChatRequest, Common, CompletionRequest, Prompt, StreamOptions, Wanted};
 use super::shape::{Before, Kind, Place, Shape};
 use crate::generation::form::Form;
@@ -41,7 +41,7 @@ pub async fn chat(State(app): State<Arc<App>>, Body(fields): Body<Fields>) -> Re
             let template = match template.as_ref().and_then(|a| a.template.as_ref()) {
                 Some(own) => own,
                 None => {
-                    let template = base.text.template_for(tools(&own).is_some());
+                    let template = base.text.template_for(own.offered().is_some());
                     template.map_err(|e| ApiError::invalid(e.to_string()))?
                 }
             };

@@ -13,18 +13,12 @@ use super::shape::{Before, Place, offsets};
 const OWN: [&str; 6] =
     ["messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize"];
 
-/// The tools that the template is to tell of, if any.
-pub fn tools(asked: &Chat) -> Option<&[Value]> {
-    let wanted = asked.tool_choice.as_ref().is_none_or(|choice| choice != "none");
-    asked.tools.as_deref().filter(|tools| wanted && !tools.is_empty())
-}
-
 /// A conversation as the template writes it.
 pub fn conversation(template: &ChatTemplate, asked: &Chat) -> Result<String, ApiError> {
     let of = |field: &'static str| move |problem: String| ApiError::field(field, problem);
     let messages = normalise(asked.messages.as_deref().unwrap_or_default());
     let messages = messages.map_err(|e| of("messages")(e.to_string()))?;
-    let tools = tools(asked).map(|tools| normalise_tools(&Value::Array(tools.to_vec())));
+    let tools = asked.offered().map(|tools| normalise_tools(&Value::Array(tools.to_vec())));
     let tools = tools.transpose().map_err(|e| of("tools")(e.to_string()))?;
     let mut variables = asked.chat_template_kwargs.clone().unwrap_or_default();
     if let Some(name) = OWN.into_iter().find(|name| variables.contains_key(*name)) {

@@ -58,6 +58,25 @@ fn threads_are_as_many_as_are_asked_for() {
     }
 }
 
+#[test]
+fn kernels_are_measured_or_the_sizes_refused() {
+    let bench = |flags: &[&str]| lorimer(&[&["bench", "kernels", "--json"], flags].concat()).output().unwrap();
+    let out = bench(&["--rows", "2", "--outputs", "1024", "--inputs", "256", "--storage", "Q6K", "--storage", "int4"]);
+    let found: serde_json::Value =
+        serde_json::from_slice(&out.stdout).unwrap_or_else(|e| panic!("{e}: {}", text(&out.stderr)));
+    let names: Vec<_> = found["kernels"].as_array().unwrap().iter().map(|line| line["storage"].clone()).collect();
+    assert_eq!(names, ["Q6K", "int4"]);
+    for (flags, says) in [
+        (["--inputs", "576", "--storage", "Q6K"], "multiple of that"),
+        (["--inputs", "33", "--storage", "f32"], "multiple of 32"),
+        (["--inputs", "65536", "--outputs", "65536"], "numbers is asked for"),
+        (["--rows", "65536", "--outputs", "65536"], "numbers is asked for"),
+    ] {
+        let out = bench(&flags);
+        assert!(out.status.code() == Some(1) && text(&out.stderr).contains(says), "{flags:?}: {}", text(&out.stderr));
+    }
+}
+
 /// Training and evaluation give the same numbers with every set of kernels, within the order of sums in f32.
 #[test]
 fn kernels_of_every_level_agree() {

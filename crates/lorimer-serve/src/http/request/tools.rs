@@ -1,5 +1,6 @@
 //! Which tools an answer may or has to call.
 
+use lorimer_model::text::messages::normalise_tools;
 use serde_json::Value;
 
 use super::Chat;
@@ -8,10 +9,16 @@ use crate::http::error::ApiError;
 use crate::http::fields::{Field, Fields, wrong};
 
 impl Chat {
-    /// The tools that an answer may call.
-    pub(in crate::http) fn callable(&self) -> Vec<Tool> {
+    /// The tools that the template is to tell of, if any.
+    pub(in crate::http) fn offered(&self) -> Option<&[Value]> {
         let wanted = self.tool_choice.as_ref().is_none_or(|choice| choice != "none");
-        self.tools.iter().flatten().filter(|_| wanted).filter_map(Tool::read).collect()
+        self.tools.as_deref().filter(|tools| wanted && !tools.is_empty())
+    }
+
+    /// The tools that an answer may call, as the template is told of them. What is none is refused where the conversation is written.
+    pub(in crate::http) fn callable(&self) -> Vec<Tool> {
+        let tools = self.offered().map(|tools| normalise_tools(&Value::Array(tools.to_vec())).unwrap_or_default());
+        tools.iter().filter_map(Value::as_array).flatten().filter_map(Tool::read).collect()
     }
 
     /// The tools of which an answer has to call one, and whether it is to be one call; none where it need not call any.

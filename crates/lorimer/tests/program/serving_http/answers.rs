@@ -368,7 +368,7 @@ fn tools_are_called_as_the_family_writes_it() {
         "properties": { "port": { "enum": ["Brest", "Cork"] }, "hours": { "type": "integer", "minimum": 0, "maximum": 9 } },
     });
     let tools = json!([
-        { "type": "function", "function": { "name": "tide", "parameters": parameters } },
+        { "type": "function", "function": { "name": "tide", "parameters": parameters.to_string() } },
         { "type": "function", "function": { "name": "wind", "parameters": { "type": "object", "properties": {}, "additionalProperties": false } } },
     ]);
     let ask = json!({ "messages": [{ "role": "user", "content": "Hi" }], "tools": tools, "max_tokens": 120, "temperature": 1, "seed": 5 });
