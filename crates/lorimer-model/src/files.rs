@@ -176,6 +176,42 @@ pub fn write_folder_atomic(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) 
     sync_folder(parent(path))
 }
 
+/// Fills a new folder and puts it in the place of one that is there, only when it is whole: a reader sees the old one or the new one.
+///
+/// # Errors
+///
+/// Fails if `fill` does, or if the folder cannot be created, synced or renamed; the old one then stays.
+pub fn replace_folder_atomic(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    let (temporary, _lock) = make_temporary(path, |temporary| fs::create_dir(temporary))?;
+    let write = || -> Result<()> {
+        fill(&temporary)?;
+        sync_folder(&temporary)?;
+        exchange(&temporary, path).map_err(Error::io("rename to", path))
+    };
+    let written = write();
+    // The old one, or what there is of the new.
+    let removed = fs::remove_dir_all(&temporary).map_err(Error::io("remove", &temporary));
+    written.and(removed)?;
+    sync_folder(parent(path))
+}
+
+/// Two folders get each other's names at once; where the system cannot, one after the other.
+fn exchange(one: &Path, other: &Path) -> std::io::Result<()> {
+    #[cfg(target_os = "linux")]
+    {
+        use rustix::fs::{CWD, RenameFlags, renameat_with};
+        use rustix::io::Errno;
+        match renameat_with(CWD, one, CWD, other, RenameFlags::EXCHANGE) {
+            Err(Errno::INVAL | Errno::NOSYS | Errno::NOTSUP) => {}
+            done => return Ok(done?),
+        }
+    }
+    let away = temporary(other);
+    fs::rename(other, &away)?;
+    fs::rename(one, other).inspect_err(|_| _ = fs::rename(&away, other))?;
+    fs::rename(&away, one)
+}
+
 /// Removes a folder: first it gets a name that nobody looks at, so that a kill in between leaves no half one.
 ///
 /// # Errors

@@ -15,6 +15,7 @@ pub mod ops;
 pub mod storage;
 pub mod tape;
 
+pub use kernels::simd::exp_f32;
 pub use not_finite::NotFinite;
 pub use ops::Ops;
 pub use ops::attention::along::along_edges;

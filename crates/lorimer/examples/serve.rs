@@ -26,7 +26,7 @@ fn main() -> anyhow::Result<()> {
     runtime.block_on(async {
         let listener = tokio::net::TcpListener::bind(address).await?;
         println!("listening at http://{address}");
-        serve(listener, app, std::future::pending(), Duration::from_secs(30)).await?;
+        serve(listener, app, None, std::future::pending(), (Duration::ZERO, Duration::from_secs(30))).await?;
         Ok(())
     })
 }

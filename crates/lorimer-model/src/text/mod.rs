@@ -311,6 +311,11 @@ impl TextModel {
         self.tokenizer.get_added_vocabulary().get_added_tokens_decoder().get(&id).is_some_and(|token| token.special)
     }
 
+    /// A token as the vocabulary writes it; none for an id without a token.
+    pub fn token(&self, id: u32) -> Option<String> {
+        self.tokenizer.id_to_token(id)
+    }
+
     /// The bytes that a token stands for, which may be a part of a letter; none for an id without a token.
     pub fn token_bytes(&self, id: u32) -> Vec<u8> {
         let added = self.tokenizer.get_added_vocabulary().get_added_tokens_decoder();

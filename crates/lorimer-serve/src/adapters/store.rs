@@ -298,6 +298,11 @@ impl Store {
         }
     }
 
+    /// Most bytes of the files of an adapter that is received.
+    pub fn max_upload(&self) -> u64 {
+        self.settings.max_file_bytes.saturating_add(64 << 20)
+    }
+
     /// Runs something on the threads that read adapters, apart from those that compute.
     pub fn aside<T: Send>(&self, f: impl FnOnce() -> T + Send) -> T {
         self.loaders.install(f)

@@ -1,5 +1,6 @@
 //! A step of the engine: what runs, its forward, the tokens drawn, and what is done where it fails.
 
+use std::borrow::Cow;
 use std::sync::PoisonError;
 
 use candle_core::DType;
@@ -7,11 +8,12 @@ use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 
 use super::batched::{Batched, Rows, Used};
-use super::batching::Batching;
+use super::batching::{Batching, Sequence};
 use super::pool::Pages;
 use super::{Engine, Event, Failure, InFlight, Token, caught, log_probabilities};
 use crate::error::{Error, Result};
 use crate::generation::generate::FinishReason;
+use crate::generation::sampling::all_finite;
 
 /// Rows whose logits are needed: each one's request, and the place of the token that comes after it.
 type Needs = Vec<(u64, usize)>;
@@ -25,7 +27,7 @@ struct Row<'a> {
 
 /// Refuses logits that are no numbers, and says with which adapters.
 fn finite(in_flight: &InFlight, logits: &[f32]) -> std::result::Result<(), Failure> {
-    if logits.iter().all(|l| l.is_finite()) {
+    if all_finite(logits) {
         return Ok(());
     }
     let request = &in_flight.request;
@@ -41,15 +43,24 @@ fn finite(in_flight: &InFlight, logits: &[f32]) -> std::result::Result<(), Failu
     }))
 }
 
-/// The next token of a request after its prompt and answer, whether the form of the answer is complete with it, and the random numbers' state after it.
+/// A token that was drawn.
+struct Drawn {
+    token: Token,
+    /// Why it is the last of the answer, if it is.
+    reason: Option<FinishReason>,
+    /// The state of the random numbers after it.
+    rng: ChaCha8Rng,
+}
+
+/// The next token of a request after its prompt and answer.
 fn next_token(
     in_flight: &InFlight,
     history: (&[u32], &[u32]),
     logits: &[f32],
-) -> std::result::Result<(Token, bool, ChaCha8Rng), Failure> {
+    mut rng: ChaCha8Rng,
+) -> std::result::Result<Drawn, Failure> {
     let request = &in_flight.request;
     finite(in_flight, logits)?;
-    let mut rng = in_flight.rng.clone();
     let (token, complete) = match &in_flight.form {
         None => (request.sampling.draw(logits, history, &mut rng), false),
         Some(form) => {
@@ -65,9 +76,38 @@ fn next_token(
             (token, form.push(token).map_err(Failure::Form)?)
         }
     };
+    let reason = match () {
+        () if request.stop.contains(&token) => Some(FinishReason::Stop),
+        () if complete => Some(FinishReason::Complete),
+        () if history.1.len() + 1 >= in_flight.limit => Some(FinishReason::Length),
+        () => None,
+    };
     let reported = request.log_probabilities.map(|n| log_probabilities(logits, token, n));
     let (log_probability, top) = reported.map_or((None, Vec::new()), |(own, top)| (Some(own), top));
-    Ok((Token { token, log_probability, top }, complete, rng))
+    Ok(Drawn { token: Token { token, log_probability, top }, reason, rng })
+}
+
+/// The next tokens of a request from the logits of its last row and of the tokens that were guessed after it: as long as what is drawn is what was guessed.
+fn next_tokens(in_flight: &InFlight, s: &Sequence, rows: &[Row<'_>]) -> (Vec<Drawn>, Option<Failure>) {
+    let mut drawn: Vec<Drawn> = Vec::new();
+    let (prompt, answer) = s.tokens.split_at(s.prompt);
+    let mut answer: Cow<'_, [u32]> = answer.into();
+    for (i, row) in rows.iter().enumerate() {
+        let rng = drawn.last().map_or(&in_flight.rng, |before| &before.rng).clone();
+        let next = caught(|| next_token(in_flight, (prompt, &answer), row.logits, rng));
+        match next.unwrap_or_else(|panic| Err(Failure::Defect(panic))) {
+            Err(failure) => return (drawn, Some(failure)),
+            Ok(next) => {
+                let (token, over) = (next.token.token, next.reason.is_some());
+                drawn.push(next);
+                if over || s.guess.get(i) != Some(&token) {
+                    break;
+                }
+                answer.to_mut().push(token);
+            }
+        }
+    }
+    (drawn, None)
 }
 
 impl Engine<'_> {
@@ -133,7 +173,8 @@ impl Engine<'_> {
             Ok(Ok((needs, logits))) => {
                 for &(id, count) in work {
                     self.at = Some(id);
-                    self.batching.advance(id, count);
+                    let guessed = self.batching.sequence(id).map_or(0, |s| s.guess.len());
+                    self.batching.advance(id, count - guessed);
                 }
                 let width = (logits.len() / needs.len().max(1)).max(1);
                 let rows = needs.into_iter().zip(logits.chunks(width));
@@ -172,12 +213,13 @@ impl Engine<'_> {
             rows.push(Rows { count, position: s.computed, blocks: &s.blocks, adapters });
             for next in s.computed + 1..=s.computed + count {
                 let reported = u.request.of_prompt && (u.reported.max(1)..s.prompt).contains(&next);
-                if reported || next == s.tokens.len() {
+                if reported || next >= s.tokens.len() {
                     needed.push((tokens.len() + next - 1 - s.computed) as u32);
                     needs.push((id, next));
                 }
             }
-            tokens.extend_from_slice(&s.tokens[s.computed..s.computed + count]);
+            let own = s.tokens[s.computed..].iter().chain(&s.guess);
+            tokens.extend(own.take(count));
         }
         let batch = Batched::new(numbers.all(), *geometry, rows, &needed);
         // Inside the pool, so that each parallel part begins without waking a thread to carry it there.
@@ -220,47 +262,41 @@ impl Engine<'_> {
         }
     }
 
-    /// Draws the next token of requests whose last row is there.
+    /// Draws the next tokens of requests whose last row is there.
     fn draw(&mut self, rows: &[Row<'_>]) {
         let (in_flight, batching) = (&self.in_flight, &self.batching);
-        let last = |row: &&Row<'_>| batching.sequence(row.id).is_some_and(|s| row.next == s.tokens.len());
-        let rows: Vec<&Row<'_>> = rows.iter().filter(last).collect();
-        let one = |&&Row { id, logits, .. }: &&Row<'_>| {
+        let one = |rows: &[Row<'_>]| {
+            let id = rows.first()?.id;
             let (u, s) = in_flight.get(&id).zip(batching.sequence(id))?;
-            Some((
-                id,
-                caught(|| next_token(u, s.tokens.split_at(s.prompt), logits))
-                    .unwrap_or_else(|p| Err(Failure::Defect(p))),
-            ))
+            let first = rows.iter().position(|row| row.next == s.tokens.len())?;
+            Some((id, next_tokens(u, s, &rows[first..])))
         };
-        let drawn: Vec<_> = rows.par_iter().with_max_len(1).filter_map(one).collect();
-        for (id, drawn) in drawn {
-            let (token, complete, rng) = match drawn {
-                Ok(drawn) => drawn,
-                Err(failure) => {
-                    self.fail(id, failure);
-                    continue;
-                }
-            };
+        let own: Vec<&[Row<'_>]> = rows.chunk_by(|a, b| a.id == b.id).collect();
+        let drawn: Vec<_> = own.into_par_iter().with_max_len(1).filter_map(one).collect();
+        for (id, (drawn, failure)) in drawn {
             self.at = Some(id);
-            let Some(u) = self.in_flight.get_mut(&id) else { continue };
-            // What is told is what goes on from, whatever fails after this.
-            u.rng = rng;
-            u.answer.push(token.token);
-            let reason = match () {
-                () if u.request.stop.contains(&token.token) => Some(FinishReason::Stop),
-                () if complete => Some(FinishReason::Complete),
-                () if u.answer.len() >= u.limit => Some(FinishReason::Length),
-                () => None,
-            };
-            let next = token.token;
-            self.events.push(Event::Token(id, token, reason));
-            if reason.is_some() {
-                self.in_flight.remove(&id);
+            let stood = drawn.len().saturating_sub(1);
+            self.batching.stood(id, stood);
+            for (i, Drawn { token, reason, rng }) in drawn.into_iter().enumerate() {
+                let Some(u) = self.in_flight.get_mut(&id) else { break };
+                // What is told is what goes on from, whatever fails after this.
+                u.rng = rng;
+                u.answer.push(token.token);
+                let next = token.token;
+                self.events.push(Event::Token(id, token, reason));
+                if reason.is_some() {
+                    self.in_flight.remove(&id);
+                }
+                self.batching.push(id, next);
+                if reason.is_some() {
+                    self.batching.remove(id);
+                } else if i < stood {
+                    // It was guessed, so its row was computed with those before.
+                    self.batching.advance(id, 1);
+                }
             }
-            self.batching.push(id, next);
-            if reason.is_some() {
-                self.batching.remove(id);
+            if let Some(failure) = failure {
+                self.fail(id, failure);
             }
         }
     }

@@ -11,6 +11,7 @@ use crate::engine::adapter_cache::AdapterCache;
 use crate::engine::pool::{BLOCK, Geometry, Pages};
 use crate::engine::prefix::{NodeId, PrefixCache};
 use crate::engine::scheduler::{Job, Policy, Refusal, Scheduler, Tenant};
+use crate::engine::speculation::Speculation;
 
 /// What is asked for.
 #[derive(Clone, Debug, Default)]
@@ -47,6 +48,11 @@ pub struct Sequence {
     pub blocks: Vec<Vec<u32>>,
     /// Whether it runs.
     pub runs: bool,
+    /// Tokens that are guessed to come next, computed with the last.
+    pub guess: Vec<u32>,
+    speculation: Speculation,
+    /// Most tokens that prompt and answer have.
+    most: usize,
     /// Whether nothing is taken from the prefix cache.
     whole: bool,
     /// Pages that a block of its tokens takes.
@@ -83,6 +89,10 @@ pub struct Counted {
     pub cached_tokens: u64,
     /// Tokens generated.
     pub generated_tokens: u64,
+    /// Tokens guessed.
+    pub guessed_tokens: u64,
+    /// Guessed tokens that were drawn.
+    pub accepted_tokens: u64,
     /// Requests that were preempted because the pool was full after all.
     pub preempted: u64,
 }
@@ -103,6 +113,8 @@ fn job(id: u64, asked: &Asked, arrived: f64) -> Job {
 /// Requests, pages and decisions.
 pub struct Batching {
     geometry: Geometry,
+    /// Most tokens that are guessed of an answer, and most rows of a step.
+    guesses: (usize, usize),
     pages: Pages,
     prefix: Option<PrefixCache>,
     adapters: AdapterCache,
@@ -116,6 +128,7 @@ impl Batching {
     pub fn new(policy: Policy, geometry: Geometry, pages: Pages, prefix_cache: bool) -> Self {
         Self {
             geometry,
+            guesses: (policy.guesses, policy.batch_tokens),
             scheduler: Scheduler::new(policy, geometry, pages.count()),
             pages,
             prefix: prefix_cache.then(PrefixCache::default),
@@ -142,10 +155,13 @@ impl Batching {
     fn insert(&mut self, id: u64, asked: Asked) {
         let sequence = Sequence {
             prompt: asked.prompt.len().saturating_sub(asked.answered),
+            most: asked.prompt.len().saturating_add(asked.max_tokens),
             tokens: asked.prompt,
             computed: 0,
             blocks: Vec::new(),
             runs: false,
+            guess: Vec::new(),
+            speculation: Speculation::default(),
             whole: asked.whole,
             per_block: self.geometry.layers + asked.pages_per_block,
             content: asked.content,
@@ -269,6 +285,7 @@ impl Batching {
         for (id, _) in &plan.admitted {
             self.lease(*id, &mut step);
         }
+        let mut spare = self.guesses.1.saturating_sub(plan.work.iter().map(|(_, rows)| rows).sum());
         for (id, rows) in plan.work {
             // It may have been preempted to make room for another.
             let Some(s) = self.sequences.get(&id).filter(|s| s.runs) else { continue };
@@ -284,7 +301,9 @@ impl Batching {
             match taken {
                 Some(taken) => {
                     s.blocks.extend(taken.chunks(per_block.max(1)).map(<[u32]>::to_vec));
-                    step.work.push((id, rows));
+                    let guessed = self.guess(id, spare);
+                    spare -= guessed;
+                    step.work.push((id, rows + guessed));
                 }
                 // It runs and nothing can make room for it: better an end than waiting for ever.
                 None => {
@@ -297,6 +316,35 @@ impl Batching {
         step.work.retain(|(id, _)| self.sequences.get(id).is_some_and(|s| s.runs));
         step.work.sort_by_cached_key(|(id, _)| (self.sequences.get(id).map(|s| s.content.clone()), *id));
         step
+    }
+
+    /// Guesses what comes after the last token of a request that generates, as far as there are rows, and pages that nobody else wants. Gives how many
+    /// tokens.
+    fn guess(&mut self, id: u64, rows: usize) -> usize {
+        let Some(s) = self.sequences.get_mut(&id) else { return 0 };
+        s.guess.clear();
+        if self.guesses.0 == 0 || s.computed + 1 != s.tokens.len() || s.tokens.len() == s.prompt {
+            return 0;
+        }
+        let left = s.most.saturating_sub(s.tokens.len() + 1);
+        s.guess = s.speculation.guess(&s.tokens, self.guesses.0.min(rows).min(left));
+        let more = (s.tokens.len() + s.guess.len()).div_ceil(BLOCK).saturating_sub(s.blocks.len()) * s.per_block;
+        // Some stay free for those that have to have them.
+        let taken = if self.pages.free() >= 4 * more { self.pages.take(more) } else { None };
+        match taken {
+            Some(taken) => s.blocks.extend(taken.chunks(s.per_block.max(1)).map(<[u32]>::to_vec)),
+            None => s.guess.truncate(s.blocks.len() * BLOCK - s.tokens.len()),
+        }
+        self.counted.guessed_tokens += s.guess.len() as u64;
+        s.guess.len()
+    }
+
+    /// Of the tokens that were guessed of a request, so many were drawn.
+    pub fn stood(&mut self, id: u64, stood: usize) {
+        let Some(s) = self.sequences.get_mut(&id) else { return };
+        let guessed = std::mem::take(&mut s.guess).len();
+        s.speculation.stood(stood, guessed);
+        self.counted.accepted_tokens += stood as u64;
     }
 
     /// Sees to a request's adapters in the pool, as long as it runs: making room for one may preempt it.
@@ -342,6 +390,7 @@ impl Batching {
     fn vacate(&mut self, sequence: &mut Sequence) {
         sequence.blocks.drain(..).for_each(|pages| self.pages.release(&pages));
         (sequence.computed, sequence.shared, sequence.node) = (0, 0, None);
+        sequence.guess.clear();
         sequence.runs = false;
         for (content, _) in &sequence.adapters[..std::mem::take(&mut sequence.leased)] {
             self.adapters.account().unlease(content);

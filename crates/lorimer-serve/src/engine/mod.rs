@@ -16,6 +16,7 @@ pub mod prefix;
 pub(crate) mod routes;
 pub mod scheduler;
 pub mod simulate;
+mod speculation;
 pub mod worker;
 pub mod workload;
 
@@ -34,7 +35,7 @@ use crate::adapters::hosted::Hosted;
 use crate::error::{Error, Result};
 use crate::generation::form::Constraint;
 use crate::generation::generate::FinishReason;
-use crate::generation::sampling::Sampling;
+use crate::generation::sampling::{Sampling, likeliest, weights};
 use batching::{Asked, Batching};
 use pool::{BLOCK, Geometry, Numbers, pool};
 use scheduler::{Policy, Refusal, Tenant};
@@ -205,6 +206,10 @@ pub struct EngineState {
     pub cached_tokens: u64,
     /// Tokens generated.
     pub generated_tokens: u64,
+    /// Tokens that were guessed.
+    pub guessed_tokens: u64,
+    /// Guessed tokens that were drawn.
+    pub accepted_tokens: u64,
     /// Requests that were preempted because the pool was full after all.
     #[serde(rename = "put_back")]
     pub preempted: u64,
@@ -424,6 +429,8 @@ impl<'m> Engine<'m> {
             prompt_tokens: counted.prompt_tokens,
             cached_tokens: counted.cached_tokens,
             generated_tokens: counted.generated_tokens,
+            guessed_tokens: counted.guessed_tokens,
+            accepted_tokens: counted.accepted_tokens,
             preempted: counted.preempted,
         }
     }
@@ -452,11 +459,11 @@ impl<'m> Engine<'m> {
 
 /// log p of a token, and of the `n` likeliest.
 pub(crate) fn log_probabilities(logits: &[f32], token: u32, n: usize) -> (f32, Vec<(u32, f32)>) {
-    let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let sum: f64 = logits.iter().map(|&l| f64::from(l - largest).exp()).sum();
+    let largest = logits.get(likeliest(logits) as usize).copied().unwrap_or(0.0);
+    let sum: f64 = weights(logits, largest, 1.0).iter().sum();
     let of = |l: f32| (f64::from(l - largest) - sum.ln()) as f32;
-    let mut order: Vec<u32> = (0..logits.len() as u32).collect();
-    let n = n.min(order.len());
+    let n = n.min(logits.len());
+    let mut order: Vec<u32> = if n > 0 { (0..logits.len() as u32).collect() } else { Vec::new() };
     let by = |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
     if n > 0 && n < order.len() {
         order.select_nth_unstable_by(n - 1, by);

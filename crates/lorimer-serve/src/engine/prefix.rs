@@ -3,7 +3,8 @@
 //! A tree of blocks of [`BLOCK`] tokens. Its roots are the adapters' contents with their weights, so an adapter that is replaced under the
 //! same name finds nothing of the old one's. Blocks are compared token by token: no hash can stand for another prompt.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
 
 use crate::engine::pool::{BLOCK, Pages};
 
@@ -12,8 +13,7 @@ pub type NodeId = u64;
 
 #[derive(Debug)]
 struct Node {
-    parent: Option<NodeId>,
-    /// Where the index has it.
+    /// What it is below, and its tokens: where the index has it.
     key: (NodeId, [u32; BLOCK]),
     pages: Vec<u32>,
     used: u64,
@@ -25,7 +25,11 @@ struct Node {
 pub struct PrefixCache {
     nodes: HashMap<NodeId, Node>,
     index: HashMap<(NodeId, [u32; BLOCK]), NodeId>,
-    roots: HashMap<String, NodeId>,
+    roots: HashMap<Arc<str>, NodeId>,
+    /// Roots with what they are of, and the blocks below each.
+    below: HashMap<NodeId, (Arc<str>, usize)>,
+    /// Blocks that nothing is below, by when they were used.
+    leaves: BTreeSet<(u64, NodeId)>,
     next: NodeId,
     clock: u64,
 }
@@ -47,6 +51,9 @@ impl PrefixCache {
             let Ok(block) = <[u32; BLOCK]>::try_from(block) else { break };
             let Some(&id) = self.index.get(&(at, block)) else { break };
             if let Some(node) = self.nodes.get_mut(&id) {
+                if self.leaves.remove(&(node.used, id)) {
+                    self.leaves.insert((self.clock, id));
+                }
                 node.used = self.clock;
             }
             found.push(id);
@@ -76,8 +83,9 @@ impl PrefixCache {
             None => match self.roots.get(content) {
                 Some(&root) => root,
                 None => {
-                    let root = self.id();
-                    self.roots.insert(content.to_string(), root);
+                    let (root, content) = (self.id(), Arc::<str>::from(content));
+                    self.roots.insert(content.clone(), root);
+                    self.below.insert(root, (content, 0));
                     root
                 }
             },
@@ -89,13 +97,19 @@ impl PrefixCache {
             pool.release(&std::mem::replace(pages, there));
             return Some(id);
         }
-        if let Some(above) = self.nodes.get_mut(&above) {
-            above.children += 1;
+        match (self.nodes.get_mut(&above), self.below.get_mut(&above)) {
+            (Some(node), _) => {
+                node.children += 1;
+                self.leaves.remove(&(node.used, above));
+            }
+            (None, Some((_, count))) => *count += 1,
+            (None, None) => {}
         }
         pool.share(pages);
         let id = self.id();
         self.clock += 1;
-        self.nodes.insert(id, Node { parent, key, pages: pages.to_vec(), used: self.clock, children: 0 });
+        self.leaves.insert((self.clock, id));
+        self.nodes.insert(id, Node { key, pages: pages.to_vec(), used: self.clock, children: 0 });
         self.index.insert(key, id);
         Some(id)
     }
@@ -103,40 +117,40 @@ impl PrefixCache {
     /// Gives up blocks that no sequence uses, those unused for longest first and never one before those below it, until `wanted` pages
     /// are free or there is no such block. Whether they are.
     pub fn make_room(&mut self, pool: &mut Pages, wanted: usize) -> bool {
+        // Blocks that a sequence uses are passed over: as many at most as there are sequences, each with one last block.
+        let mut after = (0, 0);
         while pool.free() < wanted {
-            let idle = |node: &&Node| node.children == 0 && node.pages.iter().all(|&page| pool.users(page) == 1);
-            let mut idle: Vec<_> = self.nodes.iter().filter(|(_, n)| idle(n)).map(|(&id, n)| (n.used, id)).collect();
-            if idle.is_empty() {
-                return false;
-            }
-            idle.sort_unstable();
-            for (_, id) in idle {
-                if pool.free() >= wanted {
-                    break;
-                }
-                self.remove(id, pool);
-            }
+            let idle = |&&(_, id): &&(u64, NodeId)| self.pages(id).iter().all(|&page| pool.users(page) == 1);
+            let Some(&leaf) = self.leaves.range(after..).find(idle) else { return false };
+            // What it was below may be older than it.
+            let above = self.remove(leaf.1, pool);
+            after = above.map_or(leaf, |above| leaf.min(above));
         }
         true
     }
 
-    fn remove(&mut self, id: NodeId, pool: &mut Pages) {
-        let Some(node) = self.nodes.remove(&id) else { return };
+    /// Takes a block out. Gives the block above it, if nothing is below that any more.
+    fn remove(&mut self, id: NodeId, pool: &mut Pages) -> Option<(u64, NodeId)> {
+        let node = self.nodes.remove(&id)?;
+        self.leaves.remove(&(node.used, id));
         self.index.remove(&node.key);
         pool.release(&node.pages);
-        match node.parent {
-            Some(parent) => {
-                if let Some(above) = self.nodes.get_mut(&parent) {
-                    above.children -= 1;
-                }
-            }
-            None => {
-                let root = node.key.0;
-                if !self.index.keys().any(|(parent, _)| *parent == root) {
-                    self.roots.retain(|_, &mut id| id != root);
-                }
+        let above = node.key.0;
+        if let Some(parent) = self.nodes.get_mut(&above) {
+            parent.children -= 1;
+            let leaf = (parent.children == 0).then_some((parent.used, above));
+            self.leaves.extend(leaf);
+            return leaf;
+        }
+        if let Some((_, count)) = self.below.get_mut(&above) {
+            *count -= 1;
+            if *count == 0
+                && let Some((content, _)) = self.below.remove(&above)
+            {
+                self.roots.remove(&content);
             }
         }
+        None
     }
 
     /// Pages that only the cache holds.
@@ -194,5 +208,53 @@ mod tests {
         assert!(cache.is_empty() && cache.find("a", &tokens).is_empty());
         assert!(!cache.make_room(&mut pool, 9));
         // Its root went with the last block, and a block below it is no longer taken.
+        assert!(cache.roots.is_empty() && cache.below.is_empty() && cache.leaves.is_empty());
+    }
+
+    /// Beside the rule written out: of the blocks that nothing is below and nobody uses, the one unused for longest goes.
+    #[test]
+    fn what_was_unused_for_longest_goes_first() {
+        use rand::{Rng, SeedableRng};
+        let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(5);
+        let mut pool = Pages::new(64);
+        let mut cache = PrefixCache::default();
+        let mut held: Vec<Vec<u32>> = Vec::new();
+        for round in 0..4000 {
+            let content = ["a", "b", "c"][rng.random_range(0..3)];
+            let tokens: Vec<u32> =
+                (0..rng.random_range(1..5)).flat_map(|_| block(rng.random_range(0..3) * 100)).collect();
+            let mut parent = cache.find(content, &[tokens.as_slice(), &[0]].concat()).last().copied();
+            let there = cache.find(content, &[tokens.as_slice(), &[0]].concat()).len();
+            for tokens in tokens.chunks_exact(BLOCK).skip(there) {
+                let Some(mut own) = pool.take(1) else { break };
+                parent = cache.insert(content, parent, tokens.try_into().unwrap(), &mut own, &mut pool);
+                // Some are still used.
+                match rng.random_range(0..8) {
+                    0 => held.push(own),
+                    _ => pool.release(&own),
+                }
+            }
+            if held.len() > 12 {
+                pool.release(&held.swap_remove(0));
+            }
+            let wanted = rng.random_range(0..6);
+            let mut expected: HashMap<NodeId, (u64, usize, NodeId, u32)> =
+                cache.nodes.iter().map(|(&id, n)| (id, (n.used, n.children, n.key.0, n.pages[0]))).collect();
+            let mut free = pool.free();
+            while free < wanted {
+                let idle = expected.iter().filter(|(_, n)| n.1 == 0 && pool.users(n.3) == 1);
+                let Some((_, id)) = idle.map(|(&id, n)| (n.0, id)).min() else { break };
+                let above = expected.remove(&id).unwrap().2;
+                expected.entry(above).and_modify(|n| n.1 -= 1);
+                free += 1;
+            }
+            assert_eq!(cache.make_room(&mut pool, wanted), free >= wanted, "round {round}");
+            let (mut left, mut right): (Vec<_>, Vec<_>) = (cache.nodes.keys().collect(), expected.keys().collect());
+            left.sort_unstable();
+            right.sort_unstable();
+            assert_eq!(left, right, "round {round}");
+            let leaves = cache.nodes.values().filter(|n| n.children == 0).count();
+            assert_eq!((leaves, cache.roots.len()), (cache.leaves.len(), cache.below.len()), "round {round}");
+        }
     }
 }

@@ -25,6 +25,8 @@ pub struct Policy {
     /// Most prompt rows of one step while prompts of several clients are to be computed: how long one client's answers wait for another's
     /// prompt. Each of these clients has an equal share of them first.
     pub shared_tokens: usize,
+    /// Most tokens that are guessed of each answer in a step; 0 for none. They count for `batch_tokens`.
+    pub guesses: usize,
     /// Most requests that wait; more are refused at once.
     pub max_waiting: usize,
     /// Most adapters at work in one step; none for no bound.
@@ -47,6 +49,7 @@ impl Default for Policy {
             max_running: 64,
             batch_tokens: 512,
             shared_tokens: 48,
+            guesses: 0,
             max_waiting: 10_000,
             max_adapters: None,
             cluster: true,

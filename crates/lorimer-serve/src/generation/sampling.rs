@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 use std::collections::HashSet;
 
+use lorimer_tensor::{exp_f32, wide};
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
@@ -92,52 +93,85 @@ impl Sampling {
         let mut logits: Cow<'_, [f32]> = logits.into();
         self.bias(&mut logits, answer.len());
         self.penalise(&mut logits, prompt, answer);
-        let by = |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
         let first = likeliest(&logits);
         if self.temperature == 0.0 {
             return first;
         }
-        let top = f64::from(logits[first as usize]);
-        let weight = |t: u32| ((f64::from(logits[t as usize]) - top) / self.temperature).exp();
-        let mut order: Vec<u32> = (0..logits.len() as u32).collect();
-        if self.top_k > 0 && self.top_k < order.len() {
-            order.select_nth_unstable_by(self.top_k - 1, by);
-            order.truncate(self.top_k);
-            order.sort_unstable_by(by);
-        }
-        let mut weights: Vec<f64> = order.iter().map(|&t| weight(t)).collect();
-        let mut mass: f64 = weights.iter().sum();
-        if self.top_p < 1.0 || self.min_p > 0.0 {
-            // The likeliest that are kept, looked for among ever more of them.
-            let (total, mut among) = (mass, 64);
-            (weights, mass) = loop {
-                if among < order.len() {
-                    order.select_nth_unstable_by(among - 1, by);
-                }
-                let among_now = among.min(order.len());
-                order[..among_now].sort_unstable_by(by);
-                let (mut kept, mut mass) = (Vec::new(), 0.0);
-                for w in order[..among_now].iter().map(|&t| weight(t)) {
-                    if !kept.is_empty() && (mass >= self.top_p * total || w < self.min_p) {
-                        break;
-                    }
-                    kept.push(w);
-                    mass += w;
-                }
-                if kept.len() < among_now || among_now == order.len() {
-                    break (kept, mass);
-                }
-                among *= 8;
-            };
-        }
-        let mut at = rng.random::<f64>() * mass;
-        for (token, weight) in order.iter().zip(&weights) {
-            at -= weight;
-            if at < 0.0 {
-                return *token;
+        let top = logits[first as usize];
+        let u = rng.random::<f64>();
+        let all = (self.top_k == 0 || self.top_k >= logits.len()) && self.top_p >= 1.0 && self.min_p <= 0.0;
+        if all { self.among_all(&logits, top, u).unwrap_or(first) } else { self.among_likeliest(&logits, top, u) }
+    }
+
+    /// The token at the share `u` of the weights of all.
+    fn among_all(&self, logits: &[f32], top: f32, u: f64) -> Option<u32> {
+        let sums = weights(logits, top, self.temperature);
+        let mut at = u * sums.iter().sum::<f64>();
+        // Sums in f32 and in f64 differ in the last places: the last with a weight, then.
+        let end = sums.iter().rposition(|&sum| sum > 0.0)?;
+        let mut last = None;
+        for (i, (chunk, sum)) in logits.chunks(CHUNK).zip(sums).enumerate() {
+            if at >= sum && i < end {
+                at -= sum;
+                continue;
             }
+            for (token, &l) in (i * CHUNK..).zip(chunk) {
+                let weight = (f64::from(l - top) / self.temperature).exp();
+                at -= weight;
+                if weight > 0.0 {
+                    last = Some(token as u32);
+                    if at < 0.0 {
+                        return last;
+                    }
+                }
+            }
+            at = 0.0;
         }
-        order[weights.len() - 1]
+        last
+    }
+
+    /// The token at the share `u` of the weights of those that the filters keep. They are looked for among the tokens near the likeliest, and ever more
+    /// of them.
+    fn among_likeliest(&self, logits: &[f32], top: f32, u: f64) -> u32 {
+        let by = |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
+        let weight = |t: &u32| (f64::from(logits[*t as usize] - top) / self.temperature).exp();
+        let top_k = if self.top_k > 0 { self.top_k.min(logits.len()) } else { logits.len() };
+        let cut = top_k < logits.len();
+        let all: f64 = if cut || self.top_p >= 1.0 { 0.0 } else { weights(logits, top, self.temperature).iter().sum() };
+        // How far below the likeliest, in units of the temperature.
+        let mut depth = 4.0;
+        loop {
+            let bound = (f64::from(top) - depth * self.temperature) as f32;
+            let mut order = at_least(logits, if depth > 1000.0 { f32::NEG_INFINITY } else { bound });
+            let whole = order.len() == logits.len();
+            depth *= 4.0;
+            if cut && order.len() < top_k && !whole {
+                continue;
+            }
+            if order.len() > top_k {
+                order.select_nth_unstable_by(top_k - 1, by);
+                order.truncate(top_k);
+            }
+            order.sort_unstable_by(by);
+            let weights: Vec<f64> = order.iter().map(weight).collect();
+            let total = if cut { weights.iter().sum() } else { all };
+            let mut mass = 0.0;
+            let ends = weights.iter().enumerate().position(|(i, &w)| {
+                let over = i > 0 && ((self.top_p < 1.0 && mass >= self.top_p * total) || w < self.min_p);
+                mass += if over { 0.0 } else { w };
+                over
+            });
+            if ends.is_none() && !whole && !cut {
+                continue;
+            }
+            let kept = ends.unwrap_or(order.len());
+            let mut at = u * mass;
+            let drawn = weights[..kept].iter().position(|w| {
+                at -= w;
+                at < 0.0
+            });
+            return order[drawn.unwrap_or(kept - 1)];
+        }
     }
 
     /// Makes tokens more or less likely as asked, or impossible.
@@ -189,14 +223,56 @@ impl Sampling {
     }
 }
 
+/// Tokens whose weights are summed in f32.
+const CHUNK: usize = 256;
+
+/// e^((l − top) / temperature) of all logits, summed chunk by chunk. What is infinitely unlikely adds nothing.
+pub(crate) fn weights(logits: &[f32], top: f32, temperature: f64) -> Vec<f64> {
+    let inverse = (1.0 / temperature).min(f64::from(f32::MAX)) as f32;
+    wide!({
+        let sum = |chunk: &[f32]| {
+            let mut lanes = [0f32; 16];
+            for part in chunk.chunks(16) {
+                for (lane, &l) in lanes.iter_mut().zip(part) {
+                    let x = (l - top) * inverse;
+                    *lane += if x > -87.0 { exp_f32(x) } else { 0.0 };
+                }
+            }
+            f64::from(lanes.iter().sum::<f32>())
+        };
+        logits.chunks(CHUNK).map(sum).collect()
+    })
+}
+
+/// Tokens whose logits are at least so large.
+fn at_least(logits: &[f32], bound: f32) -> Vec<u32> {
+    let mut found = Vec::new();
+    wide!({
+        for (i, chunk) in logits.chunks(64).enumerate() {
+            if chunk.iter().fold(false, |any, &l| any | (l >= bound)) {
+                let those = (i as u32 * 64..).zip(chunk).filter(|&(_, &l)| l >= bound);
+                found.extend(those.map(|(token, _)| token));
+            }
+        }
+    });
+    found
+}
+
 /// The first of the largest.
-fn likeliest(logits: &[f32]) -> u32 {
-    let mut lanes = [f32::NEG_INFINITY; 16];
-    for chunk in logits.chunks(16) {
-        lanes.iter_mut().zip(chunk).for_each(|(lane, &l)| *lane = lane.max(l));
-    }
-    let largest = lanes.into_iter().fold(f32::NEG_INFINITY, f32::max);
+pub(crate) fn likeliest(logits: &[f32]) -> u32 {
+    let largest = wide!({
+        let mut lanes = [f32::NEG_INFINITY; 16];
+        for chunk in logits.chunks(16) {
+            lanes.iter_mut().zip(chunk).for_each(|(lane, &l)| *lane = if l > *lane { l } else { *lane });
+        }
+        lanes.into_iter().fold(f32::NEG_INFINITY, f32::max)
+    });
     logits.iter().position(|&l| l == largest).unwrap_or(0) as u32
+}
+
+/// Whether all are finite numbers.
+pub(crate) fn all_finite(logits: &[f32]) -> bool {
+    wide!(logits.chunks(256).all(|chunk| chunk.iter().fold(true, |all, l| all & l.is_finite())))
 }
 
 #[cfg(test)]
@@ -257,6 +333,46 @@ mod tests {
         assert!(first(&nothing, &[]) < 3);
         assert!(Sampling { logit_bias: vec![(0, 101.0)], ..Default::default() }.check().is_err());
         assert!(Sampling { logit_bias: vec![(0, f32::NAN)], ..Default::default() }.check().is_err());
+    }
+
+    /// Over a long row, tokens come as their probabilities say, and those that are impossible never.
+    #[test]
+    fn all_tokens_of_a_long_row_can_be_drawn() {
+        let logits: Vec<f32> =
+            (0..3000u32)
+                .map(|i| {
+                    if i % 7 == 3 || i < 300 {
+                        f32::NEG_INFINITY
+                    } else {
+                        ((i * 7919 % 3000) as f32 / 900.0).sin() * 2.0
+                    }
+                })
+                .collect();
+        let sampling = Sampling { temperature: 0.8, ..Default::default() };
+        let weight = |i: usize| (f64::from(logits[i]) / 0.8).exp();
+        let total: f64 = (0..3000).map(weight).sum();
+        let mut counts = vec![0f64; 3000];
+        let mut rng = ChaCha8Rng::seed_from_u64(9);
+        let draws = 300_000;
+        (0..draws).for_each(|_| counts[sampling.draw(&logits, (&[], &[]), &mut rng) as usize] += 1.0);
+        // χ² over groups of tokens next to each other.
+        let chi: f64 = (0..3000)
+            .step_by(100)
+            .map(|i| {
+                let (seen, p) = (counts[i..i + 100].iter().sum::<f64>(), (i..i + 100).map(weight).sum::<f64>() / total);
+                if p == 0.0 {
+                    assert_eq!(seen, 0.0)
+                };
+                if p > 0.0 { (seen - p * f64::from(draws)).powi(2) / (p * f64::from(draws)) } else { 0.0 }
+            })
+            .sum();
+        assert!(chi < 60.0, "{chi}");
+        assert!((0..3000).all(|i| counts[i] == 0.0 || logits[i].is_finite()));
+        // At either end of the unit interval, too.
+        let first = logits.iter().position(|l| l.is_finite()).unwrap() as u32;
+        let top = logits[likeliest(&logits) as usize];
+        assert_eq!(sampling.among_all(&logits, top, 0.0), Some(first));
+        assert_eq!(sampling.among_all(&logits, top, 1.0), Some(2998));
     }
 
     /// Filters over a long row of logits keep what sorting all of it would keep.

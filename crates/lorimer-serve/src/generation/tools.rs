@@ -121,17 +121,27 @@ pub struct CallReader {
     /// Whether anything but calls has been seen, where calls are all of an answer.
     plain: bool,
     found: bool,
+    /// Whether there may be several.
+    parallel: bool,
 }
 
 impl CallReader {
-    /// For an answer that may call some tools.
-    pub fn new(dialect: Dialect, tools: &[Tool]) -> Self {
+    /// For an answer that may call some tools, several or one.
+    pub fn new(dialect: Dialect, tools: &[Tool], parallel: bool) -> Self {
         let tools = tools.iter().map(|tool| tool.name.clone()).collect();
-        Self { dialect, tools, held: String::new(), inside: false, plain: false, found: false }
+        Self { dialect, tools, held: String::new(), inside: false, plain: false, found: false, parallel }
+    }
+
+    /// Whether the answer ends here: it has the one call that it may have.
+    pub fn is_over(&self) -> bool {
+        self.found && !self.parallel
     }
 
     /// What becomes certain with more of the answer: text, and calls after it.
     pub fn push(&mut self, text: &str) -> (String, Vec<Call>) {
+        if self.is_over() {
+            return (String::new(), Vec::new());
+        }
         self.held.push_str(text);
         match self.dialect {
             Dialect::Tagged => self.tagged(),
@@ -149,6 +159,9 @@ impl CallReader {
 
     /// What is left where nothing comes any more.
     pub fn finish(&mut self) -> (String, Vec<Call>) {
+        if self.is_over() {
+            return (String::new(), Vec::new());
+        }
         let held = std::mem::take(&mut self.held);
         let (start, body) = match (self.dialect, self.inside) {
             (Dialect::Tagged, true) => (TAG.0, held.as_str()),
@@ -157,10 +170,13 @@ impl CallReader {
             (_, false) => ("", ""),
         };
         self.inside = false;
-        let calls = match self.dialect {
+        let mut calls = match self.dialect {
             Dialect::Mistral => self.mistral(body),
             _ => self.calls(body.trim().trim_start_matches(PYTHON)),
         };
+        if !self.parallel {
+            calls.truncate(1);
+        }
         match calls.is_empty() {
             false => (String::new(), calls),
             // Space after calls is nobody's.
@@ -185,6 +201,11 @@ impl CallReader {
             self.found |= !own.is_empty();
             calls.extend(own);
             self.inside = false;
+            if self.is_over() {
+                calls.truncate(1);
+                self.held.clear();
+                return (text, calls);
+            }
         }
     }
 
@@ -266,7 +287,8 @@ mod tests {
     fn read(dialect: Dialect, answer: &str) -> (String, Vec<(String, String)>) {
         let mut results = Vec::new();
         for size in [1, 2, 3, 7, 1000] {
-            let (mut reader, mut text, mut calls) = (CallReader::new(dialect, &tools()), String::new(), Vec::new());
+            let (mut reader, mut text, mut calls) =
+                (CallReader::new(dialect, &tools(), true), String::new(), Vec::new());
             let letters: Vec<char> = answer.chars().collect();
             for piece in letters.chunks(size) {
                 let (more, own) = reader.push(&piece.iter().collect::<String>());
@@ -332,6 +354,31 @@ mod tests {
         ] {
             let (found, own) = read(dialect, &answer);
             assert_eq!((found.as_str(), own.iter().collect::<Vec<_>>()), (text, calls), "{dialect:?}: {answer}");
+        }
+    }
+
+    /// However the answer is cut, nothing is told after the first.
+    #[test]
+    fn one_call_ends_the_answer_where_one_is_allowed() {
+        let call = r#"{"name": "tide", "arguments": {}}"#;
+        for (dialect, answer) in [
+            (Dialect::Tagged, format!("Yes. <tool_call>{call}</tool_call> and <tool_call>{call}</tool_call>")),
+            (Dialect::Mistral, format!("Yes.[TOOL_CALLS][{call}, {call}]")),
+            (Dialect::Llama, format!("{call}; {call}")),
+        ] {
+            for size in [1, 5, 1000] {
+                let mut reader = CallReader::new(dialect, &tools(), false);
+                let letters: Vec<char> = answer.chars().collect();
+                let mut pieces: Vec<_> =
+                    letters.chunks(size).map(|p| reader.push(&p.iter().collect::<String>())).collect();
+                assert_eq!(reader.is_over(), dialect == Dialect::Tagged);
+                pieces.push(reader.finish());
+                let text: String = pieces.iter().map(|(text, _)| text.as_str()).collect();
+                assert_eq!(
+                    (text.as_str(), pieces.iter().map(|p| p.1.len()).sum::<usize>()),
+                    (if dialect == Dialect::Llama { "" } else { "Yes." }, 1)
+                );
+            }
         }
     }
 

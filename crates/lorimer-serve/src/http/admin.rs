@@ -74,7 +74,7 @@ async fn give(app: &Arc<App>, name: &str, path: PathBuf, how: Put) -> Result<Arc
 }
 
 /// What is told of an adapter that was given a name; its golden prompts are replayed for it.
-async fn report(app: &Arc<App>, hosted: Arc<Hosted>) -> Result<Value, ApiError> {
+pub(super) async fn report(app: &Arc<App>, hosted: Arc<Hosted>) -> Result<Value, ApiError> {
     let (store, base) = (app.needed_store()?.clone(), app.base.clone());
     app.changes
         .within(move || {
@@ -107,7 +107,7 @@ fn describe(hosted: &Hosted, golden: Option<f64>) -> Value {
 }
 
 /// A JSON object of a change of names: `persisted` is whether a server that is started later knows it too.
-fn changed(store: &Store, message: String, more: Value) -> Json<Value> {
+pub(super) fn changed(store: &Store, message: String, more: Value) -> Json<Value> {
     let not_kept = store.not_kept();
     let message = match &not_kept {
         None => message,

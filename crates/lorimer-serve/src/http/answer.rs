@@ -157,7 +157,7 @@ async fn follow(
             piece.calls = (called, own);
             called += piece.calls.1.len();
             // An answer that was cut off may lack calls.
-            let whole = matches!(piece.finish, Some(FinishReason::Stop | FinishReason::Complete));
+            let whole = reader.is_over() || matches!(piece.finish, Some(FinishReason::Stop | FinishReason::Complete));
             if whole && called > 0 {
                 piece.finish = Some(FinishReason::ToolCalls);
             }

@@ -41,6 +41,9 @@ const EMBEDS: (usize, u64) = (1, 120);
 /// Changes of names, and replays of golden prompts, at a time, and the seconds within which each has to be done.
 const CHANGES: (usize, u64) = (2, 120);
 
+/// Adapters that are received at a time, and the seconds within which each has to be.
+const RECEIVED: (usize, u64) = (2, 1800);
+
 /// For how long a request for an adapter that is in memory waits for the object store to tell whether it has changed, where the store
 /// was no slower the last time.
 const LOOK: Duration = Duration::from_millis(50);
@@ -87,6 +90,10 @@ pub struct App {
     pub loopback: bool,
     /// The vocabulary as forms of answers see it, from the first such request on.
     pub(super) vocabulary: OnceLock<Result<Vocabulary, String>>,
+    /// Whether adapters may come as files.
+    pub(super) uploads: AtomicBool,
+    /// Whether requests should go elsewhere.
+    pub(super) draining: AtomicBool,
     pub(super) started: u64,
     pub(super) random: AtomicU64,
     pub(super) text: Readers,
@@ -94,6 +101,7 @@ pub struct App {
     pub(super) embeds: WorkQueue,
     pub(super) loads: WorkQueue,
     pub(super) changes: WorkQueue,
+    pub(super) received: WorkQueue,
     /// Adapters on their way into memory, by name.
     pub(super) loading: Mutex<HashMap<(String, u64), Loading>>,
     /// Whether the object store was slow to tell the last time.
@@ -142,6 +150,8 @@ impl App {
             keys,
             loopback,
             vocabulary: OnceLock::new(),
+            uploads: AtomicBool::new(false),
+            draining: AtomicBool::new(false),
             started: now.as_secs(),
             random: AtomicU64::new(now.as_nanos() as u64 ^ (u64::from(std::process::id()) << 32)),
             text: Readers::new(TEXT.0, Duration::from_secs(TEXT.1), "reading the request"),
@@ -149,11 +159,17 @@ impl App {
             embeds: queue(EMBEDS, "embedding the texts"),
             loads: queue(LOADS, "loading the adapter"),
             changes: queue(CHANGES, "the change"),
+            received: queue(RECEIVED, "the upload"),
             loading: Mutex::default(),
             slow: AtomicBool::new(false),
             bodies: room(),
             longest,
         })
+    }
+
+    /// Lets adapters come as files.
+    pub fn allow_uploads(&self) {
+        self.uploads.store(true, Ordering::Relaxed);
     }
 
     /// Whether a name stands for the base alone.

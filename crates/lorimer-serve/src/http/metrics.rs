@@ -2,6 +2,7 @@
 
 use std::fmt::Write;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use axum::Json;
 use axum::extract::State;
@@ -11,6 +12,7 @@ use serde_json::{Value, json};
 
 use super::app::App;
 use crate::engine::EngineState;
+use crate::engine::pool::BLOCK;
 use crate::engine::worker::Histogram;
 
 /// One family of the exposition format.
@@ -65,6 +67,14 @@ pub async fn prometheus(State(app): State<Arc<App>>) -> Response {
         "Pages with keys and values of requests as a share of those that adapters at work leave (1 = all).",
         usage,
     );
+    let blocks = f.engine.pages / app.base.model().shape().layers.len().max(1);
+    family(
+        &mut out,
+        "vllm:cache_config_info",
+        "gauge",
+        "Tokens of a block and blocks of the pool, were all of it keys and values.",
+        &[(format!("{{block_size=\"{BLOCK}\",num_gpu_blocks=\"{blocks}\"}}"), 1.0)],
+    );
     let names = |names: &[String]| escape(&names.join(","));
     let adapters = &f.adapters;
     let labels = format!(
@@ -88,6 +98,13 @@ pub async fn prometheus(State(app): State<Arc<App>>) -> Response {
         "vllm:prefix_cache_hits_total",
         "Prompt tokens that the prefix cache had.",
         f.engine.cached_tokens,
+    );
+    counter(&mut out, "vllm:spec_decode_num_draft_tokens_total", "Tokens that were guessed.", f.engine.guessed_tokens);
+    counter(
+        &mut out,
+        "vllm:spec_decode_num_accepted_tokens_total",
+        "Guessed tokens that were drawn.",
+        f.engine.accepted_tokens,
     );
     histogram(&mut out, "vllm:time_to_first_token_seconds", "Seconds to the first token.", &model, &f.first_token);
     histogram(&mut out, "vllm:inter_token_latency_seconds", "Seconds between two tokens.", &model, &f.between_tokens);
@@ -128,6 +145,8 @@ pub async fn state(State(app): State<Arc<App>>) -> Json<Value> {
         "host_adapter_bytes": bytes,
         "host_adapters": count,
         "stopping": app.worker.is_stopping(),
+        "draining": app.draining.load(Ordering::Relaxed),
+        "uploads": app.uploads.load(Ordering::Relaxed),
         "problems": app.problems(),
     }))
 }

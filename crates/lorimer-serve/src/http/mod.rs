@@ -9,6 +9,7 @@ mod client;
 mod embeddings;
 pub mod error;
 mod fields;
+mod health;
 mod metrics;
 mod openai;
 mod prompts;
@@ -16,10 +17,14 @@ mod request;
 mod room;
 mod shape;
 mod timed;
+mod tls;
+mod tokens;
+mod upload;
 mod work_queue;
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use axum::Router;
@@ -31,7 +36,6 @@ use axum::routing::{get, post, put};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
-use serde_json::json;
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tower::util::MapRequest;
@@ -43,6 +47,7 @@ use self::client::{CLIENT, Peer, named, permitted};
 use self::error::ApiError;
 use self::room::MAX_BODY;
 use self::timed::Timed;
+pub use self::tls::Tls;
 
 /// Largest head of a request.
 const MAX_HEAD: usize = 32 << 10;
@@ -80,20 +85,6 @@ async fn administration(State(app): State<Arc<App>>, request: Request, next: Nex
     }
 }
 
-#[utoipa::path(get, path = "/health", tag = "operation", responses((status = 200, description = "New requests are taken", body = Object), (status = 503, description = "The server is stopping, or its engine has ended", body = error::Failure)))]
-async fn health(State(app): State<Arc<App>>) -> Response {
-    if app.worker.is_stopping() {
-        return error::stopping().into_response();
-    }
-    if let Some(problem) = app.worker.problem() {
-        // Only a new start helps.
-        let status = StatusCode::SERVICE_UNAVAILABLE;
-        return ApiError { status, ..error::engine_failed(&problem) }.into_response();
-    }
-    // A place of adapters that cannot be reached is no reason to start this server anew.
-    axum::Json(json!({ "status": "ok", "problems": app.problems() })).into_response()
-}
-
 async fn page() -> Response {
     let policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; frame-ancestors 'none'";
     let headers = [(header::CONTENT_SECURITY_POLICY, policy), (header::X_CONTENT_TYPE_OPTIONS, "nosniff")];
@@ -110,14 +101,21 @@ async fn page() -> Response {
         openai::completions,
         openai::chat,
         embeddings::embeddings,
+        tokens::tokenize,
+        tokens::detokenize,
         admin::list,
         admin::load,
         admin::unload,
         admin::put,
         admin::remove,
+        upload::upload,
         metrics::state,
         metrics::prometheus,
-        health
+        health::health,
+        health::live,
+        health::ready,
+        health::drain,
+        health::undrain
     )
 )]
 struct Document;
@@ -145,6 +143,8 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/v1/completions", post(openai::completions))
         .route("/v1/chat/completions", post(openai::chat))
         .route("/v1/embeddings", post(embeddings::embeddings))
+        .route("/tokenize", post(tokens::tokenize))
+        .route("/detokenize", post(tokens::detokenize))
         .route("/v1/adapters", get(admin::list))
         .route("/v1/state", get(metrics::state))
         .route_layer(from_fn_with_state(app.clone(), bodies::bounded))
@@ -153,10 +153,18 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/v1/load_lora_adapter", post(admin::load))
         .route("/v1/unload_lora_adapter", post(admin::unload))
         .route("/v1/adapters/{*name}", put(admin::put).delete(admin::remove))
+        .route("/drain", post(health::drain).delete(health::undrain))
         .route_layer(from_fn_with_state(app.clone(), bodies::bounded))
         .route_layer(from_fn_with_state(app.clone(), administration));
+    // Files are not kept in memory, and are bounded where they are written.
+    let files = Router::new()
+        .route("/v1/adapters/{*name}", post(upload::upload))
+        .route_layer(DefaultBodyLimit::disable())
+        .route_layer(from_fn_with_state(app.clone(), administration));
     let open = Router::new()
-        .route("/health", get(health))
+        .route("/health", get(health::health))
+        .route("/livez", get(health::live))
+        .route("/readyz", get(health::ready))
         .route("/metrics", get(metrics::prometheus))
         .route("/", get(page))
         .route("/openapi.json", get(openapi));
@@ -168,6 +176,7 @@ pub fn router(app: Arc<App>) -> Router {
     };
     answers
         .merge(changes)
+        .merge(files)
         .merge(open)
         .fallback(unknown)
         .method_not_allowed_fallback(method)
@@ -175,19 +184,25 @@ pub fn router(app: Arc<App>) -> Router {
         .with_state(app)
 }
 
-/// Serves until `shutdown`; then takes nothing new, and gives what is under way `grace` to end.
+/// Serves until `shutdown`; then is not ready for the time `drain`, takes nothing new after it, and gives what is under way `grace` to end.
 pub async fn serve(
     listener: TcpListener,
     app: Arc<App>,
+    tls: Option<Tls>,
     shutdown: impl Future<Output = ()>,
-    grace: Duration,
+    (drain, grace): (Duration, Duration),
 ) -> std::io::Result<()> {
-    serve_within(BOUNDS, listener, app, shutdown, grace).await
+    let drained = async {
+        shutdown.await;
+        app.draining.store(true, Ordering::Relaxed);
+        tokio::time::sleep(drain).await;
+    };
+    serve_within(BOUNDS, (listener, tls), app.clone(), drained, grace).await
 }
 
 async fn serve_within(
     bounds: Bounds,
-    listener: TcpListener,
+    (listener, tls): (TcpListener, Option<Tls>),
     app: Arc<App>,
     shutdown: impl Future<Output = ()>,
     grace: Duration,
@@ -223,11 +238,20 @@ async fn serve_within(
             request.extensions_mut().insert(Peer(peer));
             request
         });
-        let connection = builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(service));
-        let connection = graceful.watch(connection);
+        let service = TowerToHyperService::new(service);
+        let acceptor = tls.as_ref().map(Tls::acceptor);
+        let (builder, watcher) = (builder.clone(), graceful.watcher());
         tokio::spawn(async move {
             // A client that breaks off or sends nonsense is its own affair.
-            let _ = connection.await;
+            match acceptor {
+                None => _ = watcher.watch(builder.serve_connection(TokioIo::new(stream), service)).await,
+                Some(acceptor) => {
+                    let shaken = tokio::time::timeout(Duration::from_secs(HEAD_SECONDS), acceptor.accept(stream)).await;
+                    if let Ok(Ok(stream)) = shaken {
+                        let _ = watcher.watch(builder.serve_connection(TokioIo::new(stream), service)).await;
+                    }
+                }
+            }
             drop(permit);
         });
     }

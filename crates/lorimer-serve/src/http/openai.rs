@@ -15,7 +15,7 @@ use super::app::App;
 use super::body::Body;
 use super::error::{ApiError, Failure};
 use super::fields::Fields;
-use super::prompts::{Given, conversation, prompt};
+use super::prompts::{Given, chat_tokens, own_template, prompt, template_of};
 use super::request::{Adapters, ChatRequest, Common, CompletionRequest, Prompt, StreamOptions, Wanted};
 use super::shape::{Before, Kind, Place, Shape};
 use crate::generation::form::Form;
@@ -28,27 +28,18 @@ use crate::generation::tools::{CallReader, Dialect};
 pub async fn chat(State(app): State<Arc<App>>, Body(fields): Body<Fields>) -> Result<Response, ApiError> {
     app.predicts()?;
     let request = ChatRequest::read(fields)?;
-    let texts = request.own.messages.iter().flatten().chain(request.own.tools.iter().flatten());
-    app.fits("messages", texts.map(length).sum())?;
+    request.own.fits(&app)?;
     let adapters = app.adapters(request.common.adapters(&app)?).await?;
-    let template = adapters.0.iter().find_map(|(a, _)| a.template.is_some().then(|| a.clone()));
     let (base, common, log_probabilities) = (app.base.clone(), request.common.clone(), request.log_probabilities());
     let (n, own) = (common.n.unwrap_or(1), request.own);
-    let (callable, demanded) = (own.callable(), own.demanded()?);
+    let (callable, demanded, parallel) = (own.callable(), own.demanded()?, own.parallel_tool_calls.unwrap_or(true));
+    let template = own_template(&adapters);
     let (prompt, dialect) = app
         .text
         .within(move || {
-            let template = match template.as_ref().and_then(|a| a.template.as_ref()) {
-                Some(own) => own,
-                None => {
-                    let template = base.text.template_for(own.offered().is_some());
-                    template.map_err(|e| ApiError::invalid(e.to_string()))?
-                }
-            };
+            let template = template_of(&base, template.as_deref(), &own)?;
             let dialect = Dialect::of(template.source());
-            let text = conversation(template, &own)?;
-            let encoded = base.text.encode(&text, request.common.add_special_tokens.unwrap_or(false));
-            let mut ids = encoded.map_err(|e| ApiError::field("messages", e.to_string()))?.ids;
+            let mut ids = chat_tokens(&base.text, template, &own, request.common.add_special_tokens)?;
             request.common.truncate(&mut ids, base.model().shape().cached_positions());
             Ok((ids, dialect))
         })
@@ -67,25 +58,15 @@ pub async fn chat(State(app): State<Arc<App>>, Body(fields): Body<Fields>) -> Re
                 "the chat template does not say how calls of tools are written, so that none can be demanded",
             )
         })?;
-        let calls = dialect.form(&tools, one, &app.base.text);
+        let calls = dialect.form(&tools, one || !parallel, &app.base.text);
         form = Some(("tool_choice", calls.map_err(|problem| ApiError::field("tool_choice", problem))?));
     }
     let dialect = dialect.filter(|_| !callable.is_empty());
     let mut text = common.text();
     text.special |= dialect.is_some_and(Dialect::is_special);
-    let calls = dialect.map(|dialect| CallReader::new(dialect, &callable));
+    let calls = dialect.map(|dialect| CallReader::new(dialect, &callable, parallel));
     let wanted = Wanted { log_probabilities, of_prompt: false, ranked: false, each: n };
     respond(&app, Kind::Chat, &common, vec![(prompt, Before::default())], adapters, (wanted, form, text, calls)).await
-}
-
-/// Bytes of the texts in a value.
-fn length(value: &Value) -> usize {
-    match value {
-        Value::String(text) => text.len(),
-        Value::Array(all) => all.iter().map(length).sum(),
-        Value::Object(all) => all.iter().map(|(name, value)| name.len() + length(value)).sum(),
-        _ => 0,
-    }
 }
 
 /// `POST /v1/completions`.

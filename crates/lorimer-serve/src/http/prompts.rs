@@ -1,17 +1,64 @@
 //! From what is asked to the tokens of prompts.
 
-use lorimer_model::TextModel;
+use std::sync::Arc;
+
 use lorimer_model::text::chat::ChatTemplate;
 use lorimer_model::text::messages::{normalise, normalise_tools};
+use lorimer_model::{Base, TextModel};
 use serde_json::Value;
 
+use super::app::App;
 use super::error::ApiError;
-use super::request::{Chat, Common};
+use super::request::{Adapters, Chat, Common};
 use super::shape::{Before, Place, offsets};
+use crate::adapters::hosted::Hosted;
 
 /// What `chat_template_kwargs` cannot set, because it has a place of its own in a request or none.
 const OWN: [&str; 6] =
     ["messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize"];
+
+impl Chat {
+    /// Refuses a conversation that is too long, whatever its tokens are.
+    pub fn fits(&self, app: &App) -> Result<(), ApiError> {
+        let texts = self.messages.iter().flatten().chain(self.tools.iter().flatten());
+        app.fits("messages", texts.map(length).sum())
+    }
+}
+
+/// Bytes of the texts in a value.
+fn length(value: &Value) -> usize {
+    match value {
+        Value::String(text) => text.len(),
+        Value::Array(all) => all.iter().map(length).sum(),
+        Value::Object(all) => all.iter().map(|(name, value)| name.len() + length(value)).sum(),
+        _ => 0,
+    }
+}
+
+/// The first of the adapters that has a chat template of its own.
+pub fn own_template(adapters: &Adapters) -> Option<Arc<Hosted>> {
+    adapters.0.iter().find_map(|(a, _)| a.template.is_some().then(|| a.clone()))
+}
+
+/// The template that writes a conversation: an adapter's own, or the base's for what is asked.
+pub fn template_of<'a>(base: &'a Base, own: Option<&'a Hosted>, asked: &Chat) -> Result<&'a ChatTemplate, ApiError> {
+    match own.and_then(|hosted| hosted.template.as_ref()) {
+        Some(own) => Ok(own),
+        None => base.text.template_for(asked.offered().is_some()).map_err(|e| ApiError::invalid(e.to_string())),
+    }
+}
+
+/// The tokens of a conversation.
+pub fn chat_tokens(
+    text: &TextModel,
+    template: &ChatTemplate,
+    asked: &Chat,
+    special: Option<bool>,
+) -> Result<Vec<u32>, ApiError> {
+    let written = conversation(template, asked)?;
+    let encoded = text.encode(&written, special.unwrap_or(false));
+    Ok(encoded.map_err(|e| ApiError::field("messages", e.to_string()))?.ids)
+}
 
 /// A conversation as the template writes it.
 pub fn conversation(template: &ChatTemplate, asked: &Chat) -> Result<String, ApiError> {

@@ -144,6 +144,8 @@ fields! {
         /// `auto`, `none` for a prompt without the tools, `required`, or `{"type": "function", "function": {"name": …}}`.
         #[schema(value_type = Option<Object>)]
         tool_choice: Value,
+        /// Whether the answer may call several tools; it ends after the first call where this is false.
+        parallel_tool_calls: bool,
         /// Whether to tell log-probabilities.
         logprobs: bool,
         /// How many of the likeliest tokens to tell with each, up to 20; only with `logprobs`.
@@ -173,6 +175,76 @@ fields! {
         logprobs: usize,
         /// Answers that are generated for each prompt; those `n` of them are given whose tokens are likeliest on average.
         best_of: usize,
+    }
+}
+
+fields! {
+    /// Fields of `POST /tokenize` beside those of a conversation.
+    Tokenize {
+        /// The base, an adapter, or BASE:ADAPTER: whose chat template writes `messages`.
+        model: String,
+        /// A text; either this or `messages` (vLLM).
+        prompt: String,
+        /// The same (llama.cpp).
+        content: String,
+        /// Whether the tokenizer puts its special tokens around the text (vLLM): true for `prompt`, false for `messages`, whose template brings its own.
+        add_special_tokens: bool,
+        /// The same for `content` (llama.cpp); false where it is not given.
+        add_special: bool,
+        /// Whether to tell the tokens as the vocabulary writes them, in `token_strs` (vLLM).
+        return_token_strs: bool,
+        /// Whether `tokens` are objects with `id` and `piece` (llama.cpp).
+        with_pieces: bool,
+    }
+}
+
+fields! {
+    /// `POST /detokenize`.
+    Detokenize {
+        /// The base or an adapter.
+        model: String,
+        /// Tokens.
+        #[schema(required = true)]
+        tokens: Vec<u32>,
+    }
+}
+
+/// `POST /tokenize`: a text, or a conversation.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct TokenizeRequest {
+    /// Its own fields.
+    #[serde(flatten)]
+    pub own: Tokenize,
+    /// Fields of a conversation.
+    #[serde(flatten)]
+    pub chat: Chat,
+}
+
+impl TokenizeRequest {
+    /// From a body.
+    pub fn read(mut body: Fields) -> Result<Self, ApiError> {
+        let request = Self { own: Tokenize::read(&mut body)?, chat: Chat::read(&mut body)? };
+        finish(&body)?;
+        let given = [request.own.prompt.is_some(), request.own.content.is_some(), request.chat.messages.is_some()];
+        if given.iter().filter(|given| **given).count() != 1 {
+            return Err(ApiError::field(
+                "prompt",
+                "one of `prompt`, `content` and `messages` says what becomes tokens",
+            ));
+        }
+        Ok(request)
+    }
+}
+
+impl Detokenize {
+    /// From a body.
+    pub fn of(mut body: Fields) -> Result<Self, ApiError> {
+        let request = Self::read(&mut body)?;
+        finish(&body)?;
+        match request.tokens {
+            Some(_) => Ok(request),
+            None => Err(ApiError::field("tokens", "`tokens` is missing")),
+        }
     }
 }
 

@@ -6,7 +6,7 @@ use std::time::Instant;
 use axum::body::{Body, to_bytes};
 use lorimer_model::embed::EmbedOptions;
 use lorimer_model::{Base, OpenOptions};
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tower::ServiceExt;

@@ -14,8 +14,8 @@ use rand_chacha::ChaCha8Rng;
 
 /// Prompts that begin alike, however long: token `i` of text `text`.
 fn token(text: u32, i: usize) -> u32 {
-    // Two texts are alike for a while and then part.
-    if i < 2 * BLOCK { i as u32 } else { i as u32 * 8 + text }
+    // Two texts are alike for a while and then part; each goes in circles, so that something can be guessed.
+    if i < 2 * BLOCK { i as u32 } else { (i % 23) as u32 * 8 + text }
 }
 
 /// A request that was let in: its text, tokens that it is to generate, and those that it has.
@@ -33,6 +33,8 @@ struct Run {
     /// Steps one after the other in which nothing was computed.
     idle: usize,
     now: f64,
+    /// Tokens guessed, and those that stood.
+    guesses: (usize, usize),
 }
 
 impl Run {
@@ -49,19 +51,30 @@ impl Run {
         assert!(self.idle < 50, "seed {seed}: nothing is computed, {running} run and {waiting} wait");
         for (id, rows) in step.work {
             let s = self.batching.sequence(id).unwrap();
+            let guessed = s.guess.len();
             assert!(
-                rows > 0
-                    && s.computed + rows <= s.tokens.len()
+                rows > guessed
+                    && s.computed + rows <= s.tokens.len() + guessed
                     && (s.computed + rows).div_ceil(BLOCK) <= s.blocks.len()
             );
-            self.batching.advance(id, rows);
+            self.batching.advance(id, rows - guessed);
             let s = self.batching.sequence(id).unwrap();
             if s.computed < s.tokens.len() {
                 continue;
             }
             let expected = self.under.get_mut(&id).unwrap();
-            self.batching.push(id, token(expected.text, s.tokens.len()));
-            expected.generated += 1;
+            let stood =
+                ((seed as usize + s.tokens.len()) % (guessed + 1)).min(expected.output - expected.generated - 1);
+            self.batching.stood(id, stood);
+            self.guesses = (self.guesses.0 + guessed, self.guesses.1 + stood);
+            for i in 0..=stood {
+                self.batching.push(id, token(expected.text, self.batching.sequence(id).unwrap().tokens.len()));
+                expected.generated += 1;
+                if i < stood {
+                    self.batching.advance(id, 1);
+                }
+            }
+            assert!(expected.generated <= expected.output);
             if expected.generated == expected.output {
                 self.batching.remove(id);
                 self.under.remove(&id);
@@ -145,6 +158,7 @@ fn run(seed: u64, events: u64) -> u64 {
         max_running: rng.random_range(1..=8),
         batch_tokens: [1, 3, 16, 40, 512][rng.random_range(0..5)],
         shared_tokens: [1, 2, 7, 64][rng.random_range(0..4)],
+        guesses: [0, 1, 9][rng.random_range(0..3)],
         max_waiting: rng.random_range(1..=24),
         max_adapters: [None, Some(1), Some(2)][rng.random_range(0..3)],
         cluster: rng.random(),
@@ -153,7 +167,7 @@ fn run(seed: u64, events: u64) -> u64 {
         first_token: rng.random_bool(0.1).then_some(0.5),
     };
     let batching = Batching::new(policy, geometry, Pages::new(count), rng.random_bool(0.9));
-    let mut run = Run { batching, under: BTreeMap::new(), idle: 0, now: 0.0 };
+    let mut run = Run { batching, under: BTreeMap::new(), idle: 0, now: 0.0, guesses: (0, 0) };
     let adapters: Vec<(Arc<str>, usize)> =
         (0..4).map(|i| (format!("a{i}").into(), rng.random_range(1..=count as usize / 2))).collect();
     let users = [1, 3, 1000][rng.random_range(0..3)];

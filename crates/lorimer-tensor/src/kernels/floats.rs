@@ -80,6 +80,25 @@ impl Real for f32 {
         }
         fits
     }
+    #[cfg(target_arch = "x86_64")]
+    fn has_tiles() -> bool {
+        kernel::has_512()
+    }
+    #[cfg(target_arch = "x86_64")]
+    fn tile_product(
+        shape: (usize, usize, usize),
+        (out, stride): (&mut [f32], usize),
+        keep: bool,
+        left: (&[f32], Strides),
+        right: (&[f32], usize),
+        scale: f32,
+    ) -> bool {
+        let has = Self::has_tiles();
+        if has {
+            crate::kernels::tile::TileProduct { shape, left, right, scale, keep }.run(out, stride);
+        }
+        has
+    }
     product_parallel!(f32);
 }
 

@@ -8,4 +8,7 @@ pub(crate) mod real;
 pub(crate) mod shared;
 pub(crate) mod simd;
 pub(crate) mod slices;
-pub(crate) mod wide;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod tile;
+#[doc(hidden)]
+pub mod wide;

@@ -25,6 +25,22 @@ pub(crate) trait Real: WithDType + num_traits::Float + std::iter::Sum {
     fn attend_one(_q: (&[Self], usize), _keys: (&[Self], &[Self], &[usize]), _scale: Self, _out: &mut [Self]) -> bool {
         false
     }
+    /// Whether there is a kernel for [`Self::tile_product`], so that it pays to lay out what it reads.
+    fn has_tiles() -> bool {
+        false
+    }
+    /// (m, n) += or = scale · (m, k) (k, n) on one thread, of tiles that lie in a cache, where there is a kernel for it; else `false`, and nothing is done.
+    /// Rows of the right side and of the result have no gaps, and are so many numbers apart.
+    fn tile_product(
+        _shape: (usize, usize, usize),
+        _out: (&mut [Self], usize),
+        _keep: bool,
+        _left: (&[Self], Strides),
+        _right: (&[Self], usize),
+        _scale: Self,
+    ) -> bool {
+        false
+    }
     /// A product on all threads: see [`crate::kernels::slices::product_raw`].
     ///
     /// # Safety

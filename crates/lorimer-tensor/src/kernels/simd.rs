@@ -7,7 +7,7 @@ use crate::kernels::wide::wide;
 /// eˣ within 2 units in the last place for x in −87..88, clamped outside: n = round(x/ln 2), a polynomial for the rest (the
 /// coefficients are those of Cephes' `expf`), and n into the exponent's bits.
 #[inline(always)]
-pub(crate) fn exp_f32(x: f32) -> f32 {
+pub fn exp_f32(x: f32) -> f32 {
     /// Adding and taking away 1.5·2²³ rounds to a whole number.
     const ROUND: f32 = 12_582_912.0;
     let x = x.clamp(-87.3, 88.3);
@@ -67,6 +67,48 @@ pub(crate) fn sum2<T: Real>(a: &[T], b: &[T], f: impl Fn(T, T) -> T) -> T {
     lanes[0] + tail
 }
 
+/// The largest of a row.
+pub(crate) fn largest<T: Real>(row: &[T]) -> T {
+    wide!({
+        let mut lanes = [T::neg_infinity(); 16];
+        let chunks = row.chunks_exact(16);
+        let rest = chunks.remainder().iter().fold(T::neg_infinity(), |top, &v| if v > top { v } else { top });
+        for chunk in chunks {
+            for (lane, &v) in lanes.iter_mut().zip(chunk) {
+                *lane = if v > *lane { v } else { *lane };
+            }
+        }
+        lanes.into_iter().fold(rest, num_traits::Float::max)
+    })
+}
+
+/// Puts e^(v − top) in the place of every v; gives their sum.
+pub(crate) fn exp_below<T: Real>(row: &mut [T], top: T) -> T {
+    wide!({
+        let mut lanes = [T::zero(); 16];
+        let mut chunks = row.chunks_exact_mut(16);
+        for chunk in &mut chunks {
+            for (lane, v) in lanes.iter_mut().zip(chunk) {
+                *v = (*v - top).exp_fast();
+                *lane += *v;
+            }
+        }
+        let mut sum = T::zero();
+        for v in chunks.into_remainder() {
+            *v = (*v - top).exp_fast();
+            sum += *v;
+        }
+        let mut half = 8;
+        while half > 0 {
+            for i in 0..half {
+                lanes[i] += lanes[i + half];
+            }
+            half /= 2;
+        }
+        lanes[0] + sum
+    })
+}
+
 /// Puts e^(v − maximum) in the place of every v; gives the maximum and the sum of the new values.
 #[inline(always)]
 pub(crate) fn exp_in_place<T: Real>(row: &mut [T]) -> (T, T) {
@@ -83,7 +125,7 @@ pub(crate) fn exp_in_place<T: Real>(row: &mut [T]) -> (T, T) {
 
 /// The softmax of a row, in its place.
 pub(crate) fn softmax<T: Real>(row: &mut [T]) {
-    wide(|| {
+    wide!({
         let (_, sum) = exp_in_place(row);
         let inverse = sum.recip();
         row.iter_mut().for_each(|v| *v *= inverse);

@@ -5,24 +5,21 @@ mod backward;
 pub mod causal;
 pub mod chained;
 pub mod edges;
+mod tiles;
 
 use std::borrow::Cow;
+use std::sync::OnceLock;
 
 use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor};
-use rayon::prelude::*;
 
 use crate::kernels::real::Real;
-use crate::kernels::shared::{Shared, Strides};
+use crate::kernels::shared::Strides;
 use crate::kernels::simd::{softmax, sum2};
-use crate::kernels::slices::{product, product_raw, slice, with_slices};
+use crate::kernels::slices::{product, slice, with_slices};
 use crate::kernels::wide::wide;
 
 /// Query rows whose scores are formed at a time.
 const BLOCK: usize = 64;
-/// Up to this many queries a segment's keys are read where they are, and not copied together for a product.
-const FEW: usize = 4;
-/// From so many segments on, a task of few queries takes all heads that share keys.
-const MANY: usize = 4;
 
 /// Which of a segment's keys a query sees. Positions are counted from the segment's first key.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -203,6 +200,8 @@ pub(crate) struct Attention {
     /// Numbers from one key row to the next.
     kv_stride: usize,
     form: AttentionForm,
+    /// The logarithm of each row's sum of exponentials (rows, heads), from the forward on, for the backward.
+    logs: OnceLock<Vec<f64>>,
 }
 
 /// Softmax weights of some query rows over some of their segment's keys.
@@ -260,6 +259,7 @@ impl Attention {
             kv_heads: kv_width / head_dim,
             kv_stride: kv_width,
             form: *form,
+            logs: OnceLock::new(),
         })
     }
 
@@ -311,60 +311,6 @@ impl Attention {
         head / (self.heads / self.kv_heads) * self.form.head_dim
     }
 
-    fn forward<T: Real>(&self, q: &[T], k: &[T], v: &[T]) -> Vec<T> {
-        let (q_width, kv_stride) = (self.q_width(), self.kv_stride);
-        let d = self.form.head_dim;
-        let mut y = vec![T::zero(); q.len()];
-        let out = Shared(y.as_mut_ptr());
-        let group = self.heads / self.kv_heads;
-        // Heads that share keys read them together, unless there would be hardly a task for every thread.
-        let together = if self.segments.len() < MANY { 1 } else { group };
-        let tasks = self.segments.iter().flat_map(|s| {
-            let heads = if s.q_len <= FEW { together } else { 1 };
-            (0..self.heads).step_by(heads).map(move |h| (s, h, heads))
-        });
-        tasks.collect::<Vec<_>>().into_par_iter().with_max_len(1).for_each(|(s, head, heads)| {
-            let column = self.key_column(head);
-            if s.q_len <= FEW {
-                let places: Vec<usize> = s.rows().map(|row| row * kv_stride + column).collect();
-                for i in 0..s.q_len {
-                    let at = (s.q_start + i) * q_width + head * d;
-                    // SAFETY: as below: this task's row and columns.
-                    let out = unsafe { std::slice::from_raw_parts_mut(out.at(at), heads * d) };
-                    let seen = self.form.seen((places.len() + i).saturating_sub(s.q_len), places.len());
-                    let places = &places[seen];
-                    self.one_query(&q[at..at + heads * d], (k, v, places), out);
-                }
-                return;
-            }
-            let (k, k_stride) = s.key_rows(k, kv_stride, column, d);
-            let (v, v_stride) = s.key_rows(v, kv_stride, column, d);
-            for from in (0..s.q_len).step_by(BLOCK) {
-                let n = BLOCK.min(s.q_len - from);
-                let Weights { p, first, keys, .. } = self.weights(q, (&k, k_stride), (s, head), from, n);
-                let v = &v[first * v_stride..];
-                assert!((keys - 1) * v_stride + d <= v.len());
-                // SAFETY: the segments' query rows are disjoint (checked in `new`) and each task owns one
-                // head's columns of them; `p` and `v` are as long as their shapes say.
-                unsafe {
-                    product_raw(
-                        (n, d, keys),
-                        out.at((s.q_start + from) * q_width + head * d),
-                        Strides(q_width, 1),
-                        false,
-                        p.as_ptr(),
-                        Strides(keys, 1),
-                        v.as_ptr(),
-                        Strides(v_stride, 1),
-                        T::one(),
-                        false,
-                    )
-                };
-            }
-        });
-        y
-    }
-
     /// The attention of one query in heads that share keys (heads·d), its keys and values read at their `places`.
     fn one_query<T: Real>(&self, q: &[T], (k, v, places): (&[T], &[T], &[usize]), out: &mut [T]) {
         let (d, scale) = (self.form.head_dim, T::from_f64(self.form.scale));
@@ -372,13 +318,15 @@ impl Attention {
             return;
         }
         for (q, out) in q.chunks_exact(d).zip(out.chunks_exact_mut(d)) {
-            let mut p = Vec::with_capacity(places.len());
-            wide(|| p.extend(places.iter().map(|&at| sum2(q, &k[at..at + d], |a, b| a * b) * scale)));
+            let mut p = vec![T::zero(); places.len()];
+            wide!(for (p, &at) in p.iter_mut().zip(places) {
+                *p = sum2(q, &k[at..at + d], |a, b| a * b) * scale;
+            });
             if let Some(cap) = self.form.cap.map(T::from_f64) {
                 p.iter_mut().for_each(|p| *p = (*p / cap).tanh() * cap);
             }
             softmax(&mut p);
-            wide(|| {
+            wide!({
                 // Some columns at a time, whose sums stay in registers.
                 for (part, out) in out.chunks_mut(32).enumerate() {
                     let (mut sums, n) = ([T::zero(); 32], out.len());

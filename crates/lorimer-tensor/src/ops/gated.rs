@@ -128,7 +128,7 @@ fn forward<T: Real, const A: u8>(gate: &[T], up: &[T]) -> CpuStorage {
     let mut y = vec![T::zero(); gate.len()];
     let chunk = rows_per_task(gate.len());
     y.par_chunks_mut(chunk).zip(gate.par_chunks(chunk).zip(up.par_chunks(chunk))).for_each(|(y, (gate, up))| {
-        wide(|| {
+        wide!({
             for ((y, &g), &u) in y.iter_mut().zip(gate).zip(up) {
                 *y = const { Activation::of(A) }.at(g).0 * u;
             }
@@ -149,7 +149,7 @@ fn backward<T: Real, const A: u8>(
             .zip(du.par_chunks_mut(chunk))
             .zip(gate.par_chunks(chunk).zip(up.par_chunks(chunk)).zip(grad.par_chunks(chunk)))
             .for_each(|((dg, du), ((gate, up), grad))| {
-                wide(|| {
+                wide!({
                     let n = gate.len();
                     let (dg, du, up, grad) = (&mut dg[..n], &mut du[..n], &up[..n], &grad[..n]);
                     for i in 0..n {
@@ -205,7 +205,7 @@ fn values<T: Real, const A: u8>(x: &[T], g: Option<&[T]>) -> Vec<T> {
     let mut y = vec![T::zero(); x.len()];
     let chunk = rows_per_task(x.len());
     y.par_chunks_mut(chunk).zip(x.par_chunks(chunk)).enumerate().for_each(|(task, (y, x))| {
-        wide(|| match g {
+        wide!(match g {
             None => y.iter_mut().zip(x).for_each(|(y, &x)| *y = const { Activation::of(A) }.at(x).0),
             Some(g) => {
                 let g = &g[task * chunk..][..x.len()];

@@ -43,7 +43,7 @@ impl LayerNorm {
             let chunk = rows_per_task(x.len() / w.len()) * w.len();
             y.par_chunks_mut(chunk).zip(x.par_chunks(chunk)).for_each(|(y, x)| {
                 for (y, x) in y.chunks_exact_mut(w.len()).zip(x.chunks_exact(w.len())) {
-                    wide(|| {
+                    wide!({
                         let (mean, scale) = moments(x, self.eps);
                         for (((y, &x), &w), &b) in y.iter_mut().zip(x).zip(w).zip(b) {
                             *y = (x - mean) * scale * w + b;
@@ -71,7 +71,7 @@ impl LayerNorm {
                     let (mut n, mut gw) = (vec![T::zero(); width], vec![T::zero(); width]);
                     let rows = x.chunks_exact(width).zip(g.chunks_exact(width));
                     for (dx, (x, g)) in dx.chunks_exact_mut(width).zip(rows) {
-                        wide(|| {
+                        wide!({
                             let (mean, scale) = moments(x, self.eps);
                             for i in 0..width {
                                 n[i] = (x[i] - mean) * scale;

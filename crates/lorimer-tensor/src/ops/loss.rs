@@ -66,7 +66,7 @@ pub(crate) fn head_loss_and_gradient(
                 let losses = logits.par_chunks_mut(vocabulary.max(1)).zip(targets).map(|(row, &t)| {
                     let (target, mean) = (row[t as usize], mean_of(row, smoothing));
                     let wide_of = |v: T| num_traits::ToPrimitive::to_f64(&v).unwrap_or(f64::NAN);
-                    let (max, sum) = wide(|| {
+                    let (max, sum) = wide!({
                         let (max, _) = exp_in_place(row);
                         // Parts in the row's type, their sum in f64.
                         let sum: f64 = row.chunks(1024).map(|part| wide_of(sum2(part, part, |v, _| v))).sum();

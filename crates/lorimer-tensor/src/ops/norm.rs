@@ -42,7 +42,7 @@ impl RmsNorm {
         let chunk = rows_per_task(x.len() / w.len()) * w.len();
         y.par_chunks_mut(chunk).zip(x.par_chunks(chunk)).for_each(|(y, x)| {
             for (y, x) in y.chunks_exact_mut(w.len()).zip(x.chunks_exact(w.len())) {
-                wide(|| {
+                wide!({
                     let scale = inverse_rms(x, self.eps);
                     for ((y, &x), &w) in y.iter_mut().zip(x).zip(w) {
                         *y = x * scale * w;
@@ -69,7 +69,7 @@ impl RmsNorm {
                     let (mut dw, mut gw) = (vec![T::zero(); width], vec![T::zero(); width]);
                     for (dx, (x, g)) in dx.chunks_exact_mut(width).zip(x.chunks_exact(width).zip(g.chunks_exact(width)))
                     {
-                        wide(|| {
+                        wide!({
                             let scale = inverse_rms(x, self.eps);
                             for ((t, &g), &w) in gw.iter_mut().zip(g).zip(w) {
                                 *t = g * w;

@@ -309,7 +309,7 @@ fn add(
                 kernel::add_low_rank((x, inputs), (&vectors[0], &vectors[1]), *weight, (y, outputs), down)
             };
         }
-        wide(|| {
+        wide!({
             for j in 0..rank {
                 a.pieces(j, |at, piece| {
                     for (x, down) in x.chunks_exact(inputs).zip(down.chunks_exact_mut(rank)) {

@@ -222,7 +222,7 @@ impl Affine {
             let (scale, zero) = of(at / self.group);
             let out = &mut out[done..][..count];
             let whole = if at.is_multiple_of(2) { count / 32 } else { 0 };
-            wide(|| {
+            wide!({
                 let codes = &codes[at / 2..].as_chunks::<16>().0[..whole];
                 for (out, codes) in out.as_chunks_mut::<32>().0.iter_mut().zip(codes) {
                     out.iter_mut().zip(bits::fours(codes)).for_each(|(out, q)| *out = scale * (f32::from(q) - zero));

@@ -95,7 +95,7 @@ fn expand(dtype: GgmlDType, bytes: &[u8], out: &mut [f32]) {
                 halves[..out.len()].convert_to_f32_slice(out);
             }
         }
-        GgmlDType::BF16 => wide(|| {
+        GgmlDType::BF16 => wide!({
             let numbers = bytes.as_chunks().0.iter().map(|&b| bf16::from_le_bytes(b));
             out.iter_mut().zip(numbers).for_each(|(out, v)| *out = f32::from_bits(u32::from(v.to_bits()) << 16));
         }),
@@ -177,7 +177,7 @@ fn expand(dtype: GgmlDType, bytes: &[u8], out: &mut [f32]) {
 /// Blocks of `BYTES` bytes that hold `N` numbers, one after the other, compiled for wide registers.
 #[inline(always)]
 fn each<const BYTES: usize, const N: usize>(bytes: &[u8], out: &mut [f32], one: impl Fn(&[u8; BYTES], &mut [f32; N])) {
-    wide(|| {
+    wide!({
         for (bytes, out) in bytes.as_chunks::<BYTES>().0.iter().zip(out.as_chunks_mut::<N>().0) {
             one(bytes, out);
         }

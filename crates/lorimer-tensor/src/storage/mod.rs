@@ -257,7 +257,7 @@ impl View<'_> {
             Self::F16(w, inputs) => w[part(*inputs)].convert_to_f32_slice(&mut out[..columns.len()]),
             Self::Bf16(w, inputs) => {
                 let bits = |(o, v): (&mut f32, &bf16)| *o = f32::from_bits(u32::from(v.to_bits()) << 16);
-                wide(|| out.iter_mut().zip(&w[part(*inputs)]).for_each(bits));
+                wide!(out.iter_mut().zip(&w[part(*inputs)]).for_each(bits));
             }
             Self::Blocks(blocks) => blocks.expand(row, columns, out),
             Self::Levels(packed) => packed.expand(row, columns, out),

@@ -179,7 +179,7 @@ impl Rounded {
         let values = if pairs {
             let mut values = vec![0; rows * blocks * BLOCK];
             parts.zip(values.par_chunks_mut((blocks * BLOCK).max(1))).for_each(|((scales, x), pairs)| {
-                wide(|| {
+                wide!({
                     for ((pairs, scale), x) in pairs.as_chunks_mut().0.iter_mut().zip(scales).zip(x.chunks(BLOCK)) {
                         let mut values = [0; 2 * BLOCK];
                         *scale = round_block(x, &mut values);
@@ -191,7 +191,7 @@ impl Rounded {
         } else {
             let mut values = vec![0; rows * blocks * 2 * BLOCK];
             parts.zip(values.par_chunks_mut((blocks * 2 * BLOCK).max(1))).for_each(|((scales, x), values)| {
-                wide(|| {
+                wide!({
                     for ((values, scale), x) in values.chunks_exact_mut(2 * BLOCK).zip(scales).zip(x.chunks(BLOCK)) {
                         *scale = round_block(x, values);
                     }

@@ -11,7 +11,7 @@ use clap::Args;
 use lorimer::adapter::pruning::BaseRecord;
 use lorimer::model::Base;
 use lorimer::serve::adapters::store::ChatDefaults;
-use lorimer::serve::http::{self, App, Keys};
+use lorimer::serve::http::{self, App, Keys, Tls};
 use lorimer::serve::{EngineSettings, Policy, Store, StoreSettings, Worker};
 
 use lorimer_cli::common::ModelArgs;
@@ -48,6 +48,15 @@ pub struct Serve {
     /// Key for loading and dropping adapters
     #[arg(long, env = "LORIMER_ADMIN_KEY", hide_env_values = true)]
     admin_key: Option<String>,
+    /// Certificate with its chain, a PEM file, to serve over TLS; read again when it changes
+    #[arg(long, value_name = "FILE", requires = "tls_key")]
+    tls_cert: Option<PathBuf>,
+    /// Its private key, a PEM file
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    tls_key: Option<PathBuf>,
+    /// Take adapters as files (POST /v1/adapters/NAME/upload, with the admin key where there is one) into the folder of adapters
+    #[arg(long)]
+    allow_uploads: bool,
     /// Memory for keys, values and adapters at work: 600MB, 4GiB, … [default: half of what the machine has free, 4 GiB at most]
     #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
     pool: Option<u64>,
@@ -64,6 +73,10 @@ pub struct Serve {
     /// prompt
     #[arg(long, default_value_t = 48)]
     shared_tokens: usize,
+    /// Most tokens that are guessed of each answer in a step, from what followed the same tokens before, and kept where they are what is drawn: answers are
+    /// the same, and faster where they repeat the prompt; 0 for none
+    #[arg(long, value_name = "N", default_value_t = 0, visible_alias = "num-speculative-tokens")]
+    guesses: usize,
     /// Most requests that wait; more are refused with 503
     #[arg(long, default_value_t = 1000)]
     max_waiting: usize,
@@ -82,6 +95,9 @@ pub struct Serve {
     /// Print the OpenAPI document of the server, and serve nothing
     #[arg(long)]
     openapi: bool,
+    /// Seconds for which the server is not ready (GET /readyz) and still serves when it is told to stop, until load balancers have seen it
+    #[arg(long, value_name = "SECONDS", default_value_t = 0)]
+    drain: u64,
     /// Seconds that requests under way get when the server is told to stop
     #[arg(long, default_value_t = 30)]
     grace: u64,
@@ -107,6 +123,9 @@ impl Serve {
         let address = http::address(&self.host, self.port).map_err(|e| anyhow!(e))?;
         let keys = Keys { api: self.api_key.clone(), admin: self.admin_key.clone() };
         keys.check(address.ip()).map_err(|e| anyhow!(e))?;
+        let tls = self.tls_cert.as_deref().zip(self.tls_key.as_deref());
+        let tls = tls.map(|(certificate, key)| Tls::read(certificate, key)).transpose().map_err(|e| anyhow!(e))?;
+        let scheme = if tls.is_some() { "https" } else { "http" };
         let (base, pulled) = common::open_base(&self.model, global)?;
         let embed = if base.model().shape().causal { None } else { Some(self.pooling.options(&base)?) };
         let base = Arc::new(base);
@@ -123,6 +142,9 @@ impl Serve {
         let worker = Worker::start(base.clone(), settings)?;
         let count = store.as_ref().map_or(0, |store| store.list().len());
         let app = App::embedding((base, embed), name.clone(), store, worker, keys, address.ip().is_loopback());
+        if self.allow_uploads {
+            app.allow_uploads();
+        }
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
         let stop = common::stop_flag();
         let ended = runtime.block_on(async {
@@ -130,15 +152,16 @@ impl Serve {
             let listener = listener.with_context(|| format!("cannot listen at {address}; is another server there?"))?;
             let address = listener.local_addr()?;
             tracing::info!("{count} adapters, a pool of {:.0} MB", pool_bytes as f64 / 1e6);
-            common::print(global, &serde_json::json!({ "url": format!("http://{address}") }), || {
-                format!("{name} is served at http://{address}")
+            common::print(global, &serde_json::json!({ "url": format!("{scheme}://{address}") }), || {
+                format!("{name} is served at {scheme}://{address}")
             })?;
             let stopped = async {
                 while !stop.load(Ordering::Relaxed) {
                     tokio::time::sleep(Duration::from_millis(50)).await;
                 }
             };
-            http::serve(listener, app, stopped, Duration::from_secs(self.grace)).await?;
+            let times = (Duration::from_secs(self.drain), Duration::from_secs(self.grace));
+            http::serve(listener, app, tls, stopped, times).await?;
             Ok(ExitCode::SUCCESS)
         });
         // What is still read from a disk or an object store, which may never answer, is not waited for.
@@ -150,6 +173,9 @@ impl Serve {
     fn check(&self) -> Result<()> {
         if self.max_running == 0 || self.batch_tokens == 0 || self.shared_tokens == 0 {
             bail!("--max-running, --batch-tokens and --shared-tokens should be at least 1");
+        }
+        if self.allow_uploads && self.adapters.as_ref().is_none_or(|place| place.contains("://")) {
+            bail!("--allow-uploads writes adapters into a folder; give one with --adapters");
         }
         if self.first_token.is_some_and(|s| !(s.is_finite() && s > 0.0)) {
             bail!("--first-token should be above 0");
@@ -195,6 +221,7 @@ impl Serve {
                 max_running: self.max_running,
                 batch_tokens: self.batch_tokens,
                 shared_tokens: self.shared_tokens,
+                guesses: self.guesses,
                 max_waiting: self.max_waiting,
                 first_token: self.first_token,
                 ..Default::default()

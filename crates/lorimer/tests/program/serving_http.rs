@@ -12,6 +12,7 @@ use crate::common::{self, Fixture, error, json as run, lorimer};
 
 mod adapters;
 mod answers;
+mod calls;
 mod requests;
 mod running;
 mod sampling;

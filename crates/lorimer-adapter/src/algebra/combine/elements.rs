@@ -2,6 +2,7 @@
 //! 2311.03099), as PEFT's `merge_utils` computes them; and the combinations that apply them to A and to B.
 
 use candle_core::{Result as TensorResult, Tensor};
+use lorimer_tensor::wide;
 
 use super::entry::{Combination, Kind, Weights};
 use super::settings::{MajoritySign, Settings};
@@ -92,15 +93,29 @@ pub(super) struct Limit {
     equal: usize,
 }
 
+impl Limit {
+    /// Whether it says of each value alone, wherever it stands, if it is kept.
+    pub(super) fn is_of_each(&self) -> bool {
+        self.equal == 0
+    }
+}
+
+/// ⌊density · count⌋, or the limit where that is none or all.
+fn kept(count: usize, density: f64) -> std::result::Result<usize, Limit> {
+    let keep = (density * count as f64) as usize;
+    match keep {
+        _ if density >= 1.0 || keep >= count => Err(Limit { above: -1.0, equal: 0 }),
+        0 => Err(Limit { above: f32::INFINITY, equal: 0 }),
+        _ => Ok(keep),
+    }
+}
+
 /// The limit that keeps ⌊density · count⌋ values; `magnitudes` is reordered.
 pub(super) fn limit(magnitudes: &mut [f32], density: f64) -> Limit {
-    let keep = (density * magnitudes.len() as f64) as usize;
-    if density >= 1.0 || keep >= magnitudes.len() {
-        return Limit { above: -1.0, equal: 0 };
-    }
-    if keep == 0 {
-        return Limit { above: f32::INFINITY, equal: 0 };
-    }
+    let keep = match kept(magnitudes.len(), density) {
+        Ok(keep) => keep,
+        Err(limit) => return limit,
+    };
     let (larger, nth, _) = magnitudes.select_nth_unstable_by(keep - 1, |a, b| b.total_cmp(a));
     let above = *nth;
     let strictly = larger.iter().filter(|v| **v > above).count();
@@ -114,13 +129,10 @@ pub(super) fn limit_of_blocks(
     density: f64,
     each: impl Fn(&mut dyn FnMut(&[f32])) -> TensorResult<()>,
 ) -> TensorResult<Limit> {
-    let keep = (density * count as f64) as usize;
-    if density >= 1.0 || keep >= count {
-        return Ok(Limit { above: -1.0, equal: 0 });
-    }
-    if keep == 0 {
-        return Ok(Limit { above: f32::INFINITY, equal: 0 });
-    }
+    let keep = match kept(count, density) {
+        Ok(keep) => keep,
+        Err(limit) => return Ok(limit),
+    };
     // Magnitudes rise with their bits; the sign's is gone.
     let bin = |value: f32| (value.abs().to_bits() >> 15) as usize;
     let mut counts = vec![0usize; 1 << 16];
@@ -140,8 +152,28 @@ pub(super) fn limit_of_blocks(
     Ok(Limit { above, equal: keep - strictly })
 }
 
+/// [`limit`] of `count` values of which `larger` are above all of `within`, and the others below; None where it does not lie among those. Where all that are
+/// equal to it are kept, it is the next smaller number, which says so of each value.
+pub(super) fn limit_within(count: usize, density: f64, larger: usize, mut within: Vec<f32>) -> Option<Limit> {
+    let keep = match kept(count, density) {
+        Ok(keep) => keep,
+        Err(limit) => return Some(limit),
+    };
+    let place = keep.checked_sub(larger + 1).filter(|place| *place < within.len())?;
+    let (above_it, nth, below_it) = within.select_nth_unstable_by(place, |a, b| b.total_cmp(a));
+    let above = *nth;
+    let equal = keep - larger - above_it.iter().filter(|v| **v > above).count();
+    let more = below_it.contains(&above);
+    Some(if more { Limit { above, equal } } else { Limit { above: above.next_down(), equal: 0 } })
+}
+
 /// Zeroes what is not kept; `limit` counts down the equal ones.
 pub(super) fn prune(values: &mut [f32], limit: &mut Limit) {
+    if limit.is_of_each() {
+        let above = limit.above;
+        wide!(values.iter_mut().for_each(|v| *v = if v.abs() > above { *v } else { 0.0 }));
+        return;
+    }
     for value in values {
         let magnitude = value.abs();
         if magnitude > limit.above {
@@ -171,7 +203,7 @@ pub(super) fn mix(all: &[Vec<f32>], weights: &[f64], rule: Elements, majority: M
     let mut sums = vec![0f32; count];
     if !rule.elects() {
         for (values, w) in all.iter().zip(&weights) {
-            sums.iter_mut().zip(values).for_each(|(sum, v)| *sum += v * w);
+            wide!(sums.iter_mut().zip(values).for_each(|(sum, v)| *sum += v * w));
         }
         return sums;
     }
@@ -179,17 +211,19 @@ pub(super) fn mix(all: &[Vec<f32>], weights: &[f64], rule: Elements, majority: M
     for values in all {
         let places = majorities.iter_mut().zip(values);
         match majority {
-            MajoritySign::Total => places.for_each(|(m, v)| *m += v),
-            MajoritySign::Frequency => places.for_each(|(m, &v)| *m += f32::from(v > 0.0) - f32::from(v < 0.0)),
+            MajoritySign::Total => wide!(places.for_each(|(m, v)| *m += v)),
+            MajoritySign::Frequency => {
+                wide!(places.for_each(|(m, &v)| *m += f32::from(v > 0.0) - f32::from(v < 0.0)));
+            }
         }
     }
     let mut counts = vec![0f32; count];
     for (values, w) in all.iter().zip(&weights) {
-        for (((sum, n), &m), &v) in sums.iter_mut().zip(&mut counts).zip(&majorities).zip(values) {
+        wide!(for (((sum, n), &m), &v) in sums.iter_mut().zip(&mut counts).zip(&majorities).zip(values) {
             let agrees = if m >= 0.0 { v > 0.0 } else { v < 0.0 };
             *sum += if agrees { v * w } else { 0.0 };
             *n += f32::from(agrees);
-        }
+        });
     }
     sums.iter_mut().zip(counts).for_each(|(sum, n)| *sum /= n.max(1.0));
     sums
@@ -270,6 +304,18 @@ mod tests {
                     Ok(())
                 });
                 assert_eq!(found.unwrap(), whole, "case {case}, density {density}");
+                // Among those between two of the values, if it lies there, whichever form it has.
+                let (low, high) = (pool[0].abs().min(pool[kinds / 2].abs()), pool[0].abs().max(pool[kinds / 2].abs()));
+                let near = values.iter().map(|v| v.abs()).filter(|v| (low..=high).contains(v)).collect();
+                let larger = values.iter().filter(|v| v.abs() > high).count();
+                let pruned = |limit: Limit| {
+                    let mut kept = values.clone();
+                    prune(&mut kept, &mut { limit });
+                    kept
+                };
+                if let Some(found) = limit_within(values.len(), density, larger, near) {
+                    assert_eq!(pruned(found), pruned(whole), "case {case}, density {density}");
+                }
             }
         }
     }

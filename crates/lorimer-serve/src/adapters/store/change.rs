@@ -2,12 +2,14 @@
 
 use super::stamp::{FileStamp, Stamp};
 use super::{Inner, Named, Put, Store};
+use crate::adapters::found::Found;
 use crate::adapters::hosted::Hosted;
 use crate::adapters::mirror::FRESH;
 use crate::adapters::names::{Code, StoreError, check_name, refuse};
 use crate::adapters::registry::{self, REGISTRY_FILE, Registry, Written};
 use lorimer_adapter::file::store::CONFIG_FILE;
 use lorimer_model::BaseModel;
+use lorimer_model::files::{replace_folder_atomic, write_folder_atomic};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError, TryLockError};
@@ -143,6 +145,56 @@ impl Store {
             given = Some(hosted);
         })?;
         given.ok_or_else(|| StoreError { code: Code::StoreFailed, message: format!("`{name}` was not given") })
+    }
+
+    /// Makes an adapter out of files that `fill` writes into an empty folder, and gives it its name below the root, once it was read and found good.
+    ///
+    /// # Errors
+    ///
+    /// Fails as [`Self::put`] does, if the adapters come from an object store, if `fill` fails, or if the files cannot be written.
+    pub fn receive(
+        &self,
+        model: &(dyn BaseModel + Sync),
+        name: &str,
+        how: &Put,
+        fill: impl FnOnce(&Path) -> lorimer_model::Result<()>,
+    ) -> Result<Arc<Hosted>, StoreError> {
+        check_name(name)?;
+        if self.mirror.is_some() {
+            return refuse(Code::StoreFailed, "the adapters come from an object store; put the files there");
+        }
+        self.catch_up();
+        self.allowed(&self.lock(), name, how)?;
+        let target = self.root.join(name);
+        let there = target.symlink_metadata().is_ok();
+        if there && *how == Put::Create {
+            let message = format!("there is a folder `{name}` already; ask to replace it if that is meant");
+            return refuse(Code::AdapterExists, message);
+        }
+        if there && !target.join(CONFIG_FILE).is_file() {
+            return refuse(Code::PathRefused, format!("`{name}` is a folder of something else than an adapter"));
+        }
+        // The nearest folder that is there says where the others would come to lie.
+        let nearest = target.ancestors().skip(1).find_map(|folder| folder.canonicalize().ok());
+        if !nearest.is_some_and(|folder| folder.starts_with(&self.root)) {
+            return refuse(Code::PathRefused, format!("`{name}` leaves the folder of adapters"));
+        }
+        let mut unfit = None;
+        let fill = |folder: &Path| {
+            fill(folder)?;
+            let read = self.aside(|| self.load(model, &Found::in_folder(folder.to_path_buf())));
+            read.map(drop).map_err(|problem| {
+                unfit = Some(problem.clone());
+                lorimer_model::Error::Unsupported(problem.message)
+            })
+        };
+        let written = if there { replace_folder_atomic(&target, fill) } else { write_folder_atomic(&target, fill) };
+        if let Err(problem) = written {
+            let message = self.without_root(&problem.to_string());
+            return Err(unfit.unwrap_or(StoreError { code: Code::StoreFailed, message }));
+        }
+        // Somebody may have asked for it already, so that the name is there.
+        self.put(model, name, Path::new(name), &Put::Upsert)
     }
 
     pub(super) fn allowed(&self, inner: &Inner, name: &str, how: &Put) -> Result<(), StoreError> {

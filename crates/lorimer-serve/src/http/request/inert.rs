@@ -27,11 +27,7 @@ const INERT: &[(&str, &[&str], &str)] = &[
     ("prediction", &[], "answers are not predicted"),
     ("functions", &["[]"], "give `tools`"),
     ("function_call", &["\"none\"", "\"auto\""], "give `tools`"),
-    (
-        "parallel_tool_calls",
-        &["true"],
-        "an answer has as many calls of tools as the model writes; demand a function in `tool_choice` for one",
-    ),
+    ("parallel_tool_calls", &["*"], ""),
     ("reasoning_effort", &[], "hand it to a template that knows it, in `chat_template_kwargs`"),
     ("verbosity", &["\"medium\""], "say in a message how long the answer should be"),
     ("web_search_options", &[], "nothing is searched"),

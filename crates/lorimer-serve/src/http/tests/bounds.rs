@@ -11,7 +11,7 @@ async fn serving(bounds: Bounds, app: Arc<App>) -> (SocketAddr, tokio::sync::one
     let address = listener.local_addr().unwrap();
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let stopped = async move { _ = stopped.await };
-    (address, stop, tokio::spawn(serve_within(bounds, listener, app, stopped, Duration::from_millis(200))))
+    (address, stop, tokio::spawn(serve_within(bounds, (listener, None), app, stopped, Duration::from_millis(200))))
 }
 
 type Serving = tokio::task::JoinHandle<std::io::Result<()>>;

@@ -124,6 +124,51 @@ fn batched_is_alone_for_every_method() {
     }
 }
 
+/// Tokens that are drawn are those without guesses, with their log-probabilities, whatever an adapter keeps of each token.
+#[test]
+fn guesses_change_nothing_for_any_method() {
+    let model = model();
+    let mut rng = ChaCha8Rng::seed_from_u64(8);
+    let mut requests = Vec::new();
+    for entry in methods::REGISTRY {
+        let Some((settings, _)) = entry.laws.first() else { continue };
+        let adapter = moved(&model, entry.name, settings);
+        let hosted = Arc::new(Hosted::new(&model, &adapter, entry.name.into(), None).unwrap());
+        for temperature in [0.0, 0.6] {
+            // Prompts that repeat themselves, so that there is something to guess.
+            let part: Vec<u32> = (0..rng.random_range(3..9)).map(|_| rng.random_range(0..40)).collect();
+            let asked = request(part.repeat(4), vec![(hosted.clone(), 1.0)], 24);
+            let sampling = Sampling { temperature, ..asked.sampling.clone() };
+            requests.push(Request { sampling, seed: 3, log_probabilities: Some(2), ..asked });
+        }
+    }
+    let answers = |guesses: usize| {
+        let policy = Policy { guesses, max_running: 7, ..Default::default() };
+        let settings = EngineSettings { pool_bytes: 1 << 24, policy, prefix_cache: true };
+        let mut engine = Engine::new(&model, settings).unwrap();
+        let mut answers: Vec<Vec<(u32, f32)>> = vec![Vec::new(); requests.len()];
+        requests.iter().for_each(|request| _ = engine.submit(request.clone(), 0.0).unwrap().unwrap());
+        while !engine.is_idle() {
+            for event in engine.step(0.0) {
+                let Event::Token(id, token, _) = event else { panic!("{event:?}") };
+                answers[id as usize].push((token.token, token.log_probability.unwrap()));
+            }
+        }
+        (answers, engine.state())
+    };
+    let ((plain, none), (guessed, some)) = (answers(0), answers(6));
+    assert!(
+        none.guessed_tokens == 0 && some.accepted_tokens > 100 && some.guessed_tokens > some.accepted_tokens,
+        "{some:?}"
+    );
+    for (i, (plain, guessed)) in plain.iter().zip(&guessed).enumerate() {
+        let tokens = |all: &[(u32, f32)]| all.iter().map(|(token, _)| *token).collect::<Vec<_>>();
+        assert_eq!(tokens(plain), tokens(guessed), "request {i}");
+        let apart = plain.iter().zip(guessed).map(|(a, b)| (a.1 - b.1).abs()).fold(0.0, f32::max);
+        assert!(apart < 1e-4, "request {i}: {apart}");
+    }
+}
+
 #[test]
 fn sums_of_weighted_adapters_in_one_batch() {
     let model = model();
@@ -169,6 +214,12 @@ fn answer(model: &dyn BaseModel, adaptation: &dyn Adaptation, prompt: &[u32], n:
 /// has to be preempted or thrown out meanwhile; at the end the account of the pool is exact.
 #[test]
 fn an_engine_answers_as_if_each_were_alone() {
+    for guesses in [0, 7] {
+        answers_as_if_each_were_alone(guesses);
+    }
+}
+
+fn answers_as_if_each_were_alone(guesses: usize) {
     let model = model();
     let settings = [
         ("lora", r#"{"r": 2}"#),
@@ -183,7 +234,7 @@ fn an_engine_answers_as_if_each_were_alone() {
     let geometry = Geometry::of(model.shape());
     let largest = hosted.iter().map(|h| h.pages(geometry)).max().unwrap();
     let mut rng = ChaCha8Rng::seed_from_u64(2);
-    let policy = Policy { batch_tokens: 24, max_running: 9, ..Default::default() };
+    let policy = Policy { batch_tokens: 24, max_running: 9, guesses, ..Default::default() };
     let pool_bytes = (2 * largest + geometry.pages_of_tokens(260)) * geometry.page_bytes();
     let mut engine = Engine::new(&model, EngineSettings { pool_bytes, policy, prefix_cache: true }).unwrap();
     let shared: Vec<u32> = (0..40).map(|_| rng.random_range(0..40)).collect();
@@ -235,6 +286,7 @@ fn an_engine_answers_as_if_each_were_alone() {
     let state = engine.state();
     assert_eq!(state.free_pages + state.adapter_pages + state.cached_pages, state.pages);
     assert!(state.adapter_evictions > 0 && state.cached_tokens > 0, "{state:?}");
+    assert_eq!((state.guessed_tokens > 300, state.accepted_tokens > 100), (guesses > 0, guesses > 0), "{state:?}");
     let mut compared = 0;
     for (id, (which, prompt, n)) in &wanted {
         let (expected, closest) = match adapters.get(*which) {

@@ -52,7 +52,7 @@ impl Along {
             let g = &g[row * width..][..width];
             for e in span[0]..span[1] {
                 let at = self.columns[e] * width;
-                dw[e] = wide(|| sum2(g, &x[at..at + width], |a, b| a * b));
+                dw[e] = wide!(sum2(g, &x[at..at + width], |a, b| a * b));
                 dx[at..at + width].iter_mut().zip(g).for_each(|(dx, &g)| *dx += weights[e] * g);
             }
         }

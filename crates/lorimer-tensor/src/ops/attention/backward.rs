@@ -1,14 +1,26 @@
 //! The exact backward of attention: each key head of each segment is a task, and what tasks give for the same key rows is added in a fixed order.
 
+use std::collections::VecDeque;
+use std::ops::Range;
+
 use rayon::prelude::*;
 
-use super::{Attention, BLOCK, Segment, Weights};
+use super::tiles::{Buffers, Queries, Rows};
+use super::{Attention, BLOCK, Segment};
 use crate::kernels::real::Real;
-use crate::kernels::shared::{Shared, Strides};
-use crate::kernels::slices::{product, product_raw};
+use crate::kernels::shared::Shared;
 
 /// A segment and one of its key heads.
 pub(super) type Task<'a> = (&'a Segment, usize);
+
+/// Query rows of a task: so many have dK and dV of their own at most.
+const ROWS: usize = 4096;
+
+/// Adds what a part gives for the same keys.
+fn add<T: Real>(sums: &mut (Vec<T>, Vec<T>), part: (Vec<T>, Vec<T>)) {
+    sums.0.iter_mut().zip(part.0).for_each(|(sum, part)| *sum += part);
+    sums.1.iter_mut().zip(part.1).for_each(|(sum, part)| *sum += part);
+}
 
 impl Attention {
     /// Every key head of every segment.
@@ -21,63 +33,91 @@ impl Attention {
         let [q, k, ..] = inputs;
         let mut dq = vec![T::zero(); q.len()];
         let out_q = Shared(dq.as_mut_ptr());
+        let group = self.heads / self.kv_heads;
+        let parts = self.segments.iter().flat_map(|s| {
+            (0..self.heads)
+                .flat_map(move |head| (0..s.q_len).step_by(ROWS).map(move |at| (s, head, at..(at + ROWS).min(s.q_len))))
+        });
+        let parts: Vec<_> = parts.collect();
+        let run = |(s, head, rows): &(&Segment, usize, Range<usize>)| {
+            // SAFETY: parts are apart from each other in segments, whose query rows are disjoint (checked in `of_shapes`), in their rows, or in
+            // heads, and so in columns; `dq` is as long as `q` and lives until they are done.
+            unsafe { self.part_backward(inputs, s, *head, rows.clone(), out_q) }
+        };
+        let mut found: VecDeque<_> = parts.par_iter().with_max_len(1).map(run).collect::<Vec<_>>().into();
         let tasks = self.tasks();
-        // SAFETY: tasks are apart from each other in segments, whose query rows are disjoint (checked in `of_shapes`), or in heads, and so in columns;
-        // `dq` is as long as `q` and lives until they are done.
-        let run = |&task: &Task<'_>| unsafe { self.exact_backward(inputs, task, out_q) };
-        let parts: Vec<_> = tasks.par_iter().map(run).collect();
-        let [dk, dv] = self.add_parts(k.len(), &tasks, parts);
+        let sums = tasks.iter().map(|(s, _)| {
+            let mut parts = found.drain(..(group * s.q_len.div_ceil(ROWS)).min(found.len()));
+            let mut sums = parts.next().unwrap_or_default();
+            parts.for_each(|part| add(&mut sums, part));
+            sums
+        });
+        let sums: Vec<_> = sums.collect();
+        let [dk, dv] = self.add_parts(k.len(), &tasks, sums);
         [dq, dk, dv]
     }
 
-    /// One task of it: writes dQ and gives dK and dV of the segment's keys (keys, d) each.
-    ///
-    /// dV = Pᵀ dO, dS = P∘(dO Vᵀ − rowsum(dO∘O))·scale (times the cap's slope), dQ = dS K, dK = dSᵀ Q, with P formed again.
+    /// A key head of a segment: writes dQ and gives dK and dV of the segment's keys (keys, d) each.
     ///
     /// # Safety
     /// `out_q` is as long as q, and nobody else uses the columns of this key head's queries in the segment's query rows.
     pub(super) unsafe fn exact_backward<T: Real>(
         &self,
-        [q, k, v, y, g]: [&[T]; 5],
+        inputs: [&[T]; 5],
         (s, kv): Task<'_>,
         out_q: Shared<T>,
     ) -> (Vec<T>, Vec<T>) {
-        let (q_width, kv_width) = (self.q_width(), self.kv_heads * self.form.head_dim);
-        let (d, group) = (self.form.head_dim, self.heads / self.kv_heads);
-        let (k, k_stride) = s.key_rows(k, kv_width, kv * d, d);
-        let (v, v_stride) = s.key_rows(v, kv_width, kv * d, d);
+        let group = self.heads / self.kv_heads;
+        let mut sums = <(Vec<T>, Vec<T>)>::default();
+        for head in kv * group..(kv + 1) * group {
+            for at in (0..s.q_len).step_by(ROWS) {
+                // SAFETY: the caller's contract.
+                let part = unsafe { self.part_backward(inputs, s, head, at..(at + ROWS).min(s.q_len), out_q) };
+                match sums.0.is_empty() {
+                    true => sums = part,
+                    false => add(&mut sums, part),
+                }
+            }
+        }
+        sums
+    }
+
+    /// Some of a segment's query rows in one head: writes dQ and gives what they add to dK and dV of the segment's keys.
+    ///
+    /// # Safety
+    /// `out_q` is as long as q, and nobody else uses the head's columns of these rows.
+    unsafe fn part_backward<T: Real>(
+        &self,
+        [q, k, v, y, g]: [&[T]; 5],
+        s: &Segment,
+        head: usize,
+        rows: Range<usize>,
+        out_q: Shared<T>,
+    ) -> (Vec<T>, Vec<T>) {
+        let (d, kv_width) = (self.form.head_dim, self.kv_heads * self.form.head_dim);
+        let column = self.key_column(head);
+        let [k, v] = [k, v].map(|rows| Rows::new(s, rows, kv_width, (column, d), true));
         let size = s.key_count() * d;
         let (mut dk, mut dv) = (vec![T::zero(); size], vec![T::zero(); size]);
-        let (one, q_strides, thin) = (T::one(), Strides(q_width, 1), Strides(d, 1));
-        for head in kv * group..(kv + 1) * group {
-            for from in (0..s.q_len).step_by(BLOCK) {
-                let n = BLOCK.min(s.q_len - from);
-                let Weights { p, first, keys, slope } = self.weights(q, (&k, k_stride), (s, head), from, n);
-                let (k, v) = (&k[first * k_stride..], &v[first * v_stride..]);
-                let row = (s.q_start + from) * q_width + head * d;
-                let (q, g) = (&q[row..], &g[row..]);
-                let mut ds = vec![T::zero(); n * keys];
-                let (wide, turned) = (Strides(keys, 1), Strides(1, keys));
-                product((n, keys, d), &mut ds, wide, false, g, q_strides, v, Strides(1, v_stride), one, false);
-                for (i, (ds, p)) in ds.chunks_exact_mut(keys).zip(p.chunks_exact(keys)).enumerate() {
-                    let (g, y) = (&g[i * q_width..][..d], &y[row + i * q_width..][..d]);
-                    let along: T = g.iter().zip(y).map(|(&g, &y)| g * y).sum();
-                    let scale = T::from_f64(self.form.scale);
-                    ds.iter_mut().zip(p).for_each(|(ds, &p)| *ds = p * (*ds - along) * scale);
-                }
-                if let Some(slope) = slope {
-                    ds.iter_mut().zip(slope).for_each(|(ds, slope)| *ds *= slope);
-                }
-                assert!((keys - 1) * k_stride + d <= k.len());
-                // SAFETY: the caller's contract, and `new` checked the query rows to lie inside; `ds` and `k` are as long as their shapes say.
-                unsafe {
-                    let (dq, ds, k) = (out_q.at(row), ds.as_ptr(), k.as_ptr());
-                    product_raw((n, d, keys), dq, q_strides, false, ds, wide, k, Strides(k_stride, 1), one, false);
-                }
-                let (dk, dv) = (&mut dk[first * d..], &mut dv[first * d..]);
-                product((keys, d, n), dk, thin, true, &ds, turned, q, q_strides, one, false);
-                product((keys, d, n), dv, thin, true, &p, turned, g, q_strides, one, false);
+        let mut buffers = Buffers::new(d);
+        for from in rows.clone().step_by(BLOCK) {
+            let queries = Queries { segment: s, head, rows: from..(from + BLOCK).min(rows.end) };
+            let first = s.q_start + from;
+            let mut logs = [T::zero(); BLOCK];
+            let kept = |row: usize| self.logs.get()?.get((first + row) * self.heads + head).copied();
+            let known = (0..queries.rows.len()).all(|row| {
+                let log = kept(row).filter(|log| !log.is_nan());
+                logs[row] = T::from_f64(log.unwrap_or_default());
+                log.is_some()
+            });
+            if !known {
+                self.attend(&queries, (q, &k, None), &mut buffers, |row, _, log| logs[row] = log);
             }
+            self.attend_backward(&queries, ([q, y, g], &k, &v), &logs, (&mut dk, &mut dv), &mut buffers, |row, dq| {
+                let at = (first + row) * self.heads + head;
+                // SAFETY: the caller's contract, and `of_shapes` checked the query rows to lie inside.
+                unsafe { out_q.at(at * d).copy_from_nonoverlapping(dq.as_ptr(), d) };
+            });
         }
         (dk, dv)
     }

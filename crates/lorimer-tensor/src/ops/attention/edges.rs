@@ -151,7 +151,7 @@ impl Attention {
         for head in 0..self.heads {
             let q = &q[(s.q_start + row) * self.q_width() + head * d..][..d];
             let column = self.key_column(head);
-            wide(|| {
+            wide!({
                 for (p, &place) in p.iter_mut().zip(&places[seen.clone()]) {
                     *p = sum2(q, &k[place * self.kv_stride + column..][..d], |a, b| a * b) * scale;
                 }
