@@ -1,23 +1,27 @@
 #!/usr/bin/env python3
 """The server as its real clients use it: the `openai` package, the page in headless Chromium, and adapters in an S3-compatible store.
 
-usage: check.py LORIMER CHROMIUM [SCREENSHOT.png]
+usage: check.py LORIMER CHROMIUM [FOLDER_OF_SCREENSHOTS]
 
-Needs the packages `openai`, `playwright`, `moto[server]` and `boto3`. Trains two small adapters of the tiny base of the tests, serves them and asks. Ends with an error where
+Needs the packages `openai`, `playwright`, `moto[server]`, `cryptography` and `boto3`. Trains two small adapters of the tiny base of the tests, serves them and asks. Ends with an error where
 something is not as it should be.
 """
-import json, os, pathlib, shutil, subprocess, sys, tempfile, time, urllib.error, urllib.request
+import datetime, ipaddress, json, os, pathlib, shutil, socket, ssl, subprocess, sys, tempfile, time, urllib.error, urllib.request
 
 from typing import Annotated, Literal
 
 import boto3
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from moto.server import ThreadedMotoServer
-from openai import BadRequestError, NotFoundError, OpenAI
-from playwright.sync_api import expect, sync_playwright
+from openai import BadRequestError, DefaultHttpx2Client, NotFoundError, OpenAI
 from pydantic import BaseModel, Field
 
+from page import check as check_page
+
 lorimer, chromium = sys.argv[1:3]
-screenshot = sys.argv[3] if len(sys.argv) > 3 else None
+screenshots = sys.argv[3] if len(sys.argv) > 3 else None
 base = pathlib.Path(__file__).resolve().parents[1] / "goldens" / "tiny-llama"
 folder = pathlib.Path(tempfile.mkdtemp())
 rows = [("up", "yes"), ("down", "no")]
@@ -95,45 +99,46 @@ def with_encoder():
     end(server)
 
 
-def with_chromium(url):
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1280, "height": 720})
-        problems = []
-        page.on("pageerror", lambda e: problems.append(str(e)))
-        page.on("console", lambda m: problems.append(m.text) if m.type == "error" else None)
-        page.on("request", lambda r: problems.append(r.url) if not r.url.startswith(url) else None)
-        page.goto(url)
-        expect(page.locator("#adapters li")).to_have_count(3)
-        page.get_by_label("Search adapters").fill("YES")
-        expect(page.locator("#adapters li")).to_have_count(1)
-        page.get_by_title("chat with it").click()
-        page.get_by_label("Search adapters").fill("bone")
-        page.get_by_title("compare with it").click()
-        expect(page.locator("section h2")).to_have_text(["yes-no", "tenant/bone"])
-        page.get_by_label("Message").fill("up 3")
-        page.get_by_label("Message").press("Enter")
-        expect(page.locator("section:first-child .assistant")).to_have_text("yes")
-        expect(page.locator("section .speed")).to_contain_text(["tokens, first after"] * 2)
-        # A second turn, sent with the button.
-        page.get_by_label("Message").fill("down 5")
-        page.get_by_role("button", name="Send").click()
-        expect(page.locator("section:first-child .assistant").nth(1)).to_have_text("no")
-        expect(page.locator("#pooltext")).to_contain_text("adapters")
-        expect(page.locator("#pool i")).to_have_count(3)
-        if screenshot:
-            page.screenshot(path=screenshot)
-        # The adapter goes while the page is open: the error is shown, not swallowed.
-        urllib.request.urlopen(urllib.request.Request(f"{url}/v1/adapters/yes-no", method="DELETE"))
-        page.get_by_label("Message").fill("up 4")
-        page.get_by_role("button", name="Send").click()
-        expect(page.locator("section:first-child .error")).to_contain_text("no adapter")
-        # Narrow, as on a telephone: everything is still there.
-        page.set_viewport_size({"width": 380, "height": 720})
-        expect(page.get_by_label("Message")).to_be_in_viewport()
-        problems = [p for p in problems if "404" not in p]
-        assert not problems, problems
-        browser.close()
+def certificate(name, serial):
+    """A certificate for 127.0.0.1 that signs itself, and its key, as PEM files."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    own = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
+    now = datetime.datetime.now(datetime.timezone.utc)
+    names = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    built = (x509.CertificateBuilder().subject_name(own).issuer_name(own).public_key(key.public_key()).serial_number(serial)
+             .not_valid_before(now - datetime.timedelta(days=1)).not_valid_after(now + datetime.timedelta(days=1))
+             .add_extension(names, False).add_extension(x509.BasicConstraints(True, None), True).sign(key, hashes.SHA256()))
+    plain = serialization.NoEncryption()
+    (folder / f"{name}.key").write_bytes(key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain))
+    (folder / f"{name}.pem").write_bytes(built.public_bytes(serialization.Encoding.PEM))
+
+
+def with_tls():
+    certificate("own", 1)
+    certificate("other", 2)
+    refused = subprocess.run([lorimer, "serve", "--model", base, "--tls-cert", folder / "own.pem", "--tls-key", folder / "other.key"], capture_output=True, text=True)
+    assert refused.returncode == 1 and "cannot be used" in refused.stderr, refused
+    server, url = serve(root, "--tls-cert", folder / "own.pem", "--tls-key", folder / "own.key")
+    assert url.startswith("https://"), url
+    port = int(url.rsplit(":", 1)[1])
+    trusted = ssl.create_default_context(cafile=folder / "own.pem")
+    client = OpenAI(base_url=url + "/v1", api_key="none", max_retries=0, http_client=DefaultHttpx2Client(verify=trusted))
+    stream = client.chat.completions.create(model="yes-no", messages=[message("user", "up 3")], max_tokens=8, temperature=0, stream=True)
+    assert "".join(c.choices[0].delta.content or "" for c in stream) == "yes"
+    # Whoever speaks no TLS, or an old one, gets nothing and holds nobody up.
+    with socket.create_connection(("127.0.0.1", port)) as plain:
+        plain.sendall(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert b"200" not in plain.recv(1000)
+    serial = lambda: x509.load_pem_x509_certificate(ssl.get_server_certificate(("127.0.0.1", port)).encode()).serial_number
+    assert serial() == 1
+    # A certificate that was renewed; for a moment its key is not there yet.
+    time.sleep(10.5)
+    shutil.copy(folder / "other.pem", folder / "own.pem")
+    assert serial() == 1
+    shutil.copy(folder / "other.key", folder / "own.key")
+    time.sleep(10.5)
+    assert serial() == 2
+    end(server)
 
 
 def with_s3():
@@ -216,11 +221,12 @@ def with_s3():
     assert not any(".." in str(p.relative_to(cache)) for p in cache.rglob("*")) and not (folder / "up").exists()
 
 
-server, url = serve(root)
+server, url = serve(root, "--allow-uploads")
 with_openai(url)
-with_chromium(url)
+check_page(url, chromium, root / "yes-no", screenshots)
 end(server)
+with_tls()
 with_s3()
 with_encoder()
 shutil.rmtree(folder)
-print("the openai client, the page and the object store do what they should")
+print("the openai client, the page, TLS and the object store do what they should")

@@ -184,8 +184,11 @@ impl Store {
             fill(folder)?;
             let read = self.aside(|| self.load(model, &Found::in_folder(folder.to_path_buf())));
             read.map(drop).map_err(|problem| {
-                unfit = Some(problem.clone());
-                lorimer_model::Error::Unsupported(problem.message)
+                // The folder has a name for the time being.
+                let own = folder.file_name().map(|own| own.to_string_lossy().into_owned()).unwrap_or_default();
+                let message = problem.message.replace(&own, name.rsplit('/').next().unwrap_or(name));
+                unfit = Some(StoreError { message: message.clone(), ..problem });
+                lorimer_model::Error::Unsupported(message)
             })
         };
         let written = if there { replace_folder_atomic(&target, fill) } else { write_folder_atomic(&target, fill) };

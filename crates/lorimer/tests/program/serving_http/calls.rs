@@ -143,7 +143,8 @@ fn adapters_come_as_files() {
     ] {
         let refused = upload(&server, path, headers, body);
         assert_eq!(refused.code(), code, "{path}: {}", refused.body);
-        assert!(!refused.body.contains(&root), "{path} tells a path: {}", refused.body);
+        let tells = refused.body.contains(&root) || refused.body.contains(".tmp");
+        assert!(!tells, "{path} tells a path: {}", refused.body);
     }
     assert_eq!(listed(), before, "something is left over");
     let told = upload(&server, "team/new/upload", key, &good);
