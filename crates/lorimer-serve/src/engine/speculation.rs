@@ -9,6 +9,8 @@ const LONGEST_MATCH: usize = 4;
 const SHORTEST_MATCH: usize = 2;
 /// Tokens before the last that are looked through.
 const REACH: usize = 16 << 10;
+/// Most tokens that are guessed, whatever is asked for.
+const MOST: usize = 256;
 /// Steps without a guess after one of which nothing stood, and most of them.
 const REST: (u32, u32) = (2, 64);
 
@@ -47,7 +49,7 @@ impl Speculation {
                 (self.length, self.rest) = (1, self.next_rest);
                 self.next_rest = (2 * self.next_rest).min(REST.1);
             }
-            n if n == guessed => (self.length, self.next_rest) = (2 * self.length.max(n), REST.0),
+            n if n == guessed => (self.length, self.next_rest) = ((2 * self.length.max(n)).min(MOST), REST.0),
             n => (self.length, self.next_rest) = (n, REST.0),
         }
     }
@@ -113,7 +115,8 @@ mod tests {
             assert!((0..rest).all(|_| speculation.guess(&again, 9).is_empty()));
             assert_eq!(speculation.guess(&again, 9).len(), 1);
         }
-        speculation.stood(1, 1);
+        (0..100).for_each(|_| speculation.stood(1, 1));
+        assert_eq!(speculation.guess(&again, 9).len(), 9);
         speculation.stood(0, 2);
         assert_eq!((speculation.rest, speculation.length), (2, 1));
     }

@@ -68,3 +68,13 @@ pub(super) fn permitted(
     let message = format!("this call needs `Authorization: Bearer` with the {what} key");
     Err(ApiError::new(StatusCode::UNAUTHORIZED, "unauthorized", message))
 }
+
+/// Refuses pages of other sites, which may send forms and calls without a body without being asked.
+pub(super) fn same_site(headers: &HeaderMap) -> Result<(), ApiError> {
+    let of = |name| headers.get(name).and_then(|value: &header::HeaderValue| value.to_str().ok());
+    let Some(origin) = of(header::ORIGIN) else { return Ok(()) };
+    match origin.split_once("://").map(|(_, host)| host) == of(header::HOST) {
+        true => Ok(()),
+        false => Err(ApiError::new(StatusCode::FORBIDDEN, "wrong_host", "pages of other sites cannot do this")),
+    }
+}

@@ -5,11 +5,12 @@ use std::sync::atomic::Ordering;
 
 use axum::Json;
 use axum::extract::State;
-use axum::http::StatusCode;
+use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
 use super::app::App;
+use super::client::same_site;
 use super::error::{ApiError, Failure, engine_failed, stopping};
 
 /// Refuses where only a new start helps.
@@ -61,8 +62,9 @@ fn drained(app: &App, draining: bool) -> Json<Value> {
 
 /// `POST /drain`: not ready from now on; requests that come all the same are answered.
 #[utoipa::path(post, path = "/drain", tag = "administration", responses((status = 200, description = "`draining`, and the requests that are left", body = Object), (status = "4XX", description = "Refused", body = Failure)))]
-pub async fn drain(State(app): State<Arc<App>>) -> Json<Value> {
-    drained(&app, true)
+pub async fn drain(State(app): State<Arc<App>>, headers: HeaderMap) -> Result<Json<Value>, ApiError> {
+    same_site(&headers)?;
+    Ok(drained(&app, true))
 }
 
 /// `DELETE /drain`: ready again.

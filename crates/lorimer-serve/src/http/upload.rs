@@ -9,7 +9,7 @@ use std::time::Duration;
 use axum::Json;
 use axum::extract::multipart::{Multipart, MultipartError, MultipartRejection};
 use axum::extract::{OriginalUri, Path, State};
-use axum::http::{HeaderMap, StatusCode, header};
+use axum::http::{HeaderMap, StatusCode};
 use lorimer_model::Error;
 use lorimer_model::files::is_plain_file_name;
 use serde_json::Value;
@@ -17,6 +17,7 @@ use tokio::sync::mpsc;
 
 use super::admin::{changed, report};
 use super::app::App;
+use super::client::same_site;
 use super::error::{ApiError, Failure};
 use crate::adapters::store::Put;
 
@@ -35,16 +36,6 @@ enum Part {
     Bytes(axum::body::Bytes),
     /// All is there.
     End,
-}
-
-/// Refuses pages of other sites, which may send forms without being asked.
-fn same_site(headers: &HeaderMap) -> Result<(), ApiError> {
-    let of = |name| headers.get(name).and_then(|value: &header::HeaderValue| value.to_str().ok());
-    let Some(origin) = of(header::ORIGIN) else { return Ok(()) };
-    match origin.split_once("://").map(|(_, host)| host) == of(header::HOST) {
-        true => Ok(()),
-        false => Err(ApiError::new(StatusCode::FORBIDDEN, "wrong_host", "pages of other sites cannot upload adapters")),
-    }
 }
 
 fn unreadable(problem: &MultipartError) -> ApiError {

@@ -61,7 +61,11 @@ fn a_drained_server_answers_and_is_not_ready() {
     let mut server = Server::start(&f, &root, &["--drain", "2"]);
     let status = |path: &str| server.get(path).status;
     assert_eq!([status("/livez"), status("/readyz"), status("/health")], [200; 3]);
-    let told = server.post("/drain", &json!({}));
+    // A page of another site may send this without being asked.
+    assert_eq!(server.request("POST", "/drain", "Origin: http://elsewhere.example\r\n", "").code(), "wrong_host");
+    assert_eq!(status("/readyz"), 200);
+    let own = format!("Origin: http://{}\r\n", server.address);
+    let told = server.request("POST", "/drain", &own, "");
     assert_eq!((told.status, &told.json()["draining"]), (200, &json!(true)), "{}", told.body);
     assert_eq!([status("/livez"), status("/readyz"), status("/health")], [200, 503, 200]);
     assert_eq!(server.get("/readyz").code(), "draining");
