@@ -53,6 +53,22 @@ fn texts_become_tokens_and_tokens_texts() {
     }
 }
 
+/// A tokenizer that puts a token before a text does so where it is asked, whichever server's fields ask.
+#[test]
+fn special_tokens_are_put_around_texts_that_ask_for_them() {
+    let mut f = Fixture::new();
+    f.model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/goldens/tiny-gemma3").display().to_string();
+    let server = bare(&f);
+    for (ask, tokens) in [
+        (json!({ "prompt": "up" }), json!([2, 89, 84])),
+        (json!({ "prompt": "up", "add_special_tokens": false }), json!([89, 84])),
+        (json!({ "content": "up" }), json!([89, 84])),
+        (json!({ "content": "up", "add_special": true }), json!([2, 89, 84])),
+    ] {
+        assert_eq!(server.post("/tokenize", &ask).json()["tokens"], tokens, "{ask}");
+    }
+}
+
 /// What is drained is not ready and answers; told to stop it is not ready for a while first.
 #[test]
 fn a_drained_server_answers_and_is_not_ready() {
