@@ -45,6 +45,19 @@ pub(crate) fn erf_f32(x: f32) -> f32 {
     if size < 0.6 { near * x * std::f32::consts::FRAC_2_SQRT_PI } else { far }
 }
 
+/// The sum of sixteen lanes, by halves, so that no addition waits for fifteen others.
+#[inline(always)]
+fn sum_of<T: Real>(mut lanes: [T; 16]) -> T {
+    let mut half = 8;
+    while half > 0 {
+        for i in 0..half {
+            lanes[i] += lanes[i + half];
+        }
+        half /= 2;
+    }
+    lanes[0]
+}
+
 /// Σ f(a, b) in sixteen lanes.
 #[inline(always)]
 pub(crate) fn sum2<T: Real>(a: &[T], b: &[T], f: impl Fn(T, T) -> T) -> T {
@@ -56,15 +69,7 @@ pub(crate) fn sum2<T: Real>(a: &[T], b: &[T], f: impl Fn(T, T) -> T) -> T {
             *lane += f(a, b);
         }
     }
-    // By halves, so that no addition waits for fifteen others.
-    let mut half = 8;
-    while half > 0 {
-        for i in 0..half {
-            lanes[i] += lanes[i + half];
-        }
-        half /= 2;
-    }
-    lanes[0] + tail
+    sum_of(lanes) + tail
 }
 
 /// The largest of a row.
@@ -98,14 +103,7 @@ pub(crate) fn exp_below<T: Real>(row: &mut [T], top: T) -> T {
             *v = (*v - top).exp_fast();
             sum += *v;
         }
-        let mut half = 8;
-        while half > 0 {
-            for i in 0..half {
-                lanes[i] += lanes[i + half];
-            }
-            half /= 2;
-        }
-        lanes[0] + sum
+        sum_of(lanes) + sum
     })
 }
 
