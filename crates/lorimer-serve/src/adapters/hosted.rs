@@ -40,6 +40,9 @@ pub struct HostedLayer {
     pub delta: Arc<dyn BlockDelta>,
 }
 
+/// Projections that no key or value of their block depends on.
+const AFTER_KEYS: [&str; 6] = ["q_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj"];
+
 /// How an adapter came into this form.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Conversion {
@@ -72,6 +75,8 @@ pub struct Hosted {
     pub experts: HashMap<String, Spread>,
     /// Layers after blocks' attention, in the blocks' order.
     pub layers: Vec<HostedLayer>,
+    /// Whether keys and values are the base's with it: it changes nothing but what comes after those of the last block.
+    pub leaves_keys: bool,
     /// How exact it is.
     pub conversion: Conversion,
     /// Why it may only be used alone and at weight 1, if so.
@@ -267,6 +272,7 @@ impl Hosted {
             places: HashMap::new(),
             experts: experts_of(adapter)?,
             layers: Vec::new(),
+            leaves_keys: false,
             conversion: Conversion { exact: 0, modules: 0, error: 0.0 },
             not_additive: adapter.method.not_additive(),
             template: None,
@@ -301,6 +307,13 @@ impl Hosted {
             hosted.places.insert(path, Place { rank, a, b, output_scale, bias, gate });
         }
         hosted.layers = layers_of(adapter)?;
+        let last = model.shape().layers.len().checked_sub(1);
+        let after = |site: &Site| site.is_head || (site.layer == last && AFTER_KEYS.contains(&site.role.as_str()));
+        let changes = |site: &Site| {
+            hosted.places.contains_key(&site.path) || adapter.parameters().contains_key(&site.bias_path())
+        };
+        let mut changed = projections.iter().map(|(site, _)| site).filter(|site| changes(site));
+        hosted.leaves_keys = hosted.layers.is_empty() && hosted.router.is_none() && changed.all(|site| after(site));
         hosted.conversion.modules += hosted.layers.len();
         hosted.conversion.exact += hosted.layers.len();
         hosted.conversion.error = if whole > 0.0 { (wrong / whole).sqrt() } else { 0.0 };

@@ -32,6 +32,8 @@ pub struct Asked {
     pub pages_per_block: usize,
     /// What keys and values depend on beside the tokens.
     pub content: String,
+    /// What its rows are computed with: those of a group stand next to each other.
+    pub group: String,
     /// Whom it is for.
     pub tenant: Tenant,
 }
@@ -59,6 +61,8 @@ pub struct Sequence {
     per_block: usize,
     /// What its keys and values depend on beside the tokens.
     content: String,
+    /// What its rows are computed with.
+    group: String,
     adapters: Vec<(Arc<str>, usize)>,
     /// How many of its adapters are leased to it.
     leased: usize,
@@ -165,6 +169,7 @@ impl Batching {
             whole: asked.whole,
             per_block: self.geometry.layers + asked.pages_per_block,
             content: asked.content,
+            group: asked.group,
             adapters: asked.adapters,
             leased: 0,
             shared: 0,
@@ -314,7 +319,7 @@ impl Batching {
         }
         // Making room for a later one may have preempted an earlier one.
         step.work.retain(|(id, _)| self.sequences.get(id).is_some_and(|s| s.runs));
-        step.work.sort_by_cached_key(|(id, _)| (self.sequences.get(id).map(|s| s.content.clone()), *id));
+        step.work.sort_by_cached_key(|(id, _)| (self.sequences.get(id).map(|s| s.group.clone()), *id));
         step
     }
 

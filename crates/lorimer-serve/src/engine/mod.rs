@@ -305,8 +305,10 @@ impl<'m> Engine<'m> {
     /// A request as it is scheduled: what it has of its answer is computed like a prompt.
     fn asked(&self, in_flight: &InFlight, mut prompt: Vec<u32>) -> Asked {
         let request = &in_flight.request;
-        let content: Vec<String> =
-            request.adapters.iter().map(|(a, weight)| format!("{}*{}", a.content_id, weight.to_bits())).collect();
+        let named = |wanted: &dyn Fn(&Hosted) -> bool| {
+            let wanted = request.adapters.iter().filter(|(a, _)| wanted(a));
+            wanted.map(|(a, weight)| format!("{}*{}", a.content_id, weight.to_bits())).collect::<Vec<_>>().join("+")
+        };
         let pages = |(a, _): &(Arc<Hosted>, f32)| (a.content_id.as_str().into(), a.pages(self.geometry));
         let whole = request.of_prompt && in_flight.reported < prompt.len();
         prompt.extend_from_slice(&in_flight.answer);
@@ -319,7 +321,8 @@ impl<'m> Engine<'m> {
             expected: Some(in_flight.expected.min(max_tokens)),
             adapters: request.adapters.iter().map(pages).collect(),
             pages_per_block: self.pages_per_block(request),
-            content: content.join("+"),
+            content: named(&|a| !a.leaves_keys),
+            group: named(&|_| true),
             tenant: request.tenant.clone(),
         }
     }

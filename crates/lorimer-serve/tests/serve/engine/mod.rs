@@ -16,7 +16,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use crate::prelude::*;
-use crate::requests::{finish, logits_of, request};
+use crate::requests::{answered, finish, greedy, logits_of, request};
 use crate::tiny;
 
 fn model() -> Decoder {
@@ -121,6 +121,39 @@ fn batched_is_alone_for_every_method() {
         let largest = expected.abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap();
         let wrong = difference(found, &expected) / f64::from(largest);
         assert!(wrong < 1e-4, "{name}: {wrong:e}");
+    }
+}
+
+/// What the base computed of a prompt serves an adapter that changes nothing but what comes after the last block's keys and values, and the other way
+/// round; any other adapter computes its own.
+#[test]
+fn a_prefix_is_shared_with_adapters_that_leave_keys_alone() {
+    let model = model();
+    let tokens: Vec<u32> = (0..3 * BLOCK as u32 + 1).map(|i| (i * 7 + i * i) % 40).collect();
+    for (settings, shared) in [
+        (
+            r#"{"r": 2, "target_modules": ["q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], "layers_to_transform": [1]}"#,
+            true,
+        ),
+        (r#"{"r": 2, "target_modules": ["down_proj"], "layers_to_transform": [0]}"#, false),
+        (r#"{"r": 2, "target_modules": ["o_proj", "v_proj"], "layers_to_transform": [1]}"#, false),
+        (r#"{"r": 2, "target_modules": ["k_proj"], "layers_to_transform": [1]}"#, false),
+        (r#"{"r": 2, "target_modules": ["o_proj", "v_proj"]}"#, false),
+    ] {
+        let adapter = moved(&model, "lora", settings);
+        let own = hosted(&model, &adapter, "own");
+        assert_eq!(own.leaves_keys, shared, "{settings}");
+        for base_first in [true, false] {
+            let mut engine = Engine::new(&model, EngineSettings { prefix_cache: true, ..Default::default() }).unwrap();
+            for (turn, with) in [!base_first, base_first].into_iter().enumerate() {
+                let adapters = with.then(|| (own.clone(), 1.0)).into_iter().collect();
+                let found = answered(&mut engine, &[request(tokens.clone(), adapters, 9)], 1);
+                let on: &dyn Adaptation = if with { &Attached::one(&adapter) } else { &Frozen };
+                assert_eq!(found, [Some(greedy(&model, on, &tokens, 9))], "{settings}");
+                let cached = if turn == 1 && shared { 3 * BLOCK as u64 } else { 0 };
+                assert_eq!(engine.state().cached_tokens, cached, "{settings}");
+            }
+        }
     }
 }
 
