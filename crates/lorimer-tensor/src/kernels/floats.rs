@@ -82,7 +82,7 @@ impl Real for f32 {
     }
     #[cfg(target_arch = "x86_64")]
     fn has_tiles() -> bool {
-        kernel::has_512()
+        crate::kernels::tile::available()
     }
     #[cfg(target_arch = "x86_64")]
     fn tile_product(

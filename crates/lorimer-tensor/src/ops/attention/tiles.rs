@@ -19,6 +19,8 @@ const FEW: usize = 4;
 const MANY: usize = 4;
 /// Keys whose scores are formed at a time.
 const TILE: usize = 256;
+/// Numbers from one row of a turned tile to the next: not a power of two, whose rows would share the few sets of a cache that lines so far apart fall into.
+const TURNED: usize = TILE + 16;
 
 /// Keys or values of one head of a segment.
 pub(super) struct Rows<'a, T: Real> {
@@ -26,7 +28,7 @@ pub(super) struct Rows<'a, T: Real> {
     /// Numbers from one row to the next.
     stride: usize,
     width: usize,
-    /// Where kernels read columns: (width, TILE) of each tile.
+    /// Where kernels read columns: (width, [`TURNED`]) of each tile.
     turned: Vec<T>,
 }
 
@@ -43,11 +45,11 @@ impl<'a, T: Real> Rows<'a, T> {
         let mut turned = Vec::new();
         if turn && T::has_tiles() {
             let count = segment.key_count();
-            turned.resize(count.div_ceil(TILE) * width * TILE, T::zero());
-            for (tile, first) in turned.chunks_exact_mut(width * TILE).zip((0..count).step_by(TILE)) {
-                for (x, row) in tile.chunks_exact_mut(TILE).enumerate() {
+            turned.resize(count.div_ceil(TILE) * width * TURNED, T::zero());
+            for (tile, first) in turned.chunks_exact_mut(width * TURNED).zip((0..count).step_by(TILE)) {
+                for (x, row) in tile.chunks_exact_mut(TURNED).enumerate() {
                     let own = rows[first * stride + x..].iter().step_by(stride);
-                    row.iter_mut().zip(own).for_each(|(to, from)| *to = *from);
+                    row[..TILE].iter_mut().zip(own).for_each(|(to, from)| *to = *from);
                 }
             }
         }
@@ -78,8 +80,8 @@ impl<'a, T: Real> Rows<'a, T> {
             );
             return;
         }
-        let right = &self.turned[keys.start / TILE * self.width * TILE + keys.start % TILE..];
-        T::tile_product(shape, (out, keys.len()), false, (left, left_strides), (right, TILE), scale);
+        let right = &self.turned[keys.start / TILE * self.width * TURNED + keys.start % TILE..];
+        T::tile_product(shape, (out, keys.len()), false, (left, left_strides), (right, TURNED), scale);
     }
 }
 
