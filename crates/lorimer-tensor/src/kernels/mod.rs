@@ -3,6 +3,7 @@
 
 pub mod cpu;
 mod floats;
+pub(crate) mod portable;
 pub(crate) mod products;
 pub(crate) mod real;
 pub(crate) mod shared;

@@ -208,7 +208,7 @@ pub fn project_segmented(x: &Tensor, parts: &[Segmented<'_>]) -> Result<Vec<Tens
     }
     let guards: Vec<_> = parts.iter().map(|part| part.weight.guard()).collect();
     let mut outputs = with_slices([x], |[x]: [&[f32]; 1]| {
-        let mut outputs = frozen(x, (rows, inputs), &guards, panels::available())?;
+        let mut outputs = frozen(x, (rows, inputs), &guards)?;
         let mut tasks: Vec<(usize, &Group<'_>, Range<usize>)> = Vec::new();
         for (i, part) in parts.iter().enumerate() {
             // Nothing is added to outputs that there are none of.
@@ -240,11 +240,11 @@ pub fn project_segmented(x: &Tensor, parts: &[Segmented<'_>]) -> Result<Vec<Tens
     outputs.iter_mut().zip(parts).map(of).collect()
 }
 
-/// The frozen products; `whole`: in whole numbers where the weights are laid out for that, else they are expanded.
-fn frozen(x: &[f32], (rows, inputs): (usize, usize), weights: &[Guard<'_>], whole: bool) -> Result<Vec<Vec<f32>>> {
+/// The frozen products: in whole numbers where all the weights are laid out for that, else they are expanded.
+fn frozen(x: &[f32], (rows, inputs): (usize, usize), weights: &[Guard<'_>]) -> Result<Vec<Vec<f32>>> {
     let views = weights.iter().map(Guard::view).collect::<Result<Vec<_>>>()?;
     let packed = views.iter().map(|view| match view {
-        View::Panels(packed) if whole => Some(*packed),
+        View::Panels(packed) => Some(*packed),
         _ => None,
     });
     if let Some(packed) = packed.collect::<Option<Vec<_>>>() {

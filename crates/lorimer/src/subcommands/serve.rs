@@ -180,11 +180,6 @@ impl Serve {
         if self.first_token.is_some_and(|s| !(s.is_finite() && s > 0.0)) {
             bail!("--first-token should be above 0");
         }
-        if matches!(self.model.dtype, common::DtypeFlag::Int8) && !lorimer::tensor::storage::panels::available() {
-            bail!(
-                "--dtype int8 multiplies with AVX2 or more, which this processor does not have: take --dtype f32, the fastest here, or stored, bf16, f16 or nf4 for less memory"
-            );
-        }
         Ok(())
     }
 

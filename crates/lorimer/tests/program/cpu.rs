@@ -8,25 +8,6 @@ fn at(level: &str, arguments: &[&str]) -> std::process::Output {
     lorimer(arguments).env("LORIMER_CPU", level).output().unwrap()
 }
 
-/// Told in one sentence, with the ways out, before anything is loaded (the model is none), and with an exit code.
-#[test]
-fn int8_needs_avx2_and_says_what_does_not() {
-    for level in &LEVELS {
-        let out = at(level, &["serve", "--model", "/none", "--dtype", "int8", "--port", "0"]);
-        let said = text(&out.stderr);
-        assert_eq!(out.status.code(), Some(1), "{said}");
-        assert_eq!(said.lines().count(), 1, "{said}");
-        if *level != "plain" {
-            // Past the check: it is the model that is none.
-            assert!(said.contains("/none"), "{said}");
-            continue;
-        }
-        for word in ["AVX2", "--dtype f32", "stored", "bf16", "nf4"] {
-            assert!(said.contains(word), "{word}: {said}");
-        }
-    }
-}
-
 #[test]
 fn a_level_that_is_none_is_refused_by_name() {
     for level in ["sse9", "", "AVX2"] {

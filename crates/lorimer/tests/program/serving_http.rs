@@ -3,7 +3,7 @@
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::path::Path;
-use std::process::{Child, ChildStdout, Stdio};
+use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -44,7 +44,11 @@ impl Server {
     fn start(f: &Fixture, root: &str, more: &[&str]) -> Self {
         let base = ["serve", "--model", &f.model, "--adapters", root, "--port", "0", "--json", "-q"];
         let pool: &[&str] = if more.contains(&"--pool") { &[] } else { &["--pool", "4MB"] };
-        let mut child = lorimer(&[&base, pool, more].concat()).stdout(Stdio::piped()).spawn().unwrap();
+        Self::of(lorimer(&[&base, pool, more].concat()))
+    }
+
+    fn of(mut command: Command) -> Self {
+        let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
         let mut out = BufReader::new(child.stdout.take().unwrap());
         let mut line = String::new();
         out.read_line(&mut line).unwrap();
@@ -106,8 +110,7 @@ impl Server {
     }
 
     fn signal(&self, name: &str) {
-        let status =
-            std::process::Command::new("kill").arg(format!("-{name}")).arg(self.child.id().to_string()).status();
+        let status = Command::new("kill").arg(format!("-{name}")).arg(self.child.id().to_string()).status();
         assert!(status.unwrap().success());
     }
 }

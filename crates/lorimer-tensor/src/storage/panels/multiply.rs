@@ -4,36 +4,35 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::{BLOCK, Form, PANEL, Panels, Rounded};
+use super::{Form, PANEL, Panels, Rounded, portable};
 #[cfg(target_arch = "x86_64")]
 use super::{pairs, vnni};
+use crate::kernels::portable::FUSED;
 use crate::kernels::shared::Shared;
 
 /// Panels of a task.
 const TASK: usize = 2;
 
-/// Whether products in whole numbers are fast on this processor: AVX2 or more.
-pub fn available() -> bool {
-    fast().is_some()
-}
-
-/// The processor's fast form, and whether it takes pairs.
-fn fast() -> Option<(Form, bool)> {
+/// The processor's fastest form, and whether it takes pairs.
+fn fastest() -> (Form, bool) {
     #[cfg(target_arch = "x86_64")]
     {
         if vnni::available() {
-            return Some((vnni::panels, false));
+            return (vnni::panels, false);
         }
-        pairs::best().map(|form| (form, true))
+        if let Some(form) = pairs::best() {
+            return (form, true);
+        }
     }
-    #[cfg(not(target_arch = "x86_64"))]
-    None
+    (portable::panels::<FUSED>, true)
 }
 
-/// Every form that the processor has, the reference form first.
+/// Every form that the processor has: the reference form first, the portable one that is the same to the bit, and then those that round a product
+/// and its addition once.
 #[cfg(test)]
 pub(super) fn forms() -> Vec<(Form, bool)> {
-    let mut all: Vec<(Form, bool)> = vec![(plain, false)];
+    let mut all: Vec<(Form, bool)> = vec![(plain, false), (portable::panels::<false>, true)];
+    all.push((portable::panels::<true>, true));
     #[cfg(target_arch = "x86_64")]
     {
         if vnni::available() {
@@ -47,7 +46,7 @@ pub(super) fn forms() -> Vec<(Form, bool)> {
 /// `x Wᵀ` with x (rows, inputs) rounded, for weights of the same inputs; each (rows, outputs). A row's result does not depend on the
 /// others.
 pub(crate) fn products(x: &[f32], inputs: usize, weights: &[&Panels]) -> Vec<Vec<f32>> {
-    products_by(x, inputs, weights, fast().unwrap_or((plain, false)))
+    products_by(x, inputs, weights, fastest())
 }
 
 /// As [`products`] by a form that the processor has, which takes pairs or not.
@@ -77,7 +76,10 @@ pub(super) fn products_by(x: &[f32], inputs: usize, weights: &[&Panels], (form, 
 ///
 /// # Safety
 /// `out` holds a row of the weight's outputs for each of `x`'s rows, and nobody else uses the panels' columns of it.
+#[cfg(any(test, doc))]
 pub(super) unsafe fn plain(x: &Rounded, weight: &Panels, panels: Range<usize>, out: *mut f32) {
+    use super::BLOCK;
+
     let outputs = weight.shape.0;
     for output in panels.start * PANEL..(panels.end * PANEL).min(outputs) {
         for (row, (values, scales)) in x.bytes().chunks(x.blocks * 2 * BLOCK).zip(x.scales.chunks(x.blocks)).enumerate()
@@ -89,7 +91,8 @@ pub(super) unsafe fn plain(x: &Rounded, weight: &Panels, panels: Range<usize>, o
                 let sum_of =
                     |values: &[i8]| codes.iter().zip(values).map(|(&q, &p)| i32::from(q) * i32::from(p)).sum::<i32>();
                 let whole = sum_of(first) * 256 + sum_of(second);
-                sum += m * offset + d * s * whole as f32;
+                sum += m * offset;
+                sum += d * s * whole as f32;
             }
             // SAFETY: the caller's shapes.
             unsafe { *out.add(row * outputs + output) = sum };

@@ -174,3 +174,21 @@ fn aborted_large_bodies_hold_no_memory() {
     let grown = peak(&server.child) - before;
     assert!(grown < 512 * SENT / 2, "memory grew by {} MB", grown >> 20);
 }
+
+/// Products in whole numbers answer on every processor, in one way. To be seen to fail: `serve` that refuses int8 at some level, or the portable form
+/// with its halves of a panel exchanged.
+#[test]
+fn int8_is_served_at_every_level() {
+    let f = Fixture::new();
+    let root = f.path("none");
+    std::fs::create_dir(&root).unwrap();
+    let answers = ["plain", "avx2", "avxvnni", "avx512", "vnni"].map(|level| {
+        let arguments = ["serve", "--model", &f.model, "--adapters", &root, "--port", "0", "--json", "-q"];
+        let mut command = lorimer(&[&arguments[..], &["--pool", "4MB", "--dtype", "int8"]].concat());
+        command.env("LORIMER_CPU", level);
+        let answer = Server::of(command).answer(json!({ "ignore_eos": true }));
+        assert!(!answer.is_empty(), "{level}");
+        answer
+    });
+    assert!(answers.iter().all(|answer| *answer == answers[0]), "{answers:?}");
+}
