@@ -6,12 +6,10 @@ use faer::{Accum, MatMut, MatRef, Par};
 
 #[cfg(target_arch = "x86_64")]
 use crate::kernels::products::kernel;
-#[cfg(target_arch = "x86_64")]
+use crate::kernels::products::run_few;
 use crate::kernels::products::terms::Product;
 use crate::kernels::real::Real;
-#[cfg(target_arch = "x86_64")]
-use crate::kernels::shared::Shared;
-use crate::kernels::shared::Strides;
+use crate::kernels::shared::{Shared, Strides};
 use crate::storage::View;
 
 /// [`Real::product_parallel`] on faer, whose products are up to a quarter faster than gemm's at training shapes (`lorimer bench
@@ -61,13 +59,13 @@ impl Real for f32 {
             _ => None,
         }
     }
-    #[cfg(target_arch = "x86_64")]
     fn run_products(products: &[Product<'_, f32>], outs: &[Shared<f32>]) -> bool {
-        let available = kernel::available();
-        if available {
+        #[cfg(target_arch = "x86_64")]
+        if kernel::available() {
             kernel::run(products, outs, kernel::has_512());
+            return true;
         }
-        available
+        run_few(products, outs)
     }
     #[cfg(target_arch = "x86_64")]
     fn attend_one((q, d): (&[f32], usize), keys: (&[f32], &[f32], &[usize]), scale: f32, out: &mut [f32]) -> bool {

@@ -1,7 +1,7 @@
 //! The kernel for AVX2 and FMA in f32, with tiles in AVX-512 registers where the processor has those.
 
 mod avx512;
-mod right;
+mod scratch;
 
 pub(crate) use avx512::{add_low_rank, attend_one};
 
@@ -11,10 +11,11 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::terms::{Product, Right, Term};
+use super::right::{plain, right_row};
+use super::terms::{FEW_ROWS, Product, Right, Term};
 use crate::kernels::cpu::{Level, level};
 use crate::kernels::shared::Shared;
-use right::{PANEL, Scratch, plain, right_row};
+use scratch::{PANEL, Scratch};
 
 /// Rows of a tile.
 const TILE: usize = 6;
@@ -26,8 +27,6 @@ const DEPTH: usize = 1536;
 const NARROW: usize = 128;
 /// Rows of a task where rows are cut.
 const TASK_ROWS: usize = 96;
-/// Up to this many rows a product takes dot products with the weight unpacked.
-pub(crate) const FEW_ROWS: usize = 64;
 /// Most rows whose dot products are formed at a time, and columns: 12 sums, three of the right side and one of the left.
 const DOTS: (usize, usize) = (4, 3);
 /// Numbers in a line of the cache.

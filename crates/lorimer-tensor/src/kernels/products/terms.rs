@@ -3,6 +3,9 @@
 use crate::kernels::shared::Strides;
 use crate::storage::View;
 
+/// Up to this many rows a product takes dot products with the weight unpacked.
+pub(crate) const FEW_ROWS: usize = 64;
+
 /// The right side of a product.
 #[derive(Clone, Copy)]
 pub(crate) enum Right<'a, T> {

@@ -3,7 +3,8 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::right::{PANEL, Scratch, plain, right_row};
+use super::scratch::{PANEL, Scratch};
+use crate::kernels::products::right::{plain, right_row};
 use crate::kernels::products::terms::Term;
 use crate::kernels::simd::softmax;
 

@@ -1,16 +1,7 @@
 //! The right side of a product as numbers.
 
-use crate::kernels::products::terms::Right;
+use super::terms::Right;
 use crate::storage::View;
-
-/// Columns of a panel: two registers, or one of AVX-512's.
-pub(super) const PANEL: usize = 16;
-
-#[derive(Default)]
-pub(super) struct Scratch {
-    pub(super) packed: Vec<f32>,
-    pub(super) expanded: Vec<f32>,
-}
 
 /// A right side as plain numbers, where it is that.
 pub(super) fn plain<'a>(right: Right<'a, f32>) -> Option<(&'a [f32], usize)> {
