@@ -10,6 +10,8 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 use super::panels;
+use crate::kernels::cpu::{Level, level};
+use crate::kernels::portable;
 use crate::kernels::wide::wide;
 
 /// GGUF blocks of a matrix, row by row.
@@ -87,6 +89,10 @@ fn expand(dtype: GgmlDType, bytes: &[u8], out: &mut [f32]) {
             let numbers = bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b));
             out.iter_mut().zip(numbers).for_each(|(out, v)| *out = v);
         }
+        GgmlDType::F16 if level() == Level::Plain => {
+            let numbers = bytes.as_chunks().0.iter().map(|&b| portable::half(u16::from_le_bytes(b)));
+            out.iter_mut().zip(numbers).for_each(|(out, v)| *out = v);
+        }
         GgmlDType::F16 => {
             // A row of a file's bytes need not be aligned.
             for (out, bytes) in out.chunks_mut(64).zip(bytes.chunks(128)) {
@@ -100,20 +106,12 @@ fn expand(dtype: GgmlDType, bytes: &[u8], out: &mut [f32]) {
             out.iter_mut().zip(numbers).for_each(|(out, v)| *out = f32::from_bits(u32::from(v.to_bits()) << 16));
         }),
         GgmlDType::Q4_0 => each::<18, 32>(bytes, out, |b, out| {
-            let d = half(b, 0);
-            let (low, high) = out.split_at_mut(16);
-            for ((low, high), &q) in low.iter_mut().zip(high).zip(&b[2..]) {
-                *low = f32::from((q & 15) as i8 - 8) * d;
-                *high = f32::from((q >> 4) as i8 - 8) * d;
-            }
+            let (d, codes) = (half(b, 0), fours(&b[2..]));
+            out.iter_mut().zip(codes).for_each(|(out, q)| *out = f32::from(q as i8 - 8) * d);
         }),
         GgmlDType::Q4_1 => each::<20, 32>(bytes, out, |b, out| {
-            let (d, m) = (half(b, 0), half(b, 2));
-            let (low, high) = out.split_at_mut(16);
-            for ((low, high), &q) in low.iter_mut().zip(high).zip(&b[4..]) {
-                *low = f32::from(q & 15) * d + m;
-                *high = f32::from(q >> 4) * d + m;
-            }
+            let (d, m, codes) = (half(b, 0), half(b, 2), fours(&b[4..]));
+            out.iter_mut().zip(codes).for_each(|(out, q)| *out = f32::from(q) * d + m);
         }),
         GgmlDType::Q5_0 => each::<22, 32>(bytes, out, |b, out| {
             let (d, codes) = (half(b, 0), fives(&b[2..]));
@@ -187,6 +185,18 @@ fn each<const BYTES: usize, const N: usize>(bytes: &[u8], out: &mut [f32], one: 
 #[inline(always)]
 fn half(bytes: &[u8], at: usize) -> f32 {
     f16::from_le_bytes([bytes[at], bytes[at + 1]]).to_f32()
+}
+
+/// 32 numbers of 4 bits: the lower halves of 16 bytes, then the upper ones. A function of its own: with what is done with the numbers the compiler
+/// takes the bytes one by one.
+#[inline(never)]
+fn fours(bytes: &[u8]) -> [u8; 32] {
+    let mut codes = [0; 32];
+    let (first, second) = codes.split_at_mut(16);
+    for ((first, second), &q) in first.iter_mut().zip(second).zip(bytes) {
+        (*first, *second) = (q & 15, q >> 4);
+    }
+    codes
 }
 
 /// 32 numbers of 5 bits: four bytes of fifth bits, then the others as in Q4.

@@ -138,8 +138,21 @@ pub(crate) fn check_count(values: &[f32], shape: (usize, usize)) -> Result<()> {
     }
 }
 
-/// The values of codes of 4 bits from `at` on, sixteen at a time, where the processor has AVX2; how many were found.
-fn look_up(table: &[f32; 16], codes: &[u8], at: usize, out: &mut [f32]) -> usize {
+/// The levels of codes of 4 bits, and of both codes of a byte.
+#[derive(Debug, Clone)]
+struct Fours {
+    levels: [f32; 16],
+    pairs: [[f32; 2]; 256],
+}
+
+impl Fours {
+    fn new(levels: [f32; 16]) -> Self {
+        Self { levels, pairs: std::array::from_fn(|code| [levels[code >> 4], levels[code & 15]]) }
+    }
+}
+
+/// The scaled levels of codes of 4 bits: sixteen at a time where the processor has AVX2, else four, two a byte. How many were found.
+fn look_up(fours: &Fours, scale: f32, codes: &[u8], out: &mut [f32]) -> usize {
     #[cfg(target_arch = "x86_64")]
     {
         use std::arch::x86_64::*;
@@ -164,14 +177,17 @@ fn look_up(table: &[f32; 16], codes: &[u8], at: usize, out: &mut [f32]) -> usize
             }
             codes.len().min(outs.len()) * 16
         }
-        // The first of two codes begins a byte.
-        if cpu::level() >= cpu::Level::Avx2 && at.is_multiple_of(2) {
-            let codes = &codes[(at / 2).min(codes.len())..];
+        if cpu::level() >= cpu::Level::Avx2 {
             // SAFETY: the processor has it.
-            return unsafe { avx2(table, codes, out) };
+            return unsafe { avx2(&fours.levels.map(|v| v * scale), codes, out) };
         }
     }
-    0
+    let (codes, outs) = (codes.as_chunks::<2>().0, out.as_chunks_mut::<4>().0);
+    for (&[first, second], out) in codes.iter().zip(outs.iter_mut()) {
+        let ([a, b], [c, d]) = (fours.pairs[usize::from(first)], fours.pairs[usize::from(second)]);
+        *out = [a * scale, b * scale, c * scale, d * scale];
+    }
+    codes.len().min(outs.len()) * 4
 }
 
 /// A matrix (outputs, inputs) of levels.
@@ -181,6 +197,8 @@ pub struct Levels {
     shape: (usize, usize),
     bits: usize,
     levels: Vec<f32>,
+    /// Where codes have 4 bits.
+    fours: Option<Box<Fours>>,
     block: usize,
     codes: Vec<u8>,
     scales: Scales,
@@ -210,7 +228,8 @@ impl Levels {
             candle_core::bail!("{} bytes of {bits}-bit codes, {expected} expected for {shape:?}", codes.len());
         }
         scales.check(count.div_ceil(block))?;
-        Ok(Self { name, shape, bits, levels, block, codes, scales })
+        let fours = <[f32; 16]>::try_from(levels.as_slice()).ok().map(|levels| Box::new(Fours::new(levels)));
+        Ok(Self { name, shape, bits, levels, fours, block, codes, scales })
     }
 
     /// (outputs, inputs).
@@ -273,16 +292,19 @@ impl Levels {
             let count = (self.block - at % self.block).min(out.len() - done);
             let scale = self.scales.of(at / self.block);
             let out = &mut out[done..][..count];
-            match <&[f32; 16]>::try_from(self.levels.as_slice()) {
-                Ok(levels) if self.bits == 4 => {
-                    let table = levels.map(|v| v * scale);
-                    let done = look_up(&table, &self.codes, at, out);
+            match &self.fours {
+                Some(fours) => {
+                    // The first of two codes begins a byte.
+                    let done = match at.is_multiple_of(2) {
+                        true => look_up(fours, scale, &self.codes[(at / 2).min(self.codes.len())..], out),
+                        false => 0,
+                    };
                     let rest = &mut out[done..];
                     bits::each(&self.codes, 4, at + done, count - done, |i, code| {
-                        rest[i] = table[usize::from(code & 15)]
+                        rest[i] = fours.levels[usize::from(code & 15)] * scale
                     });
                 }
-                _ => bits::each(&self.codes, self.bits, at, count, |i, code| {
+                None => bits::each(&self.codes, self.bits, at, count, |i, code| {
                     out[i] = self.levels[usize::from(code)] * scale;
                 }),
             }

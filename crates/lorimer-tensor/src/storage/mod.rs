@@ -19,6 +19,8 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use rayon::prelude::*;
 
+use crate::kernels::cpu::{Level, level};
+use crate::kernels::portable::half;
 use crate::kernels::wide::wide;
 use affine::Affine;
 pub use blocks::Blocks;
@@ -254,7 +256,10 @@ impl View<'_> {
         match self {
             Self::F32(w, inputs) => out[..columns.len()].copy_from_slice(&w[part(*inputs)]),
             Self::F64(w, inputs) => out.iter_mut().zip(&w[part(*inputs)]).for_each(|(o, &v)| *o = v as f32),
-            Self::F16(w, inputs) => w[part(*inputs)].convert_to_f32_slice(&mut out[..columns.len()]),
+            Self::F16(w, inputs) => match level() {
+                Level::Plain => out.iter_mut().zip(&w[part(*inputs)]).for_each(|(o, v)| *o = half(v.to_bits())),
+                _ => w[part(*inputs)].convert_to_f32_slice(&mut out[..columns.len()]),
+            },
             Self::Bf16(w, inputs) => {
                 let bits = |(o, v): (&mut f32, &bf16)| *o = f32::from_bits(u32::from(v.to_bits()) << 16);
                 wide!(out.iter_mut().zip(&w[part(*inputs)]).for_each(bits));
