@@ -8,8 +8,8 @@ use lorimer_model::{
     Adaptation, AttentionCall, BaseModel, BlockScope, Point, Projection, Site, run_blocks, whole_pass,
 };
 use lorimer_tensor::{
-    Addition, AttentionForm, Edges, Group, KeyPool, Ops, Paged, RankGate, Segment, Segmented, Tape, attention_in_pool,
-    edges_in_pool, project_segmented, store_rows,
+    Addition, AttentionForm, Edges, Group, KeyDtype, KeyPool, Ops, Paged, RankGate, Segment, Segmented, Tape,
+    attention_in_pool, edges_in_pool, project_segmented, store_rows, store_rows_in_8_bits,
 };
 
 use crate::adapters::hosted::{Hosted, HostedLayer, HostedRouter, Spread};
@@ -452,15 +452,20 @@ impl Adaptation for Pass<'_, '_> {
             }
         }
         let mut pool = self.batch.pool.write().unwrap_or_else(PoisonError::into_inner);
-        let stride = self.batch.geometry.kv_width;
-        store_rows((&mut pool, stride), &call.k, places.iter().copied())?;
-        store_rows((&mut pool, stride), &call.v, places.iter().map(|row| row + BLOCK))?;
+        let Geometry { row: stride, dtype, .. } = self.batch.geometry;
+        for (rows, at) in [(&call.k, 0), (&call.v, BLOCK)] {
+            let places = places.iter().map(|row| row + at);
+            match dtype {
+                KeyDtype::F32 => store_rows((&mut pool, stride), rows, places)?,
+                KeyDtype::Int8 => store_rows_in_8_bits((&mut pool, stride), (rows, call.form.head_dim), places)?,
+            }
+        }
         let segments = call
             .segments
             .iter()
             .map(|s| Ok(Segment { q_start: s.q_start, q_len: s.q_len, keys: self.spans(&s.keys, layer)? }));
         let segments = segments.collect::<Result<Vec<_>>>()?;
-        let keys = KeyPool { numbers: &pool, stride, width: call.k.dim(1)?, values_at: BLOCK };
+        let keys = KeyPool { numbers: &pool, stride, width: call.k.dim(1)?, values_at: BLOCK, dtype };
         self.show(layer, &call.q, keys, &segments, &call.form)?;
         attention_in_pool(&call.q, keys, &segments, &call.form)
     }

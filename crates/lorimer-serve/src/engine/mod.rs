@@ -27,6 +27,7 @@ use std::sync::{Arc, Mutex};
 
 use candle_core::DType;
 use lorimer_model::BaseModel;
+use lorimer_tensor::KeyDtype;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
@@ -52,11 +53,13 @@ pub struct EngineSettings {
     pub policy: Policy,
     /// Whether keys and values of prompts are kept for requests that begin alike.
     pub prefix_cache: bool,
+    /// How keys and values are kept.
+    pub kv_cache_dtype: KeyDtype,
 }
 
 impl Default for EngineSettings {
     fn default() -> Self {
-        Self { pool_bytes: 1 << 30, policy: Policy::default(), prefix_cache: true }
+        Self { pool_bytes: 1 << 30, policy: Policy::default(), prefix_cache: true, kv_cache_dtype: KeyDtype::F32 }
     }
 }
 
@@ -237,7 +240,7 @@ impl<'m> Engine<'m> {
         if lorimer_model::BaseModel::dtype(model) != DType::F32 {
             return Err(Error::Pool("the engine computes in f32; open the model so".into()));
         }
-        let geometry = Geometry::of(model.shape());
+        let geometry = Geometry::with(model.shape(), settings.kv_cache_dtype);
         let (pages, numbers) = pool(geometry, settings.pool_bytes)?;
         let batching = Batching::new(settings.policy.clone(), geometry, pages, settings.prefix_cache);
         Ok(Self {

@@ -1,10 +1,11 @@
 //! One pool of pages for keys, values and adapters (S-LoRA's unified paging).
 //!
 //! A page holds keys and values of [`BLOCK`] tokens in one layer: first the keys, a row of `kv_heads · head_dim` numbers each, then the
-//! values. Adapters lie in the same pages, their numbers one after the other whatever their ranks. So no room is set apart for
+//! values; in 8 bits ([`KeyDtype`]) a row is about a quarter as long. Adapters lie in the same pages, their numbers one after the other whatever their ranks. So no room is set apart for
 //! either, nothing is reserved at a largest rank, and as all pages are alike none is too small or in the wrong place.
 
 use lorimer_model::ModelShape;
+use lorimer_tensor::KeyDtype;
 
 use crate::error::{Error, Result};
 
@@ -14,26 +15,39 @@ pub const BLOCK: usize = 16;
 /// How long pages are for a model, and how many a block of tokens takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Geometry {
-    /// Numbers of a row: kv_heads · head_dim.
-    pub kv_width: usize,
+    /// Numbers of f32 that a row, the keys or the values of a token in a layer, takes at most.
+    pub row: usize,
     /// Layers of the model: the pages of a block of tokens.
     pub layers: usize,
+    /// How keys and values lie in a row.
+    pub dtype: KeyDtype,
 }
 
 impl Geometry {
-    /// The geometry of a model.
+    /// The geometry of a model whose keys and values are kept as they are.
     pub fn of(shape: &ModelShape) -> Self {
-        Self { kv_width: shape.kv_width(), layers: shape.layers.len() }
+        Self::with(shape, KeyDtype::F32)
+    }
+
+    /// The geometry of a model.
+    pub fn with(shape: &ModelShape, dtype: KeyDtype) -> Self {
+        let rows = shape.layers.iter().map(|layer| dtype.row(layer.kv_heads, layer.head_dim));
+        Self { row: rows.max().unwrap_or(0), layers: shape.layers.len(), dtype }
     }
 
     /// Numbers of a page.
     pub fn page(&self) -> usize {
-        2 * BLOCK * self.kv_width
+        2 * BLOCK * self.row
     }
 
     /// Bytes of a page.
     pub fn page_bytes(&self) -> usize {
         self.page() * size_of::<f32>()
+    }
+
+    /// Tokens whose keys and values so many pages hold.
+    pub fn tokens_of_pages(&self, pages: usize) -> usize {
+        pages / self.layers.max(1) * BLOCK
     }
 
     /// Pages that so many tokens of one sequence take.
@@ -160,7 +174,7 @@ mod tests {
 
     use super::*;
 
-    const GEOMETRY: Geometry = Geometry { kv_width: 2, layers: 3 };
+    const GEOMETRY: Geometry = Geometry { row: 2, layers: 3, dtype: KeyDtype::F32 };
 
     proptest! {
         /// Whatever is taken, shared and released: pages in use are apart, none is lost, and the account is exact.

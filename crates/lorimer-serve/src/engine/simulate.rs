@@ -218,10 +218,12 @@ pub fn simulate(
 
 #[cfg(test)]
 mod tests {
+    use lorimer_tensor::KeyDtype;
+
     use super::*;
 
     /// SmolLM2-135M: keys of 3 · 64 numbers in 30 layers; an adapter on q, k, v and o has 3840 numbers a rank and layer.
-    const GEOMETRY: Geometry = Geometry { kv_width: 192, layers: 30 };
+    const GEOMETRY: Geometry = Geometry { row: 192, layers: 30, dtype: KeyDtype::F32 };
 
     fn numbers(rank: usize) -> usize {
         rank * 3840 * 30

@@ -8,6 +8,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use lorimer_model::Base;
+use lorimer_tensor::KeyDtype;
 use serde::Serialize;
 use tokio::sync::{mpsc as channel, oneshot};
 
@@ -138,6 +139,7 @@ pub struct Worker {
     figures: Arc<Mutex<Figures>>,
     stopping: Arc<AtomicBool>,
     most_adapters: usize,
+    kv_cache_dtype: KeyDtype,
     thread: Arc<JoinHandle<()>>,
     /// Why the thread has ended, if it has and could say so.
     ended: Arc<OnceLock<String>>,
@@ -196,6 +198,7 @@ impl Worker {
         let (commands, inbox) = mpsc::channel();
         let policy = &settings.policy;
         let most_adapters = policy.max_adapters.unwrap_or(usize::MAX).min(policy.max_running);
+        let kv_cache_dtype = settings.kv_cache_dtype;
         let shared = (Arc::default(), Arc::default(), Arc::default());
         let (figures, stopping, ended) = shared.clone();
         let run =
@@ -203,7 +206,7 @@ impl Worker {
         let thread = std::thread::Builder::new().name("engine".into()).spawn(run);
         let thread = thread.map_err(|e| crate::Error::Pool(format!("the engine's thread cannot be started: {e}")))?;
         let (figures, stopping, ended) = shared;
-        Ok(Self { commands, figures, stopping, most_adapters, thread: Arc::new(thread), ended })
+        Ok(Self { commands, figures, stopping, most_adapters, kv_cache_dtype, thread: Arc::new(thread), ended })
     }
 
     /// Hands a request to the engine.
@@ -235,6 +238,11 @@ impl Worker {
     /// Most adapters that can be at work at a time: there are no slots, so that is a bound on requests.
     pub fn most_adapters(&self) -> usize {
         self.most_adapters
+    }
+
+    /// How keys and values are kept.
+    pub fn kv_cache_dtype(&self) -> KeyDtype {
+        self.kv_cache_dtype
     }
 
     /// Takes no more requests. Those under way are answered.

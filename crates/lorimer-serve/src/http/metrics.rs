@@ -67,13 +67,14 @@ pub async fn prometheus(State(app): State<Arc<App>>) -> Response {
         "Pages with keys and values of requests as a share of those that adapters at work leave (1 = all).",
         usage,
     );
+    let dtype = app.worker.kv_cache_dtype().name();
     let blocks = f.engine.pages / app.base.model().shape().layers.len().max(1);
     family(
         &mut out,
         "vllm:cache_config_info",
         "gauge",
-        "Tokens of a block and blocks of the pool, were all of it keys and values.",
-        &[(format!("{{block_size=\"{BLOCK}\",num_gpu_blocks=\"{blocks}\"}}"), 1.0)],
+        "Tokens of a block and blocks of the pool, were all of it keys and values, and how these are kept.",
+        &[(format!("{{block_size=\"{BLOCK}\",cache_dtype=\"{dtype}\",num_gpu_blocks=\"{blocks}\"}}"), 1.0)],
     );
     let names = |names: &[String]| escape(&names.join(","));
     let adapters = &f.adapters;
@@ -142,6 +143,7 @@ pub async fn state(State(app): State<Arc<App>>) -> Json<Value> {
     Json(json!({
         "base": app.name,
         "figures": app.worker.figures(),
+        "kv_cache_dtype": app.worker.kv_cache_dtype().name(),
         "host_adapter_bytes": bytes,
         "host_adapters": count,
         "stopping": app.worker.is_stopping(),

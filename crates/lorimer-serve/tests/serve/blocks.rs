@@ -239,8 +239,11 @@ fn it_is_served_in_the_batch() {
         let geometry = Engine::new(&model, EngineSettings::default()).unwrap().geometry();
         assert_eq!(one.pages_per_block(geometry), pages, "{settings}");
         for pool in [60, 22] {
-            let settings =
-                EngineSettings { pool_bytes: pool * geometry.page_bytes(), policy: policy.clone(), prefix_cache: true };
+            let settings = EngineSettings {
+                pool_bytes: pool * geometry.page_bytes(),
+                policy: policy.clone(),
+                ..Default::default()
+            };
             let mut engine = Engine::new(&model, settings).unwrap();
             let lengths = [33, 20, 17, 21, 3, 33];
             let asked = |i: usize| {

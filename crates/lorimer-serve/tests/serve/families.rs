@@ -398,7 +398,7 @@ fn engines_answer_as_plain_generation_does() {
         let hosted = Arc::new(Hosted::new(&model, &adapter, "sha256:a".into(), None).unwrap());
         let policy = Policy { batch_tokens: 5, ..Default::default() };
         let mut engine =
-            Engine::new(&model, EngineSettings { pool_bytes: 1 << 22, policy, prefix_cache: true }).unwrap();
+            Engine::new(&model, EngineSettings { pool_bytes: 1 << 22, policy, ..Default::default() }).unwrap();
         let tokens = &golden.ids("tokens")[0];
         let asked = |length: usize, with: bool, n: usize| {
             let adapters = with.then(|| (hosted.clone(), 1.0)).into_iter().collect();

@@ -6,6 +6,7 @@ mod tiny;
 
 mod blocks;
 mod capabilities;
+mod eight_bits;
 mod engine;
 mod families;
 mod memory;

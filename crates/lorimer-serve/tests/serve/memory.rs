@@ -28,7 +28,7 @@ fn an_engine_holds_no_adapter_but_its_requests() {
     let [answered, cancelled, waiting, refused, invalid, failed] = &all[..] else { panic!() };
     let ask = |adapter: &Arc<Hosted>, weight: f32| request(vec![1, 2, 3], vec![(adapter.clone(), weight)], 4);
     let policy = Policy { max_running: 3, ..Default::default() };
-    let mut engine = Engine::new(&model, EngineSettings { pool_bytes: 1 << 20, policy, prefix_cache: true }).unwrap();
+    let mut engine = Engine::new(&model, EngineSettings { pool_bytes: 1 << 20, policy, ..Default::default() }).unwrap();
     for adapter in [answered, answered] {
         engine.submit(ask(adapter, 1.0), 0.0).unwrap().unwrap();
     }

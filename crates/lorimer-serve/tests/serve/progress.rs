@@ -9,6 +9,7 @@ use std::sync::Arc;
 use lorimer_serve::engine::batching::{Asked, Batching};
 use lorimer_serve::engine::pool::{BLOCK, Geometry, Pages};
 use lorimer_serve::engine::scheduler::{Policy, Refusal, Tenant};
+use lorimer_tensor::KeyDtype;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -152,7 +153,7 @@ impl Traffic {
 /// A pool of its own with requests that fit and some that do not; how many events there were.
 fn run(seed: u64, events: u64) -> u64 {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    let geometry = Geometry { kv_width: 1, layers: rng.random_range(1..=2) };
+    let geometry = Geometry { row: 1, layers: rng.random_range(1..=2), dtype: KeyDtype::F32 };
     let count = rng.random_range(2..=64u32);
     let policy = Policy {
         max_running: rng.random_range(1..=8),
@@ -234,7 +235,7 @@ fn every_request_that_is_let_in_ends() {
 #[test]
 fn naming_ever_new_users_starves_nobody() {
     let policy = Policy { max_running: 1, ..Default::default() };
-    let geometry = Geometry { kv_width: 1, layers: 1 };
+    let geometry = Geometry { row: 1, layers: 1, dtype: KeyDtype::F32 };
     let mut batching = Batching::new(policy, geometry, Pages::new(64), false);
     let ask = |batching: &mut Batching, id: u64, client: &str, user: String, now: f64| {
         let tenant = Tenant { client: client.into(), user: user.into() };
@@ -287,7 +288,7 @@ fn naming_ever_new_users_starves_nobody() {
 /// client has the whole step.
 #[test]
 fn a_long_prompt_holds_nobody_up() {
-    let geometry = Geometry { kv_width: 1, layers: 1 };
+    let geometry = Geometry { row: 1, layers: 1, dtype: KeyDtype::F32 };
     let policy = Policy { batch_tokens: 512, shared_tokens: 64, ..Default::default() };
     let mut batching = Batching::new(policy, geometry, Pages::new(4096), false);
     let asked = |client: &str, n: usize| Asked {

@@ -152,7 +152,7 @@ fn layers_may_keep_different_numbers_of_heads_and_channels() {
 fn served(model: &Decoder, adapter: &Adapter, tokens: &[u32]) {
     let hosted = Arc::new(Hosted::new(model, adapter, "sha256:it".into(), None).unwrap());
     let policy = Policy { batch_tokens: 8, ..Default::default() };
-    let mut engine = Engine::new(model, EngineSettings { pool_bytes: 1 << 20, policy, prefix_cache: true }).unwrap();
+    let mut engine = Engine::new(model, EngineSettings { pool_bytes: 1 << 20, policy, ..Default::default() }).unwrap();
     let asked = |i: usize| {
         let adapters = i.is_multiple_of(2).then(|| (hosted.clone(), 1.0)).into_iter().collect();
         request(tokens[..[12, 7, 3][i % 3]].to_vec(), adapters, 20)

@@ -34,7 +34,7 @@ fn routes_are_those_of_the_code_that_trains() {
         assert_eq!((one.pages_per_block(geometry), one.conversion.error), (0, 0.0), "{settings}");
         for pool in [60, 24] {
             let policy = Policy { batch_tokens: 9, ..Default::default() };
-            let own = EngineSettings { pool_bytes: pool * geometry.page_bytes(), policy, prefix_cache: true };
+            let own = EngineSettings { pool_bytes: pool * geometry.page_bytes(), policy, ..Default::default() };
             let mut engine = Engine::new(&model, own).unwrap();
             let asked = |i: usize| {
                 let with = [Some(&one), None, Some(&one), Some(&two), Some(&one), None][i % 6];

@@ -5,6 +5,8 @@ mod backward;
 pub mod causal;
 pub mod chained;
 pub mod edges;
+pub mod eight_bits;
+pub mod pool;
 mod tiles;
 
 use std::borrow::Cow;
@@ -12,6 +14,7 @@ use std::sync::OnceLock;
 
 use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor};
 
+use self::pool::{KeyDtype, KeyPool};
 use crate::kernels::real::Real;
 use crate::kernels::shared::Strides;
 use crate::kernels::simd::{softmax, sum2};
@@ -124,32 +127,21 @@ pub fn attention((q, k, v): (&Tensor, &Tensor, &Tensor), segments: &[Segment], f
     q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, op)
 }
 
-/// Keys and values in the rows of a pool.
-#[derive(Clone, Copy)]
-pub struct KeyPool<'a> {
-    /// The pool: (rows, stride).
-    pub numbers: &'a [f32],
-    /// Numbers from one row to the next.
-    pub stride: usize,
-    /// Numbers of a key: kv_heads·d, at most `stride`.
-    pub width: usize,
-    /// A key's value is so many rows further on.
-    pub values_at: usize,
-}
-
 /// [`attention`] over keys and values that lie in a pool. `q` (rows, heads·d) f32; the segments' keys are rows of the pool.
 pub fn attention_in_pool(q: &Tensor, pool: KeyPool<'_>, segments: &[Segment], form: &AttentionForm) -> Result<Tensor> {
-    let KeyPool { numbers, stride, width, values_at } = pool;
-    if stride == 0 || width > stride || numbers.len() % stride != 0 || values_at * stride > numbers.len() {
-        candle_core::bail!(
-            "attention: a pool of {} numbers has no rows of {stride} with keys of {width}",
-            numbers.len()
-        );
+    let KeyPool { numbers, stride, width, values_at, dtype } = pool;
+    let rows = pool.rows(form.head_dim)?;
+    if values_at > rows {
+        candle_core::bail!("attention: a pool of {rows} rows has no values {values_at} rows after its keys");
     }
     let values = &numbers[values_at * stride..];
-    let shapes = (q.dims2()?, (values.len() / stride, width));
+    let shapes = (q.dims2()?, (rows - values_at, width));
     let op = Attention { kv_stride: stride, ..Attention::of_shapes(shapes, segments, form)? };
-    let y = with_slices([q], |[q]: [&[f32]; 1]| Ok(op.forward(q, numbers, values)))?;
+    let forward = |q: &[f32]| match dtype {
+        KeyDtype::F32 => op.forward(q, numbers, values),
+        KeyDtype::Int8 => op.forward_in_8_bits(q, &pool),
+    };
+    let y = with_slices([q], |[q]: [&[f32]; 1]| Ok(forward(q)))?;
     Tensor::from_vec(y, q.shape(), q.device())
 }
 

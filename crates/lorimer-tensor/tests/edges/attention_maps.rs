@@ -167,7 +167,8 @@ fn attends(what: &str, inputs: &mut Inputs) -> Result<()> {
             }
         } else {
             let pool: Vec<f32> = inputs.k.iter().chain(&inputs.v).map(|&v| v as f32).collect();
-            let keys = KeyPool { numbers: &pool, stride: 2 * D, width: 2 * D, values_at: k.dim(0)? };
+            let keys =
+                KeyPool { numbers: &pool, stride: 2 * D, width: 2 * D, values_at: k.dim(0)?, dtype: KeyDtype::F32 };
             assert_numbers(what, &attention_in_pool(&q, keys, &segments, &form)?, &expected, tolerance)?;
         }
     }
@@ -186,7 +187,7 @@ fn shows(what: &str, inputs: &mut Inputs, rule: EdgeRule) -> Result<()> {
         ];
         let pool: Vec<f32> = inputs.k.iter().map(|&v| v as f32).collect();
         if dtype == DType::F32 {
-            let keys = KeyPool { numbers: &pool, stride: 2 * D, width: 2 * D, values_at: 0 };
+            let keys = KeyPool { numbers: &pool, stride: 2 * D, width: 2 * D, values_at: 0, dtype: KeyDtype::F32 };
             all.push(edges_in_pool(&q, keys, &segments, &form, rule)?);
         }
         for edges in &all {

@@ -295,13 +295,17 @@ fn attends(lengths: &[usize], cached: usize) -> Result<()> {
         }
         if dtype == DType::F32 {
             let pool: Vec<f32> = ks.iter().chain(&vs).map(|&v| v as f32).collect();
-            let y = attention_in_pool(
-                &q,
-                KeyPool { numbers: &pool, stride: d, width: d, values_at: keys },
-                &segments,
-                &AttentionForm::causal(d, 0.25),
-            )?;
+            let form = AttentionForm::causal(d, 0.25);
+            let in_f32 = KeyPool { numbers: &pool, stride: d, width: d, values_at: keys, dtype: KeyDtype::F32 };
+            let y = attention_in_pool(&q, in_f32, &segments, &form)?;
             assert_values(&what, &y, (rows, 2 * d), &expected, 1e-4)?;
+            let stride = KeyDtype::Int8.row(1, d);
+            let mut pool = vec![0f32; 2 * keys * stride];
+            store_rows_in_8_bits((&mut pool, stride), (&k, d), 0..keys)?;
+            store_rows_in_8_bits((&mut pool, stride), (&v, d), keys..2 * keys)?;
+            let rounded = KeyPool { numbers: &pool, stride, width: d, values_at: keys, dtype: KeyDtype::Int8 };
+            let y = attention_in_pool(&q, rounded, &segments, &form)?;
+            assert_values(&what, &y, (rows, 2 * d), &expected, 1e-2)?;
         }
     }
     Ok(())

@@ -57,7 +57,7 @@ fn a_request_that_makes_the_engine_fail_harms_no_other() {
     let settings = || EngineSettings {
         pool_bytes: 1 << 20,
         policy: Policy { batch_tokens: 32, ..Default::default() },
-        prefix_cache: true,
+        ..Default::default()
     };
     let run = |bad: bool| {
         let mut engine = Engine::new(&model, settings()).unwrap();

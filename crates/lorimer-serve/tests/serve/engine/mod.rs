@@ -177,7 +177,7 @@ fn guesses_change_nothing_for_any_method() {
     }
     let answers = |guesses: usize| {
         let policy = Policy { guesses, max_running: 7, ..Default::default() };
-        let settings = EngineSettings { pool_bytes: 1 << 24, policy, prefix_cache: true };
+        let settings = EngineSettings { pool_bytes: 1 << 24, policy, ..Default::default() };
         let mut engine = Engine::new(&model, settings).unwrap();
         let mut answers: Vec<Vec<(u32, f32)>> = vec![Vec::new(); requests.len()];
         requests.iter().for_each(|request| _ = engine.submit(request.clone(), 0.0).unwrap().unwrap());
@@ -269,7 +269,7 @@ fn answers_as_if_each_were_alone(guesses: usize) {
     let mut rng = ChaCha8Rng::seed_from_u64(2);
     let policy = Policy { batch_tokens: 24, max_running: 9, guesses, ..Default::default() };
     let pool_bytes = (2 * largest + geometry.pages_of_tokens(260)) * geometry.page_bytes();
-    let mut engine = Engine::new(&model, EngineSettings { pool_bytes, policy, prefix_cache: true }).unwrap();
+    let mut engine = Engine::new(&model, EngineSettings { pool_bytes, policy, ..Default::default() }).unwrap();
     let shared: Vec<u32> = (0..40).map(|_| rng.random_range(0..40)).collect();
     let mut wanted = HashMap::new();
     let mut answers: HashMap<u64, Vec<u32>> = HashMap::new();
@@ -345,7 +345,7 @@ fn prompts_of_any_length_in_steps_of_few_rows() {
         let prompt = |n: usize| (0..n as u32).map(|i| i * i % 39).collect::<Vec<_>>();
         for lengths in [&[1usize][..], &[7], &[8], &[9], &[16], &[65], &[65, 1, 8, 30, 9]] {
             let policy = Policy { batch_tokens: 8, ..Default::default() };
-            let settings = EngineSettings { pool_bytes: 1 << 24, policy, prefix_cache: true };
+            let settings = EngineSettings { pool_bytes: 1 << 24, policy, ..Default::default() };
             let mut engine = Engine::new(&model, settings).unwrap();
             for (i, &n) in lengths.iter().enumerate() {
                 let adapters = (i % 2 == 0).then(|| (hosted.clone(), 1.0)).into_iter().collect();
@@ -376,7 +376,8 @@ fn a_request_that_was_preempted_loses_nothing() {
     let geometry = Geometry::of(model.shape());
     let policy = Policy { batch_tokens: 2, ..Default::default() };
     let pool_bytes = geometry.pages_of_tokens(6 * BLOCK) * geometry.page_bytes();
-    let mut engine = Engine::new(&model, EngineSettings { pool_bytes, policy, prefix_cache: false }).unwrap();
+    let mut engine =
+        Engine::new(&model, EngineSettings { pool_bytes, policy, prefix_cache: false, ..Default::default() }).unwrap();
     let drawn = |prompt: Vec<u32>, max_tokens: usize| Request {
         sampling: Sampling { temperature: 1.0, ..Default::default() },
         seed: 7,
@@ -436,7 +437,7 @@ fn prompts_of_every_length_are_answered() {
     let text = |n: usize| (0..n as u32).map(|i| (i * i + 3 * i) % 40).collect::<Vec<_>>();
     for prefix_cache in [false, true] {
         let policy = Policy { batch_tokens, ..Default::default() };
-        let settings = EngineSettings { pool_bytes: 64 << 20, policy, prefix_cache };
+        let settings = EngineSettings { pool_bytes: 64 << 20, policy, prefix_cache, ..Default::default() };
         let mut together = Engine::new(&model, settings.clone()).unwrap();
         let mut expected = HashMap::new();
         for (i, &n) in lengths.iter().enumerate() {

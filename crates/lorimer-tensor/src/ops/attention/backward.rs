@@ -111,7 +111,7 @@ impl Attention {
                 log.is_some()
             });
             if !known {
-                self.attend(&queries, (q, &k, None), &mut buffers, |row, _, log| logs[row] = log);
+                self.attend(&queries, (q, (&k, None)), &mut buffers, |row, _, log| logs[row] = log);
             }
             self.attend_backward(&queries, ([q, y, g], &k, &v), &logs, (&mut dk, &mut dv), &mut buffers, |row, dq| {
                 let at = (first + row) * self.heads + head;

@@ -8,7 +8,9 @@ use std::sync::Arc;
 use candle_core::{CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use super::{Attention, AttentionForm, BLOCK, KeyPool, Segment};
+use super::eight_bits::Rounded;
+use super::pool::{KeyDtype, KeyPool};
+use super::{Attention, AttentionForm, BLOCK, Segment};
 use crate::kernels::real::Real;
 use crate::kernels::shared::Strides;
 use crate::kernels::simd::{softmax, sum2};
@@ -75,14 +77,19 @@ pub fn edges_in_pool(
     form: &AttentionForm,
     rule: EdgeRule,
 ) -> Result<Edges> {
-    let KeyPool { numbers, stride, width, .. } = pool;
-    if stride == 0 || width > stride || numbers.len() % stride != 0 {
-        candle_core::bail!("edges: a pool of {} numbers has no rows of {stride} with keys of {width}", numbers.len());
-    }
-    let shapes = (q.dims2()?, (numbers.len() / stride, width));
-    let attention = Attention { kv_stride: stride, ..Attention::of_shapes(shapes, segments, form)? };
+    let shapes = (q.dims2()?, (pool.rows(form.head_dim)?, pool.width));
+    let attention = Attention { kv_stride: pool.stride, ..Attention::of_shapes(shapes, segments, form)? };
     let rows = q.dim(0)?;
-    let (offsets, columns, sums) = with_slices([q], |[q]: [&[f32]; 1]| Ok(attention.edges(q, numbers, rows, rule)))?;
+    let found = |q: &[f32]| match pool.dtype {
+        KeyDtype::F32 => attention.edges(q, &attention.scores_of(pool.numbers), rows, rule),
+        KeyDtype::Int8 => {
+            let (keys, scale) = (Rounded::new(pool.numbers, &pool, form.head_dim), form.scale as f32);
+            let scores =
+                |q: &[f32], places: &[usize], head: usize, p: &mut [f32]| keys.scores(q, (places, head), scale, p);
+            attention.edges(q, &scores, rows, rule)
+        }
+    };
+    let (offsets, columns, sums) = with_slices([q], |[q]: [&[f32]; 1]| Ok(found(q)))?;
     let count = columns.len();
     Ok(Edges { offsets: offsets.into(), columns: columns.into(), sums: Tensor::from_vec(sums, count, q.device())? })
 }
@@ -96,7 +103,8 @@ pub(crate) fn find_edges(
 ) -> Result<(EdgeSums, Edges)> {
     fn run<T: Real>(attention: Attention, (q, k): (&Tensor, &Tensor), rule: EdgeRule) -> Result<(EdgeSums, Edges)> {
         let rows = q.dim(0)?;
-        let (offsets, columns, sums) = with_slices([q, k], |[q, k]: [&[T]; 2]| Ok(attention.edges(q, k, rows, rule)))?;
+        let (offsets, columns, sums) =
+            with_slices([q, k], |[q, k]: [&[T]; 2]| Ok(attention.edges(q, &attention.scores_of(k), rows, rule)))?;
         let (offsets, columns): (Arc<[usize]>, Arc<[usize]>) = (offsets.into(), columns.into());
         let values = Tensor::from_vec(sums, columns.len(), q.device())?;
         let op = EdgeSums { attention, offsets: offsets.clone(), columns: columns.clone(), values: values.clone() };
@@ -109,20 +117,41 @@ pub(crate) fn find_edges(
     }
 }
 
+/// What gives the scaled products of one query with the keys of a head at some rows: of (query, rows, key head), into the last.
+type Scores<'a, T> = dyn Fn(&[T], &[usize], usize, &mut [T]) + Sync + 'a;
+
 impl Attention {
     /// Where a query stands among its segment's keys.
     fn position(&self, s: &Segment, row: usize) -> usize {
         (row + s.key_count()).saturating_sub(s.q_len)
     }
 
+    /// The scores of one query over keys that are where they are: see [`Scores`].
+    fn scores_of<T: Real>(&self, k: &[T]) -> impl Fn(&[T], &[usize], usize, &mut [T]) + Sync {
+        let (d, scale) = (self.form.head_dim, T::from_f64(self.form.scale));
+        move |q, places, head, p| {
+            wide!({
+                for (p, &place) in p.iter_mut().zip(places) {
+                    *p = sum2(q, &k[place * self.kv_stride + head * d..][..d], |a, b| a * b) * scale;
+                }
+            });
+        }
+    }
+
     /// The edges of all rows: offsets, key rows, and sums bounded by 1.
-    fn edges<T: Real>(&self, q: &[T], k: &[T], rows: usize, rule: EdgeRule) -> (Vec<usize>, Vec<usize>, Vec<T>) {
+    fn edges<T: Real>(
+        &self,
+        q: &[T],
+        scores: &Scores<'_, T>,
+        rows: usize,
+        rule: EdgeRule,
+    ) -> (Vec<usize>, Vec<usize>, Vec<T>) {
         let places: Vec<Vec<usize>> = self.segments.iter().map(|s| s.rows().collect()).collect();
         let tasks: Vec<(usize, usize)> =
             self.segments.iter().enumerate().flat_map(|(i, s)| (0..s.q_len).map(move |row| (i, row))).collect();
         let found: Vec<Vec<(usize, T)>> = tasks
             .par_iter()
-            .map(|&(i, row)| self.row_edges(q, k, (&self.segments[i], &places[i]), row, rule))
+            .map(|&(i, row)| self.row_edges(q, scores, (&self.segments[i], &places[i]), row, rule))
             .collect();
         let mut counts = vec![0; rows];
         for (&(i, row), edges) in tasks.iter().zip(&found) {
@@ -139,7 +168,7 @@ impl Attention {
     fn row_edges<T: Real>(
         &self,
         q: &[T],
-        k: &[T],
+        scores: &Scores<'_, T>,
         (s, places): (&Segment, &[usize]),
         row: usize,
         rule: EdgeRule,
@@ -147,15 +176,9 @@ impl Attention {
         let (d, own) = (self.form.head_dim, self.position(s, row));
         let seen = self.form.seen(own, places.len());
         let (mut sums, mut p) = (vec![T::zero(); seen.len()], vec![T::zero(); seen.len()]);
-        let scale = T::from_f64(self.form.scale);
         for head in 0..self.heads {
             let q = &q[(s.q_start + row) * self.q_width() + head * d..][..d];
-            let column = self.key_column(head);
-            wide!({
-                for (p, &place) in p.iter_mut().zip(&places[seen.clone()]) {
-                    *p = sum2(q, &k[place * self.kv_stride + column..][..d], |a, b| a * b) * scale;
-                }
-            });
+            scores(q, &places[seen.clone()], self.key_column(head) / d, &mut p);
             if let Some(cap) = self.form.cap.map(T::from_f64) {
                 p.iter_mut().for_each(|p| *p = (*p / cap).tanh() * cap);
             }
@@ -405,7 +428,7 @@ mod tests {
                 let row = q.narrow(0, s.q_start + i, 1)?;
                 let span = all.offsets[s.q_start + i]..all.offsets[s.q_start + i + 1];
                 let alone = attention_edges((&row, &k), &one, &form, RULE)?;
-                let pool = KeyPool { numbers: &numbers, stride: 8, width: 8, values_at: 0 };
+                let pool = KeyPool { numbers: &numbers, stride: 8, width: 8, values_at: 0, dtype: KeyDtype::F32 };
                 let pooled = edges_in_pool(&row, pool, &one, &form, RULE)?;
                 for found in [alone, pooled] {
                     assert_eq!(found.columns[..], all.columns[span.clone()]);

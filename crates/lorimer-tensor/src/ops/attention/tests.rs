@@ -58,7 +58,7 @@ fn a_pool_gives_what_the_reference_gives() -> Result<()> {
     let numbers = pool.flatten_all()?.to_vec1::<f32>()?;
     let fast = attention_in_pool(
         &q,
-        KeyPool { numbers: &numbers, stride: kv_width, width: kv_width, values_at: page },
+        KeyPool { numbers: &numbers, stride: kv_width, width: kv_width, values_at: page, dtype: KeyDtype::F32 },
         &segments,
         &AttentionForm::causal(d, 0.3),
     )?;
@@ -162,7 +162,7 @@ fn a_pool_may_have_wider_rows_than_keys() -> Result<()> {
         let segments = [Segment { q_start: 0, q_len, keys: vec![(0, 2), (3, 3), (2, 1)] }];
         let q = random((q_len, 64), 5, DType::F32)?;
         let slow = attention_reference((&q, &keys.contiguous()?, &values.contiguous()?), &segments, &form)?;
-        let pool = KeyPool { numbers: &numbers, stride, width, values_at: 6 };
+        let pool = KeyPool { numbers: &numbers, stride, width, values_at: 6, dtype: KeyDtype::F32 };
         assert_close(&attention_in_pool(&q, pool, &segments, &form)?, &slow, 1e-5)?;
     }
     Ok(())

@@ -14,11 +14,11 @@ use crate::kernels::slices::product;
 use crate::kernels::wide::wide;
 
 /// Up to this many queries a segment's keys are read where they are, and not copied together for a product.
-const FEW: usize = 4;
+pub(super) const FEW: usize = 4;
 /// From so many segments on, a task of few queries takes all heads that share keys.
-const MANY: usize = 4;
+pub(super) const MANY: usize = 4;
 /// Keys whose scores are formed at a time.
-const TILE: usize = 256;
+pub(super) const TILE: usize = 256;
 /// Numbers from one row of a turned tile to the next: not a power of two, whose rows would share the few sets of a cache that lines so far apart fall into.
 const TURNED: usize = TILE + 16;
 
@@ -30,6 +30,20 @@ pub(super) struct Rows<'a, T: Real> {
     width: usize,
     /// Where kernels read columns: (width, [`TURNED`]) of each tile.
     turned: Vec<T>,
+    /// The segment's key that the first row is of.
+    first: usize,
+}
+
+/// Where the keys and values of a segment and head come from, tile by tile.
+pub(super) trait TileSource<T: Real> {
+    /// Rows with at least the keys and values (where an output is wanted) of a tile.
+    fn tile(&mut self, keys: &Range<usize>) -> (&Rows<'_, T>, Option<&Rows<'_, T>>);
+}
+
+impl<T: Real> TileSource<T> for (&Rows<'_, T>, Option<&Rows<'_, T>>) {
+    fn tile(&mut self, _: &Range<usize>) -> (&Rows<'_, T>, Option<&Rows<'_, T>>) {
+        *self
+    }
 }
 
 impl<'a, T: Real> Rows<'a, T> {
@@ -53,12 +67,32 @@ impl<'a, T: Real> Rows<'a, T> {
                 }
             }
         }
-        Self { rows, stride, width, turned }
+        Self { rows, stride, width, turned, first: 0 }
+    }
+
+    /// Room for the rows of one tile of a width.
+    pub(super) fn of_tile(width: usize) -> Self {
+        let rows = Cow::Owned(vec![T::zero(); TILE * width]);
+        Self { rows, stride: width, width, turned: Vec::new(), first: 0 }
+    }
+
+    /// Has `fill` write the rows of the keys `keys`, at most a tile. `turn`: scores are formed with them.
+    pub(super) fn fill(&mut self, keys: &Range<usize>, turn: bool, fill: impl FnOnce(&mut [T])) {
+        let (rows, width) = (self.rows.to_mut(), self.width);
+        self.first = keys.start;
+        fill(&mut rows[..keys.len() * width]);
+        if turn && T::has_tiles() {
+            self.turned.resize(width * TURNED, T::zero());
+            for (x, row) in self.turned.chunks_exact_mut(TURNED).enumerate() {
+                let own = rows[x..].iter().step_by(width);
+                row.iter_mut().zip(own).for_each(|(to, from)| *to = *from);
+            }
+        }
     }
 
     /// From a row on.
     fn from(&self, row: usize) -> &[T] {
-        &self.rows[row * self.stride..]
+        &self.rows[(row - self.first) * self.stride..]
     }
 
     /// (m, keys) = scale · (m, width) (keys, width)ᵀ for keys of one tile.
@@ -80,7 +114,8 @@ impl<'a, T: Real> Rows<'a, T> {
             );
             return;
         }
-        let right = &self.turned[keys.start / TILE * self.width * TURNED + keys.start % TILE..];
+let start = keys.start - self.first;
+        let right = &self.turned[start / TILE * self.width * TURNED + start % TILE..];
         T::tile_product(shape, (out, keys.len()), false, (left, left_strides), (right, TURNED), scale);
     }
 }
@@ -161,7 +196,7 @@ impl Attention {
                 |buffers, (i, queries)| {
                     let [k, v] = &gathered[i * self.kv_heads + queries.head / group];
                     let first = queries.segment.q_start + queries.rows.start;
-                    self.attend(queries, (q, k, Some(v)), buffers, |row, output, log| {
+                    self.attend(queries, (q, (k, Some(v))), buffers, |row, output, log| {
                         let at = (first + row) * self.heads + queries.head;
                         // SAFETY: the segments' query rows are disjoint (checked in `new`) and each task owns one head's columns of some of them.
                         unsafe {
@@ -244,7 +279,7 @@ impl Attention {
     pub(super) fn attend<T: Real>(
         &self,
         queries: &Queries<'_>,
-        (q, k, v): (&[T], &Rows<'_, T>, Option<&Rows<'_, T>>),
+        (q, mut source): (&[T], impl TileSource<T>),
         buffers: &mut Buffers<T>,
         mut put: impl FnMut(usize, &[T], T),
     ) {
@@ -253,6 +288,7 @@ impl Attention {
         let Buffers { scores, outputs, .. } = buffers;
         outputs[..n * d].fill(T::zero());
         for tile in self.tiles(queries) {
+            let (k, v) = source.tile(&tile.keys);
             self.scores(queries, &tile, (q, k), (scores, None));
             let width = tile.keys.len();
             for (row, scores) in tile.rows.clone().zip(scores.chunks_exact_mut(width)) {

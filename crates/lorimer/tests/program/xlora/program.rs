@@ -45,7 +45,7 @@ fn served_in_steps_of(batch_tokens: usize) {
     let largest = hosted.iter().map(|h| h.pages(geometry)).max().unwrap();
     let policy = Policy { batch_tokens, max_running: 9, ..Default::default() };
     let pool_bytes = (3 * largest + geometry.pages_of_tokens(400)) * geometry.page_bytes();
-    let mut engine = Engine::new(&model, EngineSettings { pool_bytes, policy, prefix_cache: true }).unwrap();
+    let mut engine = Engine::new(&model, EngineSettings { pool_bytes, policy, ..Default::default() }).unwrap();
     let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(2);
     let shared: Vec<u32> = (0..40).map(|_| rng.random_range(6..40)).collect();
     let mut asked = BTreeMap::new();
