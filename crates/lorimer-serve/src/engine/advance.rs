@@ -9,6 +9,7 @@ use rayon::prelude::*;
 
 use super::batched::{Batched, Rows, Used};
 use super::batching::{Batching, Sequence};
+use super::draft::Wanted;
 use super::pool::Pages;
 use super::{Engine, Event, Failure, InFlight, Token, caught, log_probabilities};
 use crate::error::{Error, Result};
@@ -128,9 +129,41 @@ impl Engine<'_> {
             let text = "there was no room for it in the pool, though it was let in";
             self.fail(id, Failure::Defect(text.into()));
         }
-        if !step.work.is_empty() {
-            self.compute(&step.work);
+        let work = self.with_drafts(step.work, &step.drafts);
+        if !work.is_empty() {
+            self.compute(&work);
         }
+    }
+
+    /// Work with the rows of tokens that the draft guesses. Where the draft fails there is no guess.
+    fn with_drafts(&mut self, mut work: Vec<(u64, usize)>, drafts: &[(u64, usize)]) -> Vec<(u64, usize)> {
+        let Self { draft: Some(draft), batching, in_flight, .. } = self else { return work };
+        draft.keep(|id| batching.sequence(id).is_some_and(|s| s.runs));
+        let wanted = drafts.iter().filter_map(|&(id, count)| {
+            let (s, u) = batching.sequence(id).zip(in_flight.get(&id))?;
+            let tokens = s.tokens.split_at(s.prompt);
+            Some(Wanted { id, tokens, count, sampling: &u.request.sampling, rng: u.rng.clone() })
+        });
+        let wanted: Vec<Wanted<'_>> = wanted.collect();
+        if wanted.is_empty() {
+            return work;
+        }
+        let guesses = caught(|| draft.guess(wanted)).and_then(|guesses| guesses.map_err(|e| e.to_string()));
+        match guesses {
+            Ok(guesses) => {
+                for (id, guess) in guesses {
+                    if let Some((_, rows)) = work.iter_mut().find(|(other, _)| *other == id) {
+                        *rows += guess.len();
+                        batching.drafted(id, guess);
+                    }
+                }
+            }
+            Err(problem) => {
+                tracing::error!("the draft failed and begins anew: {problem}");
+                draft.reset();
+            }
+        }
+        work
     }
 
     pub(super) fn fail(&mut self, id: u64, failure: Failure) {

@@ -52,7 +52,10 @@ pub struct Sequence {
     pub runs: bool,
     /// Tokens that are guessed to come next, computed with the last.
     pub guess: Vec<u32>,
+    /// Whether a draft model guessed them.
+    drafted: bool,
     speculation: Speculation,
+    drafting: Speculation,
     /// Most tokens that prompt and answer have.
     most: usize,
     /// Whether nothing is taken from the prefix cache.
@@ -82,6 +85,8 @@ pub struct Step {
     pub loads: Vec<(Arc<str>, Vec<u32>)>,
     /// Requests with the number of their rows to compute, those with the same adapters next to each other.
     pub work: Vec<(u64, usize)>,
+    /// Requests for which a draft model may guess so many tokens: [`Batching::drafted`] takes them, and their rows come to those of `work`.
+    pub drafts: Vec<(u64, usize)>,
 }
 
 /// Figures of what has been done.
@@ -117,8 +122,9 @@ fn job(id: u64, asked: &Asked, arrived: f64) -> Job {
 /// Requests, pages and decisions.
 pub struct Batching {
     geometry: Geometry,
-    /// Most tokens that are guessed of an answer, and most rows of a step.
+    /// Most tokens that are guessed of an answer, by looking up and by a draft model, and most rows of a step.
     guesses: (usize, usize),
+    batch_tokens: usize,
     pages: Pages,
     prefix: Option<PrefixCache>,
     adapters: AdapterCache,
@@ -132,7 +138,8 @@ impl Batching {
     pub fn new(policy: Policy, geometry: Geometry, pages: Pages, prefix_cache: bool) -> Self {
         Self {
             geometry,
-            guesses: (policy.guesses, policy.batch_tokens),
+            guesses: (policy.guesses, policy.draft_tokens),
+            batch_tokens: policy.batch_tokens,
             scheduler: Scheduler::new(policy, geometry, pages.count()),
             pages,
             prefix: prefix_cache.then(PrefixCache::default),
@@ -165,7 +172,9 @@ impl Batching {
             blocks: Vec::new(),
             runs: false,
             guess: Vec::new(),
+            drafted: false,
             speculation: Speculation::default(),
+            drafting: Speculation::default(),
             whole: asked.whole,
             per_block: self.geometry.layers + asked.pages_per_block,
             content: asked.content,
@@ -290,7 +299,7 @@ impl Batching {
         for (id, _) in &plan.admitted {
             self.lease(*id, &mut step);
         }
-        let mut spare = self.guesses.1.saturating_sub(plan.work.iter().map(|(_, rows)| rows).sum());
+        let mut spare = self.batch_tokens.saturating_sub(plan.work.iter().map(|(_, rows)| rows).sum());
         for (id, rows) in plan.work {
             // It may have been preempted to make room for another.
             let Some(s) = self.sequences.get(&id).filter(|s| s.runs) else { continue };
@@ -306,9 +315,12 @@ impl Batching {
             match taken {
                 Some(taken) => {
                     s.blocks.extend(taken.chunks(per_block.max(1)).map(<[u32]>::to_vec));
-                    let guessed = self.guess(id, spare);
-                    spare -= guessed;
+                    let (guessed, wanted) = self.guess(id, spare);
+                    spare -= guessed + wanted;
                     step.work.push((id, rows + guessed));
+                    if wanted > 0 {
+                        step.drafts.push((id, wanted));
+                    }
                 }
                 // It runs and nothing can make room for it: better an end than waiting for ever.
                 None => {
@@ -318,37 +330,54 @@ impl Batching {
             }
         }
         // Making room for a later one may have preempted an earlier one.
-        step.work.retain(|(id, _)| self.sequences.get(id).is_some_and(|s| s.runs));
+        let runs = |(id, _): &(u64, usize)| self.sequences.get(id).is_some_and(|s| s.runs);
+        step.work.retain(runs);
+        step.drafts.retain(runs);
         step.work.sort_by_cached_key(|(id, _)| (self.sequences.get(id).map(|s| s.group.clone()), *id));
         step
     }
 
     /// Guesses what comes after the last token of a request that generates, as far as there are rows, and pages that nobody else wants. Gives how many
-    /// tokens.
-    fn guess(&mut self, id: u64, rows: usize) -> usize {
-        let Some(s) = self.sequences.get_mut(&id) else { return 0 };
+    /// tokens, and where there are none how many a draft may guess.
+    fn guess(&mut self, id: u64, rows: usize) -> (usize, usize) {
+        let Some(s) = self.sequences.get_mut(&id) else { return (0, 0) };
         s.guess.clear();
-        if self.guesses.0 == 0 || s.computed + 1 != s.tokens.len() || s.tokens.len() == s.prompt {
-            return 0;
+        s.drafted = false;
+        if s.computed + 1 != s.tokens.len() || s.tokens.len() == s.prompt {
+            return (0, 0);
         }
-        let left = s.most.saturating_sub(s.tokens.len() + 1);
-        s.guess = s.speculation.guess(&s.tokens, self.guesses.0.min(rows).min(left));
-        let more = (s.tokens.len() + s.guess.len()).div_ceil(BLOCK).saturating_sub(s.blocks.len()) * s.per_block;
+        let left = rows.min(s.most.saturating_sub(s.tokens.len() + 1));
+        if self.guesses.0 > 0 {
+            s.guess = s.speculation.guess(&s.tokens, self.guesses.0.min(left));
+        }
+        let most = if s.guess.is_empty() { self.guesses.1.min(left) } else { 0 };
+        let drafts = if most > 0 { s.drafting.length(most) } else { 0 };
+        let end = s.tokens.len() + s.guess.len() + drafts;
+        let more = end.div_ceil(BLOCK).saturating_sub(s.blocks.len()) * s.per_block;
         // Some stay free for those that have to have them.
         let taken = if self.pages.free() >= 4 * more { self.pages.take(more) } else { None };
-        match taken {
-            Some(taken) => s.blocks.extend(taken.chunks(s.per_block.max(1)).map(<[u32]>::to_vec)),
-            None => s.guess.truncate(s.blocks.len() * BLOCK - s.tokens.len()),
+        if let Some(taken) = taken {
+            s.blocks.extend(taken.chunks(s.per_block.max(1)).map(<[u32]>::to_vec));
         }
+        let room = s.blocks.len() * BLOCK - s.tokens.len();
+        s.guess.truncate(room);
         self.counted.guessed_tokens += s.guess.len() as u64;
-        s.guess.len()
+        (s.guess.len(), drafts.min(room))
+    }
+
+    /// A draft model has guessed tokens of a request, at most as many as [`Step::drafts`] says.
+    pub fn drafted(&mut self, id: u64, guess: Vec<u32>) {
+        let Some(s) = self.sequences.get_mut(&id) else { return };
+        self.counted.guessed_tokens += guess.len() as u64;
+        (s.guess, s.drafted) = (guess, true);
     }
 
     /// Of the tokens that were guessed of a request, so many were drawn.
     pub fn stood(&mut self, id: u64, stood: usize) {
         let Some(s) = self.sequences.get_mut(&id) else { return };
         let guessed = std::mem::take(&mut s.guess).len();
-        s.speculation.stood(stood, guessed);
+        let speculation = if s.drafted { &mut s.drafting } else { &mut s.speculation };
+        speculation.stood(stood, guessed);
         self.counted.accepted_tokens += stood as u64;
     }
 

@@ -8,6 +8,7 @@ pub mod adapter_cache;
 mod advance;
 pub mod batched;
 pub mod batching;
+mod draft;
 #[cfg(test)]
 pub(crate) mod fault;
 pub mod kept;
@@ -38,7 +39,7 @@ use crate::generation::form::Constraint;
 use crate::generation::generate::FinishReason;
 use crate::generation::sampling::{Sampling, likeliest, weights};
 use batching::{Asked, Batching};
-use pool::{BLOCK, Geometry, Numbers, pool};
+use pool::{BLOCK, Geometry, Numbers, pool, shares};
 use scheduler::{Policy, Refusal, Tenant};
 
 /// Tokens that an answer is expected to have where no number is asked for.
@@ -225,6 +226,7 @@ pub struct Engine<'m> {
     numbers: Numbers,
     settings: EngineSettings,
     batching: Batching,
+    draft: Option<draft::Draft<'m>>,
     in_flight: HashMap<u64, InFlight>,
     next: u64,
     events: Vec<Event>,
@@ -237,11 +239,30 @@ pub struct Engine<'m> {
 impl<'m> Engine<'m> {
     /// An engine over a model that computes in f32.
     pub fn new(model: &'m dyn BaseModel, settings: EngineSettings) -> Result<Self> {
+        Self::with_draft(model, None, settings)
+    }
+
+    /// An engine whose guesses a draft model makes: a smaller one of the same tokens, which computes in f32 too. It has as much of the pool as keys and
+    /// values of as many tokens take as those of the base in the rest.
+    pub fn with_draft(
+        model: &'m dyn BaseModel,
+        draft: Option<&'m dyn BaseModel>,
+        mut settings: EngineSettings,
+    ) -> Result<Self> {
         if lorimer_model::BaseModel::dtype(model) != DType::F32 {
             return Err(Error::Pool("the engine computes in f32; open the model so".into()));
         }
         let geometry = Geometry::with(model.shape(), settings.kv_cache_dtype);
-        let (pages, numbers) = pool(geometry, settings.pool_bytes)?;
+        let with = draft.map(|draft| Geometry::with(draft.shape(), settings.kv_cache_dtype));
+        let [own, other] = shares(settings.pool_bytes, geometry, with);
+        let vocabulary = model.shape().vocabulary;
+        let rows = settings.policy.batch_tokens;
+        let draft = draft.zip(with).map(|(draft, with)| draft::Draft::new(draft, (with, other), vocabulary, rows));
+        let draft = draft.transpose()?;
+        if draft.is_none() {
+            settings.policy.draft_tokens = 0;
+        }
+        let (pages, numbers) = pool(geometry, own)?;
         let batching = Batching::new(settings.policy.clone(), geometry, pages, settings.prefix_cache);
         Ok(Self {
             model,
@@ -249,6 +270,7 @@ impl<'m> Engine<'m> {
             numbers,
             settings,
             batching,
+            draft,
             in_flight: HashMap::new(),
             next: 0,
             events: Vec::new(),

@@ -66,6 +66,14 @@ impl Geometry {
     }
 }
 
+/// What a model has of the bytes of a pool, and what a draft has that keeps keys and values of as many tokens.
+pub fn shares(bytes: usize, own: Geometry, draft: Option<Geometry>) -> [usize; 2] {
+    let block = |geometry: Geometry| geometry.layers * geometry.page_bytes();
+    let (own, draft) = (block(own), draft.map_or(0, block));
+    let share = (bytes as u128 * draft as u128) / (own as u128 + draft as u128).max(1);
+    [bytes - share as usize, share as usize]
+}
+
 /// A pool of at most `bytes`: the account of its pages, and the numbers in them. Memory that was never used is not touched, so a large pool
 /// costs nothing until it fills.
 pub fn pool(geometry: Geometry, bytes: usize) -> Result<(Pages, Numbers)> {

@@ -27,6 +27,8 @@ pub struct Policy {
     pub shared_tokens: usize,
     /// Most tokens that are guessed of each answer in a step; 0 for none. They count for `batch_tokens`.
     pub guesses: usize,
+    /// Most tokens that a draft model guesses of each answer in a step, where there is no other guess; 0 for none. They count for `batch_tokens`.
+    pub draft_tokens: usize,
     /// Most requests that wait; more are refused at once.
     pub max_waiting: usize,
     /// Most adapters at work in one step; none for no bound.
@@ -50,6 +52,7 @@ impl Default for Policy {
             batch_tokens: 512,
             shared_tokens: 48,
             guesses: 0,
+            draft_tokens: 0,
             max_waiting: 10_000,
             max_adapters: None,
             cluster: true,

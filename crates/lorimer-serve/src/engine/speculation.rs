@@ -2,7 +2,7 @@
 //! stands only where the token that is drawn is the guessed one, so that the tokens are those without guesses).
 //!
 //! Guesses are what came after the latest earlier place of the last tokens, in prompt or answer (prompt lookup, Saxena 2023; vLLM's `ngram`). How many are
-//! made goes by how many stood: twice as many after all did, none for a while after none did.
+//! made goes by how many stood: twice as many after all did, none for a while after none did. A draft model ([`super::draft`]) guesses by the same rule.
 
 /// Tokens in a row that have to have stood before.
 const LONGEST_MATCH: usize = 4;
@@ -32,13 +32,18 @@ impl Default for Speculation {
 }
 
 impl Speculation {
-    /// At most `most` tokens that may come after `tokens`.
-    pub fn guess(&mut self, tokens: &[u32], most: usize) -> Vec<u32> {
+    /// How many tokens to guess next, at most `most`.
+    pub fn length(&mut self, most: usize) -> usize {
         if self.rest > 0 {
             self.rest -= 1;
-            return Vec::new();
+            return 0;
         }
-        after_match(tokens, self.length.min(most))
+        self.length.min(most)
+    }
+
+    /// At most `most` tokens that may come after `tokens`.
+    pub fn guess(&mut self, tokens: &[u32], most: usize) -> Vec<u32> {
+        after_match(tokens, self.length(most))
     }
 
     /// Takes note of how many of the tokens that were guessed stood.

@@ -7,11 +7,12 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use lorimer_model::Base;
+use lorimer_model::{Base, BaseModel};
 use lorimer_tensor::KeyDtype;
 use serde::Serialize;
 use tokio::sync::{mpsc as channel, oneshot};
 
+use crate::engine::draft;
 use crate::engine::scheduler::Refusal;
 use crate::engine::{AtWork, Engine, EngineSettings, EngineState, Event, Failure, Request, Token, caught};
 use crate::error::Result;
@@ -189,20 +190,34 @@ impl Worker {
     ///
     /// Fails if the engine cannot be set up so, or the thread not be started.
     pub fn start(base: Arc<Base>, settings: EngineSettings) -> Result<Self> {
-        // What cannot be set up is told here.
-        Engine::new(base.model(), settings.clone())?;
-        Self::start_unchecked(base, settings)
+        Self::start_with_draft(base, None, settings)
     }
 
-    pub(crate) fn start_unchecked(base: Arc<Base>, settings: EngineSettings) -> Result<Self> {
+    /// The same with a draft, a smaller model of the base's own tokenizer.
+    ///
+    /// # Errors
+    ///
+    /// Fails as [`Self::start`] does, and if the draft's tokens are others.
+    pub fn start_with_draft(base: Arc<Base>, draft: Option<Arc<Base>>, settings: EngineSettings) -> Result<Self> {
+        if let Some(draft) = &draft {
+            draft::check(&base, draft)?;
+        }
+        // What cannot be set up is told here.
+        Engine::with_draft(base.model(), draft.as_deref().map(Base::model), settings.clone())?;
+        Self::start_unchecked(base, draft, settings)
+    }
+
+    pub(crate) fn start_unchecked(base: Arc<Base>, draft: Option<Arc<Base>>, settings: EngineSettings) -> Result<Self> {
         let (commands, inbox) = mpsc::channel();
         let policy = &settings.policy;
         let most_adapters = policy.max_adapters.unwrap_or(usize::MAX).min(policy.max_running);
         let kv_cache_dtype = settings.kv_cache_dtype;
         let shared = (Arc::default(), Arc::default(), Arc::default());
         let (figures, stopping, ended) = shared.clone();
-        let run =
-            move || Loop { base: &base, settings, inbox, figures, stopping, ended, in_flight: HashMap::new() }.run();
+        let run = move || {
+            let draft = draft.as_deref().map(Base::model);
+            Loop { base: &base, draft, settings, inbox, figures, stopping, ended, in_flight: HashMap::new() }.run();
+        };
         let thread = std::thread::Builder::new().name("engine".into()).spawn(run);
         let thread = thread.map_err(|e| crate::Error::Pool(format!("the engine's thread cannot be started: {e}")))?;
         let (figures, stopping, ended) = shared;
@@ -286,6 +301,7 @@ impl InFlight {
 
 struct Loop<'a> {
     base: &'a Base,
+    draft: Option<&'a dyn BaseModel>,
     settings: EngineSettings,
     inbox: mpsc::Receiver<Command>,
     figures: Arc<Mutex<Figures>>,
@@ -299,7 +315,9 @@ impl Loop<'_> {
     fn run(mut self) {
         let clock = Instant::now();
         loop {
-            let engine = caught(|| Engine::new(self.base.model(), self.settings.clone()).map_err(|e| e.to_string()));
+            let engine = caught(|| {
+                Engine::with_draft(self.base.model(), self.draft, self.settings.clone()).map_err(|e| e.to_string())
+            });
             let mut engine = match engine.and_then(|engine| engine) {
                 Ok(engine) => engine,
                 Err(problem) => {

@@ -6,6 +6,7 @@ mod tiny;
 
 mod blocks;
 mod capabilities;
+mod draft;
 mod eight_bits;
 mod engine;
 mod families;

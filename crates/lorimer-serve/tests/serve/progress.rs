@@ -50,7 +50,16 @@ impl Run {
         self.idle = if step.work.is_empty() && !self.under.is_empty() { self.idle + 1 } else { 0 };
         let (running, waiting) = (self.batching.scheduler().running(), self.batching.scheduler().waiting());
         assert!(self.idle < 50, "seed {seed}: nothing is computed, {running} run and {waiting} wait");
+        let mut drafted = BTreeMap::new();
+        for (id, most) in step.drafts {
+            let s = self.batching.sequence(id).unwrap();
+            assert!(s.guess.is_empty() && most > 0 && (s.tokens.len() + most).div_ceil(BLOCK) <= s.blocks.len());
+            let count = (seed as usize + s.tokens.len()) % (most + 1);
+            self.batching.drafted(id, vec![0; count]);
+            drafted.insert(id, count);
+        }
         for (id, rows) in step.work {
+            let rows = rows + drafted.get(&id).copied().unwrap_or(0);
             let s = self.batching.sequence(id).unwrap();
             let guessed = s.guess.len();
             assert!(
@@ -160,6 +169,7 @@ fn run(seed: u64, events: u64) -> u64 {
         batch_tokens: [1, 3, 16, 40, 512][rng.random_range(0..5)],
         shared_tokens: [1, 2, 7, 64][rng.random_range(0..4)],
         guesses: [0, 1, 9][rng.random_range(0..3)],
+        draft_tokens: [0, 1, 5][rng.random_range(0..3)],
         max_waiting: rng.random_range(1..=24),
         max_adapters: [None, Some(1), Some(2)][rng.random_range(0..3)],
         cluster: rng.random(),

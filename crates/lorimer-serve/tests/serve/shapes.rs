@@ -64,6 +64,11 @@ fn shaped_folder() -> tempfile::TempDir {
     folder
 }
 
+/// It in memory.
+pub fn shaped() -> Decoder {
+    opened(shaped_folder().path(), LoadDtype::F32)
+}
+
 fn opened(path: &Path, dtype: LoadDtype) -> Decoder {
     let (config, weights) = open_weights(path, dtype).unwrap();
     Decoder::load(config.decoder("a test").unwrap().clone(), &weights).unwrap()

@@ -11,7 +11,7 @@ use clap::{Args, ValueEnum};
 use lorimer::adapter::pruning::BaseRecord;
 use lorimer::model::Base;
 use lorimer::serve::adapters::store::ChatDefaults;
-use lorimer::serve::engine::pool::Geometry;
+use lorimer::serve::engine::pool::{Geometry, shares};
 use lorimer::serve::http::{self, App, Keys, Tls};
 use lorimer::serve::{EngineSettings, Policy, Store, StoreSettings, Worker};
 use lorimer::tensor::KeyDtype;
@@ -30,7 +30,6 @@ pub enum KvCacheDtype {
     /// 4 bytes a number
     F32,
     /// 8 bits with a scale for each token and head: the same pool holds almost four times as many tokens, and answers differ a little
-    #[value(alias = "int8_per_token_head")]
     Int8,
 }
 
@@ -101,6 +100,13 @@ pub struct Serve {
     /// the same, and faster where they repeat the prompt; 0 for none
     #[arg(long, value_name = "N", default_value_t = 0, visible_alias = "num-speculative-tokens")]
     guesses: usize,
+    /// Draft model: a smaller base of the same tokenizer that guesses tokens of answers where --guesses finds none, kept where they are what is drawn: answers
+    /// are the same, and faster if it is often right
+    #[arg(long, value_name = "MODEL", visible_alias = "model-draft")]
+    draft: Option<String>,
+    /// Most tokens that the draft guesses of each answer in a step
+    #[arg(long, value_name = "N", default_value_t = 4, requires = "draft")]
+    draft_tokens: usize,
     /// How keys and values are kept in the pool
     #[arg(long, value_name = "DTYPE", value_enum, default_value_t)]
     kv_cache_dtype: KvCacheDtype,
@@ -156,19 +162,22 @@ impl Serve {
         let (base, pulled) = common::open_base(&self.model, global)?;
         let embed = if base.model().shape().causal { None } else { Some(self.pooling.options(&base)?) };
         let base = Arc::new(base);
+        let draft = self.draft(embed.is_some(), global)?;
         let store = match &self.adapters {
             None => None,
             Some(place) => Some(Arc::new(Store::open(self.store(place, &base)?)?)),
         };
         let settings = self.engine(embed.is_some())?;
-        let geometry = Geometry::with(base.model().shape(), settings.kv_cache_dtype);
+        let geometry = |base: &Arc<Base>| Geometry::with(base.model().shape(), settings.kv_cache_dtype);
+        let (geometry, drafts) = (geometry(&base), draft.as_ref().map(geometry));
         let pool_bytes = settings.pool_bytes;
-        let tokens = geometry.tokens_of_pages(pool_bytes / geometry.page_bytes().max(1));
+        let [own, _] = shares(pool_bytes, geometry, drafts);
+        let tokens = geometry.tokens_of_pages(own / geometry.page_bytes().max(1));
         let name = self.served_name.clone().unwrap_or_else(|| pulled.name.clone());
         if store.as_ref().is_some_and(|store| store.contains(&name)) {
             bail!("the adapter `{name}` has the base's own name; rename it, or the base with --served-model-name");
         }
-        let worker = Worker::start(base.clone(), settings)?;
+        let worker = Worker::start_with_draft(base.clone(), draft, settings)?;
         let count = store.as_ref().map_or(0, |store| store.list().len());
         let app = App::embedding((base, embed), name.clone(), store, worker, keys, address.ip().is_loopback());
         if self.allow_uploads {
@@ -202,6 +211,16 @@ impl Serve {
         ended
     }
 
+    /// The draft model, its weights kept as the base's are.
+    fn draft(&self, encoder: bool, global: Global) -> Result<Option<Arc<Base>>> {
+        let Some(model) = self.draft.clone() else { return Ok(None) };
+        if encoder {
+            bail!("--draft guesses tokens of answers, and an encoder answers nothing; leave it out");
+        }
+        let (draft, _) = common::open_base(&ModelArgs { model, tokenizer: None, ..self.model.clone() }, global)?;
+        Ok(Some(Arc::new(draft)))
+    }
+
     /// Refuses what cannot be.
     fn check(&self) -> Result<()> {
         if self.max_running == 0 || self.batch_tokens == 0 || self.shared_tokens == 0 {
@@ -209,6 +228,9 @@ impl Serve {
         }
         if self.allow_uploads && self.adapters.as_ref().is_none_or(|place| place.contains("://")) {
             bail!("--allow-uploads writes adapters into a folder; give one with --adapters");
+        }
+        if self.draft_tokens == 0 {
+            bail!("--draft-tokens should be at least 1; leave --draft out to guess nothing");
         }
         if self.first_token.is_some_and(|s| !(s.is_finite() && s > 0.0)) {
             bail!("--first-token should be above 0");
@@ -250,6 +272,7 @@ impl Serve {
                 batch_tokens: self.batch_tokens,
                 shared_tokens: self.shared_tokens,
                 guesses: self.guesses,
+                draft_tokens: self.draft_tokens,
                 max_waiting: self.max_waiting,
                 first_token: self.first_token,
                 ..Default::default()

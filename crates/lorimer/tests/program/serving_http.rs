@@ -13,6 +13,7 @@ use crate::common::{self, Fixture, error, json as run, lorimer};
 mod adapters;
 mod answers;
 mod calls;
+mod draft;
 mod kv_cache;
 mod requests;
 mod running;

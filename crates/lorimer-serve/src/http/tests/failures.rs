@@ -98,7 +98,7 @@ fn an_engine_that_has_ended_is_told() {
     runtime().block_on(async {
         let base = base("tiny-llama");
         let settings = EngineSettings { pool_bytes: 1, ..Default::default() };
-        let worker = Worker::start_unchecked(base.clone(), settings).unwrap();
+        let worker = Worker::start_unchecked(base.clone(), None, settings).unwrap();
         let app = App::new(base, "tiny".into(), None, worker, Keys::default(), true);
         let ask = completion(vec![3, 4, 5], false);
         for _ in 0..50 {
