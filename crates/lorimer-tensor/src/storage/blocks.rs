@@ -184,7 +184,7 @@ fn each<const BYTES: usize, const N: usize>(bytes: &[u8], out: &mut [f32], one: 
 
 #[inline(always)]
 fn half(bytes: &[u8], at: usize) -> f32 {
-    f16::from_le_bytes([bytes[at], bytes[at + 1]]).to_f32()
+    portable::half(u16::from_le_bytes([bytes[at], bytes[at + 1]]))
 }
 
 /// 32 numbers of 4 bits: the lower halves of 16 bytes, then the upper ones. A function of its own: with what is done with the numbers the compiler

@@ -114,7 +114,7 @@ impl<'a, T: Real> Rows<'a, T> {
             );
             return;
         }
-let start = keys.start - self.first;
+        let start = keys.start - self.first;
         let right = &self.turned[start / TILE * self.width * TURNED + start % TILE..];
         T::tile_product(shape, (out, keys.len()), false, (left, left_strides), (right, TURNED), scale);
     }
