@@ -171,6 +171,9 @@ mod tests {
     use crate::check::random;
     use crate::storage::FrozenWeight;
 
+    /// Computes products where it can.
+    type Kernel = fn(&[Product<'_, f32>], &[Shared<f32>]) -> bool;
+
     fn values(shape: (usize, usize), seed: u64) -> Vec<f32> {
         random(shape, seed, DType::F32).and_then(|t| t.flatten_all()?.to_vec1()).expect("numbers")
     }
@@ -266,7 +269,7 @@ mod tests {
                 let right = Right::Weight(guard.view()?);
                 let what = format!("{rows} x {outputs} x {inputs} in {}", weight.storage_name());
                 for keep in [false, true] {
-                    let of = |kernel: Option<fn(&[Product<'_, f32>], &[Shared<f32>]) -> bool>| {
+                    let of = |kernel: Option<Kernel>| {
                         let mut y = vec![2f32; rows * outputs];
                         let mut z = vec![if keep { 2f32 } else { 0.0 }; rows * outputs];
                         let slice = Right::Slice(b.as_slice(), 5);

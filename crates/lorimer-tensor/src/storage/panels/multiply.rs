@@ -1,5 +1,6 @@
 //! Products in whole numbers.
 
+#[cfg(any(test, doc))]
 use std::ops::Range;
 
 use rayon::prelude::*;
