@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""The server as its real clients use it: the `openai` package, the page in headless Chromium, and adapters in an S3-compatible store.
+"""The server as its real clients use it: the `openai` package, the page in headless Chromium, adapters in an S3-compatible store, and OpenTelemetry.
 
 usage: check.py LORIMER CHROMIUM [FOLDER_OF_SCREENSHOTS]
 
-Needs the packages `openai`, `playwright`, `moto[server]`, `cryptography` and `boto3`. Trains two small adapters of the tiny base of the tests, serves them and asks. Ends with an error where
+Needs the packages `openai`, `playwright`, `moto[server]`, `cryptography`, `boto3` and `opentelemetry-proto`. Trains two small adapters of the tiny base of the tests, serves them and asks. Ends with an error where
 something is not as it should be.
 """
-import datetime, ipaddress, json, os, pathlib, shutil, socket, ssl, subprocess, sys, tempfile, time, urllib.error, urllib.request
+import datetime, http.server, ipaddress, json, os, pathlib, shutil, socket, ssl, subprocess, sys, tempfile, threading, time, urllib.error, urllib.request
 
 from typing import Annotated, Literal
 
@@ -16,6 +16,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from moto.server import ThreadedMotoServer
 from openai import BadRequestError, DefaultHttpx2Client, NotFoundError, OpenAI
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest, ExportTraceServiceResponse
+from opentelemetry.proto.trace.v1.trace_pb2 import Span, SpanFlags, Status
 from pydantic import BaseModel, Field
 
 from page import check as check_page
@@ -141,6 +143,63 @@ def with_tls():
     end(server)
 
 
+def with_traces():
+    """What is exported is what the official schema has, field by field, over TLS too."""
+    posted = []
+
+    class Collector(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            assert self.path == "/v1/traces" and self.headers["Content-Type"] == "application/x-protobuf", self.headers
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            request = ExportTraceServiceRequest.FromString(body)
+            # Nothing that the schema does not know.
+            request.DiscardUnknownFields()
+            assert request.ByteSize() == len(body), request
+            posted.append(request)
+            answer = ExportTraceServiceResponse().SerializeToString()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *_):
+            pass
+
+    certificate("collector", 3)
+    collector = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Collector)
+    own = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    own.load_cert_chain(folder / "collector.pem", folder / "collector.key")
+    collector.socket = own.wrap_socket(collector.socket, server_side=True)
+    threading.Thread(target=collector.serve_forever, daemon=True).start()
+    endpoint = f"https://127.0.0.1:{collector.server_port}"
+    server, url = serve(root, OTEL_EXPORTER_OTLP_ENDPOINT=endpoint, SSL_CERT_FILE=str(folder / "collector.pem"), OTEL_RESOURCE_ATTRIBUTES="service.namespace=tests,service.name=no", OTEL_SERVICE_NAME="check")
+    trace, span = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+    client = OpenAI(base_url=url + "/v1", api_key="none", max_retries=0, default_headers={"traceparent": f"00-{trace}-{span}-01", "tracestate": "a=1"})
+    raw = client.chat.completions.with_raw_response.create(model="yes-no", messages=[message("user", "up 3")], max_tokens=8, temperature=0.5, stop=["never"])
+    stream = client.completions.create(model="tenant/bone", prompt="up", max_tokens=5, stream=True, extra_body={"ignore_eos": True})
+    assert list(stream)
+    end(server)
+    collector.shutdown()
+    spans = [s for request in posted for r in request.resource_spans for scope in r.scope_spans for s in scope.spans]
+    assert [s.name for s in spans] == ["chat yes-no", "text_completion tenant/bone"], spans
+    resource = {a.key: a.value.string_value for a in posted[0].resource_spans[0].resource.attributes}
+    assert resource["service.name"] == "check" and resource["service.namespace"] == "tests", resource
+    assert posted[0].resource_spans[0].scope_spans[0].scope.name == "lorimer"
+    for one in spans:
+        assert one.trace_id.hex() == trace and one.parent_span_id.hex() == span and one.trace_state == "a=1", one
+        assert one.kind == Span.SPAN_KIND_SERVER and one.status.code == Status.STATUS_CODE_UNSET and len(one.span_id) == 8, one
+        assert one.flags == 1 | SpanFlags.SPAN_FLAGS_CONTEXT_HAS_IS_REMOTE_MASK | SpanFlags.SPAN_FLAGS_CONTEXT_IS_REMOTE_MASK, one
+        assert 0 < one.end_time_unix_nano - one.start_time_unix_nano < 60e9 and abs(one.start_time_unix_nano / 1e9 - time.time()) < 600, one
+    value = lambda any: [value(v) for v in any.array_value.values] if any.HasField("array_value") else getattr(any, any.WhichOneof("value"))
+    chat, text = ({a.key: value(a.value) for a in s.attributes} for s in spans)
+    usage = raw.parse().usage
+    assert raw.headers["traceresponse"] == f"00-{trace}-{spans[0].span_id.hex()}-01", raw.headers
+    assert (chat["gen_ai.usage.input_tokens"], chat["gen_ai.usage.output_tokens"]) == (usage.prompt_tokens, usage.completion_tokens), chat
+    assert chat["gen_ai.request.temperature"] == 0.5 and chat["gen_ai.request.max_tokens"] == 8 and chat["lorimer.adapters"] == ["yes-no"], chat
+    assert text["gen_ai.usage.output_tokens"] == 5 and text["gen_ai.response.finish_reasons"] == ["length"], text
+    assert 0 <= text["gen_ai.latency.time_in_queue"] <= text["gen_ai.latency.time_to_first_token"] <= text["gen_ai.latency.e2e"], text
+
+
 def with_s3():
     moto = ThreadedMotoServer(port=0)
     moto.start()
@@ -226,7 +285,8 @@ with_openai(url)
 check_page(url, chromium, root / "yes-no", screenshots)
 end(server)
 with_tls()
+with_traces()
 with_s3()
 with_encoder()
 shutil.rmtree(folder)
-print("the openai client, the page, TLS and the object store do what they should")
+print("the openai client, the page, TLS, traces and the object store do what they should")

@@ -8,6 +8,7 @@ pub mod families;
 pub mod files;
 pub mod http;
 mod linear;
+pub mod protobuf;
 pub mod pull;
 pub mod text;
 pub mod weights;

@@ -6,6 +6,7 @@ pub mod engine;
 pub mod error;
 pub mod generation;
 pub mod http;
+pub mod trace;
 
 pub use adapters::hosted::Hosted;
 pub use adapters::store::{Store, StoreSettings};

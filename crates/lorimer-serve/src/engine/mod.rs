@@ -415,6 +415,11 @@ impl<'m> Engine<'m> {
         self.in_flight.is_empty() && self.events.is_empty()
     }
 
+    /// Whether a request runs.
+    pub fn runs(&self, id: u64) -> bool {
+        self.batching.sequence(id).is_some_and(|sequence| sequence.runs)
+    }
+
     /// Names of the adapters at work.
     pub fn at_work(&self) -> AtWork {
         const MOST: usize = 256;

@@ -59,7 +59,7 @@ enum Command {
         Box<Request>,
         oneshot::Sender<std::result::Result<u64, Declined>>,
         channel::Sender<StreamItem>,
-        Arc<AtomicBool>,
+        Arc<Outcome>,
     ),
     Cancel(u64),
 }
@@ -146,11 +146,19 @@ pub struct Worker {
     ended: Arc<OnceLock<String>>,
 }
 
+/// What a request's two ends tell each other beside its tokens.
+#[derive(Default)]
+struct Outcome {
+    /// Whether it has all that it wants.
+    answered: AtomicBool,
+    /// How long it waited until the engine began with it.
+    waited: OnceLock<Duration>,
+}
+
 /// A request under way; dropping it takes it out of the engine.
 pub struct Ticket {
     id: u64,
-    /// Whether it has all that it wants.
-    answered: Arc<AtomicBool>,
+    outcome: Arc<Outcome>,
     receiver: channel::Receiver<StreamItem>,
     commands: mpsc::Sender<Command>,
     over: bool,
@@ -162,6 +170,11 @@ impl Ticket {
         self.id
     }
 
+    /// How long it waited until the engine began with it, if it has.
+    pub fn waited(&self) -> Option<Duration> {
+        self.outcome.waited.get().copied()
+    }
+
     /// What comes next; None after the last token, a refusal or a failure.
     pub async fn next(&mut self) -> Option<StreamItem> {
         let item = self.receiver.recv().await;
@@ -171,7 +184,7 @@ impl Ticket {
 
     /// Ends the request because its answer is whole, as after a stop text, which the engine does not know.
     pub fn finish(self) {
-        self.answered.store(true, Ordering::Relaxed);
+        self.outcome.answered.store(true, Ordering::Relaxed);
     }
 }
 
@@ -231,11 +244,11 @@ impl Worker {
         }
         let (reply, answer) = oneshot::channel();
         let (sender, receiver) = channel::channel(QUEUE);
-        let answered = Arc::<AtomicBool>::default();
-        let sent = self.commands.send(Command::Submit(Box::new(request), reply, sender, answered.clone()));
+        let outcome = Arc::<Outcome>::default();
+        let sent = self.commands.send(Command::Submit(Box::new(request), reply, sender, outcome.clone()));
         sent.map_err(|_| self.gone())?;
         let id = answer.await.map_err(|_| self.gone())??;
-        Ok(Ticket { id, answered, receiver, commands: self.commands.clone(), over: false })
+        Ok(Ticket { id, outcome, receiver, commands: self.commands.clone(), over: false })
     }
 
     /// Why a request was not heard.
@@ -279,8 +292,7 @@ impl Worker {
 /// One request's listener.
 struct InFlight {
     sender: channel::Sender<StreamItem>,
-    /// Set when the client has all that it wants.
-    answered: Arc<AtomicBool>,
+    outcome: Arc<Outcome>,
     arrived: f64,
     last: Option<f64>,
     #[cfg(test)]
@@ -288,9 +300,14 @@ struct InFlight {
 }
 
 impl InFlight {
+    /// The engine began with it at `now`, unless it had before.
+    fn began(&self, now: f64) {
+        self.outcome.waited.get_or_init(|| Duration::try_from_secs_f64(now - self.arrived).unwrap_or_default());
+    }
+
     /// Counts a request whose client no longer listens.
     fn count_gone(&self, now: f64, figures: &mut Figures) {
-        if self.answered.load(Ordering::Relaxed) {
+        if self.outcome.answered.load(Ordering::Relaxed) {
             figures.answered += 1;
             figures.whole.observe(now - self.arrived);
         } else {
@@ -396,11 +413,21 @@ impl Loop<'_> {
             if engine.is_idle() {
                 continue;
             }
-            let events = engine.step(clock.elapsed().as_secs_f64());
+            let begun = clock.elapsed().as_secs_f64();
+            let events = engine.step(begun);
             let now = clock.elapsed().as_secs_f64();
             waiting_only = events.is_empty() && engine.running() == 0;
+            for (_, in_flight) in
+                self.in_flight.iter().filter(|(id, i)| i.outcome.waited.get().is_none() && engine.runs(**id))
+            {
+                in_flight.began(begun);
+            }
             for event in events {
                 let id = event.id();
+                // One that was over within the step.
+                if let Some(in_flight) = self.in_flight.get(&id) {
+                    in_flight.began(begun);
+                }
                 if let Err(problem) = caught(|| self.report(engine, event, now)) {
                     self.lose(engine, id, problem);
                 }
@@ -416,7 +443,7 @@ impl Loop<'_> {
                     self.change(|f| in_flight.count_gone(now, f));
                 }
             }
-            Command::Submit(request, reply, sender, answered) => {
+            Command::Submit(request, reply, sender, outcome) => {
                 let stopping = self.stopping.load(Ordering::Relaxed);
                 #[cfg(test)]
                 let prompt = request.prompt.clone();
@@ -436,7 +463,7 @@ impl Loop<'_> {
                     Some(id) if waits => {
                         let in_flight = InFlight {
                             sender,
-                            answered,
+                            outcome,
                             arrived: now,
                             last: None,
                             #[cfg(test)]

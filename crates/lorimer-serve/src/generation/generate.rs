@@ -26,6 +26,17 @@ pub enum FinishReason {
     Length,
 }
 
+impl FinishReason {
+    /// In OpenAI's words.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Stop | Self::Complete => "stop",
+            Self::ToolCalls => "tool_calls",
+            Self::Length => "length",
+        }
+    }
+}
+
 /// An answer.
 #[derive(Clone, Debug, Serialize)]
 pub struct Generation {

@@ -6,8 +6,10 @@ use std::sync::Arc;
 use futures_util::FutureExt;
 use lorimer_model::Base;
 use tokio::sync::mpsc;
+use tracing::Instrument;
 
 use super::error::{ApiError, cut_off, failed, refused, too_slow};
+use super::traced::{Call as Traced, call};
 use crate::engine::worker::{StreamItem, Ticket, Worker};
 use crate::engine::{Failure, Request, Token, panic_text};
 use crate::generation::generate::FinishReason;
@@ -39,6 +41,8 @@ pub struct Answers {
     pieces: mpsc::Receiver<Result<Piece, ApiError>>,
     /// Choices that have not ended.
     open: usize,
+    /// What hears of them.
+    call: Option<Arc<Traced>>,
 }
 
 impl Answers {
@@ -57,16 +61,17 @@ impl Answers {
             let ticket = worker.submit(request).await?;
             let (id, sender) = (ticket.id(), sender.clone());
             let reading = (prompt, options.clone(), calls.clone());
-            let following = follow(ticket, base.clone(), reading, index, sender.clone());
-            tokio::spawn(async move {
+            let following = follow(ticket, base.clone(), reading, index, (sender.clone(), call()));
+            let whole = async move {
                 if let Err(panic) = AssertUnwindSafe(following).catch_unwind().await {
                     let problem = panic_text(panic);
                     tracing::error!("request {id} failed: {problem}");
                     let _ = sender.send(Err(failed(id, &Failure::Defect(problem)))).await;
                 }
-            });
+            };
+            tokio::spawn(whole.in_current_span());
         }
-        Ok(Self { pieces, open })
+        Ok(Self { pieces, open, call: call() })
     }
 
     /// The next piece of any choice; None after the last.
@@ -80,6 +85,11 @@ impl Answers {
             Ok(_) => {}
             Err(_) => self.open = 0,
         }
+        match (&self.call, &piece) {
+            (Some(call), Ok(piece)) => call.answered(piece.tokens.len(), piece.finish.map(FinishReason::name)),
+            (Some(call), Err(error)) => call.failed(error.code),
+            (None, _) => {}
+        }
         Some(piece)
     }
 }
@@ -90,7 +100,7 @@ async fn follow(
     base: Arc<Base>,
     (prompt, options, mut calls): (Vec<u32>, Arc<TextOptions>, Option<CallReader>),
     index: usize,
-    sender: mpsc::Sender<Result<Piece, ApiError>>,
+    (sender, call): (mpsc::Sender<Result<Piece, ApiError>>, Option<Arc<Traced>>),
 ) {
     #[cfg(test)]
     crate::engine::fault::Fault::Text.fail(&prompt);
@@ -103,6 +113,9 @@ async fn follow(
             item = ticket.next() => item,
             () = sender.closed() => return,
         };
+        if let (Some(call), Some(StreamItem::Token(..))) = (&call, &item) {
+            call.first_token(ticket.waited());
+        }
         let (token, reason) = match item {
             Some(StreamItem::Prompt(tokens, reason)) => {
                 piece.prompt.extend(tokens);
@@ -114,6 +127,8 @@ async fn follow(
                 return;
             }
             Some(StreamItem::Failed(failure)) => {
+                // The engine, which knows no trace, has told the log why.
+                tracing::error!("request {} is answered with its failure", ticket.id());
                 let _ = sender.send(Err(failed(ticket.id(), &failure))).await;
                 return;
             }

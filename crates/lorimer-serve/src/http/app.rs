@@ -20,6 +20,7 @@ use crate::adapters::hosted::Hosted;
 use crate::adapters::store::Store;
 use crate::engine::worker::Worker;
 use crate::generation::form::{Constraint, Form, Vocabulary};
+use crate::trace::Exporter;
 
 /// Bodies that are parsed and prompts that are encoded at a time, of small and of large requests each, and the seconds within which that has
 /// to be done.
@@ -90,6 +91,8 @@ pub struct App {
     pub loopback: bool,
     /// The vocabulary as forms of answers see it, from the first such request on.
     pub(super) vocabulary: OnceLock<Result<Vocabulary, String>>,
+    /// Where spans go, if anywhere.
+    pub(super) exporter: OnceLock<Exporter>,
     /// Whether adapters may come as files.
     pub(super) uploads: AtomicBool,
     /// Whether requests should go elsewhere.
@@ -150,6 +153,7 @@ impl App {
             keys,
             loopback,
             vocabulary: OnceLock::new(),
+            exporter: OnceLock::new(),
             uploads: AtomicBool::new(false),
             draining: AtomicBool::new(false),
             started: now.as_secs(),
@@ -170,6 +174,11 @@ impl App {
     /// Lets adapters come as files.
     pub fn allow_uploads(&self) {
         self.uploads.store(true, Ordering::Relaxed);
+    }
+
+    /// Exports spans from now on.
+    pub fn export_to(&self, exporter: Exporter) {
+        let _ = self.exporter.set(exporter);
     }
 
     /// Whether a name stands for the base alone.

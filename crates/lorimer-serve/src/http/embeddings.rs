@@ -20,7 +20,9 @@ use super::body::Body;
 use super::error::{ApiError, Failure};
 use super::fields::{Fields, unknown};
 use super::request::{Common, Prompt};
+use super::traced::call;
 use crate::adapters::hosted::Hosted;
+use crate::trace::span::list;
 
 /// Most texts of a request.
 const MAX_TEXTS: usize = 2048;
@@ -206,13 +208,22 @@ pub async fn embeddings(State(app): State<Arc<App>>, Body(fields): Body<Fields>)
     let request = EmbeddingsRequest::read(fields)?;
     request.check(&app)?;
     let named = Common { model: request.model.clone(), ..Default::default() }.adapters(&app)?;
-    let (adapters, _) = app.adapters(named).await?;
+    let (adapters, names) = app.adapters(named).await?;
     let (all, own, encoding) = (app.clone(), request.clone(), options.clone());
     let tokens = app.text.within(move || own.tokens(&all, &encoding)).await?;
     for ids in &tokens {
         app.in_vocabulary("input", ids)?;
     }
     let count: usize = tokens.iter().map(Vec::len).sum();
+    let model = request.model.as_ref().unwrap_or(&app.name);
+    if let Some(call) = call() {
+        let more = vec![
+            ("gen_ai.usage.input_tokens", Some(count.into())),
+            ("gen_ai.embeddings.dimension.count", request.dimensions.map(Into::into)),
+            ("lorimer.adapters", (!names.is_empty()).then(|| list(names.iter().map(String::as_str)))),
+        ];
+        call.asked("embeddings", (model.as_str(), model.as_str()), more);
+    }
     let (base, normalize) = (app.base.clone(), options.normalize);
     let computed = app.embeds.within(move || {
         embed_tokens(base.model(), &OnAll(&adapters), &tokens, &options)
@@ -227,7 +238,6 @@ pub async fn embeddings(State(app): State<Arc<App>>, Body(fields): Body<Fields>)
         request.cut(&mut vector, normalize)?;
         data.push(json!({ "object": "embedding", "index": index, "embedding": written(&vector, request.encoding_format.as_deref()) }));
     }
-    let model = request.model.as_ref().unwrap_or(&app.name);
     let usage = json!({ "prompt_tokens": count, "total_tokens": count });
     Ok(Json(json!({ "object": "list", "data": data, "model": model, "usage": usage })))
 }

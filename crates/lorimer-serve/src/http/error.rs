@@ -74,9 +74,14 @@ impl ApiError {
     }
 }
 
+/// The code of an error, beside its answer.
+#[derive(Clone, Copy)]
+pub struct ErrorCode(pub &'static str);
+
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let mut response = (self.status, Json(self.body())).into_response();
+        response.extensions_mut().insert(ErrorCode(self.code));
         if let Some(seconds) = self.retry_after {
             let value = HeaderValue::from(seconds.ceil().clamp(1.0, 3600.0) as u64);
             response.headers_mut().insert(header::RETRY_AFTER, value);

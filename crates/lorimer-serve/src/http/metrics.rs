@@ -14,6 +14,7 @@ use super::app::App;
 use crate::engine::EngineState;
 use crate::engine::pool::BLOCK;
 use crate::engine::worker::Histogram;
+use crate::trace::Exporter;
 
 /// One family of the exposition format.
 fn family(out: &mut String, name: &str, kind: &str, help: &str, samples: &[(String, f64)]) {
@@ -133,6 +134,12 @@ pub async fn prometheus(State(app): State<Arc<App>>) -> Response {
     let (bytes, count) = app.store.as_ref().map_or((0, 0), |store| store.host());
     gauge(&mut out, "lorimer_host_adapter_bytes", "Bytes of adapters in host memory.", bytes as f64);
     gauge(&mut out, "lorimer_host_adapters", "Adapters in host memory.", count as f64);
+    if let Some([exported, full, lost]) = app.exporter.get().map(Exporter::figures) {
+        counter(&mut out, "lorimer_spans_exported_total", "Spans that the collector took.", exported);
+        let reasons = [("queue_full", full), ("not_delivered", lost)];
+        let dropped: Vec<_> = reasons.iter().map(|(why, n)| (format!("{{reason=\"{why}\"}}"), *n as f64)).collect();
+        family(&mut out, "lorimer_spans_dropped_total", "counter", "Spans that did not reach the collector.", &dropped);
+    }
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], out).into_response()
 }
 

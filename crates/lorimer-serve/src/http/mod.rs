@@ -19,6 +19,7 @@ mod shape;
 mod timed;
 mod tls;
 mod tokens;
+mod traced;
 mod upload;
 mod work_queue;
 
@@ -148,19 +149,23 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/v1/adapters", get(admin::list))
         .route("/v1/state", get(metrics::state))
         .route_layer(from_fn_with_state(app.clone(), bodies::bounded))
-        .route_layer(from_fn_with_state(app.clone(), inference));
+        .route_layer(from_fn_with_state(app.clone(), inference))
+        .route_layer(from_fn_with_state(app.clone(), traced::traced));
     let changes = Router::new()
         .route("/v1/load_lora_adapter", post(admin::load))
         .route("/v1/unload_lora_adapter", post(admin::unload))
         .route("/v1/adapters/{*name}", put(admin::put).delete(admin::remove))
         .route("/drain", post(health::drain).delete(health::undrain))
         .route_layer(from_fn_with_state(app.clone(), bodies::bounded))
-        .route_layer(from_fn_with_state(app.clone(), administration));
+        .route_layer(from_fn_with_state(app.clone(), administration))
+        .route_layer(from_fn_with_state(app.clone(), traced::traced));
     // Files are not kept in memory, and are bounded where they are written.
     let files = Router::new()
         .route("/v1/adapters/{*name}", post(upload::upload))
         .route_layer(DefaultBodyLimit::disable())
-        .route_layer(from_fn_with_state(app.clone(), administration));
+        .route_layer(from_fn_with_state(app.clone(), administration))
+        .route_layer(from_fn_with_state(app.clone(), traced::traced));
+    // What probes and collectors of figures ask all the time is in no trace.
     let open = Router::new()
         .route("/health", get(health::health))
         .route("/livez", get(health::live))
@@ -258,6 +263,9 @@ async fn serve_within(
     app.worker.stop();
     drop(listener);
     let _ = tokio::time::timeout(grace, graceful.shutdown()).await;
+    if let Some(exporter) = app.exporter.get() {
+        exporter.finish().await;
+    }
     Ok(())
 }
 

@@ -18,10 +18,12 @@ use super::fields::Fields;
 use super::prompts::{Given, chat_tokens, own_template, prompt, template_of};
 use super::request::{Adapters, ChatRequest, Common, CompletionRequest, Prompt, StreamOptions, Wanted};
 use super::shape::{Before, Kind, Place, Shape};
+use super::traced::call;
 use crate::generation::form::Form;
 use crate::generation::generate::FinishReason;
 use crate::generation::stream::TextOptions;
 use crate::generation::tools::{CallReader, Dialect};
+use crate::trace::span::list;
 
 /// `POST /v1/chat/completions`.
 #[utoipa::path(post, path = "/v1/chat/completions", tag = "inference", request_body = ChatRequest, responses((status = 200, description = "OpenAI's `chat.completion`, or server-sent `chat.completion.chunk` events", body = Object), (status = "4XX", description = "Refused", body = Failure), (status = 503, description = "Overloaded or stopping; `Retry-After` says for how long", body = Failure)))]
@@ -118,6 +120,18 @@ async fn respond(
     let requests = common.requests(app, ids, &adapters, (wanted, form))?;
     let choices = requests.len();
     let shape = Shape::new(app, kind, common, prompt_tokens, wanted.log_probabilities.is_some());
+    if let Some(call) = call() {
+        let (id, model) = shape.names();
+        let operation = if kind == Kind::Chat { "chat" } else { "text_completion" };
+        let own = [
+            // vLLM's name of it, and OpenTelemetry's.
+            ("gen_ai.request.id", Some(id.into())),
+            ("gen_ai.response.id", Some(id.into())),
+            ("gen_ai.usage.input_tokens", Some(prompt_tokens.into())),
+            ("lorimer.adapters", (!adapters.1.is_empty()).then(|| list(adapters.1.iter().map(String::as_str)))),
+        ];
+        call.asked(operation, (model, model), own.into_iter().chain(common.attributes()).collect());
+    }
     let mut answers = Answers::start(&app.worker, &app.base, requests, text, calls).await?;
     if common.stream == Some(true) {
         // Refusals are known with the first piece, and then still have a status of their own.
@@ -145,6 +159,9 @@ async fn respond(
             let finish = piece.finish.or(Some(FinishReason::Length));
             kept.push((Piece { index: kept.len(), finish, ..std::mem::take(piece) }, before));
         }
+    }
+    if let Some(call) = call() {
+        call.chose(kept.iter().filter_map(|(piece, _)| piece.finish.map(FinishReason::name)).collect());
     }
     Ok(Json(shape.whole(app, &kept, generated)).into_response())
 }

@@ -75,14 +75,6 @@ pub fn offsets(text: &TextModel, special: bool, tokens: &[u32], place: &mut Plac
     tokens.iter().map(|&id| place.next(&bytes(id))).collect()
 }
 
-fn reason(finish: FinishReason) -> &'static str {
-    match finish {
-        FinishReason::Stop | FinishReason::Complete => "stop",
-        FinishReason::ToolCalls => "tool_calls",
-        FinishReason::Length => "length",
-    }
-}
-
 /// Log-probabilities by the tokens' texts, the likeliest first: of two tokens with one text the likelier, but that of the token that was drawn
 /// where it is one of them.
 fn by_text(drawn: (String, f32), top: Vec<(u32, f32)>, text: impl Fn(u32) -> String) -> Value {
@@ -109,6 +101,11 @@ impl Shape {
             by_number: common.return_tokens_as_token_ids.unwrap_or(false),
             special: common.text().special,
         }
+    }
+
+    /// The answer's number, and the model that it is said to come from.
+    pub fn names(&self) -> (&str, &str) {
+        (&self.id, &self.model)
     }
 
     /// The object around some choices.
@@ -207,7 +204,7 @@ impl Shape {
             choice.insert("text".into(), text.into());
         }
         choice.insert("logprobs".into(), self.logprobs(app, &tokens, &offsets));
-        choice.insert("finish_reason".into(), piece.finish.map(reason).into());
+        choice.insert("finish_reason".into(), piece.finish.map(FinishReason::name).into());
         choice
     }
 

@@ -56,10 +56,12 @@ impl WorkQueue {
     ) -> Result<T, ApiError> {
         let permit = self.permits.clone().acquire_owned().await;
         let (done, ended) = oneshot::channel();
+        // The log tells whose work it was.
+        let log = tracing::Span::current();
         let work = move || {
             let _permit = permit;
             // Who asked may have gone.
-            let _ = done.send(catch_unwind(AssertUnwindSafe(f)));
+            let _ = done.send(catch_unwind(AssertUnwindSafe(|| log.in_scope(f))));
         };
         match &self.yielding {
             Some(threads) => threads.spawn(work),

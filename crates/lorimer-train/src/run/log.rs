@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use lorimer_model::error::Error as ModelError;
 use lorimer_model::files::{create_folder, write_atomic};
+use lorimer_model::protobuf::{bytes, fixed32, fixed64, number};
 use plotters::prelude::*;
 use serde::{Deserialize, Serialize};
 
@@ -166,21 +167,6 @@ fn framed(data: &[u8]) -> Vec<u8> {
     [&length[..], &masked(&length), data, &masked(data)].concat()
 }
 
-fn varint(mut n: u64) -> Vec<u8> {
-    let mut out = Vec::new();
-    while n >= 0x80 {
-        out.push(n as u8 | 0x80);
-        n >>= 7;
-    }
-    out.push(n as u8);
-    out
-}
-
-/// A length-delimited protobuf field.
-fn field(number: u8, bytes: &[u8]) -> Vec<u8> {
-    [&[number << 3 | 2], &varint(bytes.len() as u64)[..], bytes].concat()
-}
-
 enum Body<'a> {
     Version,
     Scalar(&'a str, f64),
@@ -188,13 +174,13 @@ enum Body<'a> {
 
 /// `Event { wall_time = 1, step = 2, file_version = 3 | summary = 5 }`.
 fn event(step: usize, body: Body<'_>) -> Vec<u8> {
-    let head = [&[0x09][..], &now().to_le_bytes(), &[0x10], &varint(step as u64)].concat();
+    let head = [fixed64(1, now().to_bits()), number(2, step as u64)].concat();
     let body = match body {
-        Body::Version => field(3, b"brain.Event:2"),
+        Body::Version => bytes(3, b"brain.Event:2"),
         // Summary { value = 1: Value { tag = 1, simple_value = 2 } }
         Body::Scalar(tag, value) => {
-            let value = [&field(1, tag.as_bytes())[..], &[0x15], &(value as f32).to_le_bytes()].concat();
-            field(5, &field(1, &value))
+            let value = [bytes(1, tag.as_bytes()), fixed32(2, (value as f32).to_bits())].concat();
+            bytes(5, &bytes(1, &value))
         }
     };
     [head, body].concat()

@@ -13,6 +13,7 @@ use lorimer::model::Base;
 use lorimer::serve::adapters::store::ChatDefaults;
 use lorimer::serve::engine::pool::{Geometry, shares};
 use lorimer::serve::http::{self, App, Keys, Tls};
+use lorimer::serve::trace::{Exporter, TraceSettings};
 use lorimer::serve::{EngineSettings, Policy, Store, StoreSettings, Worker};
 use lorimer::tensor::KeyDtype;
 
@@ -125,6 +126,10 @@ pub struct Serve {
     /// Do not keep keys and values of prompts for requests that begin alike
     #[arg(long)]
     no_prefix_cache: bool,
+    /// Collector of OpenTelemetry that gets a span of each request, over HTTP (http://127.0.0.1:4318, without a path /v1/traces below it) [default:
+    /// OTEL_EXPORTER_OTLP_TRACES_ENDPOINT, or OTEL_EXPORTER_OTLP_ENDPOINT]
+    #[arg(long, value_name = "URL")]
+    otlp_traces_endpoint: Option<String>,
     /// Print the OpenAPI document of the server, and serve nothing
     #[arg(long)]
     openapi: bool,
@@ -158,6 +163,8 @@ impl Serve {
         keys.check(address.ip()).map_err(|e| anyhow!(e))?;
         let tls = self.tls_cert.as_deref().zip(self.tls_key.as_deref());
         let tls = tls.map(|(certificate, key)| Tls::read(certificate, key)).transpose().map_err(|e| anyhow!(e))?;
+        let traces = TraceSettings::of(self.otlp_traces_endpoint.as_deref(), |name| std::env::var(name).ok());
+        let traces = traces.map_err(|e| anyhow!(e))?;
         let scheme = if tls.is_some() { "https" } else { "http" };
         let (base, pulled) = common::open_base(&self.model, global)?;
         let embed = if base.model().shape().causal { None } else { Some(self.pooling.options(&base)?) };
@@ -189,6 +196,9 @@ impl Serve {
             let listener = tokio::net::TcpListener::bind(address).await;
             let listener = listener.with_context(|| format!("cannot listen at {address}; is another server there?"))?;
             let address = listener.local_addr()?;
+            if let Some(traces) = traces {
+                app.export_to(Exporter::start(traces).map_err(|e| anyhow!(e))?);
+            }
             let megabytes = pool_bytes as f64 / 1e6;
             tracing::info!(
                 "{count} adapters, a pool of {megabytes:.0} MB with room for {tokens} tokens in {}",

@@ -18,6 +18,7 @@ mod kv_cache;
 mod requests;
 mod running;
 mod sampling;
+mod traces;
 
 /// A running server.
 struct Server {
@@ -44,12 +45,30 @@ impl Answer {
 
 impl Server {
     fn start(f: &Fixture, root: &str, more: &[&str]) -> Self {
-        let base = ["serve", "--model", &f.model, "--adapters", root, "--port", "0", "--json", "-q"];
-        let pool: &[&str] = if more.contains(&"--pool") { &[] } else { &["--pool", "4MB"] };
-        Self::of(lorimer(&[&base, pool, more].concat()))
+        Self::start_with(f, root, more, &[])
     }
 
-    fn of(mut command: Command) -> Self {
+    /// With variables of the environment.
+    fn start_with(f: &Fixture, root: &str, more: &[&str], variables: &[(&str, &str)]) -> Self {
+        let mut command = Self::command(f, root, more);
+        command.arg("-q").envs(variables.iter().copied());
+        Self::started(command)
+    }
+
+    /// With all that the log tells of requests in a file.
+    fn start_logged(f: &Fixture, root: &str, more: &[&str], log: &str) -> Self {
+        let mut command = Self::command(f, root, more);
+        command.env("LORIMER_LOG", "lorimer=debug").stderr(std::fs::File::create(log).unwrap());
+        Self::started(command)
+    }
+
+    fn command(f: &Fixture, root: &str, more: &[&str]) -> Command {
+        let base = ["serve", "--model", &f.model, "--adapters", root, "--port", "0", "--json"];
+        let pool: &[&str] = if more.contains(&"--pool") { &[] } else { &["--pool", "4MB"] };
+        lorimer(&[&base, pool, more].concat())
+    }
+
+    fn started(mut command: Command) -> Self {
         let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
         let mut out = BufReader::new(child.stdout.take().unwrap());
         let mut line = String::new();

@@ -1,6 +1,6 @@
 //! What a request asks of the engine: adapters, sampling and tokens, checked.
 
-use serde_json::Value;
+use serde_json::Value as Json;
 
 use super::{Adapters, Common, MAX_ADAPTERS, MAX_BIASES, MAX_CHOICES, MAX_STOPS, Wanted};
 use crate::engine::Request;
@@ -12,6 +12,7 @@ use crate::http::app::App;
 use crate::http::client::client;
 use crate::http::error::ApiError;
 use crate::http::fields::{Field, Texts};
+use crate::trace::Value;
 
 impl Common {
     /// Refuses what can be refused before anything is computed. `least` is the smallest number of tokens that may be asked for.
@@ -120,7 +121,7 @@ impl Common {
         if given.clone().count() > MAX_BIASES {
             return Err(ApiError::field("logit_bias", format!("`logit_bias` should be at most {MAX_BIASES} tokens")));
         }
-        let of = |(token, bias): (&String, &Value)| {
+        let of = |(token, bias): (&String, &Json)| {
             let at = format!("logit_bias.{}", token.chars().take(20).collect::<String>());
             let id = token.parse().map_err(|_| ApiError::field("logit_bias", format!("`{at}`: no token's number")))?;
             app.in_vocabulary("logit_bias", &[id])?;
@@ -137,6 +138,22 @@ impl Common {
         }
         app.in_vocabulary("allowed_token_ids", allowed)?;
         Ok(Some(allowed.clone()))
+    }
+
+    /// What is told of it in a trace, in the words of OpenTelemetry and, of `n`, vLLM.
+    pub fn attributes(&self) -> Vec<(&'static str, Option<Value>)> {
+        let whole = |n: Option<i64>| n.map(Value::Int);
+        let number = |x: Option<f64>| x.map(Value::Double);
+        vec![
+            ("gen_ai.request.max_tokens", self.max_tokens().map(Value::from)),
+            ("gen_ai.request.temperature", number(self.temperature)),
+            ("gen_ai.request.top_p", number(self.top_p)),
+            ("gen_ai.request.top_k", whole(self.top_k)),
+            ("gen_ai.request.frequency_penalty", number(self.frequency_penalty)),
+            ("gen_ai.request.presence_penalty", number(self.presence_penalty)),
+            ("gen_ai.request.seed", whole(self.seed)),
+            ("gen_ai.request.n", Some(self.n.unwrap_or(1).into())),
+        ]
     }
 
     /// How the answer's tokens become text.

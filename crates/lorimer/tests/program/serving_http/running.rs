@@ -186,7 +186,7 @@ fn int8_is_served_at_every_level() {
         let arguments = ["serve", "--model", &f.model, "--adapters", &root, "--port", "0", "--json", "-q"];
         let mut command = lorimer(&[&arguments[..], &["--pool", "4MB", "--dtype", "int8"]].concat());
         command.env("LORIMER_CPU", level);
-        let answer = Server::of(command).answer(json!({ "ignore_eos": true }));
+        let answer = Server::started(command).answer(json!({ "ignore_eos": true }));
         assert!(!answer.is_empty(), "{level}");
         answer
     });
