@@ -8,6 +8,7 @@ use std::fs::{self, File};
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Instant;
 
 use indicatif::ProgressStyle;
 
@@ -21,6 +22,7 @@ mod hub;
 use cache::HubId;
 pub use cache::{hub_cache, own_cache, snapshot_folder};
 use download::{bar, check_sha256};
+pub use hub::Fetched;
 
 /// A short name for a model.
 pub struct Alias {
@@ -194,6 +196,32 @@ pub fn pull(name: &str, options: PullOptions) -> Result<Pulled> {
         }
         _ => Err(error),
     }
+}
+
+/// Whether a text is a hub id: `owner/name`, with an optional `@revision`.
+pub fn is_hub_id(text: &str) -> bool {
+    HubId::parse(text).is_some()
+}
+
+/// Fetches files of a hub repository by their names, each of so many bytes at most, all of `most` bytes at most, and until `deadline`, into a folder that
+/// has none of them. What came; None where the hub has no such repository, or does not show it.
+///
+/// # Errors
+///
+/// Fails if `id` is no hub id, if the network is forbidden, if the hub does not answer, or if a file is too large or not what the hub says.
+pub fn fetch_files(
+    id: &str,
+    names: &[(&str, u64)],
+    folder: &Path,
+    (most, deadline): (u64, Instant),
+) -> Result<Option<Fetched>> {
+    let Some(hub) = HubId::parse(id) else {
+        return Err(Error::Unsupported(format!("`{id}` is no hub id (`owner/name`)")));
+    };
+    if offline() {
+        return Err(Error::Network(format!("`{id}` is not here and HF_HUB_OFFLINE forbids fetching it")));
+    }
+    hub::fetch_files(&hub, names, folder, (most, deadline))
 }
 
 impl Package {

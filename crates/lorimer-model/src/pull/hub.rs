@@ -4,7 +4,7 @@
 use std::fs;
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use reqwest::header::{LINK, RANGE};
 use reqwest::{Response, StatusCode};
@@ -46,6 +46,17 @@ struct RemoteFile {
     hash: String,
     /// Whether the hash is a SHA-256 of the content.
     large: bool,
+}
+
+/// What was fetched of a repository.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fetched {
+    /// The commit that the revision stood for.
+    pub commit: String,
+    /// Bytes of all files.
+    pub bytes: u64,
+    /// Their names.
+    pub files: Vec<String>,
 }
 
 /// `HF_TOKEN`, or what `hf auth login` left in `HF_TOKEN_PATH` or `$HF_HOME/token`.
@@ -91,6 +102,8 @@ struct Hub<'a> {
     token: Option<String>,
     client: reqwest::Client,
     runtime: tokio::runtime::Runtime,
+    /// When everything has to be there.
+    deadline: Option<Instant>,
 }
 
 impl<'a> Hub<'a> {
@@ -107,6 +120,7 @@ impl<'a> Hub<'a> {
             token: token(),
             client: client.build().map_err(|e| failed(deepest(&e)))?,
             runtime: runtime.map_err(|e| failed(e.to_string()))?,
+            deadline: None,
         })
     }
 
@@ -114,8 +128,30 @@ impl<'a> Hub<'a> {
         Error::Network(format!("cannot fetch `{}/{}` from the hub ({what})", self.id.owner, self.id.name))
     }
 
+    /// Waits for what the hub answers, up to the deadline.
+    fn wait<T>(&self, answer: impl Future<Output = Result<T>>) -> Result<T> {
+        self.runtime.block_on(async {
+            match self.deadline {
+                None => answer.await,
+                Some(deadline) => {
+                    let late = |_| self.failed("it takes too long");
+                    tokio::time::timeout_at(deadline.into(), answer).await.map_err(late)?
+                }
+            }
+        })
+    }
+
     /// Sends a request, a second time where the first one met what passes.
     async fn send(&self, url: &str, range: Option<&str>) -> Result<Response> {
+        self.ask(url, range).await?.map_err(|status| self.refused(status))
+    }
+
+    fn refused(&self, status: StatusCode) -> Error {
+        self.failed(format!("status {status}; is the name right, and does HF_TOKEN allow it?"))
+    }
+
+    /// The same; the status where it is one of failure.
+    async fn ask(&self, url: &str, range: Option<&str>) -> Result<std::result::Result<Response, StatusCode>> {
         for last in [false, true] {
             let mut request = self.client.get(url);
             if let Some(token) = &self.token {
@@ -125,10 +161,10 @@ impl<'a> Hub<'a> {
                 request = request.header(RANGE, range);
             }
             let problem = match request.send().await {
-                Ok(answer) if answer.status().is_success() => return Ok(answer),
+                Ok(answer) if answer.status().is_success() => return Ok(Ok(answer)),
                 Ok(answer) => match answer.status() {
                     s if !last && (s.is_server_error() || matches!(s.as_u16(), 408 | 429)) => None,
-                    s => Some(format!("status {s}; is the name right, and does HF_TOKEN allow it?")),
+                    s => return Ok(Err(s)),
                 },
                 Err(e) if !last && (e.is_connect() || e.is_timeout()) => None,
                 Err(e) => Some(deepest(&e)),
@@ -155,7 +191,7 @@ impl<'a> Hub<'a> {
 
     /// A JSON answer, and the query of the page after it.
     fn json(&self, path: &str) -> Result<(Value, Option<String>)> {
-        self.runtime.block_on(async {
+        self.wait(async {
             let answer = self.send(&format!("{}/api/models/{path}", self.endpoint), None).await?;
             let link = answer.headers().get(LINK).and_then(|v| v.to_str().ok()).unwrap_or_default();
             let next = link.split(',').find(|l| l.contains("rel=\"next\""));
@@ -166,26 +202,38 @@ impl<'a> Hub<'a> {
         })
     }
 
-    /// The commit that the revision stands for.
-    fn commit(&self) -> Result<String> {
+    /// The commit that the revision stands for; the status where the hub does not tell.
+    fn commit(&self) -> Result<std::result::Result<String, StatusCode>> {
         let HubId { owner, name, revision } = self.id;
-        let (info, _) = self.json(&format!("{owner}/{name}/revision/{revision}"))?;
+        let url = format!("{}/api/models/{owner}/{name}/revision/{revision}", self.endpoint);
+        let info = self.wait(async {
+            match self.ask(&url, None).await? {
+                Ok(answer) => self.bytes(answer, MAX_JSON_BYTES).await.map(Ok),
+                Err(status) => Ok(Err(status)),
+            }
+        })?;
+        let info: Value = match info {
+            Ok(bytes) => {
+                serde_json::from_slice(&bytes).map_err(|e| self.failed(format!("an answer is not JSON: {e}")))?
+            }
+            Err(status) => return Ok(Err(status)),
+        };
         let sha = info["sha"].as_str().filter(|sha| is_hash(sha, 40));
-        sha.map(str::to_lowercase).ok_or_else(|| self.failed("the answer names no commit"))
+        sha.map(|sha| Ok(sha.to_lowercase())).ok_or_else(|| self.failed("the answer names no commit"))
     }
 
     /// The files that are fetched of a commit.
     fn files(&self, commit: &str) -> Result<Vec<RemoteFile>> {
         let path = format!("{}/{}/tree/{commit}", self.id.owner, self.id.name);
-        let (mut files, folders) = self.listing(&path)?;
+        let (mut files, folders) = self.listing(&path, wanted)?;
         if folders.iter().any(|name| name == POOLING.0) {
-            files.extend(self.listing(&format!("{path}/{}", POOLING.0))?.0);
+            files.extend(self.listing(&format!("{path}/{}", POOLING.0), wanted)?.0);
         }
         Ok(files)
     }
 
     /// The files of a folder that are fetched, and its folders.
-    fn listing(&self, path: &str) -> Result<(Vec<RemoteFile>, Vec<String>)> {
+    fn listing(&self, path: &str, wanted: impl Fn(&str) -> bool) -> Result<(Vec<RemoteFile>, Vec<String>)> {
         let (mut files, mut folders, mut query) = (Vec::new(), Vec::new(), None);
         for _ in 0..PAGES {
             let page = query.as_ref().map_or_else(|| path.to_string(), |query| format!("{path}?{query}"));
@@ -218,7 +266,7 @@ impl<'a> Hub<'a> {
     /// Some bytes of a file: those from `from` up to `to`.
     fn piece(&self, commit: &str, file: &RemoteFile, from: u64, to: u64) -> Result<Vec<u8>> {
         let url = format!("{}/{}/{}/resolve/{commit}/{}", self.endpoint, self.id.owner, self.id.name, file.name);
-        self.runtime.block_on(async {
+        self.wait(async {
             let answer = self.send(&url, Some(&format!("bytes={from}-{}", to - 1))).await?;
             if answer.status() != StatusCode::PARTIAL_CONTENT && (from, to) != (0, file.size) {
                 return Err(self.failed(format!("it sends `{}` only whole", file.name)));
@@ -229,6 +277,25 @@ impl<'a> Hub<'a> {
                 false => Err(self.failed(format!("{} bytes of `{}` instead of {}", piece.len(), file.name, to - from))),
             }
         })
+    }
+
+    /// Writes what comes after the first `done` bytes of a file, and tells how far it is.
+    fn copy(
+        &self,
+        commit: &str,
+        file: &RemoteFile,
+        (out, path): (&mut fs::File, &Path),
+        mut done: u64,
+        told: impl Fn(u64),
+    ) -> Result<()> {
+        while done < file.size {
+            let end = file.size.min(done + PIECE);
+            let piece = self.piece(commit, file, done, end)?;
+            out.write_all(&piece).map_err(Error::io("write", path))?;
+            done = end;
+            told(done);
+        }
+        Ok(())
     }
 
     /// Puts a file among the blobs, going on where another download stopped.
@@ -257,13 +324,7 @@ impl<'a> Hub<'a> {
         }
         let bar = bar(file.size, &file.name, progress && file.size > PIECE);
         bar.set_position(done);
-        while done < file.size {
-            let end = file.size.min(done + PIECE);
-            let piece = self.piece(commit, file, done, end)?;
-            out.write_all(&piece).map_err(Error::io("write", &partial))?;
-            done = end;
-            bar.set_position(done);
-        }
+        self.copy(commit, file, (&mut out, &partial), done, |done| bar.set_position(done))?;
         out.sync_all().map_err(Error::io("sync", &partial))?;
         bar.finish_and_clear();
         if file.large {
@@ -294,10 +355,51 @@ fn name_blob(snapshot: &Path, file: &RemoteFile) -> Result<()> {
     }
 }
 
+/// Fetches files of a repository by their names, each of so many bytes at most and all of `most` at most, into a folder that has none of them. What
+/// came; None where the hub has no such repository, or shows it to others only.
+pub(super) fn fetch_files(
+    id: &HubId,
+    names: &[(&str, u64)],
+    folder: &Path,
+    (most, deadline): (u64, Instant),
+) -> Result<Option<Fetched>> {
+    let hub = Hub { deadline: Some(deadline), ..Hub::new(id)? };
+    let commit = match hub.commit()? {
+        Ok(commit) => commit,
+        // Without a token the hub does not tell what is hidden from what is not there.
+        Err(status) if matches!(status.as_u16(), 401 | 403 | 404) => return Ok(None),
+        Err(status) => return Err(hub.failed(format!("status {status}"))),
+    };
+    let bound = |name: &str| names.iter().find(|(known, _)| *known == name).map(|(_, bound)| *bound);
+    let path = format!("{}/{}/tree/{commit}", id.owner, id.name);
+    let (files, _) = hub.listing(&path, |name| bound(name).is_some())?;
+    let large = |what: &str, size: u64, most: u64| {
+        let HubId { owner, name, .. } = id;
+        Error::Unsupported(format!("{what} of `{owner}/{name}` on the hub has {size} bytes, at most {most} are taken"))
+    };
+    if let Some(file) = files.iter().find(|file| bound(&file.name).is_none_or(|most| file.size > most)) {
+        return Err(large(&format!("`{}`", file.name), file.size, bound(&file.name).unwrap_or(0)));
+    }
+    let bytes = files.iter().fold(0u64, |sum, file| sum.saturating_add(file.size));
+    if bytes > most {
+        return Err(large("the whole", bytes, most));
+    }
+    for file in &files {
+        let path = folder.join(&file.name);
+        let mut out = fs::File::create_new(&path).map_err(Error::io("write", &path))?;
+        hub.copy(&commit, file, (&mut out, &path), 0, |_| ())?;
+        out.sync_all().map_err(Error::io("sync", &path))?;
+        if file.large {
+            check_sha256(&path, &file.hash)?;
+        }
+    }
+    Ok(Some(Fetched { commit, bytes, files: files.into_iter().map(|file| file.name).collect() }))
+}
+
 /// Fetches what is missing of a model; the folder of its files.
 pub(super) fn fetch(id: &HubId, progress: bool) -> Result<PathBuf> {
     let hub = Hub::new(id)?;
-    let commit = hub.commit()?;
+    let commit = hub.commit()?.map_err(|status| hub.refused(status))?;
     let files = hub.files(&commit)?;
     for file in &files {
         hub.blob(&commit, file, progress)?;

@@ -2,6 +2,7 @@
 
 pub mod found;
 pub mod hosted;
+pub mod hub;
 pub mod mirror;
 pub mod names;
 pub mod registry;

@@ -41,7 +41,7 @@ pub(crate) fn refuse<T>(code: Code, message: impl Into<String>) -> Result<T, Sto
     Err(StoreError { code, message: message.into() })
 }
 
-/// Names are path-like: parts of letters, digits, `.`, `_`, `-` apart by `/`, none of which begins with a dot.
+/// Names are path-like: parts of letters, digits, `.`, `_`, `-`, `@` apart by `/`, none of which begins with a dot.
 ///
 /// # Errors
 ///
@@ -50,12 +50,12 @@ pub fn check_name(name: &str) -> Result<(), StoreError> {
     let part = |part: &str| {
         !part.is_empty()
             && !part.starts_with('.')
-            && part.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-'))
+            && part.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-' | '@'))
     };
     if name.len() > MAX_NAME || !name.split('/').all(part) {
         let shown: String = name.chars().take(60).flat_map(char::escape_debug).collect();
         let message = format!(
-            "`{shown}` is no name of an adapter: at most {MAX_NAME} letters, digits, `.`, `_`, `-`, with `/` between parts that do not begin with a dot"
+            "`{shown}` is no name of an adapter: at most {MAX_NAME} letters, digits, `.`, `_`, `-`, `@`, with `/` between parts that do not begin with a dot"
         );
         return refuse(Code::InvalidName, message);
     }

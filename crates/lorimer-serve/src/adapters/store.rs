@@ -242,7 +242,7 @@ impl Store {
     }
 
     /// Folders below the root that hold an adapter.
-    fn folders(&self) -> Result<Vec<PathBuf>, StoreError> {
+    pub(crate) fn folders(&self) -> Result<Vec<PathBuf>, StoreError> {
         let mut folders = vec![(self.root.clone(), 0)];
         let mut found = Vec::new();
         while let Some((folder, depth)) = folders.pop() {
@@ -298,6 +298,16 @@ impl Store {
         }
     }
 
+    /// The folder of adapters, or that which mirrors an object store.
+    pub(crate) fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Most bytes of the tensors of an adapter.
+    pub(crate) fn max_file(&self) -> u64 {
+        self.settings.max_file_bytes
+    }
+
     /// Most bytes of the files of an adapter that is received.
     pub fn max_upload(&self) -> u64 {
         self.settings.max_file_bytes.saturating_add(64 << 20)
@@ -309,7 +319,7 @@ impl Store {
     }
 
     /// A message without the paths of this machine.
-    fn without_root(&self, message: &str) -> String {
+    pub(crate) fn without_root(&self, message: &str) -> String {
         let base = self.settings.base.as_ref().and_then(|base| base.folder().parent());
         let folders = [Some(self.root.as_path()), base.filter(|base| base.file_name().is_some())];
         let without = |message: String, folder: &Path| message.replace(&format!("{}/", folder.display()), "");

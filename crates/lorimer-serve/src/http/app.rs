@@ -8,16 +8,17 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use axum::http::StatusCode;
 use futures_util::FutureExt;
-use futures_util::future::{BoxFuture, Shared};
 use lorimer_model::Base;
 use lorimer_model::embed::EmbedOptions;
 use tokio::sync::Semaphore;
 
 use super::error::ApiError;
+use super::hub::Fetches;
 use super::room::room;
-use super::work_queue::{Readers, WorkQueue};
+use super::work_queue::{Loading, Readers, WorkQueue};
 use crate::adapters::hosted::Hosted;
-use crate::adapters::store::Store;
+use crate::adapters::hub::{Hub, is_fetchable};
+use crate::adapters::store::{Store, StoreError};
 use crate::engine::worker::Worker;
 use crate::generation::form::{Constraint, Form, Vocabulary};
 use crate::trace::Exporter;
@@ -93,6 +94,8 @@ pub struct App {
     pub(super) vocabulary: OnceLock<Result<Vocabulary, String>>,
     /// Where spans go, if anywhere.
     pub(super) exporter: OnceLock<Exporter>,
+    /// Where adapters come from that are not here, if they may.
+    pub(super) hub: OnceLock<Arc<Fetches>>,
     /// Whether adapters may come as files.
     pub(super) uploads: AtomicBool,
     /// Whether requests should go elsewhere.
@@ -114,9 +117,6 @@ pub struct App {
     /// Bytes of the longest prompt that can be one.
     pub(super) longest: usize,
 }
-
-/// An adapter on its way into memory, for all who wait for it.
-pub(super) type Loading = Shared<BoxFuture<'static, Result<Arc<Hosted>, ApiError>>>;
 
 impl App {
     /// An app; `loopback` if only this machine can reach it.
@@ -154,6 +154,7 @@ impl App {
             loopback,
             vocabulary: OnceLock::new(),
             exporter: OnceLock::new(),
+            hub: OnceLock::new(),
             uploads: AtomicBool::new(false),
             draining: AtomicBool::new(false),
             started: now.as_secs(),
@@ -174,6 +175,18 @@ impl App {
     /// Lets adapters come as files.
     pub fn allow_uploads(&self) {
         self.uploads.store(true, Ordering::Relaxed);
+    }
+
+    /// Lets adapters come from the hub, those of them that are here taking so many bytes at most.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the folders of adapters cannot be listed.
+    pub fn allow_hub(&self, space: u64) -> Result<(), StoreError> {
+        if let Some(store) = &self.store {
+            let _ = self.hub.set(Arc::new(Fetches::new(Hub::new(store, space)?)));
+        }
+        Ok(())
     }
 
     /// Exports spans from now on.
@@ -263,6 +276,18 @@ impl App {
     }
 
     pub(super) async fn adapter(self: &Arc<Self>, name: String) -> Result<Arc<Hosted>, ApiError> {
+        let missing = match self.stored(name.clone()).await {
+            Err(error) if error.code == "adapter_not_found" => error,
+            there => return there,
+        };
+        match self.hub.get().filter(|_| is_fetchable(&name)) {
+            Some(hub) => hub.wait(name, self.needed_store()?, &self.base).await,
+            None => Err(missing),
+        }
+    }
+
+    /// An adapter that is here, or in the object store.
+    async fn stored(self: &Arc<Self>, name: String) -> Result<Arc<Hosted>, ApiError> {
         let store = self.needed_store()?;
         if let Some(hosted) = store.cached(&name) {
             return Ok(hosted);

@@ -10,6 +10,7 @@ mod embeddings;
 pub mod error;
 mod fields;
 mod health;
+mod hub;
 mod metrics;
 mod openai;
 mod prompts;

@@ -5,13 +5,18 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::http::StatusCode;
+use futures_util::future::{BoxFuture, Shared};
 use tokio::sync::{Semaphore, oneshot};
 
 use super::error::ApiError;
+use crate::adapters::hosted::Hosted;
 
 /// By how much threads that read large bodies yield to those that compute: each takes a tenth of what one of those takes.
 #[cfg(target_os = "linux")]
 const LARGE_NICE: i32 = 10;
+
+/// An adapter on its way into memory, for all who wait for it.
+pub(super) type Loading = Shared<BoxFuture<'static, Result<Arc<Hosted>, ApiError>>>;
 
 /// A kind of work.
 pub struct WorkQueue {

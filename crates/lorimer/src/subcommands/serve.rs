@@ -126,6 +126,13 @@ pub struct Serve {
     /// Do not keep keys and values of prompts for requests that begin alike
     #[arg(long)]
     no_prefix_cache: bool,
+    /// Fetch an adapter that is not below the folder of adapters from the Hugging Face hub when it is asked for by its hub id (owner/name or
+    /// owner/name@revision), into that folder
+    #[arg(long)]
+    allow_hub: bool,
+    /// Disk space for adapters of the hub
+    #[arg(long, value_name = "SIZE", value_parser = parse_bytes, default_value = "10GiB", requires = "allow_hub")]
+    hub_space: u64,
     /// Collector of OpenTelemetry that gets a span of each request, over HTTP (http://127.0.0.1:4318, without a path /v1/traces below it) [default:
     /// OTEL_EXPORTER_OTLP_TRACES_ENDPOINT, or OTEL_EXPORTER_OTLP_ENDPOINT]
     #[arg(long, value_name = "URL")]
@@ -190,6 +197,9 @@ impl Serve {
         if self.allow_uploads {
             app.allow_uploads();
         }
+        if self.allow_hub {
+            app.allow_hub(self.hub_space)?;
+        }
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
         let stop = common::stop_flag();
         let ended = runtime.block_on(async {
@@ -241,6 +251,9 @@ impl Serve {
         }
         if self.draft_tokens == 0 {
             bail!("--draft-tokens should be at least 1; leave --draft out to guess nothing");
+        }
+        if self.allow_hub && self.adapters.as_ref().is_none_or(|place| place.contains("://")) {
+            bail!("--allow-hub puts adapters into a folder; give one with --adapters");
         }
         if self.first_token.is_some_and(|s| !(s.is_finite() && s > 0.0)) {
             bail!("--first-token should be above 0");

@@ -16,14 +16,18 @@ const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 const PIECE: usize = 16 << 20;
 
 #[derive(Default)]
-struct State {
-    files: BTreeMap<&'static str, Vec<u8>>,
+pub struct State {
+    pub files: BTreeMap<&'static str, Vec<u8>>,
+    /// Paths that were asked for.
+    pub asked: Vec<String>,
+    /// How long each answer takes.
+    pub pause: std::time::Duration,
     /// What the listing says the weights hash to, where that is not the truth.
-    claimed: Option<String>,
+    pub claimed: Option<String>,
     /// Answer only half of the piece that begins here, once.
     break_at: Option<usize>,
     /// First bytes of the ranges of the weights that were asked for.
-    ranges: Vec<usize>,
+    pub ranges: Vec<usize>,
     /// Token without which nothing is given.
     token: Option<String>,
     /// Another host, which large files are sent from.
@@ -32,9 +36,9 @@ struct State {
     token_went_elsewhere: bool,
 }
 
-struct Hub {
-    state: Arc<Mutex<State>>,
-    address: String,
+pub struct Hub {
+    pub state: Arc<Mutex<State>>,
+    pub address: String,
     home: tempfile::TempDir,
 }
 
@@ -58,9 +62,12 @@ fn answer(mut stream: TcpStream, state: &Mutex<State>) -> std::io::Result<()> {
             _ => {}
         }
     }
+    let pause = state.lock().unwrap().pause;
+    std::thread::sleep(pause);
     let mut state = state.lock().unwrap();
     let target = request.split(' ').nth(1).unwrap_or_default().to_string();
     let (path, query) = target.split_once('?').unwrap_or((&target, ""));
+    state.asked.push(path.to_string());
     let mut send = |status: &str, headers: &str, body: &[u8], length: usize| {
         let head = format!(
             "HTTP/1.1 {status}\r\nConnection: close\r\nX-Repo-Commit: {COMMIT}\r\n{headers}Content-Length: {length}\r\n\r\n"
@@ -90,7 +97,7 @@ fn answer(mut stream: TcpStream, state: &Mutex<State>) -> std::io::Result<()> {
             entry
         });
         json!(entries.collect::<Vec<_>>()).to_string()
-    } else if path == "/api/models/owner/name/revision/main" {
+    } else if path.strip_prefix("/api/models/owner/name/revision/").is_some_and(|name| name != "nowhere") {
         json!({"id": "owner/name", "sha": COMMIT}).to_string()
     } else {
         let name = path.rsplit('/').next().unwrap_or_default();
@@ -142,12 +149,17 @@ fn serve(listener: TcpListener, state: Arc<Mutex<State>>) {
 
 impl Hub {
     fn new(weights: Vec<u8>) -> Self {
-        let mut state = State::default();
+        let mut files = BTreeMap::new();
         for name in ["config.json", "tokenizer.json", "tokenizer_config.json"] {
-            state.files.insert(name, std::fs::read(goldens().join(name)).unwrap());
+            files.insert(name, std::fs::read(goldens().join(name)).unwrap());
         }
-        state.files.insert("model.safetensors", weights);
-        let state = Arc::new(Mutex::new(state));
+        files.insert("model.safetensors", weights);
+        Self::with(files)
+    }
+
+    /// With these files in `owner/name`, at every revision but `nowhere`.
+    pub fn with(files: BTreeMap<&'static str, Vec<u8>>) -> Self {
+        let state = Arc::new(Mutex::new(State { files, ..Default::default() }));
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = format!("http://{}", listener.local_addr().unwrap());
         serve(listener, state.clone());

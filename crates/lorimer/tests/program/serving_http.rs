@@ -14,6 +14,7 @@ mod adapters;
 mod answers;
 mod calls;
 mod draft;
+mod from_hub;
 mod kv_cache;
 mod requests;
 mod running;
