@@ -11,6 +11,8 @@ use llguidance::{Matcher, ParserFactory};
 use lorimer_model::TextModel;
 use serde_json::{Value, json};
 
+use super::gbnf::to_lark;
+
 /// Most bytes of a schema and of a choice's texts.
 const LONGEST: usize = 256 << 10;
 /// Most bytes of a regular expression, in a schema too, and of a grammar. What one step costs grows with their square.
@@ -32,6 +34,8 @@ pub enum Form {
     Choice(Vec<String>),
     /// What a context-free grammar in Lark's syntax gives, from `start` on.
     Lark(String),
+    /// What a context-free grammar of llama.cpp (GBNF) gives, from `root` on.
+    Gbnf(String),
     /// What a grammar of ours gives, in which `body` is JSON that fits a schema.
     Around(String, Value),
 }
@@ -47,7 +51,7 @@ impl Form {
         let (length, most) = match self {
             Self::Schema(schema) | Self::Around(_, schema) => (schema.to_string().len(), LONGEST),
             Self::Choice(texts) => (texts.iter().map(|t| t.len() + 8).sum(), LONGEST),
-            Self::Regex(text) | Self::Lark(text) => (text.len(), LONGEST_EXPRESSION),
+            Self::Regex(text) | Self::Lark(text) | Self::Gbnf(text) => (text.len(), LONGEST_EXPRESSION),
         };
         if length > most {
             return Err(format!("it has {length} bytes; at most {most} are taken"));
@@ -85,7 +89,7 @@ impl Form {
         match self {
             Self::Schema(schema) | Self::Around(_, schema) => of(schema),
             Self::Choice(_) => 0,
-            Self::Regex(text) | Self::Lark(text) => {
+            Self::Regex(text) | Self::Lark(text) | Self::Gbnf(text) => {
                 let (mut depth, mut deepest) = (0usize, 0);
                 for byte in text.bytes() {
                     match byte {
@@ -100,8 +104,8 @@ impl Form {
         }
     }
 
-    fn grammar(&self) -> TopLevelGrammar {
-        match self {
+    fn grammar(&self) -> Result<TopLevelGrammar, String> {
+        Ok(match self {
             Self::Schema(schema) => TopLevelGrammar::from_json_schema(schema.clone()),
             Self::Regex(regex) => TopLevelGrammar::from_regex(regex),
             Self::Choice(texts) => {
@@ -109,8 +113,9 @@ impl Form {
                 TopLevelGrammar::from_lark(format!("start: {}", quoted.join(" | ")))
             }
             Self::Lark(grammar) => TopLevelGrammar::from_lark(grammar.clone()),
+            Self::Gbnf(grammar) => TopLevelGrammar::from_lark(to_lark(grammar)?),
             Self::Around(grammar, schema) => TopLevelGrammar::from_lark(format!("{grammar}\nbody: %json {schema}\n")),
-        }
+        })
     }
 }
 
@@ -202,12 +207,12 @@ impl Vocabulary {
     /// Says in one line what of the form cannot be.
     pub fn begin(&self, form: &Form) -> Result<Constraint, String> {
         form.check()?;
-        let compile = || Matcher::new(self.factory.create_parser(form.grammar()));
+        let compile = || Ok::<_, String>(Matcher::new(self.factory.create_parser(form.grammar()?)));
         let compiled = std::thread::scope(|scope| {
             let thread = std::thread::Builder::new().stack_size(STACK).spawn_scoped(scope, compile);
             thread.map_err(|e| e.to_string())?.join().map_err(|_| "it cannot be compiled".to_string())
         });
-        let matcher = compiled?;
+        let matcher = compiled??;
         match matcher.get_error() {
             Some(problem) => {
                 // What follows speaks of the library's own settings.
@@ -426,6 +431,25 @@ mod tests {
             Form::Regex("[a-z]*a".repeat(1000)),
             Form::Lark(format!("start: {}", "\"a\"? ".repeat(1600))),
             Form::Lark(format!("start: {}", "start? ".repeat(1100))),
+            Form::Gbnf(format!("root ::= {}", "\"a\"? ".repeat(1600))),
+            Form::Gbnf(format!("root ::= {}", "root? ".repeat(1100))),
+            Form::Gbnf("root ::= root root | \"a\" root \"a\" | \"a\" |".into()),
+            Form::Gbnf("root ::= ((a{2000}){2000} root?){2000}\na ::= (\"a\"{0,2000}){0,2000}".into()),
+            Form::Gbnf(
+                (0..300)
+                    .fold("root ::= r0 root?\n".into(), |all, i| all + &format!("r{i} ::= r{} r{}\n", i + 1, i + 1))
+                    + "r300 ::= \"a\"?",
+            ),
+            Form::Gbnf(
+                (0..300).fold("root ::= r0 root\n".into(), |all, i| {
+                    all + &format!("r{i} ::= r{} | \"a\"\n", (i + 1) % 300)
+                }),
+            ),
+            Form::Gbnf(
+                (0..200).fold("root ::= \"(\" root \")\"".into(), |all, i| all + &format!(" | [a-z]* \"a{i}\" root")),
+            ),
+            Form::Gbnf(format!("root ::= {}", nested("(\"a\" root? ", ")", 100).replace(" a)", " \"a\")"))),
+            Form::Gbnf(format!("root ::= {}", nested("(", ")", 100_000))),
             Form::Schema(json!({ "type": "string", "pattern": "a?".repeat(4000) })),
             Form::Schema(json!({ "type": "string", "minLength": 1_000_000_000 })),
             Form::Schema(json!({ "type": "array", "minItems": 1_000_000_000, "items": { "type": "string" } })),

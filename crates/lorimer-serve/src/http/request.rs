@@ -85,7 +85,7 @@ fields! {
         /// What the answer is held to: `{"type": "json_object"}`, or `{"type": "json_schema", "json_schema": {"name": …, "schema": …}}`.
         #[schema(value_type = Option<Object>)]
         response_format: Value,
-        /// The same with one of `json` (a schema), `json_object`, `regex`, `choice` and `grammar` (in Lark's syntax) (vLLM).
+        /// The same with one of `json` (a schema), `json_object`, `regex`, `choice` and `grammar` (in Lark's syntax, or llama.cpp's) (vLLM).
         #[schema(value_type = Option<Object>)]
         structured_outputs: Value,
         /// A JSON schema that the answer fits (vLLM).
@@ -98,8 +98,10 @@ fields! {
         guided_regex: String,
         /// Texts of which the answer is one (vLLM).
         guided_choice: Vec<String>,
-        /// A grammar in Lark's syntax that gives the answer (vLLM).
+        /// A grammar in Lark's syntax, or in llama.cpp's, that gives the answer (vLLM).
         guided_grammar: String,
+        /// A grammar in llama.cpp's syntax (GBNF) that gives the answer (llama.cpp).
+        grammar: String,
         /// The same seed draws the same tokens.
         seed: i64,
         /// Answers to each prompt, 1 to 16.

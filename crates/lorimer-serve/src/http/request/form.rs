@@ -26,7 +26,10 @@ impl Common {
         if let Some(texts) = self.guided_choice.clone() {
             found.push(("guided_choice", choice(texts, "guided_choice")?));
         }
-        found.extend(self.guided_grammar.clone().map(|grammar| ("guided_grammar", Form::Lark(grammar))));
+        found.extend(self.guided_grammar.clone().map(|text| ("guided_grammar", grammar(text))));
+        // An empty one asks for nothing.
+        let own = self.grammar.clone().filter(|text| !text.is_empty());
+        found.extend(own.map(|text| ("grammar", Form::Gbnf(text))));
         match &found[..] {
             [_, (second, _), ..] => {
                 let first = found[0].0;
@@ -82,7 +85,7 @@ fn structured_outputs(value: Value) -> Result<Vec<Form>, ApiError> {
     if let Some(texts) = fields.take::<Vec<String>>("choice")? {
         found.push(choice(texts, "structured_outputs.choice")?);
     }
-    found.extend(fields.take::<String>("grammar")?.map(Form::Lark));
+    found.extend(fields.take::<String>("grammar")?.map(grammar));
     fields.done()?;
     Ok(found)
 }
@@ -98,6 +101,15 @@ fn schema_of(value: Value, at: &str) -> Result<Form, ApiError> {
         true => Ok(Form::Schema(schema)),
         false => Err(wrong(at, "a JSON schema", &schema)),
     }
+}
+
+/// A grammar in either of the two syntaxes that vLLM takes: one has `::=` in its rules, the other never outside of texts.
+fn grammar(text: String) -> Form {
+    let rule = |line: &str| {
+        line.split_once("::=")
+            .is_some_and(|(name, _)| name.trim().chars().all(|c| c.is_ascii_alphanumeric() || "-_".contains(c)))
+    };
+    if text.lines().any(rule) { Form::Gbnf(text) } else { Form::Lark(text) }
 }
 
 fn choice(texts: Vec<String>, at: &str) -> Result<Form, ApiError> {

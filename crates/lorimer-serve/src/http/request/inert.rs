@@ -17,7 +17,6 @@ const INERT: &[(&str, &[&str], &str)] = &[
     ("return_token_ids", &["false"], "ask for `logprobs` with `return_tokens_as_token_ids`"),
     ("bad_words", &["[]"], "ban tokens with `logit_bias`"),
     ("priority", &["0"], "requests are served by tenant; see `user`"),
-    ("grammar", &["\"\""], "give a grammar in Lark's syntax, in `structured_outputs`"),
     ("suffix", &["\"\""], "text is not filled in between"),
     ("store", &["false"], "answers are not stored"),
     ("metadata", &["{}"], "answers are not stored"),

@@ -219,7 +219,7 @@ fn every_field_is_honoured_asks_for_nothing_or_is_refused_by_name() {
             names.extend(document["components"]["schemas"][name]["properties"].as_object().unwrap().keys());
         }
         assert!(names.len() > 25 && names.iter().any(|n| *n == "logit_bias"), "{names:?}");
-        let foreign = ["suffix", "store", "grammar", "tool_choice_mode", "n_probs"].map(String::from);
+        let foreign = ["suffix", "store", "tool_choice_mode", "n_probs"].map(String::from);
         for name in names.into_iter().chain(&foreign) {
             let answer = server.post(path, &with(ask, json!({ name: null })));
             let needed = ["messages", "prompt"].contains(&name.as_str());
@@ -238,7 +238,9 @@ fn every_field_is_honoured_asks_for_nothing_or_is_refused_by_name() {
             ("guided_json", json!([]), "guided_json"),
             ("guided_regex", json!("a("), "guided_regex"),
             ("guided_grammar", json!("start: nowhere"), "guided_grammar"),
-            ("grammar", json!("root ::= \"a\""), "grammar"),
+            ("guided_grammar", json!("root ::= nowhere"), "guided_grammar"),
+            ("grammar", json!("root ::= <think>"), "grammar"),
+            ("grammar", json!("start: \"a\""), "grammar"),
             ("store", json!(true), "store"),
             ("suffix", json!(" six"), "suffix"),
             ("mirostat", json!(2), "mirostat"),

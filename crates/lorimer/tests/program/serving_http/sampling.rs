@@ -173,6 +173,17 @@ fn answers_are_held_to_their_form() {
     assert!(complete(json!({ "guided_regex": "[a-c]{4}" })).bytes().all(|b| (b'a'..=b'c').contains(&b)));
     let nested = complete(json!({ "guided_grammar": "start: \"(\" start \")\" | \"x\"" }));
     assert!(nested.trim_start_matches('(').starts_with('x') || nested.bytes().all(|b| b == b'('), "{nested}");
+    // llama.cpp's, in its own field and in vLLM's.
+    let listed = "root ::= item{2}\nitem ::= \"- \" [a-c]{1,3} \"\\n\"";
+    for more in [json!({ "grammar": listed }), json!({ "structured_outputs": { "grammar": listed } })] {
+        let text = complete(more);
+        let fits = |line: &str| {
+            line.len() <= 5
+                && line.strip_prefix("- ").is_some_and(|l| !l.is_empty() && l.bytes().all(|b| b"abc".contains(&b)))
+        };
+        assert!(text.lines().count() == 2 && text.ends_with('\n') && text.lines().all(fits), "{text:?}");
+    }
+    assert_eq!(complete(json!({ "grammar": "", "guided_choice": ["red"] })), "red");
     // What a request forbids may be all that its form allows.
     let ask = json!({ "prompt": "up 3", "max_tokens": 40, "guided_choice": ["red"], "allowed_token_ids": [2] });
     let answer = server.post("/v1/completions", &ask);
