@@ -101,15 +101,15 @@ def with_encoder():
     end(server)
 
 
-def certificate(name, serial):
-    """A certificate for 127.0.0.1 that signs itself, and its key, as PEM files."""
+def certificate(name, serial, authority=True):
+    """A certificate for 127.0.0.1 that signs itself, and its key, as PEM files; rustls wants that of a server to be no authority's."""
     key = ec.generate_private_key(ec.SECP256R1())
     own = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
     now = datetime.datetime.now(datetime.timezone.utc)
     names = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
     built = (x509.CertificateBuilder().subject_name(own).issuer_name(own).public_key(key.public_key()).serial_number(serial)
              .not_valid_before(now - datetime.timedelta(days=1)).not_valid_after(now + datetime.timedelta(days=1))
-             .add_extension(names, False).add_extension(x509.BasicConstraints(True, None), True).sign(key, hashes.SHA256()))
+             .add_extension(names, False).add_extension(x509.BasicConstraints(authority, None), True).sign(key, hashes.SHA256()))
     plain = serialization.NoEncryption()
     (folder / f"{name}.key").write_bytes(key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain))
     (folder / f"{name}.pem").write_bytes(built.public_bytes(serialization.Encoding.PEM))
@@ -165,7 +165,7 @@ def with_traces():
         def log_message(self, *_):
             pass
 
-    certificate("collector", 3)
+    certificate("collector", 3, authority=False)
     collector = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Collector)
     own = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     own.load_cert_chain(folder / "collector.pem", folder / "collector.key")

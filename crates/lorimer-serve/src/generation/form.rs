@@ -415,55 +415,55 @@ mod tests {
             Form::Lark(format!("start: r0\n{rules}r{count}: \"a\" r0\n"))
         };
         let nested = |open: &str, close: &str, depth: usize| format!("{}a{}", open.repeat(depth), close.repeat(depth));
-        for form in [
-            Form::Regex("((a{1000}){1000}){1000}".into()),
-            Form::Regex("(.*a){200}(.*b){200}(.*c.*d|a*b*){50}".into()),
-            Form::Regex("(a|aa|aaa|aaaa)*(a*)*((a*)*)*b".into()),
-            Form::Lark("start: start start | \"a\" start \"a\" | \"a\" | \"\"".into()),
-            deep(60),
-            deep(120),
-            references(3000),
-            straight(5000),
-            Form::Regex("a".repeat(8000)),
-            Form::Regex("ab|".repeat(2500) + "a"),
-            Form::Regex("a?".repeat(4000)),
-            Form::Regex("(a|b?)".repeat(1300)),
-            Form::Regex("[a-z]*a".repeat(1000)),
-            Form::Lark(format!("start: {}", "\"a\"? ".repeat(1600))),
-            Form::Lark(format!("start: {}", "start? ".repeat(1100))),
-            Form::Gbnf(format!("root ::= {}", "\"a\"? ".repeat(1600))),
-            Form::Gbnf(format!("root ::= {}", "root? ".repeat(1100))),
-            Form::Gbnf("root ::= root root | \"a\" root \"a\" | \"a\" |".into()),
-            Form::Gbnf("root ::= ((a{2000}){2000} root?){2000}\na ::= (\"a\"{0,2000}){0,2000}".into()),
-            Form::Gbnf(
-                (0..300)
-                    .fold("root ::= r0 root?\n".into(), |all, i| all + &format!("r{i} ::= r{} r{}\n", i + 1, i + 1))
-                    + "r300 ::= \"a\"?",
-            ),
-            Form::Gbnf(
-                (0..300).fold("root ::= r0 root\n".into(), |all, i| {
+        for form in
+            [
+                Form::Regex("((a{1000}){1000}){1000}".into()),
+                Form::Regex("(.*a){200}(.*b){200}(.*c.*d|a*b*){50}".into()),
+                Form::Regex("(a|aa|aaa|aaaa)*(a*)*((a*)*)*b".into()),
+                Form::Lark("start: start start | \"a\" start \"a\" | \"a\" | \"\"".into()),
+                deep(60),
+                deep(120),
+                references(3000),
+                straight(5000),
+                Form::Regex("a".repeat(8000)),
+                Form::Regex("ab|".repeat(2500) + "a"),
+                Form::Regex("a?".repeat(4000)),
+                Form::Regex("(a|b?)".repeat(1300)),
+                Form::Regex("[a-z]*a".repeat(1000)),
+                Form::Lark(format!("start: {}", "\"a\"? ".repeat(1600))),
+                Form::Lark(format!("start: {}", "start? ".repeat(1100))),
+                Form::Gbnf(format!("root ::= {}", "\"a\"? ".repeat(1600))),
+                Form::Gbnf(format!("root ::= {}", "root? ".repeat(1100))),
+                Form::Gbnf("root ::= root root | \"a\" root \"a\" | \"a\" |".into()),
+                Form::Gbnf("root ::= ((a{2000}){2000} root?){2000}\na ::= (\"a\"{0,2000}){0,2000}".into()),
+                Form::Gbnf(
+                    (0..300).fold(String::from("root ::= r0 root?\n"), |all, i| {
+                        all + &format!("r{i} ::= r{} r{}\n", i + 1, i + 1)
+                    }) + "r300 ::= \"a\"?",
+                ),
+                Form::Gbnf((0..300).fold(String::from("root ::= r0 root\n"), |all, i| {
                     all + &format!("r{i} ::= r{} | \"a\"\n", (i + 1) % 300)
-                }),
-            ),
-            Form::Gbnf(
-                (0..200).fold("root ::= \"(\" root \")\"".into(), |all, i| all + &format!(" | [a-z]* \"a{i}\" root")),
-            ),
-            Form::Gbnf(format!("root ::= {}", nested("(\"a\" root? ", ")", 100).replace(" a)", " \"a\")"))),
-            Form::Gbnf(format!("root ::= {}", nested("(", ")", 100_000))),
-            Form::Schema(json!({ "type": "string", "pattern": "a?".repeat(4000) })),
-            Form::Schema(json!({ "type": "string", "minLength": 1_000_000_000 })),
-            Form::Schema(json!({ "type": "array", "minItems": 1_000_000_000, "items": { "type": "string" } })),
-            Form::Schema(json!({ "enum": (0..20_000).collect::<Vec<i32>>() })),
-            Form::Schema(json!({ "type": "integer", "minimum": 1, "maximum": 999_999_999_999_999u64 })),
-            Form::Schema(json!({ "type": "integer", "multipleOf": 9973 })),
-            Form::Schema(json!({ "type": "integer", "multipleOf": 999_983 })),
-            Form::Schema(json!({ "type": "number", "multipleOf": 0.000_012_345_678 })),
-            Form::Regex(nested("(", ")", 100)),
-            Form::Regex(nested("(", ")*", 100_000)),
-            Form::Lark(format!("start: {}", nested("(\"a\" ", ")", 100).replace('a', "\"a\""))),
-            Form::Lark(format!("start: {}", nested("(", ")", 100_000).replace('a', "\"a\""))),
-            Form::Choice((0..5000).map(|i| format!("a{i}")).collect()),
-        ] {
+                })),
+                Form::Gbnf((0..200).fold(String::from("root ::= \"(\" root \")\""), |all, i| {
+                    all + &format!(" | [a-z]* \"a{i}\" root")
+                })),
+                Form::Gbnf(format!("root ::= {}", nested("(\"a\" root? ", ")", 100).replace(" a)", " \"a\")"))),
+                Form::Gbnf(format!("root ::= {}", nested("(", ")", 100_000))),
+                Form::Schema(json!({ "type": "string", "pattern": "a?".repeat(4000) })),
+                Form::Schema(json!({ "type": "string", "minLength": 1_000_000_000 })),
+                Form::Schema(json!({ "type": "array", "minItems": 1_000_000_000, "items": { "type": "string" } })),
+                Form::Schema(json!({ "enum": (0..20_000).collect::<Vec<i32>>() })),
+                Form::Schema(json!({ "type": "integer", "minimum": 1, "maximum": 999_999_999_999_999u64 })),
+                Form::Schema(json!({ "type": "integer", "multipleOf": 9973 })),
+                Form::Schema(json!({ "type": "integer", "multipleOf": 999_983 })),
+                Form::Schema(json!({ "type": "number", "multipleOf": 0.000_012_345_678 })),
+                Form::Regex(nested("(", ")", 100)),
+                Form::Regex(nested("(", ")*", 100_000)),
+                Form::Lark(format!("start: {}", nested("(\"a\" ", ")", 100).replace('a', "\"a\""))),
+                Form::Lark(format!("start: {}", nested("(", ")", 100_000).replace('a', "\"a\""))),
+                Form::Choice((0..5000).map(|i| format!("a{i}")).collect()),
+            ]
+        {
             let shown = format!("{form:?}").chars().take(60).collect::<String>();
             let clock = std::time::Instant::now();
             let begun = vocabulary.begin(&form);

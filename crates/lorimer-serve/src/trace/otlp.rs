@@ -1,6 +1,6 @@
 //! Spans as OTLP has them: `ExportTraceServiceRequest` of opentelemetry-proto 1.x, in protobuf, the encoding that every collector takes.
 
-use lorimer_model::protobuf::{bytes, fixed32, fixed64, number, varint};
+use lorimer_model::protobuf::{bytes, fixed32, fixed64, number};
 
 use super::span::{Span, Value};
 
@@ -110,6 +110,8 @@ fn read_varint(message: &mut &[u8]) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
+    use lorimer_model::protobuf::varint;
+
     use super::*;
 
     /// The bytes that the schema gives by hand. That all of a request are read by the official schema, `tests/clients/check.py` holds.

@@ -148,6 +148,7 @@ impl Traffic {
             expected: rng.random_bool(0.3).then(|| rng.random_range(0..=max_tokens)),
             adapters: chosen,
             pages_per_block,
+            group: content.clone(),
             content,
             answered: rng.random_range(0..prompt),
             tenant: Tenant {

@@ -32,6 +32,22 @@ fn overlap(a: &Letters, b: &Letters) -> bool {
     a.iter().any(|(from, to)| b.iter().any(|(f, t)| from <= t && f <= to))
 }
 
+/// The first byte of a letter in UTF-8, which grows with the letter.
+fn first_byte(letter: u32) -> u32 {
+    match letter {
+        0..0x80 => letter,
+        0x80..0x800 => 0xc0 | letter >> 6,
+        0x800..0x1_0000 => 0xe0 | letter >> 12,
+        _ => 0xf0 | letter >> 18,
+    }
+}
+
+/// Whether some letters of both begin with the same byte: answers are cut byte by byte.
+fn begin_alike(a: &Letters, b: &Letters) -> bool {
+    let bytes = |all: &Letters| all.iter().map(|&(from, to)| (first_byte(from), first_byte(to))).collect::<Letters>();
+    overlap(&bytes(a), &bytes(b))
+}
+
 impl Automaton {
     /// Of a part of a grammar whose rules are regular; None where it would be too large.
     pub fn of(node: &Node, rules: &[Node]) -> Option<Self> {
@@ -153,7 +169,8 @@ impl Automaton {
             both |= self.last[p] && other.last[q];
             if self.last[p] && !beyond {
                 *budget = budget.checked_sub(other.follow[q].len() * after.len())?;
-                beyond = other.follow[q].iter().any(|&q| after.iter().any(|after| overlap(after, &other.letters[q])));
+                beyond =
+                    other.follow[q].iter().any(|&q| after.iter().any(|after| begin_alike(after, &other.letters[q])));
             }
             if both && beyond {
                 break;

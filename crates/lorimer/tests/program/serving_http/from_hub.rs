@@ -113,7 +113,16 @@ fn what_cannot_be_fetched_is_refused() {
     ] {
         refused(&server, name, 400, "invalid_name", "is no name of an adapter");
     }
-    for name in ["name", "owner/name/more", "owner/name@", "owner/name@a@b", "@/name", "owner/@"] {
+    for name in [
+        "name",
+        "owner/name@../x",
+        "owner/name@..",
+        "owner/name/more",
+        "owner/name@",
+        "owner/name@a@b",
+        "@/name",
+        "owner/@",
+    ] {
         let answer = server.chat(json!({ "model": name }));
         assert!(answer.status == 404 || answer.status == 400, "{name}: {}", answer.body);
     }

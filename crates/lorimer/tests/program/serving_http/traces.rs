@@ -9,10 +9,13 @@ use super::*;
 const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
 const SPAN: &str = "00f067aa0ba902b7";
 
-/// A collector that keeps the heads and bodies that it is sent.
+/// The heads and bodies of requests.
+type Kept = Arc<Mutex<Vec<(String, Vec<u8>)>>>;
+
+/// A collector that keeps what it is sent.
 struct Collector {
     url: String,
-    sent: Arc<Mutex<Vec<(String, Vec<u8>)>>>,
+    sent: Kept,
 }
 
 impl Collector {
