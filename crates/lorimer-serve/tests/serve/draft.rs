@@ -92,7 +92,7 @@ fn a_draft_that_is_the_base_is_always_right() {
     let (found, state, fewer) = answers(&model, Some(&model), &all, settings(5));
     assert_same(&plain, &found, "itself");
     assert!(state.accepted_tokens == state.guessed_tokens && state.guessed_tokens > 300, "{state:?}");
-    assert!(2 * fewer < steps, "{fewer} steps and {steps}");
+    assert!(3 * fewer < 2 * steps, "{fewer} steps and {steps}");
     // Without a draft none is guessed, whatever the policy says.
     assert_eq!(answers(&model, None, &all, settings(5)).1.guessed_tokens, 0);
 }

@@ -83,22 +83,20 @@ fn the_same_pool_holds_almost_four_times_the_tokens() {
 /// The error of 8 bits, told by the log-probabilities of prompts' tokens. To be seen to fail: fewer bits.
 #[test]
 fn log_probabilities_are_close_to_those_in_f32() {
-    for sizes in [(16, 20), (192, 256)] {
-        let model = tiny::model_sized(DType::F32, LoadDtype::Stored, sizes);
-        let mut rng = ChaCha8Rng::seed_from_u64(4);
-        let asked = |n: usize| {
-            let prompt = (0..n).map(|_| rng.random_range(0..40)).collect();
-            Request { of_prompt: true, log_probabilities: Some(0), ..request(prompt, vec![], 0) }
-        };
-        let requests: Vec<Request> = [2, 17, 300, 600].map(asked).into();
-        let all = |dtype| told(&model, &requests, settings(8 << 20, dtype)).0.concat();
-        let (whole, rounded) = (all(KeyDtype::F32), all(KeyDtype::Int8));
-        let pairs = whole.iter().zip(&rounded).filter_map(|(a, b)| Some(a.log_probability? - b.log_probability?));
-        let apart: Vec<f32> = pairs.map(f32::abs).collect();
-        let (most, mean) = (apart.iter().copied().fold(0.0, f32::max), apart.iter().sum::<f32>() / apart.len() as f32);
-        println!("{sizes:?}: {mean:.1e} on average, {most:.1e} at most, of {}", apart.len());
-        assert!(apart.len() == 915 && most > 0.0 && most < 0.05 && mean < 5e-3, "{most} {mean}");
-    }
+    let model = tiny::model_as(DType::F32, LoadDtype::Stored);
+    let mut rng = ChaCha8Rng::seed_from_u64(4);
+    let asked = |n: usize| {
+        let prompt = (0..n).map(|_| rng.random_range(0..40)).collect();
+        Request { of_prompt: true, log_probabilities: Some(0), ..request(prompt, vec![], 0) }
+    };
+    let requests: Vec<Request> = [2, 17, 300, 600].map(asked).into();
+    let all = |dtype| told(&model, &requests, settings(8 << 20, dtype)).0.concat();
+    let (whole, rounded) = (all(KeyDtype::F32), all(KeyDtype::Int8));
+    let pairs = whole.iter().zip(&rounded).filter_map(|(a, b)| Some(a.log_probability? - b.log_probability?));
+    let apart: Vec<f32> = pairs.map(f32::abs).collect();
+    let (most, mean) = (apart.iter().copied().fold(0.0, f32::max), apart.iter().sum::<f32>() / apart.len() as f32);
+    println!("{mean:.1e} on average, {most:.1e} at most, of {}", apart.len());
+    assert!(apart.len() == 915 && most > 0.0 && most < 0.05 && mean < 4e-3, "{most} {mean}");
 }
 
 fn hosted(model: &dyn BaseModel, name: &str, settings: &str) -> Arc<Hosted> {
@@ -132,7 +130,7 @@ fn every_method_answers_as_alone() {
 
 /// A pool that holds some of the requests and adapters only, prompts that begin alike, and steps of few rows.
 #[test]
-fn what_is_preempted_and_what_is_cached_is_answered_as_alone() {
+fn what_is_cached_is_answered_as_alone() {
     let model = tiny::model_as(DType::F32, LoadDtype::Stored);
     let adapters =
         [("lora", r#"{"r": 9}"#), ("bone", r#"{"r": 4}"#), ("sparse-gin", r#"{"gin_dim": 6, "gin_scale": "0.4:0.6"}"#)];
@@ -155,8 +153,27 @@ fn what_is_preempted_and_what_is_cached_is_answered_as_alone() {
         let pool_bytes = (2 * largest + geometry.pages_with(120, 2)) * geometry.page_bytes();
         let state =
             same_as_alone(&model, &requests, EngineSettings { policy, ..settings(pool_bytes, KeyDtype::Int8) }, 3);
-        assert!(state.adapter_evictions > 0 && state.cached_tokens > 0 && state.preempted > 0, "{state:?}");
+        assert!(state.adapter_evictions > 0 && state.cached_tokens > 0, "{state:?}");
     }
+}
+
+/// Two rows a step: prompts take so long that requests which should have come to their ends one after the other overlap after all.
+#[test]
+fn what_is_preempted_is_answered_as_alone() {
+    let model = tiny::model_as(DType::F32, LoadDtype::Stored);
+    let asked = |(n, max_tokens): (u32, usize)| Request {
+        sampling: Sampling { temperature: 1.0, ..Default::default() },
+        seed: 7,
+        log_probabilities: Some(0),
+        ..request((0..n).map(|i| i * 7 % 40).collect(), vec![], max_tokens)
+    };
+    let requests = [(9, 60), (38, 9), (30, 12)].map(asked);
+    let geometry = Geometry::with(model.shape(), KeyDtype::Int8);
+    let policy = Policy { batch_tokens: 2, ..Default::default() };
+    let pool_bytes = geometry.pages_of_tokens(96) * geometry.page_bytes();
+    let settings = EngineSettings { policy, prefix_cache: false, ..settings(pool_bytes, KeyDtype::Int8) };
+    let state = same_as_alone(&model, &requests, settings, 1);
+    assert!(state.preempted > 0, "{state:?}");
 }
 
 /// Sliding windows, caps of scores, heads of other widths; prompts that are longer than a window and than a tile of keys.
