@@ -1,5 +1,9 @@
-//! GGUF's blocks, as they lie in its files, and their numbers in f32. The common types are expanded in wide registers; a product expands a few rows at a
-//! time, so this is what reading a weight costs.
+//! GGUF's blocks, as they lie in its files, and their numbers in f32. A product expands a few rows at a time, so this is what reading a weight costs:
+//! in AVX2's registers where the processor has them, else in loops that the compiler vectorises (the rare types by candle).
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+mod scales;
 
 use std::ops::Range;
 
@@ -13,6 +17,7 @@ use super::panels;
 use crate::kernels::cpu::{Level, level};
 use crate::kernels::portable;
 use crate::kernels::wide::wide;
+use scales::scales;
 
 /// GGUF blocks of a matrix, row by row.
 #[derive(Debug)]
@@ -84,6 +89,16 @@ impl Blocks {
 
 /// The numbers of as many blocks as `out` has room for.
 fn expand(dtype: GgmlDType, bytes: &[u8], out: &mut [f32]) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: the processor has AVX2 and F16C.
+    if level() >= Level::Avx2 && unsafe { avx2::expand(dtype, bytes, out) } {
+        return;
+    }
+    in_loops(dtype, bytes, out);
+}
+
+/// [`expand`] for every processor.
+fn in_loops(dtype: GgmlDType, bytes: &[u8], out: &mut [f32]) {
     match dtype {
         GgmlDType::F32 => {
             let numbers = bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b));
@@ -126,9 +141,10 @@ fn expand(dtype: GgmlDType, bytes: &[u8], out: &mut [f32]) {
             out.iter_mut().zip(&b[2..]).for_each(|(out, &q)| *out = f32::from(q as i8) * d);
         }),
         GgmlDType::Q4K => each::<144, 256>(bytes, out, |b, out| {
+            let halves = [half(b, 0), half(b, 2)];
             for (part, (out, q)) in out.as_chunks_mut::<64>().0.iter_mut().zip(b[16..].as_chunks::<32>().0).enumerate()
             {
-                let ([d1, m1], [d2, m2]) = (scales(b, 2 * part), scales(b, 2 * part + 1));
+                let ([d1, m1], [d2, m2]) = (scales(b, halves, 2 * part), scales(b, halves, 2 * part + 1));
                 let (low, high) = out.split_at_mut(32);
                 for ((low, high), &q) in low.iter_mut().zip(high).zip(q) {
                     *low = d1 * f32::from(q & 15) - m1;
@@ -137,9 +153,9 @@ fn expand(dtype: GgmlDType, bytes: &[u8], out: &mut [f32]) {
             }
         }),
         GgmlDType::Q5K => each::<176, 256>(bytes, out, |b, out| {
-            let (qh, ql) = b[16..].split_at(32);
+            let (halves, (qh, ql)) = ([half(b, 0), half(b, 2)], b[16..].split_at(32));
             for (part, (out, ql)) in out.as_chunks_mut::<64>().0.iter_mut().zip(ql.as_chunks::<32>().0).enumerate() {
-                let ([d1, m1], [d2, m2]) = (scales(b, 2 * part), scales(b, 2 * part + 1));
+                let ([d1, m1], [d2, m2]) = (scales(b, halves, 2 * part), scales(b, halves, 2 * part + 1));
                 let (low, high) = out.split_at_mut(32);
                 for (((low, high), &ql), &qh) in low.iter_mut().zip(high).zip(ql).zip(qh) {
                     let qh = qh >> (2 * part);
@@ -172,14 +188,11 @@ fn expand(dtype: GgmlDType, bytes: &[u8], out: &mut [f32]) {
     }
 }
 
-/// Blocks of `BYTES` bytes that hold `N` numbers, one after the other, compiled for wide registers.
-#[inline(always)]
+/// Blocks of `BYTES` bytes that hold `N` numbers, one after the other.
 fn each<const BYTES: usize, const N: usize>(bytes: &[u8], out: &mut [f32], one: impl Fn(&[u8; BYTES], &mut [f32; N])) {
-    wide!({
-        for (bytes, out) in bytes.as_chunks::<BYTES>().0.iter().zip(out.as_chunks_mut::<N>().0) {
-            one(bytes, out);
-        }
-    });
+    for (bytes, out) in bytes.as_chunks::<BYTES>().0.iter().zip(out.as_chunks_mut::<N>().0) {
+        one(bytes, out);
+    }
 }
 
 #[inline(always)]
@@ -212,17 +225,6 @@ fn fives(bytes: &[u8]) -> [u8; 32] {
     codes
 }
 
-/// Scale and minimum of part `j` of a Q4_K or Q5_K block, six bits each in twelve bytes.
-#[inline(always)]
-fn scales(block: &[u8], j: usize) -> [f32; 2] {
-    let q = &block[4..16];
-    let (scale, min) = match j < 4 {
-        true => (q[j] & 63, q[j + 4] & 63),
-        false => (q[j + 4] & 15 | q[j - 4] >> 6 << 4, q[j + 4] >> 4 | q[j] >> 6 << 4),
-    };
-    [half(block, 0) * f32::from(scale), half(block, 2) * f32::from(min)]
-}
-
 fn by_candle<B: GgmlType>(bytes: &[u8], out: &mut [f32]) {
     for (bytes, out) in bytes.chunks_exact(size_of::<B>()).zip(out.chunks_exact_mut(B::BLCK_SIZE)) {
         // SAFETY: `bytes` has the size of a block, and every pattern of bytes is one: blocks are `repr(C)` out of
@@ -241,8 +243,8 @@ mod tests {
 
     use super::*;
 
-    /// Blocks of any bytes, to the bit as candle expands them (NaNs as NaNs). To be seen to fail: `high >> (j + 12)` in [`fives`], or the two `>> 6` of
-    /// [`scales`] exchanged.
+    /// Blocks of any bytes, in every form that the processor has, to the bit as candle expands them (NaNs as NaNs). To be seen to fail: `high >> (j + 12)`
+    /// in [`fives`], the two `>> 6` of [`scales`] exchanged, or any number of `avx2.rs` changed.
     #[test]
     fn blocks_are_expanded_as_candle_does() {
         let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(1);
@@ -251,16 +253,14 @@ mod tests {
                 let bytes: Vec<u8> = (0..blocks * dtype.type_size()).map(|_| rng.random()).collect();
                 let (mut own, mut theirs) =
                     (vec![0f32; blocks * dtype.block_size()], vec![1f32; blocks * dtype.block_size()]);
-                expand(dtype, &bytes, &mut own);
                 reference(&bytes, &mut theirs);
-                let same = |(a, b): (&f32, &f32)| a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan();
-                let bad = own.iter().zip(&theirs).position(|pair| !same(pair));
-                assert!(
-                    bad.is_none(),
-                    "{dtype:?}: number {bad:?} is {:?} for {:?}",
-                    own[bad.unwrap_or(0)],
-                    theirs[bad.unwrap_or(0)]
-                );
+                for form in [expand, in_loops] {
+                    form(dtype, &bytes, &mut own);
+                    let same = |(a, b): (&f32, &f32)| a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan();
+                    let bad = own.iter().zip(&theirs).position(|pair| !same(pair));
+                    let at = bad.unwrap_or(0);
+                    assert!(bad.is_none(), "{dtype:?}: number {at} is {:?} for {:?}", own[at], theirs[at]);
+                }
             }
         };
         against(GgmlDType::F32, by_candle::<f32>);
@@ -271,6 +271,10 @@ mod tests {
         against(GgmlDType::Q5_0, by_candle::<BlockQ5_0>);
         against(GgmlDType::Q5_1, by_candle::<BlockQ5_1>);
         against(GgmlDType::Q8_0, by_candle::<BlockQ8_0>);
+        against(GgmlDType::Q8_1, by_candle::<BlockQ8_1>);
+        against(GgmlDType::Q2K, by_candle::<BlockQ2K>);
+        against(GgmlDType::Q3K, by_candle::<BlockQ3K>);
+        against(GgmlDType::Q8K, by_candle::<BlockQ8K>);
         against(GgmlDType::Q4K, by_candle::<BlockQ4K>);
         against(GgmlDType::Q5K, by_candle::<BlockQ5K>);
         against(GgmlDType::Q6K, by_candle::<BlockQ6K>);
