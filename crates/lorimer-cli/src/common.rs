@@ -15,16 +15,19 @@ use lorimer_adapter::{Adapter, Attached, StoredAdapter};
 use lorimer_model::pull::{PullOptions, Pulled, pull};
 use lorimer_model::{Base, LoadDtype, OpenOptions, Prepared, TextModel};
 use lorimer_train::{DataReport, EncodeOptions, Example};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
-use crate::Global;
+use crate::{Global, host};
+
+/// What is said unless more or less is asked for.
+pub const LOGGED: &str = "off,lorimer=info,lorimer_model=info,lorimer_adapter=info,lorimer_train=info";
 
 /// Logs go to stderr; `LORIMER_LOG` has the last word on what is said.
 pub fn start_log(quiet: bool, verbose: bool) {
     let level = match (quiet, verbose) {
         (true, _) => "off,lorimer=error",
         (_, true) => "info,lorimer=debug,lorimer_model=debug,lorimer_train=debug",
-        _ => "off,lorimer=info,lorimer_model=info,lorimer_adapter=info,lorimer_train=info",
+        _ => LOGGED,
     };
     let filter = tracing_subscriber::EnvFilter::try_from_env("LORIMER_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(level));
@@ -53,6 +56,13 @@ pub fn with_config_file(arguments: Vec<OsString>) -> Result<Vec<OsString>> {
         anyhow!("`{path}` is not readable YAML: {}", reason.lines().next().unwrap_or_default())
     })?;
     let Value::Object(values) = values else { bail!("`{path}` should hold `flag: value` lines") };
+    let mut all = arguments;
+    all.splice(2..2, flags_of(&values, &format!("`{path}`"))?);
+    Ok(all)
+}
+
+/// Settings as flags: names may have underscores, `true` is a flag alone, `false` and `null` none, and of a list each is given. `place` says where they stand.
+pub fn flags_of(values: &Map<String, Value>, place: &str) -> Result<Vec<OsString>> {
     let mut flags: Vec<OsString> = Vec::new();
     for (key, value) in values {
         let flag = format!("--{}", key.replace('_', "-"));
@@ -61,7 +71,7 @@ pub fn with_config_file(arguments: Vec<OsString>) -> Result<Vec<OsString>> {
                 Value::String(s) => s.clone(),
                 Value::Number(n) => n.to_string(),
                 Value::Object(_) => v.to_string(),
-                other => bail!("`{path}`: `{key}` should be a text, a number or a list, found {other}"),
+                other => bail!("{place}: `{key}` should be a text, a number or a list, found {other}"),
             };
             flags.push(format!("{flag}={text}").into());
             Ok(())
@@ -86,9 +96,7 @@ pub fn with_config_file(arguments: Vec<OsString>) -> Result<Vec<OsString>> {
             other => push(other)?,
         }
     }
-    let mut all = arguments;
-    all.splice(2..2, flags);
-    Ok(all)
+    Ok(flags)
 }
 
 /// In which type the base is kept in memory.
@@ -122,6 +130,15 @@ impl From<DtypeFlag> for LoadDtype {
     }
 }
 
+/// The type of a name: `f32`, `nf4`, ….
+pub fn dtype_of(name: &str) -> Result<LoadDtype> {
+    DtypeFlag::from_str(name, false).map(Into::into).map_err(|_| {
+        let all: Vec<_> = DtypeFlag::value_variants().iter().filter_map(ValueEnum::to_possible_value).collect();
+        let names: Vec<&str> = all.iter().map(|value| value.get_name()).collect();
+        anyhow!("`{}` is no dtype; there are {}", name.escape_debug(), names.join(", "))
+    })
+}
+
 /// Which base.
 #[derive(Args, Clone, Debug)]
 pub struct ModelArgs {
@@ -138,7 +155,7 @@ pub struct ModelArgs {
 
 /// Whether progress may be drawn.
 pub fn draws(global: Global) -> bool {
-    !global.quiet && std::io::stderr().is_terminal()
+    !global.quiet && !host::is_there() && std::io::stderr().is_terminal()
 }
 
 /// Finds (or fetches) the base and reads everything but its weights.
@@ -158,6 +175,20 @@ pub fn load_base(prepared: Prepared, pulled: &Pulled) -> Result<Base> {
         base.model().bytes() as f64 / 1e6
     );
     Ok(base)
+}
+
+/// Reads the weights, unless the program around has them.
+pub fn shared_base(prepared: Prepared, pulled: &Pulled) -> Result<Arc<Base>> {
+    match host::base(prepared.weights.origin(), prepared.weights.load_dtype()) {
+        Some(base) => Ok(base),
+        None => load_base(prepared, pulled).map(Arc::new),
+    }
+}
+
+/// Finds (or fetches) the base and loads it, unless the program around has it.
+pub fn open_shared(args: &ModelArgs, global: Global) -> Result<(Arc<Base>, Pulled)> {
+    let (prepared, pulled) = prepare_base(args, global)?;
+    Ok((shared_base(prepared, &pulled)?, pulled))
 }
 
 /// Finds (or fetches) and loads the base.
@@ -242,6 +273,9 @@ pub fn bar(length: u64, template: &str, global: Global) -> ProgressBar {
 
 /// A flag that Ctrl-C or SIGTERM sets; a second one ends the program at once.
 pub fn stop_flag() -> Arc<AtomicBool> {
+    if let Some(stop) = host::stop() {
+        return stop;
+    }
     let flag = Arc::new(AtomicBool::new(false));
     let set = flag.clone();
     let handler = ctrlc::set_handler(move || {
@@ -256,9 +290,21 @@ pub fn stop_flag() -> Arc<AtomicBool> {
     flag
 }
 
+/// Says that a run was interrupted, and how it goes on; a program around says so itself.
+pub fn interrupted(text: &str) -> ExitCode {
+    if !host::is_there() {
+        eprintln!("{text}");
+    }
+    ExitCode::from(130)
+}
+
 /// Prints a result: JSON with `--json`, else the text.
 pub fn print(global: Global, json: &impl serde::Serialize, text: impl FnOnce() -> String) -> Result<ExitCode> {
     use std::io::Write;
+    if host::is_there() {
+        host::keep(serde_json::to_value(json)?);
+        return Ok(ExitCode::SUCCESS);
+    }
     let out = if global.json { serde_json::to_string(json)? } else { text() };
     let mut stdout = std::io::stdout().lock();
     // A reader that has gone away (a closed pipe) wants no more.

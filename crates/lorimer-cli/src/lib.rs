@@ -4,6 +4,7 @@ use clap::Args;
 
 pub mod common;
 pub mod flags;
+pub mod host;
 pub mod pooling;
 
 /// Flags of every subcommand.

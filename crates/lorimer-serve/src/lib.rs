@@ -2,6 +2,7 @@
 //! of one base in one batch ([`Engine`]).
 
 pub mod adapters;
+pub mod answers;
 pub mod engine;
 pub mod error;
 pub mod generation;

@@ -23,6 +23,13 @@ pub use lorimer_serve as serve;
 pub use lorimer_tensor as tensor;
 pub use lorimer_train as train;
 
+#[doc(hidden)]
+pub mod program;
+mod subcommands;
+
+// What the subcommands call it.
+extern crate self as lorimer;
+
 /// The names that most programs need.
 pub mod prelude {
     pub use lorimer_adapter::{Adapter, Attached, Delta, Method, Step, StoredAdapter, methods};

@@ -155,6 +155,21 @@ impl StoredAdapter {
         Ok(Self { path: folder.to_path_buf(), config, tensors, manifest, parts: Vec::new() })
     }
 
+    /// An adapter out of PEFT's configuration and the bytes of its safetensors file; its path is empty.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the bytes are no such file, if a tensor holds values that are not finite, or if the adapter is made of others.
+    pub fn from_bytes(mut config: Map<String, Value>, bytes: Vec<u8>) -> Result<Self> {
+        let mut tensors = read_tensors(&SafetensorsFile::from_bytes("the adapter's bytes", bytes)?)?;
+        if mixture::is_mixture(&config) {
+            return Err(Error::Refused("an adapter made of others is read from its folder".into()));
+        }
+        crate::file::dialects::flylora::from_authors(&mut config);
+        crate::file::dialects::lora_xs::from_authors(&mut config, &mut tensors);
+        Ok(Self { path: PathBuf::new(), config, tensors, manifest: None, parts: Vec::new() })
+    }
+
     /// The adapter as one that another is made of.
     ///
     /// # Errors

@@ -47,6 +47,11 @@ impl SafetensorsFile {
         Self::of(path, Bytes::Read(crate::files::read_bounded(path, limit)?))
     }
 
+    /// [`Self::open`] for bytes in memory, which errors call `name`.
+    pub fn from_bytes(name: &str, bytes: Vec<u8>) -> Result<Self> {
+        Self::of(Path::new(name), Bytes::Read(bytes))
+    }
+
     fn of(path: &Path, bytes: Bytes) -> Result<Self> {
         let length = bytes.first_chunk::<8>().map(|b| u64::from_le_bytes(*b));
         match length {

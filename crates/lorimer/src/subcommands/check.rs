@@ -28,7 +28,7 @@ pub struct Check {
 impl Check {
     pub fn run(self, global: Global) -> Result<ExitCode> {
         let stored = StoredAdapter::read(&self.adapter)?;
-        let (base, _) = common::open_base(&self.model, global)?;
+        let (base, _) = common::open_shared(&self.model, global)?;
         check_record(&stored, &base.path, &base.model().shape().layers)?;
         let (adapter, accounting) = Adapter::load(base.model(), &stored)?;
         let effect = adapter.effect(base.model())?;

@@ -56,7 +56,7 @@ pub struct Eval {
 
 impl Eval {
     pub fn run(self, global: Global) -> Result<ExitCode> {
-        let (base, _) = common::open_base(&self.model, global)?;
+        let (base, _) = common::open_shared(&self.model, global)?;
         base.config.decoder("`lorimer eval`")?;
         let options = EncodeOptions {
             format: self.format,

@@ -74,7 +74,7 @@ impl Generate {
             prompt.clear();
             std::io::stdin().take(16 << 20).read_to_string(&mut prompt)?;
         }
-        let (base, _) = common::open_base(&self.model, global)?;
+        let (base, _) = common::open_shared(&self.model, global)?;
         base.config.decoder("`lorimer generate`")?;
         let adapters = common::open_adapters(&base, &self.adapter)?;
         let tokens = match self.raw {

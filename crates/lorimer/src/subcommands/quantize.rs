@@ -234,8 +234,7 @@ impl Quantize {
             stop: &stop,
         };
         let Some(report) = run.run(progress(global))? else {
-            eprintln!("interrupted; the same command goes on from there");
-            return Ok(ExitCode::from(130));
+            return Ok(common::interrupted("interrupted; the same command goes on from there"));
         };
         common::print(global, &report, || text(&report))
     }

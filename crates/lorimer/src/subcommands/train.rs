@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 
 use lorimer_cli::common::ModelArgs;
 use lorimer_cli::flags::{AdapterArgs, Planned, StepArgs, file_name, show_bytes};
-use lorimer_cli::{Global, common};
+use lorimer_cli::{Global, common, host};
 
 #[derive(Clone, Copy, ValueEnum)]
 enum ScheduleFlag {
@@ -185,7 +185,7 @@ impl Train {
         let how = if checkpointing { ", computing layers again in the backward" } else { "" };
         tracing::info!("the run is expected to take {} of memory{how}", show_bytes(plan.peak_bytes));
         settings.step = self.step.options(checkpointing);
-        let base = common::load_base(prepared, &pulled)?;
+        let base = common::shared_base(prepared, &pulled)?;
         let session = Session {
             base: &base,
             base_name: &pulled.name,
@@ -207,8 +207,9 @@ impl Train {
         };
         let (outcome, adapter) = session.run(method, progress(global))?;
         if outcome.interrupted {
-            eprintln!("interrupted after step {}; the same command with --resume goes on from there", outcome.steps);
-            return Ok(ExitCode::from(130));
+            let step = outcome.steps;
+            let text = format!("interrupted after step {step}; the same command with --resume goes on from there");
+            return Ok(common::interrupted(&text));
         }
         let json = result(&session, &outcome, &adapter);
         common::print(global, &json, || shown(&session, &outcome, &adapter))
@@ -298,39 +299,41 @@ pub fn progress(global: Global) -> impl FnMut(Event<'_>) {
     let template = "{bar:24} {pos}/{len} steps  loss {msg}  {eta} left";
     let bar = common::bar(0, template, global);
     let (mut clock, mut tokens, mut total) = (std::time::Instant::now(), 0usize, 0usize);
-    move |event| match event {
-        Event::Calibrating { done, total } => {
-            bar.set_length(total as u64);
-            bar.set_message("looking at the data");
-            bar.set_position(done as u64);
-            if bar.is_hidden() && done == total {
-                tracing::info!("looked at the data: {total} of {total}");
+    move |event| {
+        host::tell(|| told(&event, total));
+        match event {
+            Event::Calibrating { done, total } => {
+                bar.set_length(total as u64);
+                bar.set_message("looking at the data");
+                bar.set_position(done as u64);
+                if bar.is_hidden() && done == total {
+                    tracing::info!("looked at the data: {total} of {total}");
+                }
             }
-        }
-        Event::Preparing { done, total } => {
-            bar.set_length(total as u64);
-            bar.set_message("computing the frozen layers once");
-            bar.set_position(done as u64);
-        }
-        Event::Begin { step, total: all } => {
-            total = all;
-            clock = std::time::Instant::now();
-            if step > 0 {
-                tracing::info!("resuming after step {step} of {all}");
+            Event::Preparing { done, total } => {
+                bar.set_length(total as u64);
+                bar.set_message("computing the frozen layers once");
+                bar.set_position(done as u64);
             }
-            bar.set_length(all as u64);
-            bar.set_position(step as u64);
-            bar.reset_eta();
-        }
-        Event::Step { record, tokens: n } => {
-            tokens += n;
-            let rate = tokens as f64 / clock.elapsed().as_secs_f64().max(1e-9);
-            bar.set_message(format!("{:.4}  {rate:.0} tokens/s", record.loss.unwrap_or_default()));
-            bar.set_position(record.step as u64);
-            if let (Some(heads), Some(error), Some(bound)) =
-                (record.low_rank_heads, record.low_rank_error, record.low_rank_bound)
-            {
-                bar.suspend(|| {
+            Event::Begin { step, total: all } => {
+                total = all;
+                clock = std::time::Instant::now();
+                if step > 0 {
+                    tracing::info!("resuming after step {step} of {all}");
+                }
+                bar.set_length(all as u64);
+                bar.set_position(step as u64);
+                bar.reset_eta();
+            }
+            Event::Step { record, tokens: n } => {
+                tokens += n;
+                let rate = tokens as f64 / clock.elapsed().as_secs_f64().max(1e-9);
+                bar.set_message(format!("{:.4}  {rate:.0} tokens/s", record.loss.unwrap_or_default()));
+                bar.set_position(record.step as u64);
+                if let (Some(heads), Some(error), Some(bound)) =
+                    (record.low_rank_heads, record.low_rank_error, record.low_rank_bound)
+                {
+                    bar.suspend(|| {
                     tracing::info!(
                         "step {}: low-rank attention gradients in {:.0} % of heads; one of each block held against the exact one: relative error up to {error:.1e}, {:.0} % of its bound",
                         record.step,
@@ -338,25 +341,51 @@ pub fn progress(global: Global) -> impl FnMut(Event<'_>) {
                         100.0 * bound
                     );
                 });
+                }
+                if bar.is_hidden() && (record.step % (total / 20).max(1) == 0 || record.step == total) {
+                    tracing::info!(
+                        "step {}/{total}: loss {:.4}, {rate:.0} tokens/s",
+                        record.step,
+                        record.loss.unwrap_or_default()
+                    );
+                }
             }
-            if bar.is_hidden() && (record.step % (total / 20).max(1) == 0 || record.step == total) {
-                tracing::info!(
-                    "step {}/{total}: loss {:.4}, {rate:.0} tokens/s",
-                    record.step,
-                    record.loss.unwrap_or_default()
-                );
+            Event::Evaluated { step, evaluation } => {
+                let accuracy = evaluation
+                    .choice_accuracy
+                    .map_or(String::new(), |a| format!(", choice accuracy {:.1} %", 100.0 * a));
+                bar.suspend(|| {
+                    tracing::info!(
+                        "evaluation after step {step}: loss {:.4}, exact match {:.1} %{accuracy}",
+                        evaluation.loss,
+                        100.0 * evaluation.exact_match
+                    );
+                });
             }
         }
+    }
+}
+
+/// An event as a program around hears it.
+fn told(event: &Event<'_>, all: usize) -> Value {
+    let of = |kind: &str, step: usize, total: usize| json!({ "kind": kind, "step": step, "total": total });
+    match event {
+        Event::Calibrating { done, total } => of("calibrating", *done, *total),
+        Event::Preparing { done, total } => of("preparing", *done, *total),
+        Event::Begin { step, total } => of("begin", *step, *total),
+        Event::Step { record, .. } => {
+            let mut value = of("step", record.step, all);
+            if let Ok(Value::Object(record)) = serde_json::to_value(record) {
+                value.as_object_mut().into_iter().for_each(|map| map.extend(record.clone()));
+            }
+            value
+        }
         Event::Evaluated { step, evaluation } => {
-            let accuracy =
-                evaluation.choice_accuracy.map_or(String::new(), |a| format!(", choice accuracy {:.1} %", 100.0 * a));
-            bar.suspend(|| {
-                tracing::info!(
-                    "evaluation after step {step}: loss {:.4}, exact match {:.1} %{accuracy}",
-                    evaluation.loss,
-                    100.0 * evaluation.exact_match
-                );
-            });
+            let mut value = of("evaluation", *step, all);
+            value["loss"] = evaluation.loss.into();
+            value["exact_match"] = evaluation.exact_match.into();
+            value["choice_accuracy"] = json!(evaluation.choice_accuracy);
+            value
         }
     }
 }

@@ -291,5 +291,6 @@ fn the_first_build_stays_light() {
     for heavy in ["aws-lc-sys", "openssl-sys", "hf-hub", "hf-xet", "image"] {
         assert!(!crates.contains(&heavy), "{heavy} is back: see `cargo tree -i {heavy}`");
     }
-    assert!(crates.len() <= 460, "{} crates", crates.len());
+    // The Python package's seven are built with the workspace, not with the program.
+    assert!(crates.len() <= 467, "{} crates", crates.len());
 }
