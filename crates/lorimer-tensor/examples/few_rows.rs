@@ -1,4 +1,4 @@
-//! Time of all frozen products of one forward of SmolLM2-135M's shapes, in f32 and in whole numbers (8 bits, and 4 as Q4_1 has them), for numbers
+//! Time of all frozen products of one forward of SmolLM2-135M's shapes, in f32, in whole numbers (8 bits, and 4 as Q4_1 has them) and from Q4_1's blocks, for numbers
 //! of rows as decoding and prompts have them: `cargo run --release -p lorimer-tensor --example few_rows`. The best of seven; random weights.
 
 use std::time::Instant;
@@ -19,6 +19,7 @@ enum Kept {
     F32,
     Int8,
     Int4,
+    Stored,
 }
 
 fn weight((outputs, inputs): (usize, usize), kept: Kept) -> Result<FrozenWeight> {
@@ -26,9 +27,10 @@ fn weight((outputs, inputs): (usize, usize), kept: Kept) -> Result<FrozenWeight>
     match kept {
         Kept::F32 => Ok(FrozenWeight::Dense(dense)),
         Kept::Int8 => FrozenWeight::Dense(dense).to_panels(),
-        Kept::Int4 => {
+        Kept::Int4 | Kept::Stored => {
             let blocks = QTensor::quantize(&dense, GgmlDType::Q4_1)?;
-            FrozenWeight::from_ggml(GgmlDType::Q4_1, &blocks.data()?, (outputs, inputs))?.to_panels()
+            let blocks = FrozenWeight::from_ggml(GgmlDType::Q4_1, &blocks.data()?, (outputs, inputs))?;
+            if matches!(kept, Kept::Int4) { blocks.to_panels() } else { Ok(blocks) }
         }
     }
 }
@@ -40,7 +42,7 @@ fn project(x: &Tensor, weights: &[FrozenWeight]) -> Result<()> {
 
 fn main() -> Result<()> {
     println!("{:>6} {:>5} {:>8} {:>9} {:>8}", "", "rows", "ms", "GOP/s", "GB/s");
-    for (name, kept) in [("f32", Kept::F32), ("int8", Kept::Int8), ("int4", Kept::Int4)] {
+    for (name, kept) in [("f32", Kept::F32), ("int8", Kept::Int8), ("int4", Kept::Int4), ("Q4_1", Kept::Stored)] {
         measure(name, kept)?;
     }
     Ok(())
@@ -61,7 +63,7 @@ fn measure(name: &str, kept: Kept) -> Result<()> {
     let head = [weight(VOCABULARY, HIDDEN)?];
     let numbers =
         (LAYERS * (2 * HIDDEN * HIDDEN + 2 * KEYS * HIDDEN + 3 * INNER * HIDDEN) + VOCABULARY * HIDDEN) as f64;
-    for rows in [1, 2, 4, 8, 16, 32, 512] {
+    for rows in [1, 2, 4, 8, 16, 32, 64, 512] {
         let narrow = Tensor::rand(-1f32, 1.0, (rows, HIDDEN), &Device::Cpu)?;
         let wide = Tensor::rand(-1f32, 1.0, (rows, INNER), &Device::Cpu)?;
         let forward = || -> Result<()> {

@@ -80,6 +80,29 @@ impl Blocks {
         }
     }
 
+    /// Whether there are dot products of a row or two that need no expanded numbers. The processor has AVX2.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn has_dots(&self) -> bool {
+        avx2::has_dots(self.dtype)
+    }
+
+    /// Dot products of rows of the matrix with M rows of x, to the bit as those with expanded numbers.
+    ///
+    /// # Safety
+    ///
+    /// The processor has AVX2, FMA and F16C; `x` holds M rows as long as the matrix's, `stride` apart.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) unsafe fn dots<const M: usize>(
+        &self,
+        rows: [usize; avx2::COLUMNS],
+        x: *const f32,
+        stride: usize,
+    ) -> [[f32; M]; avx2::COLUMNS] {
+        let blocks = rows.map(|row| &self.bytes[row * self.row_bytes()..][..self.row_bytes()]);
+        // SAFETY: the caller's; a row of x has as many numbers as these rows of blocks.
+        unsafe { avx2::dots(self.dtype, blocks, x, stride) }
+    }
+
     /// Columns of a row as f32; the first is a multiple of the block's size.
     pub(super) fn expand(&self, row: usize, columns: Range<usize>, out: &mut [f32]) {
         let start = row * self.row_bytes() + columns.start / self.dtype.block_size() * self.dtype.type_size();

@@ -15,6 +15,7 @@ use super::right::{plain, right_row};
 use super::terms::{FEW_ROWS, Product, Right, Term};
 use crate::kernels::cpu::{Level, level};
 use crate::kernels::shared::Shared;
+use crate::storage::{Blocks, View};
 use scratch::{PANEL, Scratch};
 
 /// Rows of a tile.
@@ -160,6 +161,16 @@ unsafe fn few(
     scratch: &mut Scratch,
 ) {
     let depth = term.depth;
+    if let Right::Weight(View::Blocks(blocks)) = term.right
+        && blocks.has_dots()
+    {
+        // SAFETY: the caller's.
+        match rows {
+            1 => return unsafe { few_blocks::<1>(blocks, left, term.strides.0, out, stride, columns, keep) },
+            2 => return unsafe { few_blocks::<2>(blocks, left, term.strides.0, out, stride, columns, keep) },
+            _ => {}
+        }
+    }
     scratch.expanded.resize(scratch.expanded.len().max(DOTS.1 * depth), 0.0);
     let parts = rows.div_ceil(DOTS.0).max(1);
     let (height, higher) = (rows / parts, rows % parts);
@@ -197,6 +208,34 @@ unsafe fn few(
                 dots!(1 2 3 4);
             }
             row += m;
+        }
+    }
+}
+
+/// [`few`] of M rows with blocks, without expanding them.
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn few_blocks<const M: usize>(
+    blocks: &Blocks,
+    left: *const f32,
+    left_stride: usize,
+    out: *mut f32,
+    stride: usize,
+    columns: Range<usize>,
+    keep: bool,
+) {
+    for (j, column) in columns.clone().enumerate().step_by(DOTS.1) {
+        let n = DOTS.1.min(columns.end - column);
+        // A column that is not there repeats the last one, and is not written.
+        let rows = std::array::from_fn(|i| column + i.min(n - 1));
+        // SAFETY: the caller's shapes and processor.
+        unsafe {
+            let sums = blocks.dots::<M>(rows, left, left_stride);
+            for (k, sums) in sums.iter().enumerate().take(n) {
+                for (i, sum) in sums.iter().enumerate() {
+                    let c = out.add(i * stride + j + k);
+                    *c = if keep { *c + sum } else { *sum };
+                }
+            }
         }
     }
 }
