@@ -149,7 +149,8 @@ impl Base {
         arguments: Vec<String>,
         listener: Option<Py<PyAny>>,
     ) -> PyResult<Py<PyAny>> {
-        let mut all = vec![subcommand, format!("--model={}", self.asked), format!("--dtype={}", self.dtype)];
+        let mut all: Vec<String> = subcommand.split_whitespace().map(str::to_string).collect();
+        all.extend([format!("--model={}", self.asked), format!("--dtype={}", self.dtype)]);
         all.extend(self.tokenizer.iter().map(|path| format!("--tokenizer={}", path.display())));
         all.extend(arguments);
         run(py, Some((self.model.clone(), self.kept)), all, listener)

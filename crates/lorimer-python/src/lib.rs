@@ -37,7 +37,7 @@ fn flags(settings: &str) -> PyResult<Vec<String>> {
 fn _lorimer(m: &Bound<'_, PyModule>) -> PyResult<()> {
     lorimer::tensor::memory::keep_freed_pages();
     log::start();
-    lorimer::tensor::kernels::cpu::check().map_err(|problem| Error::new_err(problem))?;
+    lorimer::tensor::kernels::cpu::check().map_err(Error::new_err)?;
     m.add("__version__", env!("CARGO_PKG_VERSION"))?;
     m.add("Error", m.py().get_type::<Error>())?;
     m.add("Interrupted", m.py().get_type::<Interrupted>())?;

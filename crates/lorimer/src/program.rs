@@ -53,6 +53,8 @@ enum Command {
     Prune(Box<subcommands::prune::Prune>),
     /// Make an adapter of a pruned model one of the whole base
     Recover(subcommands::recover::Recover),
+    /// Train one adapter with many clients that keep their rows
+    Federate(subcommands::federate::Federate),
     /// Change sparse adapters under one base in memory, in milliseconds
     Switch(subcommands::switch::Switch),
     /// Show what is in an adapter
@@ -112,6 +114,7 @@ impl Cli {
             Command::Resize(v) => v.run(self.global),
             Command::Prune(v) => v.run(self.global),
             Command::Recover(v) => v.run(self.global),
+            Command::Federate(v) => v.run(self.global),
             Command::Switch(v) => v.run(self.global),
             Command::Inspect(v) => v.run(self.global),
             Command::Check(v) => v.run(self.global),

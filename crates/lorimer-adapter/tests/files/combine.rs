@@ -403,7 +403,11 @@ fn every_combination_is_an_adapter_of_the_model() {
     let rows = [vec![5, 9, 30, 7]];
     for c in COMBINATIONS {
         let out = dir.path().join(c.name);
-        let settings = if c.takes.contains(&"density") { value!({ "density": 0.5 }) } else { value!({}) };
+        let settings = match c.takes {
+            takes if takes.contains(&"density") => value!({ "density": 0.5 }),
+            takes if takes.contains(&"energy") => value!({ "energy": 0.9 }),
+            _ => value!({}),
+        };
         if c.name == "tensors" {
             // One of them is rsLoRA.
             let told = run(&adapters, c.name, settings, &out).unwrap_err().to_string();

@@ -50,6 +50,9 @@ fn settings(name: &str, given: Value) -> Settings {
     if takes.contains(&"density") && !map.contains_key("density") {
         map.insert("density".into(), json!(0.5));
     }
+    if takes.contains(&"energy") && !map.contains_key("energy") {
+        map.insert("energy".into(), json!(1.0));
+    }
     Settings::given(name, takes, &map).unwrap()
 }
 
@@ -178,8 +181,12 @@ fn scalings_are_folded_once() {
             let plain = whole(&made(c.name, &p, json!({})));
             let by_scaling = whole(&made(c.name, &scaled, json!({})));
             assert!(apart(&by_scaling, &(&plain * 2.5).unwrap()) < 1e-5, "{}", c.name);
-            // In clusters weights are shares.
-            let factor = if c.name == "lego" { 1.0 } else { 2.5 };
+            // In clusters weights are shares; in means of both factors they count twice.
+            let factor = match c.name {
+                "lego" => 1.0,
+                "zero_pad" => 2.5 * 2.5,
+                _ => 2.5,
+            };
             let by_weight = whole(&made(c.name, &weighted, json!({})));
             assert!(apart(&by_weight, &(&plain * factor).unwrap()) < 1e-5, "{}", c.name);
         }
@@ -426,4 +433,71 @@ fn lego_weights_are_shares_of_the_centre() {
     let mean = |x: &Tensor, y: &Tensor| ((f64s(x) * 0.75).unwrap() + (f64s(y) * 0.25).unwrap()).unwrap();
     assert!(apart(&f64s(&out.a), &mean(&a.a, &b.a)) < 1e-6);
     assert!(apart(&f64s(&out.b), &mean(&a.b, &b.b)) < 1e-6);
+}
+
+/// FLoRA's checks of `cat` (its stack) are those of concatenation above. The mean of zero-padded factors is the product of means, at equal ranks the mean of the
+/// factors, and of several parents none of these is the weighted sum, unless all have one A or one B. To be seen to fail: padding at the other end of one factor.
+#[test]
+fn means_of_factors_are_not_the_mean() {
+    let mut rng = Draw::seed_from_u64(31);
+    for _ in 0..20 {
+        let shares = |n: usize| vec![1.0 / n as f64; n];
+        let ranks: Vec<usize> = (0..3).map(|_| rng.random_range(1..6)).collect();
+        let parts: Vec<Part> = ranks.iter().zip(shares(3)).map(|(rank, p)| part(&mut rng, *rank, p)).collect();
+        let pool_of = pool(parts.clone());
+        let padded = made("zero_pad", &pool_of, json!({}));
+        let most = *ranks.iter().max().unwrap();
+        assert_eq!(padded.a.dims(), [most, 11]);
+        // Row by row of A, over the parents that have it.
+        let b = f64s(&padded.b);
+        let a = f64s(&padded.a);
+        for i in 0..most {
+            let (mut row, mut column) = (vec![0.0; 11], vec![0.0; 9]);
+            for p in parts.iter().filter(|p| p.rank() > i) {
+                let own_a = f64s(&p.a).to_vec2::<f64>().unwrap();
+                let own_b = f64s(&p.b).to_vec2::<f64>().unwrap();
+                row.iter_mut().zip(&own_a[i]).for_each(|(to, v)| *to += v * p.weight);
+                column.iter_mut().zip(&own_b).for_each(|(to, v)| *to += v[i] * p.weight * p.scaling);
+            }
+            let (a, b) = (a.to_vec2::<f64>().unwrap(), b.to_vec2::<f64>().unwrap());
+            assert!(a[i].iter().zip(&row).all(|(x, y)| (x - y).abs() < 1e-6));
+            assert!(b.iter().zip(&column).all(|(x, y)| (x[i] - y).abs() < 1e-6));
+        }
+        assert!(apart(&whole(&padded), &sum(&pool_of)) > 1e-2);
+        // Parents that share A, and parents that are the same.
+        let mut shared = parts.clone();
+        let rank = shared[0].rank();
+        for p in &mut shared {
+            (p.a, p.b) = (parts[0].a.clone(), matrix(&mut rng, 9, rank));
+        }
+        let shared = pool(shared);
+        assert!(apart(&whole(&made("zero_pad", &shared, json!({}))), &sum(&shared)) < 1e-5);
+        let same = pool(shares(3).into_iter().map(|weight| Part { weight, ..parts[0].clone() }).collect());
+        for name in ["cat", "zero_pad"] {
+            assert!(apart(&whole(&made(name, &same, json!({}))), &change(&parts[0])) < 1e-5, "{name}");
+        }
+    }
+}
+
+/// The least rank that keeps a share of the squared singular values, and at the whole share all of it.
+#[test]
+fn compressing_keeps_the_share_that_is_asked_for() {
+    let mut rng = Draw::seed_from_u64(32);
+    for _ in 0..20 {
+        let all = any(&mut rng);
+        let exact = sum(&all);
+        let kept = made("compress", &all, json!({ "energy": 1.0 }));
+        assert!(apart(&whole(&kept), &exact) < 1e-5);
+        assert!(kept.a.dim(0).unwrap() <= 9);
+        for energy in [0.3, 0.9, 0.99] {
+            let some = made("compress", &all, json!({ "energy": energy }));
+            let left = norm(&whole(&some)).powi(2) / norm(&exact).powi(2);
+            assert!(left >= energy - 1e-6, "{left} of {energy}");
+            let rank = some.a.dim(0).unwrap();
+            if rank > 1 {
+                let less = made("svd", &all, json!({ "rank": rank - 1 }));
+                assert!(norm(&whole(&less)).powi(2) / norm(&exact).powi(2) < energy);
+            }
+        }
+    }
 }

@@ -1,6 +1,7 @@
 //! A run: from settings to an adapter folder, step by step, with what it leaves behind and what it takes.
 
 pub mod attention;
+pub mod beneath;
 pub mod chart;
 pub mod checkpoint;
 pub mod evaluate;

@@ -18,6 +18,7 @@ use serde_json::{Value, json};
 use crate::calibrate::{Data, calibrate};
 use crate::data::encode::Example;
 use crate::error::{Error, Result};
+use crate::run::beneath::{Beneath, over};
 use crate::run::checkpoint::Checkpoint;
 use crate::run::evaluate::{find_choices, log_probabilities};
 use crate::run::trainer::{Event, Outcome, Run, TrainSettings};
@@ -64,7 +65,21 @@ impl Session<'_> {
     ///
     /// Fails if the settings, the rows or the method do not fit the base or each other, if the output folder holds a run that is neither
     /// resumed nor overwritten, if training breaks down, or if a file cannot be read or written.
-    pub fn run(&self, method: Box<dyn Method>, mut progress: impl FnMut(Event<'_>)) -> Result<(Outcome, Adapter)> {
+    pub fn run(&self, method: Box<dyn Method>, progress: impl FnMut(Event<'_>)) -> Result<(Outcome, Adapter)> {
+        self.run_over(method, &[], progress)
+    }
+
+    /// [`Self::run`] with adapters at work that stay as they are: what is trained is the change on top of theirs.
+    ///
+    /// # Errors
+    ///
+    /// Fails as [`Self::run`] does, and if they cannot be at work together.
+    pub fn run_over(
+        &self,
+        method: Box<dyn Method>,
+        beneath: &[Beneath],
+        mut progress: impl FnMut(Event<'_>),
+    ) -> Result<(Outcome, Adapter)> {
         self.settings.check()?;
         let begun = self.output.join(CONFIG_FILE).exists() || Checkpoint::any(&self.output)?;
         if begun && !self.resume && !self.overwrite {
@@ -107,11 +122,17 @@ impl Session<'_> {
         if let Some(start) = begun_from {
             identity["start"] = start.into();
         }
+        if !beneath.is_empty() {
+            let of = |below: &Beneath| json!({ "content_id": below.content_id, "weight": below.weight });
+            identity["beneath"] = beneath.iter().map(of).collect();
+        }
+        over(&adapter, beneath)?;
         let run = Run {
             model: self.base.model(),
             text: &self.base.text,
             base_name: self.base_name,
             adapter: &adapter,
+            beneath,
             train: self.train,
             eval: self.eval,
             choices: &choices,
@@ -125,7 +146,7 @@ impl Session<'_> {
         };
         let outcome = run.train(&mut progress)?;
         if !outcome.interrupted {
-            self.write(&adapter, &outcome, &config, pruned)?;
+            self.write(&adapter, &outcome, &config, (pruned, beneath))?;
             Checkpoint::clear(&self.output)?;
         }
         Ok((outcome, adapter))
@@ -160,7 +181,7 @@ impl Session<'_> {
         adapter: &Adapter,
         outcome: &Outcome,
         config: &serde_json::Map<String, Value>,
-        pruned: Option<PrunedFrom>,
+        (pruned, beneath): (Option<PrunedFrom>, &[Beneath]),
     ) -> Result<()> {
         let mut stored = adapter.to_stored(self.base_name)?;
         if stored.tensors.is_empty() {
@@ -190,6 +211,10 @@ impl Session<'_> {
             frozen: adapter.frozen_parts()?,
             xlora: adapter.mixture(),
         });
+        if let Some(manifest) = stored.manifest.as_mut().filter(|_| !beneath.is_empty()) {
+            let of = |below: &Beneath| json!({ "content_id": below.content_id, "weight": below.weight });
+            manifest.training["beneath"] = beneath.iter().map(of).collect();
+        }
         let stats = adapter.method.calibration_report();
         if let Some(manifest) = stored.manifest.as_mut().filter(|_| !stats.is_null()) {
             manifest.training["findings"] = stats;

@@ -13,6 +13,7 @@ use serde::Serialize;
 
 use crate::data::encode::Example;
 use crate::error::{Error, Result};
+use crate::run::beneath::{Beneath, over};
 use crate::run::checkpoint::{Checkpoint, State};
 use crate::run::evaluate::{Evaluation, evaluate};
 use crate::run::frozen::FrozenLower;
@@ -30,6 +31,8 @@ pub struct Run<'a> {
     pub base_name: &'a str,
     /// The adapter that is trained, freshly attached.
     pub adapter: &'a Adapter,
+    /// Adapters at work that stay as they are.
+    pub beneath: &'a [Beneath],
     /// Training rows.
     pub train: &'a [Example],
     /// Evaluation rows; may be empty.
@@ -163,7 +166,7 @@ impl Run<'_> {
     pub fn train(&self, mut progress: impl FnMut(Event<'_>)) -> Result<Outcome> {
         self.settings.check()?;
         let (s, total) = (self.settings, self.settings.total_steps(self.train.len()));
-        let mut updater = Updater::new(self.model, self.adapter, s, self.train.len())?;
+        let mut updater = Updater::new(self.model, (self.adapter, self.beneath), s, self.train.len())?;
         let (mut state, mut best) = self.resumed(updater.optimizer())?;
         if state.step == 0 {
             let micro = s.rows(0, self.train.len(), &mut None);
@@ -171,7 +174,7 @@ impl Run<'_> {
         }
         let mut log = Log::open(self.folder, &state.history)?;
         let mut outcome = Outcome { steps: state.step, ..Default::default() };
-        let attached = Attached::one(self.adapter);
+        let attached = over(self.adapter, self.beneath)?;
         let lower = match s.repeats(self.train.len()) {
             true => {
                 let (cache, all) = (s.step.frozen_cache, self.train.len());

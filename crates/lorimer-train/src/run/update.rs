@@ -17,6 +17,7 @@ use lorimer_tensor::{CheckedGradient, Gradients};
 use crate::data::encode::Example;
 use crate::error::{Error, Result};
 use crate::run::attention;
+use crate::run::beneath::{Beneath, over};
 use crate::run::frozen::FrozenLower;
 use crate::run::log::Record;
 use crate::run::optimize;
@@ -114,7 +115,7 @@ impl<'a> Updater<'a> {
     /// The parts that the settings choose, else the method's own, for a run over `examples` rows. Refuses parts that do not go together.
     pub fn new(
         model: &'a dyn BaseModel,
-        adapter: &'a Adapter,
+        (adapter, beneath): (&'a Adapter, &'a [Beneath]),
         settings: &'a TrainSettings,
         examples: usize,
     ) -> Result<Self> {
@@ -142,7 +143,7 @@ impl<'a> Updater<'a> {
             model,
             adapter,
             settings,
-            attached: Attached::one(adapter),
+            attached: over(adapter, beneath)?,
             parameters: named.iter().map(|p| (p.name.clone(), p.var)).collect(),
             named,
             modules,

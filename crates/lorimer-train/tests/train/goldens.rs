@@ -42,6 +42,7 @@ fn ten_steps_of_lora_plus_equal_peft() {
         text: &text,
         base_name: "tiny-llama3",
         adapter: &adapter,
+        beneath: &[],
         train: &train,
         eval: &[],
         choices: &[],

@@ -123,6 +123,7 @@ fn run(model: &dyn BaseModel, rows: &[Example], how: AttentionGradient) -> (Resu
         text: &text,
         base_name: "tiny",
         adapter: &adapter,
+        beneath: &[],
         train: rows,
         eval: &[],
         choices: &[],

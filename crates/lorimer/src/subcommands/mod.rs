@@ -5,6 +5,7 @@ pub mod convert;
 pub mod embed;
 pub mod eval;
 pub mod extract;
+pub mod federate;
 pub mod generate;
 pub mod inspect;
 pub mod merge;

@@ -10,12 +10,13 @@ use lorimer::adapter::methods::ObjectiveChoice;
 use lorimer::adapter::training::AdamWConfig;
 use lorimer::train::data::Format;
 use lorimer::train::run::attention::AttentionGradient;
+use lorimer::train::run::beneath::Beneath;
 use lorimer::train::run::plan::Work;
 use lorimer::train::run::schedule::Shape;
 use lorimer::train::{EncodeOptions, Event, Outcome, Session, TooLong, TrainSettings};
 use serde_json::{Value, json};
 
-use lorimer_cli::common::ModelArgs;
+use lorimer_cli::common::{ModelArgs, parse_adapter};
 use lorimer_cli::flags::{AdapterArgs, Planned, StepArgs, file_name, show_bytes};
 use lorimer_cli::{Global, common, host};
 
@@ -73,6 +74,9 @@ pub struct Train {
 
     #[command(flatten)]
     adapter: AdapterArgs,
+    /// Adapter folder, with an optional weight (FOLDER=0.5), that is at work and stays as it is while the new one is trained on top of it; repeatable
+    #[arg(long, value_name = "FOLDER[=WEIGHT]", value_parser = parse_adapter, help_heading = "Adapter")]
+    beneath: Vec<(PathBuf, f64)>,
 
     /// Highest learning rate [default: the method's own; `lorimer methods` shows it]
     #[arg(long, help_heading = "Training", visible_alias = "learning-rate")]
@@ -205,7 +209,9 @@ impl Train {
                 .collect(),
             stop: &common::stop_flag(),
         };
-        let (outcome, adapter) = session.run(method, progress(global))?;
+        let below = |(folder, weight): &(PathBuf, f64)| Beneath::read(&base, folder, *weight);
+        let beneath = self.beneath.iter().map(below).collect::<Result<Vec<_>, _>>()?;
+        let (outcome, adapter) = session.run_over(method, &beneath, progress(global))?;
         if outcome.interrupted {
             let step = outcome.steps;
             let text = format!("interrupted after step {step}; the same command with --resume goes on from there");
@@ -285,7 +291,7 @@ fn shown(session: &Session<'_>, outcome: &Outcome, adapter: &Adapter) -> String 
 pub fn result(session: &Session<'_>, outcome: &Outcome, adapter: &Adapter) -> Value {
     let rate = |n: usize| if outcome.seconds > 0.0 { n as f64 / outcome.seconds } else { 0.0 };
     json!({
-        "adapter": session.output, "steps": outcome.steps, "examples": outcome.examples, "tokens": outcome.tokens,
+        "adapter": session.output, "rows": session.train.len(), "steps": outcome.steps, "examples": outcome.examples, "tokens": outcome.tokens,
         "computed_tokens": outcome.computed_tokens,
         "supervised_tokens": outcome.supervised_tokens, "seconds": outcome.seconds,
         "examples_per_second": rate(outcome.examples), "tokens_per_second": rate(outcome.tokens),

@@ -11,6 +11,7 @@ mod cpu;
 mod damaged;
 mod dynamics_cli;
 mod encoder;
+mod federate;
 mod grouped;
 mod hub;
 mod interrupted;

@@ -42,7 +42,9 @@ pub use svd::clamp;
 pub const COMBINATIONS: &[Combination] = &[
     linear::LINEAR,
     linear::CAT,
+    linear::ZERO_PAD,
     svd::SVD,
+    svd::COMPRESS,
     svd::TASK_ARITHMETIC,
     elements::MAGNITUDE_PRUNE,
     elements::TIES,

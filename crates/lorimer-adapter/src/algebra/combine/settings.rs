@@ -92,6 +92,8 @@ pub struct Settings {
     pub restarts: usize,
     /// Most steps of the clustering.
     pub iterations: usize,
+    /// Share of the squared singular values that is kept, above 0 and at most 1.
+    pub energy: Option<f64>,
 }
 
 impl Default for Settings {
@@ -111,6 +113,7 @@ impl Default for Settings {
             reference_rank: None,
             restarts: 10,
             iterations: 300,
+            energy: None,
         }
     }
 }
@@ -148,6 +151,15 @@ impl Settings {
             }
             Some(density) if !(density > 0.0 && density <= 1.0) => {
                 return fail(format!("density {density} should be above 0 and at most 1"));
+            }
+            _ => {}
+        }
+        match self.energy {
+            None if takes.contains(&"energy") => {
+                return fail(format!("`{name}` needs an energy, the share that is kept, above 0 and at most 1"));
+            }
+            Some(energy) if !(energy > 0.0 && energy <= 1.0) => {
+                return fail(format!("energy {energy} should be above 0 and at most 1"));
             }
             _ => {}
         }

@@ -21,6 +21,16 @@ pub const SVD: Combination = Combination {
     kind: Kind::Sites(best),
 };
 
+/// The least rank for a share of what is there.
+pub const COMPRESS: Combination = Combination {
+    name: "compress",
+    help: "Σ weight·ΔW at the least rank that keeps --set energy=SHARE of each module's squared singular values",
+    source: "Eckart and Young 1936",
+    takes: &["energy"],
+    weights: Weights::Sum,
+    kind: Kind::Sites(compressed),
+};
+
 /// Task arithmetic.
 pub const TASK_ARITHMETIC: Combination = Combination {
     name: "task_arithmetic",
@@ -90,6 +100,21 @@ fn best(pool: &Pool, settings: &Settings) -> Result<Made> {
     let (b, a) = pool.stacked()?;
     let (u, s, vt) = product_svd(&b, &a, wanted_rank(pool, settings)?)?;
     split(&u, &s[..u.dim(1)?], &vt, settings.svd_clamp)
+}
+
+fn compressed(pool: &Pool, settings: &Settings) -> Result<Made> {
+    let (b, a) = pool.stacked()?;
+    let (u, s, vt) = product_svd(&b, &a, usize::MAX)?;
+    let all: f64 = s.iter().map(|v| v * v).sum();
+    let wanted = settings.energy.unwrap_or(1.0) * all;
+    let (mut kept, mut rank) = (0.0, 0);
+    // What is left of equal singular values is rounding at the whole share.
+    while rank < u.dim(1)? && kept < wanted * (1.0 - 1e-12) {
+        kept += s[rank] * s[rank];
+        rank += 1;
+    }
+    let rank = rank.max(1).min(u.dim(1)?);
+    split(&u.narrow(1, 0, rank)?.contiguous()?, &s[..rank], &vt.narrow(0, 0, rank)?.contiguous()?, None)
 }
 
 /// The exact sum, or the best of a rank where one is given.

@@ -164,10 +164,12 @@ unsafe fn few(
     if let Right::Weight(View::Blocks(blocks)) = term.right
         && blocks.has_dots()
     {
-        // SAFETY: the caller's.
+        let strides = (term.strides.0, stride);
         match rows {
-            1 => return unsafe { few_blocks::<1>(blocks, left, term.strides.0, out, stride, columns, keep) },
-            2 => return unsafe { few_blocks::<2>(blocks, left, term.strides.0, out, stride, columns, keep) },
+            // SAFETY: the caller's.
+            1 => return unsafe { few_blocks::<1>(blocks, left, out, strides, columns, keep) },
+            // SAFETY: the caller's.
+            2 => return unsafe { few_blocks::<2>(blocks, left, out, strides, columns, keep) },
             _ => {}
         }
     }
@@ -217,9 +219,8 @@ unsafe fn few(
 unsafe fn few_blocks<const M: usize>(
     blocks: &Blocks,
     left: *const f32,
-    left_stride: usize,
     out: *mut f32,
-    stride: usize,
+    (left_stride, stride): (usize, usize),
     columns: Range<usize>,
     keep: bool,
 ) {

@@ -237,6 +237,7 @@ fn fives(bytes: &[u8]) -> __m256i {
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn q4_0<S: Sink>(b: &[u8; 18], sink: &mut S) {
+    // SAFETY: the caller's.
     unsafe { sink.put::<false>(_mm256_sub_epi8(fours(&b[2..]), every(8)), [half(b, 0); 2], [0.0; 2]) };
 }
 
@@ -244,12 +245,14 @@ unsafe fn q4_0<S: Sink>(b: &[u8; 18], sink: &mut S) {
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn q4_1<S: Sink>(b: &[u8; 20], sink: &mut S) {
     let [d, m] = halves(b, 0);
+    // SAFETY: the caller's.
     unsafe { sink.put::<true>(fours(&b[4..]), [d; 2], [m; 2]) };
 }
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn q5_0<S: Sink>(b: &[u8; 22], sink: &mut S) {
+    // SAFETY: the caller's.
     unsafe { sink.put::<false>(_mm256_sub_epi8(fives(&b[2..]), every(16)), [half(b, 0); 2], [0.0; 2]) };
 }
 
@@ -257,12 +260,14 @@ unsafe fn q5_0<S: Sink>(b: &[u8; 22], sink: &mut S) {
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn q5_1<S: Sink>(b: &[u8; 24], sink: &mut S) {
     let [d, m] = halves(b, 0);
+    // SAFETY: the caller's.
     unsafe { sink.put::<true>(fives(&b[4..]), [d; 2], [m; 2]) };
 }
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn q8_0<S: Sink>(b: &[u8; 34], sink: &mut S) {
+    // SAFETY: the caller's.
     unsafe { sink.put::<false>(load(&b[2..]), [half(b, 0); 2], [0.0; 2]) };
 }
 
@@ -270,6 +275,7 @@ unsafe fn q8_0<S: Sink>(b: &[u8; 34], sink: &mut S) {
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn q8_1<S: Sink>(b: &[u8; 36], sink: &mut S) {
+    // SAFETY: the caller's.
     unsafe { sink.put::<false>(load(&b[4..]), [half(b, 0); 2], [0.0; 2]) };
 }
 
@@ -282,6 +288,7 @@ unsafe fn q2k<S: Sink>(b: &[u8; 84], sink: &mut S) {
         let codes = bits(load(&b[16 + i / 4 * 32..]), i % 4 * 2, 3);
         let pair = [b[2 * i], b[2 * i + 1]];
         let scale = pair.map(|scale| d * f32::from(scale & 15));
+        // SAFETY: the caller's.
         unsafe { sink.put::<true>(codes, scale, pair.map(|scale| -(min * f32::from(scale >> 4)))) };
     }
 }
@@ -300,6 +307,7 @@ unsafe fn q3k<S: Sink>(b: &[u8; 110], sink: &mut S) {
     for i in 0..8 {
         let codes = bits(load(&b[32 + i / 4 * 32..]), i % 4 * 2, 3);
         let codes = _mm256_sub_epi8(_mm256_or_si256(codes, where_set(third, every(1 << i), 4)), every(4));
+        // SAFETY: the caller's.
         unsafe { sink.put::<false>(codes, [scale(2 * i), scale(2 * i + 1)], [0.0; 2]) };
     }
 }
@@ -310,6 +318,7 @@ unsafe fn q4k<S: Sink>(b: &[u8; 144], sink: &mut S) {
     let halves = halves(b, 0);
     for i in 0..8 {
         let [scale, min] = scales(b, halves, i);
+        // SAFETY: the caller's.
         unsafe { sink.put::<true>(bits(load(&b[16 + i / 2 * 32..]), i % 2 * 4, 15), [scale; 2], [-min; 2]) };
     }
 }
@@ -322,6 +331,7 @@ unsafe fn q5k<S: Sink>(b: &[u8; 176], sink: &mut S) {
         let [scale, min] = scales(b, halves, i);
         let codes = bits(load(&b[48 + i / 2 * 32..]), i % 2 * 4, 15);
         let codes = _mm256_or_si256(codes, where_set(fifth, every(1 << i), 16));
+        // SAFETY: the caller's.
         unsafe { sink.put::<true>(codes, [scale; 2], [-min; 2]) };
     }
 }
@@ -336,6 +346,7 @@ unsafe fn q6k<S: Sink>(b: &[u8; 210], sink: &mut S) {
         let high = _mm256_slli_epi16::<4>(bits(load(&b[128 + part * 32..]), quarter * 2, 3));
         let codes = _mm256_sub_epi8(_mm256_or_si256(low, high), every(32));
         let scale = [b[192 + 2 * i], b[192 + 2 * i + 1]].map(|scale| d * f32::from(scale as i8));
+        // SAFETY: the caller's.
         unsafe { sink.put::<false>(codes, scale, [0.0; 2]) };
     }
 }
@@ -346,6 +357,7 @@ unsafe fn q6k<S: Sink>(b: &[u8; 210], sink: &mut S) {
 unsafe fn q8k<S: Sink>(b: &[u8; 292], sink: &mut S) {
     let d = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
     for i in 0..8 {
+        // SAFETY: the caller's.
         unsafe { sink.put::<false>(load(&b[4 + 32 * i..]), [d; 2], [0.0; 2]) };
     }
 }

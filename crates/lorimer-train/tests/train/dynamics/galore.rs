@@ -104,6 +104,7 @@ fn galore_layer_by_layer_limits_by_the_last_norm() {
             text: &text,
             base_name: "tiny",
             adapter: &adapter,
+            beneath: &[],
             train: &rows,
             eval: &[],
             choices: &[],
