@@ -151,6 +151,21 @@ class Package(unittest.TestCase):
         self.assertIn("--target-modules", lorimer.help("train"))
         self.assertTrue(self.base.check(self.adapter))
 
+    def test_prune_recover_quantize_extract(self):
+        lorimer.prune(WORK / "pruned", model=TINY, method="rand", ratio=0.5, keep_first=0, keep_last=0)
+        small = lorimer.Base(WORK / "pruned").train(ROWS, output=WORK / "on-pruned", rank=2, max_steps=2, progress=False)
+        lorimer.recover(small.path, WORK / "recovered", pruning=WORK / "pruned" / "pruning.json")
+        self.assertEqual(lorimer.inspect(WORK / "recovered")["rank"], 2)
+        self.assertGreater(self.base.evaluate(ROWS, adapter=WORK / "recovered")["loss"], 0)
+        lorimer.quantize(WORK / "nf", model=TINY, method="nf", bits=4)
+        self.assertGreater(lorimer.Base(WORK / "nf").evaluate(ROWS)["loss"], 0)
+        lorimer.merge(TINY, self.adapter, WORK / "tuned")
+        lorimer.extract(WORK / "tuned", WORK / "extracted", model=TINY, rank=4)
+        whole = self.base.evaluate(ROWS, adapter=self.adapter)["loss"]
+        self.assertAlmostEqual(self.base.evaluate(ROWS, adapter=WORK / "extracted")["loss"], whole, places=3)
+        self.assertIn("lora", {method["name"] for method in lorimer.methods()})
+        self.assertIn("peak_bytes", lorimer.command("plan", model=TINY, data=self.data))
+
     def test_an_engine_answers_as_one_by_one(self):
         engine = self.base.engine({"mine": self.adapter}, memory="64MB")
         prompts = [{"prompt": f"{i} and", "adapter": "mine" if i % 2 else None, "max_tokens": 5 + i} for i in range(12)]

@@ -109,9 +109,9 @@ def check(adapter: Union[Path, Adapter], model: Path = "smollm2-135m", **setting
         return command("check", *named, model=model, **settings)
 
 
-def extract(base: Path, tuned: Path, output: Path, *, progress: Progress = False, **settings: Any) -> dict:
-    """The nearest LoRA of a full tune."""
-    return command("extract", progress=progress, base=base, tuned=tuned, output=output, **settings)
+def extract(tuned: Path, output: Path, *, model: Path = "smollm2-135m", progress: Progress = False, **settings: Any) -> dict:
+    """The nearest LoRA of what full tuning has made of a base."""
+    return command("extract", tuned, progress=progress, model=model, output=output, **settings)
 
 
 def resize(adapter: Union[Path, Adapter], output: Path, *, rank: int, **settings: Any) -> dict:
@@ -120,15 +120,15 @@ def resize(adapter: Union[Path, Adapter], output: Path, *, rank: int, **settings
         return command("resize", *named, rank=rank, output=output, **settings)
 
 
-def prune(output: Path, *, progress: Progress = False, **settings: Any) -> dict:
-    """Takes heads and channels out of a base."""
-    return command("prune", progress=progress, output=output, **settings)
+def prune(output: Path, *, ratio: float, method: str = "stru", model: Path = "smollm2-135m", progress: Progress = False, **settings: Any) -> dict:
+    """Takes heads and channels out of a base: a smaller model in a folder, with its `pruning.json`."""
+    return command("prune", progress=progress, model=model, method=method, ratio=ratio, output=output, **settings)
 
 
-def recover(adapter: Union[Path, Adapter], output: Path, **settings: Any) -> dict:
-    """Makes an adapter of a pruned model one of the whole base."""
+def recover(adapter: Union[Path, Adapter], output: Path, *, pruning: Path, **settings: Any) -> dict:
+    """Makes an adapter of a pruned model one of the whole base, by the pruned model's `pruning.json`."""
     with _folders(adapter) as named:
-        return command("recover", *named, output=output, **settings)
+        return command("recover", adapter=named, pruning=pruning, output=output, **settings)
 
 
 def quantize(output: Path, *, progress: Progress = False, **settings: Any) -> dict:
