@@ -19,6 +19,9 @@ import numpy
 
 import lorimer
 
+# A script that was begun in the background, as a check's part may be, has it ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 ROWS = [{"messages": [{"role": "user", "content": f"{i} and {i}"}, {"role": "assistant", "content": str(2 * i)}]} for i in range(24)]
 
 
